@@ -1,0 +1,34 @@
+"""LayerCollapse for Hugging Face transformers: make models smaller by turning feed-forward blocks into linear maps.
+
+Importing this package lets `AutoConfig` and every `AutoModelFor….from_pretrained` read patched and collapsed models.
+"""
+
+import importlib
+
+from . import modeling_layercollapse  # noqa: F401  (registers the model type)
+from ._version import __version__ as __version__
+
+
+# name -> module; loaded on first use, so that importing the package costs little.
+_EXPORTS = {
+    "CollapseReport": "collapsing",
+    "CollapsibleActivation": "modeling_layercollapse",
+    "FeedForwardBlock": "families",
+    "LayerCollapseConfig": "config",
+    "apply_layer_collapse": "patching",
+    "collapse_model": "collapsing",
+    "find_feed_forward_blocks": "families",
+    "remove_layer_collapse": "patching",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+
+
+def __dir__():
+    return [*globals(), *__all__]

@@ -1,0 +1,174 @@
+"""The one configuration object: what to patch, how alpha is driven, what happens at the collapse."""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+_CHOICES = {
+    "linear_target": ("identity", "affine"),
+    "granularity": ("block", "neuron"),
+    "activation": ("native", "relu"),
+    "penalty_schedule": ("constant", "linear", "cosine"),
+    "alpha_lr_schedule": ("constant", "same"),
+    "not_ready": ("keep", "restore"),
+}
+
+
+@dataclass
+class LayerCollapseConfig:
+    """What to patch and collapse, and how training drives it there.
+
+    LayerCollapse is arXiv 2311.17943; [`LayerCollapseConfig.paper`] gives the setting of its authors' code.
+
+    Raises:
+        ValueError, TypeError: From the constructor, when a value is not one of those described.
+    """
+
+    blocks: Any = field(
+        default="all",
+        metadata={
+            "help": "Which feed-forward blocks: 'all', 'last:4', 'first:4', a list of indices, a list of exact names, "
+            "or one regular expression that block names must match in full. What matches nothing is an error."
+        },
+    )
+    linear_target: str = field(
+        default="identity",
+        metadata={
+            "help": "The line that alpha leads to: 'identity' (the paper's), or 'affine', per neuron and fitted to "
+            "calibration data."
+        },
+    )
+    granularity: str = field(
+        default="block", metadata={"help": "One alpha per 'block' (the paper's), or per 'neuron'."}
+    )
+    activation: str = field(
+        default="native",
+        metadata={
+            "help": "'native' keeps the pretrained activation, so that patching changes nothing; 'relu' is the "
+            "paper's patch: the activation becomes PReLU(alpha), which changes every model but those trained with ReLU."
+        },
+    )
+    initial_alpha: float = field(
+        default=0.0, metadata={"help": "Alpha after patching, in [0, 1]. 0: the model as it was. The paper: 0.01."}
+    )
+    penalty_strength: float = field(
+        default=1.0,
+        metadata={"help": "Factor of the penalty sum_b (1 - alpha_b)^2, >= 0. Larger is faster, in proportion."},
+    )
+    penalty_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "How the strength goes after the warm-up: 'constant' holds it, 'linear' and 'cosine' bring it down "
+            "to 0 at the end of training, as the learning-rate schedules of those names do."
+        },
+    )
+    penalty_warmup_ratio: float = field(
+        default=0.0,
+        metadata={"help": "Share of all steps over which the strength rises linearly from 0, in [0, 1)."},
+    )
+    alpha_learning_rate: float = field(
+        default=1e-2,
+        metadata={
+            "help": "Learning rate of alpha, > 0. Alpha takes plain gradient steps, so that with no task gradient "
+            "1 - alpha shrinks by the factor 1 - 2 * alpha_learning_rate * penalty_strength a step."
+        },
+    )
+    alpha_lr_schedule: str = field(
+        default="constant",
+        metadata={"help": "'constant', or 'same': scaled like the model's learning rate."},
+    )
+    collapse_threshold: float = field(
+        default=0.05,
+        metadata={
+            "help": "A block is ready once 1 - alpha <= this, in [0, 1). 0.05 is the value in the paper's code."
+        },
+    )
+    not_ready: str = field(
+        default="keep",
+        metadata={
+            "help": "What a collapse does with patched blocks that are not ready: 'keep' or 'restore' to dense."
+        },
+    )
+
+    def __post_init__(self):
+        self.blocks = _checked_blocks(self.blocks)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+        for name, low, high, inclusive in (
+            ("initial_alpha", 0.0, 1.0, True),
+            ("penalty_strength", 0.0, float("inf"), False),
+            ("penalty_warmup_ratio", 0.0, 1.0, False),
+            ("collapse_threshold", 0.0, 1.0, False),
+            ("alpha_learning_rate", 0.0, float("inf"), False),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"`{name}` must be a number, got {value!r}.")
+            if not (low <= value <= high if inclusive else low <= value < high):
+                raise ValueError(f"`{name}` must be in [{low}, {high}{']' if inclusive else ')'}, got {value}.")
+            setattr(self, name, float(value))
+        if self.alpha_learning_rate == 0:
+            raise ValueError(
+                "`alpha_learning_rate` must be above 0; to train without the penalty, set penalty_strength=0."
+            )
+
+    @classmethod
+    def paper(cls, blocks="all", **kwargs):
+        """The patch of the paper's authors: the activation becomes PReLU with slope 0.01, whatever it was before.
+
+        For models that were trained with GELU or SiLU this changes the outputs at once (GPT-2's perplexity on
+        WikiText-2 goes from 19 to 303); it is here to be compared with.
+        """
+        return cls(blocks=blocks, **{"activation": "relu", "initial_alpha": 0.01, **kwargs})
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "LayerCollapseConfig":
+        """The inverse of `to_dict`. Options this version does not know are dropped with a warning."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(values.keys() - known)
+        if unknown:
+            logger.warning(f"Options that this version of hf_layercollapse does not know are ignored: {unknown}.")
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    @classmethod
+    def from_json_string(cls, text: str) -> "LayerCollapseConfig":
+        return cls.from_dict(json.loads(text))
+
+
+def _checked_blocks(blocks):
+    what = "`blocks` must be 'all', 'last:N', 'first:N', a list of indices, a list of names or a regular expression"
+    if isinstance(blocks, str):
+        if blocks.startswith(("last:", "first:")) and not re.fullmatch(r"(last|first):[1-9]\d*", blocks):
+            raise ValueError(f"{what}; got {blocks!r}, where N is not a positive integer.")
+        try:
+            re.compile(blocks)
+        except re.error as error:
+            raise ValueError(f"{what}; got {blocks!r}, which does not compile: {error}.") from error
+        if not blocks:
+            raise ValueError(f"{what}; got an empty string.")
+        return blocks
+    if not isinstance(blocks, (list, tuple)):
+        raise TypeError(f"{what}; got {blocks!r}.")
+    blocks = list(blocks)
+    if not blocks:
+        raise ValueError(f"{what}; got an empty list.")
+    indices = all(isinstance(block, int) and not isinstance(block, bool) for block in blocks)
+    if not indices and not all(isinstance(block, str) for block in blocks):
+        raise TypeError(f"{what}; got a list of mixed or other types: {blocks!r}.")
+    if len(set(blocks)) != len(blocks):
+        raise ValueError(f"{what}; got duplicates in {blocks!r}.")
+    return blocks

@@ -1,0 +1,689 @@
+# Copyright 2026 The hf_layercollapse authors. Licensed under the Apache License, Version 2.0.
+"""What a patched or collapsed model is made of, and how transformers loads it again.
+
+A copy of this file lies in every saved folder, so that `trust_remote_code=True` loads the model where the package is
+not installed. It therefore imports torch and transformers only, knows no family of models, and reads one thing: the
+*replacement table* in `config.json`, which maps module paths to plain data that says what stands there instead.
+
+Three parts: the modules that a table can name, the table itself, and the registered classes.
+"""
+
+import copy
+import importlib
+import json
+import os
+import re
+import shutil
+import tempfile
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto import auto_factory, modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
+
+
+MODEL_TYPE = "layercollapse"
+FORMAT_VERSION = 1
+CODE_FILE = os.path.basename(__file__)
+SAVING_PREFIX = ".layercollapse-saving-"
+
+# What a table may ask for at most: far above every real model, far below what would exhaust memory by itself.
+MAX_ENTRIES = 100_000
+MAX_WIDTH = 2**20
+MAX_DEPTH = 32
+
+
+# ----------------------------------------------------------------------------------------------------
+# Modules
+# ----------------------------------------------------------------------------------------------------
+
+
+def collapsible(pre_activation, activated, alpha, slope=None, offset=None):
+    """`(1 - alpha) * activated + alpha * line`, where `line = slope * pre_activation + offset`.
+
+    `slope` and `offset` are tensors of shape `(width,)`, or numbers; `(1, 0)` is the paper's identity target, a slope
+    of 0 makes a gate constant. Computed as `activated + alpha * (line - activated)`, which gives `activated` bit for
+    bit at `alpha = 0` and, for ReLU with the identity target, exactly the PReLU of LayerCollapse (arXiv 2311.17943).
+    Half-precision inputs are blended in float32, since alpha is float32; the output has the dtype of `activated`.
+    """
+    dtype = torch.promote_types(activated.dtype, alpha.dtype)
+    blended = activated.to(dtype)
+    line = _line(pre_activation.to(dtype), slope, offset)
+    return (blended + alpha.to(dtype) * (line - blended)).to(activated.dtype)
+
+
+def _line(pre_activation, slope, offset):
+    if isinstance(slope, torch.Tensor):
+        return torch.addcmul(offset.to(pre_activation.dtype), pre_activation, slope.to(pre_activation.dtype))
+    if isinstance(offset, torch.Tensor):
+        return offset.to(pre_activation.dtype)
+    return pre_activation if slope == 1 else pre_activation.new_full((), offset)
+
+
+class _CollapsibleFunction(torch.autograd.Function):
+    """[`collapsible`] that keeps only the pre-activation for backward, as GELU and SiLU do."""
+
+    @staticmethod
+    def forward(pre_activation, alpha, slope, offset, activation):
+        return collapsible(pre_activation, activation(pre_activation), alpha, slope, offset)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pre_activation, alpha, slope, offset, activation = inputs
+        tensors = [value for value in (slope, offset) if isinstance(value, torch.Tensor)]
+        ctx.save_for_backward(pre_activation, alpha, *tensors)
+        ctx.slope, ctx.offset, ctx.activation = (
+            None if isinstance(slope, torch.Tensor) else slope,
+            None if isinstance(offset, torch.Tensor) else offset,
+            activation,
+        )
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        pre_activation, alpha, *tensors = ctx.saved_tensors
+        slope = tensors.pop(0) if ctx.slope is None else ctx.slope
+        offset = tensors.pop(0) if ctx.offset is None else ctx.offset
+        dtype = torch.promote_types(grad_output.dtype, alpha.dtype)
+        alpha_ = alpha.to(dtype)
+
+        activated, activation_vjp = torch.func.vjp(ctx.activation, pre_activation)
+        grad_input = grad_alpha = None
+        if ctx.needs_input_grad[0]:
+            (through_activation,) = activation_vjp(grad_output)
+            through_activation = through_activation.to(dtype)
+            through_line = grad_output.to(dtype) * slope if _depends_on_input(slope) else 0.0
+            if isinstance(through_line, float):
+                grad_input = through_activation * (1 - alpha_)
+            else:
+                grad_input = through_activation + alpha_ * (through_line - through_activation)
+            grad_input = grad_input.to(pre_activation.dtype)
+        if ctx.needs_input_grad[1]:
+            difference = _line(pre_activation.to(dtype), slope, offset) - activated.to(dtype)
+            if alpha.numel() == 1:
+                grad_alpha = torch.dot(grad_output.to(dtype).flatten(), difference.flatten())
+                grad_alpha = grad_alpha.reshape(alpha.shape).to(alpha.dtype)
+            else:
+                grad_alpha = (grad_output.to(dtype) * difference).flatten(0, -2).sum(0).to(alpha.dtype)
+        return grad_input, grad_alpha, None, None, None
+
+
+def _depends_on_input(slope):
+    return isinstance(slope, torch.Tensor) or slope != 0
+
+
+class CollapsibleActivation(nn.Module):
+    """An activation that a parameter `alpha` turns linear: 0 is the pretrained activation, 1 a line.
+
+    Plain block: `(1 - alpha) * act(z) + alpha * (slope * z + offset)`, with slope 1 and offset 0 for the `identity`
+    target (the PReLU of LayerCollapse, arXiv 2311.17943, when `act` is ReLU) and calibrated per-neuron buffers for the
+    `affine` one. Gate of a gated block: `(1 - alpha) * act(g) + alpha * offset`, a constant, since a gate that is only
+    linear leaves the block bilinear; offset is 1 for `identity`, calibrated for `affine`.
+
+    `alpha`, `slope` and `offset` stay float32 through `.to(dtype)`; the output has the dtype that `act` gives. Input
+    and output have shape `(..., width)`.
+
+    Args:
+        native (`nn.Module`): The activation module that stood here. Kept, so that the model can be restored.
+        width (`int`): Hidden width of the feed-forward block, the size of the last dimension of the input.
+        linear_target (`str`): `"identity"` or `"affine"`.
+        granularity (`str`): `"block"` for an alpha of shape `(1,)`, `"neuron"` for one of shape `(width,)`.
+        gate (`bool`): Whether this activation is the gate of a gated block.
+        act (`str`): `"native"`, or the name of an activation in `transformers.activations.ACT2FN` to use instead.
+        alpha (`float`): Initial value, in [0, 1].
+    """
+
+    def __init__(
+        self,
+        native,
+        width,
+        *,
+        linear_target="identity",
+        granularity="block",
+        gate=False,
+        act="native",
+        alpha=0.0,
+        device=None,
+    ):
+        super().__init__()
+        self.native = native
+        self.replacement = None if act == "native" else ACT2FN[act]
+        self.act_name, self.linear_target, self.granularity, self.gate = act, linear_target, granularity, gate
+        self.width = width
+        shape = (1,) if granularity == "block" else (width,)
+        self.alpha = nn.Parameter(torch.full(shape, alpha, dtype=torch.float32, device=device))
+        if linear_target == "affine":
+            if not gate:
+                self.register_buffer("slope", torch.ones(width, dtype=torch.float32, device=device))
+            offset = float(gate)
+            self.register_buffer("offset", torch.full((width,), offset, dtype=torch.float32, device=device))
+
+    @property
+    def act(self):
+        """The activation in use: a module."""
+        return self.native if self.replacement is None else self.replacement
+
+    @property
+    def line(self):
+        """`(slope, offset)` of the linear target: tensors of shape `(width,)`, or numbers."""
+        if self.linear_target == "affine":
+            return (0.0 if self.gate else self.slope), self.offset
+        return (0.0, 1.0) if self.gate else (1.0, 0.0)
+
+    @property
+    def spec(self):
+        """This module as an entry of the replacement table."""
+        return {
+            "type": "activation",
+            "act": self.act_name,
+            "linear_target": self.linear_target,
+            "alpha_shape": list(self.alpha.shape),
+            "width": self.width,
+            "gate": self.gate,
+        }
+
+    def forward(self, pre_activation):
+        act, (slope, offset) = self.act, self.line
+        recompute = (
+            torch.is_grad_enabled()
+            and (pre_activation.requires_grad or self.alpha.requires_grad)
+            # A compiler chooses by itself what to keep, and fuses what stands in the open.
+            and not torch.compiler.is_compiling()
+            # Parameters of the activation itself (PReLU, xIELU) get their gradients from plain autograd only.
+            and not any(True for _ in act.parameters())
+        )
+        if recompute:
+            return _CollapsibleFunction.apply(pre_activation, self.alpha, slope, offset, act)
+        return collapsible(pre_activation, act(pre_activation), self.alpha, slope, offset)
+
+    def _apply(self, fn, recurse=True):
+        # Devices follow the model, dtypes do not: 0.987654 is 0.98828 in bfloat16.
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+
+        def keep_dtype(tensor):
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse=False)
+
+    def extra_repr(self):
+        return f"width={self.width}, linear_target={self.linear_target!r}, granularity={self.granularity!r}"
+
+
+class CollapsedBlock(nn.Module):
+    """A feed-forward module that became one linear map: what is left of its children, applied in order.
+
+    The linear map keeps the name that the block's last linear had, and so its key in the state dict; modules that came
+    after it in the block (output dropout) follow.
+    """
+
+    def __init__(self, children):
+        super().__init__()
+        for name, child in children.items():
+            self.add_module(name, child)
+
+    def forward(self, hidden_states):
+        for child in self._modules.values():
+            hidden_states = child(hidden_states)
+        return hidden_states
+
+
+# ----------------------------------------------------------------------------------------------------
+# The replacement table: data from a file that may be damaged or hostile
+# ----------------------------------------------------------------------------------------------------
+
+_WIDTH = f"an integer from 1 to {MAX_WIDTH}"
+
+
+def _is_width(value):
+    return type(value) is int and 1 <= value <= MAX_WIDTH
+
+
+# kind -> {key: (check, what is expected)}; "optional" keys are marked by a default in _DEFAULTS.
+_SPECS = {
+    "activation": {
+        "act": (lambda v: v == "native" or (isinstance(v, str) and v in ACT2FN), "'native' or an activation's name"),
+        "linear_target": (lambda v: v in ("identity", "affine"), "'identity' or 'affine'"),
+        "width": (_is_width, _WIDTH),
+        "alpha_shape": (lambda v: isinstance(v, list) and len(v) == 1 and _is_width(v[0]), "[1] or [width]"),
+        "gate": (lambda v: isinstance(v, bool), "true or false"),
+    },
+    "linear": {
+        "in_features": (_is_width, _WIDTH),
+        "out_features": (_is_width, _WIDTH),
+        "bias": (lambda v: isinstance(v, bool), "true or false"),
+    },
+    "conv1d": {
+        "in_features": (_is_width, _WIDTH),
+        "out_features": (_is_width, _WIDTH),
+    },
+    "identity": {},
+    "block": {
+        "child": (lambda v: isinstance(v, str), "the name of a child module"),
+        "then": (lambda v: isinstance(v, list) and all(isinstance(n, str) for n in v), "a list of names of children"),
+    },
+}
+_DEFAULTS = {"gate": False, "then": [], "scope": "base_model"}
+_NOT_IN_THIS_VERSION = {"narrow_ffn"}
+
+
+def validate_layer_collapse(layer_collapse):
+    """Checks everything about `config.layer_collapse` that can be checked without a model.
+
+    Raises:
+        ValueError: It is not a table of this format version; the message names the entry.
+    """
+    if not isinstance(layer_collapse, dict):
+        raise ValueError(f"`layer_collapse` in config.json must be an object, got {type(layer_collapse).__name__}.")
+    version = layer_collapse.get("version")
+    if type(version) is not int or version < 1:
+        raise ValueError(f"`layer_collapse.version` must be a positive integer, got {version!r}.")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"This model was saved in version {version} of the layer_collapse format, and this code reads versions up "
+            f"to {FORMAT_VERSION}. Upgrade with `pip install -U hf_layercollapse`."
+        )
+    if not isinstance(layer_collapse.get("options", {}), dict):
+        raise ValueError("`layer_collapse.options` must be an object.")
+    table = layer_collapse.get("modules")
+    if not isinstance(table, dict) or not table:
+        raise ValueError("`layer_collapse.modules` must be an object with at least one entry.")
+    if len(table) > MAX_ENTRIES:
+        raise ValueError(f"`layer_collapse.modules` has {len(table)} entries, the format allows {MAX_ENTRIES}.")
+    for path, spec in table.items():
+        _validate_entry(path, spec)
+    return layer_collapse
+
+
+def _validate_entry(path, spec):
+    entry = f"`layer_collapse.modules[{path!r}]`"
+    parts = path.split(".")
+    if len(parts) > MAX_DEPTH or not all(part.isidentifier() or part.isdigit() for part in parts):
+        raise ValueError(f"{entry}: this is not the path of a module.")
+    if any(part.startswith("_") for part in parts):
+        raise ValueError(f"{entry}: a path may not go through private attributes.")
+    if not isinstance(spec, dict):
+        raise ValueError(f"{entry}: expected an object, got {type(spec).__name__}.")
+    kind = spec.get("type")
+    if kind in _NOT_IN_THIS_VERSION:
+        raise ValueError(f"{entry}: {kind!r} is defined by the format but not supported by this version of the code.")
+    if not isinstance(kind, str) or kind not in _SPECS:
+        raise ValueError(f"{entry}: unknown type {kind!r}, expected one of {sorted(_SPECS)}.")
+    for key in spec.keys() - {"type", "scope"} - _SPECS[kind].keys():
+        raise ValueError(f"{entry}: unknown key {key!r} for type {kind!r}.")
+    if spec.get("scope", "base_model") not in ("base_model", "model"):
+        raise ValueError(f"{entry}: `scope` must be 'base_model' or 'model', got {spec['scope']!r}.")
+    for key, (check, expected) in _SPECS[kind].items():
+        value = spec.get(key, _DEFAULTS.get(key))
+        if not check(value):
+            raise ValueError(f"{entry}: `{key}` must be {expected}, got {value!r}.")
+    if kind == "activation" and spec["alpha_shape"] not in ([1], [spec["width"]]):
+        raise ValueError(f"{entry}: `alpha_shape` must be [1] or [{spec['width']}], got {spec['alpha_shape']}.")
+
+
+def _child(module, name):
+    """The registered child, never an attribute: a table must not reach anything but modules."""
+    return module._modules.get(name)
+
+
+def resolve_table(model, table):
+    """`[(path, qualified name, native module, spec)]` for the entries that apply to this model, parents first.
+
+    An entry whose first path component is absent belongs to a part that this class does not build (the decoder, in a
+    T5EncoderModel) and is passed over.
+
+    Raises:
+        ValueError: An entry resolves only partly, or none applies.
+    """
+    resolved = []
+    base_prefix = base_model_prefix_of(model)
+    # Parents before children: a `block` keeps the children that further entries replace.
+    for path in sorted(table, key=lambda path: path.count(".")):
+        spec = table[path]
+        in_base = spec.get("scope", "base_model") == "base_model"
+        first, *rest = path.split(".")
+        module = _child(base_model_of(model) if in_base else model, first)
+        if module is None:
+            continue
+        for part in rest:
+            parent, module = module, _child(module, part)
+            if module is None:
+                raise ValueError(
+                    f"`layer_collapse.modules[{path!r}]` does not fit {type(model).__name__}: there is no "
+                    f"{part!r} in {type(parent).__name__}. The table belongs to another model, or was edited."
+                )
+        resolved.append((path, (base_prefix if in_base else "") + path, module, spec))
+    if not resolved:
+        raise ValueError(
+            f"No entry of `layer_collapse.modules` applies to {type(model).__name__}; the first is "
+            f"{next(iter(table))!r}. The table belongs to another model."
+        )
+    return resolved
+
+
+def base_model_of(model):
+    """The module that table paths are relative to."""
+    return model.base_model if isinstance(model, PreTrainedModel) else model
+
+
+def base_model_prefix_of(model):
+    """What the qualified names of the base model's modules begin with: `"bert."`, or nothing."""
+    base = base_model_of(model)
+    return "" if base is model else next(name for name, module in model.named_modules() if module is base) + "."
+
+
+def build_module(path, native, spec):
+    """The module that a table entry asks for, in place of `native`. Parameters are made on the current device."""
+    kind, entry = spec["type"], f"`layer_collapse.modules[{path!r}]`"
+    if kind == "identity":
+        return nn.Identity()
+    if kind == "activation":
+        return CollapsibleActivation(
+            native,
+            spec["width"],
+            linear_target=spec["linear_target"],
+            granularity="neuron" if spec["alpha_shape"][0] == spec["width"] and spec["width"] > 1 else "block",
+            gate=spec.get("gate", False),
+            act=spec["act"],
+        )
+    if kind == "block":
+        names = [spec["child"], *spec.get("then", [])]
+        missing = [name for name in names if _child(native, name) is None]
+        if missing or len(set(names)) != len(names):
+            raise ValueError(f"{entry}: {type(native).__name__} has no children {missing or names}.")
+        return CollapsedBlock({name: native._modules[name] for name in names})
+    native_in, native_out = linear_shape(native, entry)
+    fits = spec["out_features"] == native_out
+    # A merged map is smaller than the two it came from, so it can be at most about twice its last linear.
+    if not fits or spec["in_features"] * spec["out_features"] > 2 * native_in * native_out:
+        raise ValueError(
+            f"{entry}: a map {spec['in_features']} -> {spec['out_features']} does not fit in place of "
+            f"{native_in} -> {native_out}."
+        )
+    if kind == "linear":
+        return nn.Linear(spec["in_features"], spec["out_features"], bias=spec["bias"])
+    return Conv1D(spec["out_features"], spec["in_features"])
+
+
+def linear_shape(module, what="module"):
+    """`(in_features, out_features)` of an `nn.Linear` or transformers' `Conv1D`.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    raise ValueError(f"{what}: expected a Linear or Conv1D, found {type(module).__name__}.")
+
+
+def apply_table(model, table):
+    """Reshapes a natively built model in place, as the table says; the weights are loaded afterwards."""
+    for path, _, native, spec in resolve_table(model, table):
+        # Found anew: an earlier `block` entry may have replaced the parent.
+        root = model if spec.get("scope") == "model" else base_model_of(model)
+        parent, _, name = path.rpartition(".")
+        root.get_submodule(parent)._modules[name] = build_module(path, native, spec)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Registered classes: subclasses of the native ones, made on demand
+# ----------------------------------------------------------------------------------------------------
+
+# Absent in a later transformers, this fails at import instead of never being called.
+PreTrainedModel._finalize_model_loading  # noqa: B018
+
+
+class LayerCollapseConfigMixin:
+    """In front of a native config class: writes the format, and the code that reads it, into every saved folder."""
+
+    def to_json_string(self, use_diff=True):
+        # Only the file says "layercollapse": in memory `model_type` stays native, since peft, pipelines and weight
+        # conversions are keyed on it.
+        content = json.loads(super().to_json_string(use_diff=use_diff))
+        content["base_model_type"] = content["model_type"]
+        content["model_type"] = MODEL_TYPE
+        content["auto_map"] = {"AutoConfig": f"{os.path.splitext(CODE_FILE)[0]}.{StoredConfig.__name__}"}
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+        # Here and not in the model's: `push_to_hub` uploads what this call leaves behind.
+        os.makedirs(save_directory, exist_ok=True)
+        target = os.path.join(save_directory, CODE_FILE)
+        if not (os.path.exists(target) and os.path.samefile(__file__, target)):
+            shutil.copyfile(__file__, target)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def __reduce_ex__(self, protocol):
+        return _empty_config, (type(self).native_class,), self.__dict__
+
+
+class LayerCollapseModelMixin:
+    """In front of a native model class: builds the native model, reshapes it by the table, and loads strictly."""
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        apply_table(self, validate_layer_collapse(config.layer_collapse)["modules"])
+        self.init_weights()
+
+    @classmethod
+    def is_custom_code(cls):
+        # Weight conversions (ViT's renamed layers, Mixtral's experts) are skipped for custom code.
+        return cls.native_class.is_custom_code()
+
+    # Both read the source of the class's module, which here is this file.
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        return cls.native_class._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls):
+        return cls.native_class._can_set_experts_implementation()
+
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        refuse_incomplete(model, loading_info)
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+
+    def save_pretrained(self, save_directory, is_main_process=True, push_to_hub=False, **kwargs):
+        """As `PreTrainedModel.save_pretrained`, and safe to interrupt.
+
+        Everything is written into a folder beside the old files, then moved in, `config.json` last: a save that is
+        interrupted leaves the old model whole or a folder that does not load.
+        """
+        in_place = self._hf_peft_config_loaded or kwargs.get("distributed_checkpoint", False)
+        if in_place or os.path.isfile(save_directory):
+            return super().save_pretrained(
+                save_directory, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs
+            )
+        hub_kwargs = {key: kwargs.pop(key) for key in ("commit_message", "repo_id", "create_pr") if key in kwargs}
+        if not is_main_process:
+            # Takes part in gathering sharded weights, writes nothing.
+            return super().save_pretrained(save_directory, is_main_process=False, **kwargs)
+
+        os.makedirs(save_directory, exist_ok=True)
+        for name in os.listdir(save_directory):
+            if name.startswith(SAVING_PREFIX):  # left by a save that was killed
+                shutil.rmtree(os.path.join(save_directory, name))
+        with tempfile.TemporaryDirectory(prefix=SAVING_PREFIX, dir=save_directory) as beside:
+            super().save_pretrained(beside, is_main_process=True, **kwargs)
+            _move_in(beside, save_directory, kwargs.get("variant"))
+        if not self.name_or_path:
+            self.name_or_path = self.config._name_or_path = os.fspath(save_directory)
+        if push_to_hub:
+            hub_kwargs.setdefault("repo_id", os.path.basename(os.path.normpath(save_directory)))
+            self.push_to_hub(**hub_kwargs, **{k: v for k, v in kwargs.items() if k in ("token", "max_shard_size")})
+
+    def __reduce_ex__(self, protocol):
+        return _empty_model, (type(self).native_class,), self.__getstate__()
+
+
+def _move_in(source, target, variant):
+    """Moves the files of a finished save into a folder that may hold another model."""
+    config_file = os.path.join(target, "config.json")
+    # From here on the folder does not load, until the new config.json is there.
+    if os.path.exists(config_file):
+        os.remove(config_file)
+    # Weights of the model that was here. A whole file would be read before new shards, old shards would be left over.
+    tag = f".{re.escape(variant)}" if variant else ""
+    stale = re.compile(rf"model{tag}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{tag}\.json")
+    for name in os.listdir(target):
+        if stale.fullmatch(name):
+            os.remove(os.path.join(target, name))
+    for name in sorted(os.listdir(source), key=lambda name: name == "config.json"):
+        os.replace(os.path.join(source, name), os.path.join(target, name))
+
+
+def refuse_incomplete(model, loading_info):
+    """Raises if the checkpoint and the modules of the replacement table do not match exactly.
+
+    A native model with missing weights warns and goes on with random ones; for an alpha or a merged matrix that would
+    be a different model.
+    """
+    prefixes = tuple(name + "." for _, name, _, _ in resolve_table(model, model.config.layer_collapse["modules"]))
+    problems = [f"missing: {key}" for key in sorted(loading_info.missing_keys) if key.startswith(prefixes)]
+    problems += [f"unexpected: {key}" for key in sorted(loading_info.unexpected_keys) if key.startswith(prefixes)]
+    problems += [
+        f"{key}: {tuple(found)} in the checkpoint, {tuple(expected)} in the table"
+        for key, found, expected in sorted(loading_info.mismatched_keys)
+        if key.startswith(prefixes)
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise ValueError(
+            f"The checkpoint of this {type(model).__name__} does not hold what its layer_collapse table describes:\n"
+            f"  {shown}\nThe folder is damaged or mixed from two models; load a complete copy."
+        )
+
+
+class StoredConfig(PreTrainedConfig):
+    """What `model_type: layercollapse` in a config.json resolves to. Never instantiated: it makes the real one."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
+        base_model_type = config_dict.pop("base_model_type", None)
+        known = isinstance(base_model_type, str) and base_model_type in CONFIG_MAPPING
+        if not known or base_model_type == MODEL_TYPE:
+            raise ValueError(
+                f"`base_model_type` in config.json must name a model type that transformers knows, got "
+                f"{base_model_type!r}. If it is newer than this transformers, upgrade with "
+                "`pip install -U transformers`."
+            )
+        validate_layer_collapse(config_dict.get("layer_collapse"))
+        config_dict["model_type"] = base_model_type
+        return config_class_for(CONFIG_MAPPING[base_model_type]).from_dict(config_dict, **kwargs)
+
+
+_built = {}
+
+
+def config_class_for(native_class):
+    """The config class of patched and collapsed models whose dense form uses `native_class`; made on first use.
+
+    Its model classes are registered under every Auto class that knows the native config, and so are the tokenizers
+    and processors of the family.
+    """
+    if issubclass(native_class, LayerCollapseConfigMixin):
+        return native_class
+    if native_class not in _built:
+        namespace = {"__module__": __name__, "native_class": native_class, "__annotations__": {}}
+        _built[native_class] = type(
+            f"LayerCollapse{native_class.__name__}", (LayerCollapseConfigMixin, native_class), namespace
+        )
+        _register(native_class, _built[native_class])
+    return _built[native_class]
+
+
+def model_class_for(native_class, config_class):
+    """The model class of patched and collapsed models whose dense form is `native_class`; made on first use.
+
+    It keeps the native name: `pipeline`, `architectures`, `loss_type` and weight conversions are keyed on it.
+    """
+    if issubclass(native_class, LayerCollapseModelMixin):
+        return native_class
+    if native_class not in _built:
+        namespace = {
+            "__module__": __name__,
+            "__doc__": native_class.__doc__,
+            "native_class": native_class,
+            "config_class": config_class,
+        }
+        _built[native_class] = type(native_class.__name__, (LayerCollapseModelMixin, native_class), namespace)
+    return _built[native_class]
+
+
+def _register(native_config, built_config):
+    for name in modeling_auto.__dict__:
+        auto_class = modeling_auto.__dict__[name]
+        if not (isinstance(auto_class, type) and issubclass(auto_class, auto_factory._BaseAutoModelClass)):
+            continue
+        mapping = auto_class._model_mapping
+        if mapping is None or native_config not in mapping:
+            continue
+        native_models = mapping[native_config]
+        if isinstance(native_models, (list, tuple)):
+            built_models = tuple(model_class_for(model, built_config) for model in native_models)
+        else:
+            built_models = model_class_for(native_models, built_config)
+        auto_class.register(built_config, built_models, exist_ok=True)
+    for module, mapping_name in (
+        ("tokenization_auto", "TOKENIZER_MAPPING"),
+        ("image_processing_auto", "IMAGE_PROCESSOR_MAPPING"),
+        ("feature_extraction_auto", "FEATURE_EXTRACTOR_MAPPING"),
+        ("processing_auto", "PROCESSOR_MAPPING"),
+    ):
+        mapping = importlib.import_module(f"transformers.models.auto.{module}").__dict__[mapping_name]
+        if native_config in mapping:
+            mapping.register(built_config, mapping[native_config], exist_ok=True)
+
+
+def _empty_config(native_class):
+    built = config_class_for(native_class)
+    return built.__new__(built)
+
+
+def _empty_model(native_class):
+    built = model_class_for(native_class, config_class_for(native_class.config_class))
+    return built.__new__(built)
+
+
+def set_layer_collapse(model, layer_collapse, holders=()):
+    """Gives a live model its patched or collapsed classes, or, with `None`, the native ones back.
+
+    The config is copied first: another model made from the same config object must not change. `holders` are further
+    modules (a PeftModel around the model) whose `config` is the same object.
+    """
+    old = model.config
+    native_config = type(old).native_class if isinstance(old, LayerCollapseConfigMixin) else type(old)
+    native_model = type(model).native_class if isinstance(model, LayerCollapseModelMixin) else type(model)
+    config = copy.deepcopy(old)
+    if layer_collapse is None:
+        config.__class__ = native_config
+        config.__dict__.pop("layer_collapse", None)
+        model.__class__ = native_model
+    else:
+        config.__class__ = config_class_for(native_config)
+        config.layer_collapse = validate_layer_collapse(layer_collapse)
+        model.__class__ = model_class_for(native_model, config.__class__)
+    # An adapter made now would otherwise name the dense folder as its base.
+    config._name_or_path = ""
+    for holder in (model, *holders):
+        for module in holder.modules():
+            if module.__dict__.get("config") is old:
+                module.config = config
+    model.name_or_path = ""
+    return model
+
+
+# A copy of this file inside a repository must not answer for other repositories.
+if not __name__.startswith("transformers_modules."):
+    AutoConfig.register(MODEL_TYPE, StoredConfig, exist_ok=True)

@@ -1,0 +1,181 @@
+"""Dense <-> patched: exchanging the activation module of a block, and nothing else."""
+
+import torch
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
+from .calibration import calibrate_affine_targets
+from .config import LayerCollapseConfig
+from .families import (
+    check_weights,
+    find_feed_forward_blocks,
+    modules_of,
+    refused_blocks,
+    select_blocks,
+    unwrap,
+)
+from .modeling_layercollapse import (
+    FORMAT_VERSION,
+    CollapsibleActivation,
+    base_model_prefix_of,
+    set_layer_collapse,
+)
+
+
+def apply_layer_collapse(model, config: LayerCollapseConfig | None = None, calibration_data=None):
+    """Patches a dense model in place: each chosen block's activation becomes a [`CollapsibleActivation`].
+
+    While every alpha is 0 the model computes what it did before, bit for bit. The model's class and config become
+    those that save and load with the patch; `isinstance` of the native class stays true.
+
+    Args:
+        model (`nn.Module`): A dense model, or one that was collapsed before (its dense blocks are patched). A
+            PeftModel or compiled model is looked through and stays valid.
+        config ([`LayerCollapseConfig`], *optional*): Which blocks, and how. Default: all blocks, identity target.
+        calibration_data (iterable of `dict[str, Tensor]`, *optional*): Model inputs; needed, and only used, for
+            `linear_target="affine"`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: `model` or `config` is of a wrong type, or the model is wrapped or sharded.
+        ValueError: Nothing or something unknown is chosen, the model is patched already, its weights cannot be used,
+            or calibration data is missing, empty or not finite. Nothing has been changed then.
+    """
+    config = LayerCollapseConfig() if config is None else config
+    if not isinstance(config, LayerCollapseConfig):
+        raise TypeError(f"`config` must be a LayerCollapseConfig, got {type(config).__name__}.")
+    inner, holders = unwrap(model)
+    blocks = find_feed_forward_blocks(inner)
+    if any(block.state == "patched" for block in blocks):
+        raise ValueError("The model is patched already. `remove_layer_collapse(model)` takes it back to dense.")
+    chosen = select_blocks(blocks, config.blocks, refused_blocks(inner))
+    collapsed = [block.name for block in chosen if block.state == "collapsed"]
+    if collapsed and config.blocks != "all":
+        raise ValueError(f"`blocks` names blocks that are collapsed already: {collapsed}.")
+    chosen = [block for block in chosen if block.state == "dense"]
+    if not chosen:
+        raise ValueError("Every block of the model is collapsed already; there is nothing to patch.")
+    check_weights(inner, chosen, merging=False)
+
+    activations = {}
+    for block in chosen:
+        parts = modules_of(inner, block)
+        activations[block.name] = CollapsibleActivation(
+            parts.activation,
+            block.hidden_features,
+            linear_target=config.linear_target,
+            granularity=config.granularity,
+            gate=block.kind == "gated",
+            act="native" if config.activation == "native" else config.activation,
+            alpha=config.initial_alpha,
+            device=next(parts.up.parameters()).device,
+        )
+    if config.linear_target == "affine":
+        if calibration_data is None:
+            raise ValueError(
+                'linear_target="affine" needs `calibration_data`: some batches of model inputs to fit each neuron\'s '
+                "line to."
+            )
+        calibrate_affine_targets(model, inner, chosen, activations, calibration_data)
+
+    for block in chosen:
+        replace_module(inner, block.path(block.layout.activation), activations[block.name])
+        activations[block.name].train(modules_of(inner, block).holder.training)
+    refresh_layer_collapse(inner, config, holders)
+    return model
+
+
+def remove_layer_collapse(model):
+    """Takes a patched model back to dense in place, exactly: the native activations return, whatever alpha is.
+
+    Blocks that were collapsed stay collapsed.
+
+    Args:
+        model (`nn.Module`): A patched model; a PeftModel or compiled model is looked through.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: The model is wrapped or sharded.
+        ValueError: The model is not patched.
+    """
+    inner, holders = unwrap(model)
+    blocks = [block for block in find_feed_forward_blocks(inner) if block.state == "patched"]
+    if not blocks:
+        raise ValueError("The model is not patched: none of its blocks carries an alpha.")
+    restore_blocks(inner, blocks)
+    refresh_layer_collapse(inner, None, holders)
+    return model
+
+
+def restore_blocks(inner, blocks):
+    """Puts the native activation back into patched blocks."""
+    for block in blocks:
+        activation = modules_of(inner, block).activation
+        replace_module(inner, block.path(block.layout.activation), activation.native.train(activation.training))
+
+
+def replace_module(model, name, module):
+    """Puts `module` where `name` stands, keeping the position among its siblings."""
+    parent, _, child = name.rpartition(".")
+    model.get_submodule(parent)._modules[child] = module
+
+
+def collapsible_activations(model) -> dict[str, CollapsibleActivation]:
+    """Qualified name -> activation, for every patched block; a shared block once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, CollapsibleActivation)}
+
+
+def layer_collapse_config_of(model) -> LayerCollapseConfig | None:
+    """The [`LayerCollapseConfig`] that a patched or collapsed transformers model carries, else `None`."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    stored = model.config.__dict__.get("layer_collapse")
+    return LayerCollapseConfig.from_dict(stored["options"]) if stored and stored.get("options") else None
+
+
+def refresh_layer_collapse(inner, config, holders=(), replaced=()):
+    """Writes what the modules now are into the model's config, and gives it the classes that belong to that.
+
+    Args:
+        config ([`LayerCollapseConfig`] or `None`): Options to record; `None` keeps those that are there.
+        replaced (`Sequence[tuple[str, dict]]`): Qualified names and specs of modules that a collapse replaced.
+    """
+    if not isinstance(inner, PreTrainedModel):
+        return
+    stored = inner.config.__dict__.get("layer_collapse") or {}
+    options = config.to_dict() if config is not None else stored.get("options", {})
+    prefix = base_model_prefix_of(inner)
+    table = {path: spec for path, spec in stored.get("modules", {}).items() if spec["type"] != "activation"}
+
+    def add(name, spec):
+        if name.startswith(prefix):
+            table[name[len(prefix) :]] = spec
+        else:
+            table[name] = {**spec, "scope": "model"}
+
+    for name, activation in collapsible_activations(inner).items():
+        add(name, activation.spec)
+    for name, spec in replaced:
+        add(name, spec)
+    layer_collapse = {"version": FORMAT_VERSION, "options": options, "modules": table} if table else None
+    set_layer_collapse(inner, layer_collapse, holders)
+
+
+def alpha_parameters(model) -> list[nn.Parameter]:
+    """The alphas of a patched model, each once, in forward order."""
+    seen: dict[int, nn.Parameter] = {}
+    for activation in collapsible_activations(model).values():
+        seen.setdefault(id(activation.alpha), activation.alpha)
+    return list(seen.values())
+
+
+def penalty(alphas) -> torch.Tensor:
+    """`sum_b (1 - alpha_b)^2` (LayerCollapse, arXiv 2311.17943), over blocks; with one alpha per neuron, the mean of a
+    block's neurons. A float32 scalar; 0 for no alphas.
+    """
+    terms = [(1 - alpha).square().mean() for alpha in alphas]
+    return torch.stack(terms).sum() if terms else torch.zeros(())
