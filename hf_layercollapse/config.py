@@ -52,7 +52,7 @@ class LayerCollapseConfig:
         default="native",
         metadata={
             "help": "'native' keeps the pretrained activation, so that patching changes nothing; 'relu' is the "
-            "paper's patch: the activation becomes PReLU(alpha), which changes every model but those trained with ReLU."
+            "paper's patch: the activation becomes PReLU(alpha), which changes every model not trained with ReLU."
         },
     )
     initial_alpha: float = field(
@@ -65,13 +65,13 @@ class LayerCollapseConfig:
     penalty_schedule: str = field(
         default="constant",
         metadata={
-            "help": "How the strength goes after the warm-up: 'constant' holds it, 'linear' and 'cosine' bring it down "
-            "to 0 at the end of training, as the learning-rate schedules of those names do."
+            "help": "How the strength comes to its full value: 'constant', from the first step; 'linear' or 'cosine', "
+            "rising from 0 over the first `penalty_warmup_ratio` of training and then held."
         },
     )
     penalty_warmup_ratio: float = field(
-        default=0.0,
-        metadata={"help": "Share of all steps over which the strength rises linearly from 0, in [0, 1)."},
+        default=1.0,
+        metadata={"help": "Share of all steps over which a 'linear' or 'cosine' schedule rises, in (0, 1]."},
     )
     alpha_learning_rate: float = field(
         default=1e-2,
@@ -102,23 +102,19 @@ class LayerCollapseConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
-        for name, low, high, inclusive in (
-            ("initial_alpha", 0.0, 1.0, True),
-            ("penalty_strength", 0.0, float("inf"), False),
-            ("penalty_warmup_ratio", 0.0, 1.0, False),
-            ("collapse_threshold", 0.0, 1.0, False),
-            ("alpha_learning_rate", 0.0, float("inf"), False),
+        for name, allowed, check in (
+            ("initial_alpha", "[0, 1]", lambda value: 0 <= value <= 1),
+            ("penalty_strength", "[0, inf)", lambda value: 0 <= value < float("inf")),
+            ("penalty_warmup_ratio", "(0, 1]", lambda value: 0 < value <= 1),
+            ("collapse_threshold", "[0, 1)", lambda value: 0 <= value < 1),
+            ("alpha_learning_rate", "(0, inf)", lambda value: 0 < value < float("inf")),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"`{name}` must be a number, got {value!r}.")
-            if not (low <= value <= high if inclusive else low <= value < high):
-                raise ValueError(f"`{name}` must be in [{low}, {high}{']' if inclusive else ')'}, got {value}.")
+                raise TypeError(f"`{name}` must be a number in {allowed}, got {value!r}.")
+            if not check(value):
+                raise ValueError(f"`{name}` must be in {allowed}, got {value}.")
             setattr(self, name, float(value))
-        if self.alpha_learning_rate == 0:
-            raise ValueError(
-                "`alpha_learning_rate` must be above 0; to train without the penalty, set penalty_strength=0."
-            )
 
     @classmethod
     def paper(cls, blocks="all", **kwargs):
