@@ -1,0 +1,49 @@
+"""Everything offline, on one thread, from fixed seeds; transformers' deprecations are errors."""
+
+import os
+
+
+# Before anything that reads them is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import logging  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+
+torch.set_num_threads(1)
+transformers.logging.disable_progress_bar()
+
+
+class _DropNoise(logging.Filter):
+    """Native classes on folders of ours report keys by the page, and without torchvision every image processor says so."""
+
+    def filter(self, record):
+        message = record.getMessage()
+        return "LOAD REPORT" not in message and "requires torchvision" not in message
+
+
+for _name in ("transformers.modeling_utils", "transformers.utils.loading_report", "transformers"):
+    logging.getLogger(_name).addFilter(_DropNoise())
+for _handler in logging.getLogger("transformers").handlers:
+    _handler.addFilter(_DropNoise())
+
+
+def pytest_configure(config):
+    # The warning is attributed to the caller, so these are our own calls and the tests'.
+    for category in ("FutureWarning", "DeprecationWarning"):
+        config.addinivalue_line("filterwarnings", f"error::{category}:hf_layercollapse")
+        config.addinivalue_line("filterwarnings", f"error::{category}:tests")
+        config.addinivalue_line("filterwarnings", f"error:.*transformers.*:{category}")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

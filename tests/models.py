@@ -1,0 +1,204 @@
+"""The one table of test models: tiny, built from configs, with random weights and random non-zero biases."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    Dinov2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    GPT2Config,
+    RobertaConfig,
+    ViTConfig,
+)
+
+
+WIDTH, HIDDEN, LAYERS, VOCABULARY = 16, 40, 3, 64
+
+
+def text_inputs(batch=2, length=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    # From 3: RoBERTa counts positions by what is not padding (1), and no special token is wanted.
+    return {"input_ids": torch.randint(3, VOCABULARY, (batch, length), generator=generator)}
+
+
+def image_inputs(batch=2, seed=0):
+    return {"pixel_values": torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(seed))}
+
+
+def _encoder(config_class, **kwargs):
+    return lambda: config_class(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        max_position_embeddings=40,
+        num_labels=3,
+        **kwargs,
+    )
+
+
+def _vision(config_class, **kwargs):
+    return lambda: config_class(
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        num_labels=3,
+        **kwargs,
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """One family: how to build it, what to feed it, and what must be found in it.
+
+    Args:
+        name (`str`): Family and test id.
+        config (`Callable`): Gives a fresh native config.
+        auto_class: The Auto class of its head model.
+        inputs (`Callable`): `inputs(seed=...)`, model inputs without labels.
+        block (`str`): Name of block `{i}` in the head model.
+        activation, down (`str`): Paths inside the block.
+        hidden (`int`): Hidden width of its blocks.
+        labels (`str`): `"class"` or `"tokens"`.
+        collapsed_kinds (`set`): Kinds of table entries that a collapse leaves.
+    """
+
+    name: str
+    config: Callable[[], Any]
+    auto_class: Any
+    inputs: Callable[..., dict[str, torch.Tensor]]
+    block: str
+    activation: str
+    down: str
+    hidden: int = HIDDEN
+    labels: str = "class"
+    collapsed_kinds: frozenset = field(default=frozenset({"linear", "identity"}))
+
+    def model(self, seed=0, dtype=torch.float32, config=None):
+        """The native head model in evaluation mode, the same for the same seed."""
+        torch.manual_seed(seed)
+        model = self.auto_class.from_config(self.config() if config is None else config).to(dtype)
+        return randomize(model, seed).eval()
+
+    def batch(self, seed=0):
+        """Inputs with labels."""
+        inputs = self.inputs(seed=seed)
+        first = next(iter(inputs.values()))
+        if self.labels == "tokens":
+            return {**inputs, "labels": inputs["input_ids"]}
+        return {**inputs, "labels": torch.arange(first.shape[0]) % 3}
+
+    def blocks(self):
+        return [self.block.format(i=i) for i in range(LAYERS)]
+
+
+def randomize(model, seed=0):
+    """Random numbers onto every parameter, so that no bias is zero and no norm is trivial."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.2 * noise.to(parameter.dtype))
+    return model
+
+
+_SPLIT = {"activation": "intermediate.intermediate_act_fn", "down": "output.dense"}
+_FC = {
+    "activation": "activation_fn",
+    "down": "fc2",
+    "collapsed_kinds": frozenset({"linear", "block"}),
+}
+
+CASES = [
+    Case(
+        "bert",
+        _encoder(BertConfig),
+        AutoModelForSequenceClassification,
+        text_inputs,
+        "bert.encoder.layer.{i}",
+        **_SPLIT,
+    ),
+    Case(
+        "roberta",
+        _encoder(RobertaConfig),
+        AutoModelForSequenceClassification,
+        text_inputs,
+        "roberta.encoder.layer.{i}",
+        **_SPLIT,
+    ),
+    Case(
+        "electra",
+        _encoder(ElectraConfig, embedding_size=12, hidden_act="gelu_new"),
+        AutoModelForSequenceClassification,
+        text_inputs,
+        "electra.encoder.layer.{i}",
+        **_SPLIT,
+    ),
+    Case(
+        "vit",
+        _vision(ViTConfig, intermediate_size=HIDDEN),
+        AutoModelForImageClassification,
+        image_inputs,
+        "vit.layers.{i}.mlp",
+        **_FC,
+    ),
+    Case(
+        "dinov2",
+        _vision(Dinov2Config, mlp_ratio=3),
+        AutoModelForImageClassification,
+        image_inputs,
+        "dinov2.layers.{i}.mlp",
+        hidden=48,
+        **_FC,
+    ),
+    Case(
+        "distilbert",
+        lambda: DistilBertConfig(
+            vocab_size=VOCABULARY,
+            dim=WIDTH,
+            hidden_dim=HIDDEN,
+            n_layers=LAYERS,
+            n_heads=2,
+            max_position_embeddings=40,
+            num_labels=3,
+            activation="relu",
+        ),
+        AutoModelForSequenceClassification,
+        text_inputs,
+        "distilbert.transformer.layer.{i}.ffn",
+        activation="activation",
+        down="lin2",
+        collapsed_kinds=frozenset({"linear", "block"}),
+    ),
+    Case(
+        "gpt2",
+        lambda: GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=WIDTH,
+            n_inner=HIDDEN,
+            n_layer=LAYERS,
+            n_head=2,
+            n_positions=40,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        AutoModelForCausalLM,
+        text_inputs,
+        "transformer.h.{i}.mlp",
+        activation="act",
+        down="c_proj",
+        labels="tokens",
+        collapsed_kinds=frozenset({"conv1d", "block"}),
+    ),
+]
+BY_NAME = {case.name: case for case in CASES}
