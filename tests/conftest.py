@@ -23,7 +23,7 @@ transformers.logging.disable_progress_bar()
 
 
 class _DropNoise(logging.Filter):
-    """Native classes on folders of ours report keys by the page, and without torchvision every image processor says so."""
+    """Native classes on folders of ours report keys by the page; without torchvision image processors say so."""
 
     def filter(self, record):
         message = record.getMessage()
