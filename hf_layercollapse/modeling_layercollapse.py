@@ -42,7 +42,12 @@ MAX_DEPTH = 32
 # ----------------------------------------------------------------------------------------------------
 
 
-def collapsible(pre_activation, activated, alpha, slope=None, offset=None):
+# Elements that a CPU works on at a time, so that the temporaries of a chunk stay in its cache (1 MB in float32;
+# whole tensors at once take twice as long).
+CHUNK_ELEMENTS = 2**18
+
+
+def collapsible(pre_activation, activated, alpha, slope, offset):
     """`(1 - alpha) * activated + alpha * line`, where `line = slope * pre_activation + offset`.
 
     `slope` and `offset` are tensors of shape `(width,)`, or numbers; `(1, 0)` is the paper's identity target, a slope
@@ -52,8 +57,7 @@ def collapsible(pre_activation, activated, alpha, slope=None, offset=None):
     """
     dtype = torch.promote_types(activated.dtype, alpha.dtype)
     blended = activated.to(dtype)
-    line = _line(pre_activation.to(dtype), slope, offset)
-    return (blended + alpha.to(dtype) * (line - blended)).to(activated.dtype)
+    return _toward(blended, _line(pre_activation.to(dtype), slope, offset), alpha.to(dtype)).to(activated.dtype)
 
 
 def _line(pre_activation, slope, offset):
@@ -61,58 +65,95 @@ def _line(pre_activation, slope, offset):
         return torch.addcmul(offset.to(pre_activation.dtype), pre_activation, slope.to(pre_activation.dtype))
     if isinstance(offset, torch.Tensor):
         return offset.to(pre_activation.dtype)
-    return pre_activation if slope == 1 else pre_activation.new_full((), offset)
+    return pre_activation if _is_one(slope) else pre_activation.new_full((), offset)
+
+
+def _is_one(slope):
+    return not isinstance(slope, torch.Tensor) and slope == 1
+
+
+def _toward(start, end, alpha, out=None):
+    if isinstance(alpha, float):
+        return torch.add(start, end - start, alpha=alpha, out=out)
+    return torch.addcmul(start, end - start, alpha, out=out)
+
+
+def _chunks(tensor):
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows.split(max(1, CHUNK_ELEMENTS // rows.shape[-1])) if tensor.device.type == "cpu" else (rows,)
+
+
+def _factor(alpha, dtype):
+    # A number is faster than a tensor, and free to read on a CPU.
+    return float(alpha) if alpha.numel() == 1 and alpha.device.type == "cpu" else alpha.to(dtype)
 
 
 class _CollapsibleFunction(torch.autograd.Function):
-    """[`collapsible`] that keeps only the pre-activation for backward, as GELU and SiLU do."""
+    """[`collapsible`] in chunks, keeping only the pre-activation for backward, as GELU and SiLU do."""
 
     @staticmethod
     def forward(pre_activation, alpha, slope, offset, activation):
-        return collapsible(pre_activation, activation(pre_activation), alpha, slope, offset)
+        output = None
+        for start, chunk in _enumerate_rows(_chunks(pre_activation)):
+            activated = activation(chunk)
+            if output is None:
+                output = activated.new_empty(pre_activation.shape)
+                rows = output.view(-1, output.shape[-1])
+            dtype = torch.promote_types(activated.dtype, alpha.dtype)
+            line = _line(chunk.to(dtype), slope, offset)
+            _toward(activated.to(dtype), line, _factor(alpha, dtype), out=rows[start : start + len(chunk)])
+        return output
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         pre_activation, alpha, slope, offset, activation = inputs
-        tensors = [value for value in (slope, offset) if isinstance(value, torch.Tensor)]
-        ctx.save_for_backward(pre_activation, alpha, *tensors)
-        ctx.slope, ctx.offset, ctx.activation = (
-            None if isinstance(slope, torch.Tensor) else slope,
-            None if isinstance(offset, torch.Tensor) else offset,
-            activation,
-        )
+        ctx.save_for_backward(pre_activation, alpha, *(v for v in (slope, offset) if isinstance(v, torch.Tensor)))
+        ctx.constants = [None if isinstance(value, torch.Tensor) else value for value in (slope, offset)]
+        ctx.activation = activation
 
     @staticmethod
     def backward(ctx, grad_output):
-        pre_activation, alpha, *tensors = ctx.saved_tensors
-        slope = tensors.pop(0) if ctx.slope is None else ctx.slope
-        offset = tensors.pop(0) if ctx.offset is None else ctx.offset
+        pre_activation, alpha, *buffers = ctx.saved_tensors
+        slope, offset = (buffers.pop(0) if value is None else value for value in ctx.constants)
+        if torch.is_grad_enabled():  # a gradient of the gradient is wanted
+            output = collapsible(pre_activation, ctx.activation(pre_activation), alpha, slope, offset)
+            wanted = [value for value in (pre_activation, alpha) if value.requires_grad]
+            grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True))
+            return (
+                *(next(grads) if value.requires_grad else None for value in (pre_activation, alpha)),
+                None,
+                None,
+                None,
+            )
+
         dtype = torch.promote_types(grad_output.dtype, alpha.dtype)
-        alpha_ = alpha.to(dtype)
+        factor = _factor(alpha, dtype)
+        grad_input = pre_activation.new_empty(pre_activation.shape) if ctx.needs_input_grad[0] else None
+        grad_alpha = torch.zeros_like(alpha, dtype=dtype) if ctx.needs_input_grad[1] else None
+        chunks, grads = _chunks(pre_activation), _chunks(grad_output)
+        for (start, chunk), grad in zip(_enumerate_rows(chunks), grads, strict=True):
+            with torch.enable_grad():
+                chunk = chunk.detach().requires_grad_()
+                activated = ctx.activation(chunk)
+            if grad_input is not None:
+                (through_activation,) = torch.autograd.grad(activated, chunk, grad, retain_graph=False)
+                through_line = grad.to(dtype) if _is_one(slope) else grad.to(dtype) * slope
+                rows = grad_input.view(-1, grad_input.shape[-1])[start : start + len(chunk)]
+                _toward(through_activation.to(dtype), through_line, factor, out=rows)
+            if grad_alpha is not None:
+                difference = _line(chunk.detach().to(dtype), slope, offset) - activated.detach().to(dtype)
+                if alpha.numel() == 1:
+                    grad_alpha += torch.dot(grad.to(dtype).flatten(), difference.flatten())
+                else:
+                    grad_alpha += (grad.to(dtype) * difference).sum(0)
+        return grad_input, None if grad_alpha is None else grad_alpha.to(alpha.dtype), None, None, None
 
-        activated, activation_vjp = torch.func.vjp(ctx.activation, pre_activation)
-        grad_input = grad_alpha = None
-        if ctx.needs_input_grad[0]:
-            (through_activation,) = activation_vjp(grad_output)
-            through_activation = through_activation.to(dtype)
-            through_line = grad_output.to(dtype) * slope if _depends_on_input(slope) else 0.0
-            if isinstance(through_line, float):
-                grad_input = through_activation * (1 - alpha_)
-            else:
-                grad_input = through_activation + alpha_ * (through_line - through_activation)
-            grad_input = grad_input.to(pre_activation.dtype)
-        if ctx.needs_input_grad[1]:
-            difference = _line(pre_activation.to(dtype), slope, offset) - activated.to(dtype)
-            if alpha.numel() == 1:
-                grad_alpha = torch.dot(grad_output.to(dtype).flatten(), difference.flatten())
-                grad_alpha = grad_alpha.reshape(alpha.shape).to(alpha.dtype)
-            else:
-                grad_alpha = (grad_output.to(dtype) * difference).flatten(0, -2).sum(0).to(alpha.dtype)
-        return grad_input, grad_alpha, None, None, None
 
-
-def _depends_on_input(slope):
-    return isinstance(slope, torch.Tensor) or slope != 0
+def _enumerate_rows(chunks):
+    start = 0
+    for chunk in chunks:
+        yield start, chunk
+        start += len(chunk)
 
 
 class CollapsibleActivation(nn.Module):
@@ -187,17 +228,16 @@ class CollapsibleActivation(nn.Module):
 
     def forward(self, pre_activation):
         act, (slope, offset) = self.act, self.line
-        recompute = (
-            torch.is_grad_enabled()
-            and (pre_activation.requires_grad or self.alpha.requires_grad)
-            # A compiler chooses by itself what to keep, and fuses what stands in the open.
-            and not torch.compiler.is_compiling()
+        in_the_open = (
+            # A compiler fuses what it sees, and chooses by itself what to keep for backward.
+            torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
             # Parameters of the activation itself (PReLU, xIELU) get their gradients from plain autograd only.
-            and not any(True for _ in act.parameters())
+            or any(True for _ in act.parameters())
         )
-        if recompute:
-            return _CollapsibleFunction.apply(pre_activation, self.alpha, slope, offset, act)
-        return collapsible(pre_activation, act(pre_activation), self.alpha, slope, offset)
+        if in_the_open:
+            return collapsible(pre_activation, act(pre_activation), self.alpha, slope, offset)
+        return _CollapsibleFunction.apply(pre_activation, self.alpha, slope, offset, act)
 
     def _apply(self, fn, recurse=True):
         # Devices follow the model, dtypes do not: 0.987654 is 0.98828 in bfloat16.
