@@ -531,17 +531,18 @@ class LayerCollapseModelMixin:
         refuse_incomplete(model, loading_info)
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
-    def save_pretrained(self, save_directory, is_main_process=True, push_to_hub=False, **kwargs):
+    def save_pretrained(
+        self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, max_shard_size="50GB", **kwargs
+    ):
         """As `PreTrainedModel.save_pretrained`, and safe to interrupt.
 
         Everything is written into a folder beside the old files, then moved in, `config.json` last: a save that is
         interrupted leaves the old model whole or a folder that does not load.
         """
+        kwargs |= {"state_dict": state_dict, "max_shard_size": max_shard_size}
         in_place = self._hf_peft_config_loaded or kwargs.get("distributed_checkpoint", False)
         if in_place or os.path.isfile(save_directory):
-            return super().save_pretrained(
-                save_directory, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs
-            )
+            return super().save_pretrained(save_directory, is_main_process, push_to_hub=push_to_hub, **kwargs)
         hub_kwargs = {key: kwargs.pop(key) for key in ("commit_message", "repo_id", "create_pr") if key in kwargs}
         if not is_main_process:
             # Takes part in gathering sharded weights, writes nothing.
@@ -552,13 +553,25 @@ class LayerCollapseModelMixin:
             if name.startswith(SAVING_PREFIX):  # left by a save that was killed
                 shutil.rmtree(os.path.join(save_directory, name))
         with tempfile.TemporaryDirectory(prefix=SAVING_PREFIX, dir=save_directory) as beside:
-            super().save_pretrained(beside, is_main_process=True, **kwargs)
+            super().save_pretrained(beside, **kwargs)
             _move_in(beside, save_directory, kwargs.get("variant"))
-        if not self.name_or_path:
-            self.name_or_path = self.config._name_or_path = os.fspath(save_directory)
+        self._name_if_new(os.fspath(save_directory))
         if push_to_hub:
             hub_kwargs.setdefault("repo_id", os.path.basename(os.path.normpath(save_directory)))
-            self.push_to_hub(**hub_kwargs, **{k: v for k, v in kwargs.items() if k in ("token", "max_shard_size")})
+            hub_kwargs |= {key: kwargs[key] for key in ("token", "max_shard_size", "variant") if key in kwargs}
+            self.push_to_hub(**hub_kwargs)
+
+    def push_to_hub(self, repo_id, *args, **kwargs):
+        name = self.name_or_path
+        result = super().push_to_hub(repo_id, *args, **kwargs)
+        # Not after the temporary folder that was uploaded from.
+        self.name_or_path = self.config._name_or_path = name
+        self._name_if_new(repo_id)
+        return result
+
+    def _name_if_new(self, name):
+        if not self.name_or_path:
+            self.name_or_path = self.config._name_or_path = name
 
     def __reduce_ex__(self, protocol):
         return _empty_model, (type(self).native_class,), self.__getstate__()
