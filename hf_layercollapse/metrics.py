@@ -1,0 +1,140 @@
+"""Metrics that need no Hub, and how far an accuracy measured on a finite test set can be trusted.
+
+`evaluate.load("accuracy")` downloads a script; the classes here are `evaluate.Metric`s with the same call, so they
+work offline, with `compute`, `add_batch`, `evaluate.combine` and `evaluate.evaluator`.
+"""
+
+from statistics import NormalDist
+
+import datasets
+import evaluate
+import numpy as np
+
+
+class _OfflineMetric(evaluate.Metric):
+    """Keeps what is added in memory: a metric that needs no Hub needs no cache folder either."""
+
+    def __init__(self, keep_in_memory=True, **kwargs):
+        super().__init__(keep_in_memory=keep_in_memory, **kwargs)
+
+
+class Accuracy(_OfflineMetric):
+    """Share of predictions that equal the reference: `{"accuracy": float in [0, 1]}`.
+
+    Args:
+        predictions, references (`Sequence[int]`): Class indices, of the same length.
+
+    Example:
+
+    ```python
+    Accuracy().compute(predictions=[0, 1, 1], references=[0, 1, 0])  # {"accuracy": 0.667}
+    ```
+    """
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description="Share of predictions that equal the reference.",
+            citation="",
+            inputs_description="predictions, references: class indices.",
+            features=datasets.Features(
+                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+            ),
+        )
+
+    def _compute(self, predictions, references):
+        return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
+
+
+class Perplexity(_OfflineMetric):
+    """Perplexity of a corpus, `exp(total negative log-likelihood / number of tokens)`: `{"perplexity": float >= 1}`.
+
+    It is the exponential of the mean over *tokens*: averaging the perplexities, or the mean losses, of batches that
+    differ in length gives another number.
+
+    Args:
+        predictions (`Sequence[float]`): Negative log-likelihood of each sequence or batch, summed over its predicted
+            tokens, in nats.
+        references (`Sequence[int]`): How many tokens were predicted in each.
+    """
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description="exp(total negative log-likelihood / number of tokens).",
+            citation="",
+            inputs_description="predictions: summed negative log-likelihoods in nats; references: token counts.",
+            features=datasets.Features(
+                {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}
+            ),
+        )
+
+    def _compute(self, predictions, references):
+        return {"perplexity": float(np.exp(np.sum(predictions) / np.sum(references)))}
+
+
+def accuracy_interval(correct, total, confidence=0.95):
+    """The interval that holds the accuracy on unlimited data of this kind, given `correct` of `total` (Wilson 1927).
+
+    Unlike `p +- z * sqrt(p * (1 - p) / n)` it stays inside [0, 1] and keeps its confidence near 0 and 1.
+
+    Args:
+        correct (`int`): Right answers.
+        total (`int`): Answers, at least 1.
+        confidence (`float`): In (0, 1).
+
+    Returns:
+        `(low, high)`, floats in [0, 1].
+
+    Raises:
+        ValueError: The numbers do not describe a test.
+    """
+    if not 0 <= correct <= total or total < 1:
+        raise ValueError(f"Need 0 <= correct <= total and total >= 1, got correct={correct}, total={total}.")
+    z = _z(confidence)
+    share = correct / total
+    centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
+    half = z / (1 + z**2 / total) * np.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    # At 0 and at 1 one end is exact; rounding would move it.
+    low = 0.0 if correct == 0 else float(centre - half)
+    return low, 1.0 if correct == total else float(centre + half)
+
+
+def paired_difference(correct, baseline_correct, confidence=0.95, resamples=10_000, seed=0):
+    """How much more often one model is right than another on the *same* examples, with a bootstrap interval.
+
+    Models that were tested on the same examples mostly err on the same ones, so the interval of their difference is
+    much narrower than two separate intervals suggest. The bootstrap draws examples, not runs: with several training
+    seeds (rows) each example keeps its mean over them, and the interval is for these runs on unlimited data.
+
+    Args:
+        correct, baseline_correct (array of `bool`): Whether each example is right, shape `(examples,)` or
+            `(runs, examples)`, examples in the same order.
+        confidence (`float`): In (0, 1).
+        resamples (`int`): Bootstrap samples.
+        seed (`int`): Of the samples.
+
+    Returns:
+        `(difference, low, high)`: mean of `correct` minus mean of `baseline_correct`, and its percentile interval, as
+        shares in [-1, 1].
+
+    Raises:
+        ValueError: The shapes differ, or there is no example.
+    """
+    correct, baseline = np.atleast_2d(correct).astype(float), np.atleast_2d(baseline_correct).astype(float)
+    if correct.shape != baseline.shape or correct.ndim != 2 or correct.shape[1] == 0:
+        raise ValueError(
+            "`correct` and `baseline_correct` must have the same shape, (examples,) or (runs, examples), got "
+            f"{np.shape(correct)} and {np.shape(baseline_correct)}."
+        )
+    _z(confidence)
+    differences = (correct - baseline).mean(axis=0)
+    # Few different values: drawing how often each comes up is the same as drawing examples, and needs no large array.
+    values, counts = np.unique(differences, return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), size=resamples)
+    low, high = np.quantile(draws @ values / counts.sum(), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(differences.mean()), float(low), float(high)
+
+
+def _z(confidence):
+    if not 0 < confidence < 1:
+        raise ValueError(f"`confidence` must be in (0, 1), got {confidence}.")
+    return NormalDist().inv_cdf((1 + confidence) / 2)

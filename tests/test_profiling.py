@@ -1,0 +1,146 @@
+import time
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model
+from hf_layercollapse.profiling import (
+    Latency,
+    compare_latency,
+    count_macs,
+    count_parameters,
+    macs_per_token,
+    weights_size,
+)
+
+
+WIDTH, HIDDEN, LAYERS, LABELS, BATCH, LENGTH = 16, 40, 3, 3, 2, 7
+INPUTS = {"input_ids": torch.arange(BATCH * LENGTH).reshape(BATCH, LENGTH) + 3}
+
+
+@pytest.fixture
+def bert():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64,
+        hidden_size=WIDTH,
+        intermediate_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        max_position_embeddings=40,
+        num_labels=LABELS,
+    )
+    return BertForSequenceClassification(config)
+
+
+def test_macs_of_bert_are_exact(bert):
+    per_layer = 4 * WIDTH * WIDTH + 2 * WIDTH * HIDDEN
+    head = WIDTH * WIDTH + WIDTH * LABELS  # pooler and classifier: once per sequence
+    expected = BATCH * (LENGTH * LAYERS * per_layer + head)
+    assert count_macs(bert, INPUTS) == expected
+    assert macs_per_token(bert, INPUTS) == expected / (BATCH * LENGTH)
+
+
+def test_macs_of_conv1d_and_a_tied_head_are_exact():
+    config = GPT2Config(vocab_size=64, n_positions=16, n_embd=WIDTH, n_layer=LAYERS, n_head=2, n_inner=HIDDEN)
+    per_layer = 4 * WIDTH * WIDTH + 2 * WIDTH * HIDDEN
+    assert macs_per_token(GPT2LMHeadModel(config), INPUTS) == LAYERS * per_layer + WIDTH * 64
+
+
+@pytest.mark.parametrize(
+    "layer, shape, expected",
+    [
+        (nn.Conv2d(4, 6, 3, padding=1, groups=2), (2, 4, 8, 8), 2 * 8 * 8 * 6 * (4 // 2) * 9),
+        (nn.Conv1d(4, 6, 3, stride=2), (2, 4, 9), 2 * 4 * 6 * 4 * 3),
+        (nn.ConvTranspose2d(4, 6, 2, stride=2), (2, 4, 8, 8), 2 * 8 * 8 * 4 * 6 * 4),
+    ],
+    ids=["grouped", "strided", "transposed"],
+)
+def test_macs_of_convolutions_are_exact(layer, shape, expected):
+    assert count_macs(layer, {"input": torch.zeros(shape)}) == expected
+
+
+def test_macs_fall_by_what_a_collapse_saves_and_leave_nothing_behind(bert):
+    bert.train()
+    before = macs_per_token(bert, INPUTS)
+    config = LayerCollapseConfig(blocks="last:2", initial_alpha=1.0)
+    report = collapse_model(apply_layer_collapse(bert, config))
+    assert before - macs_per_token(bert, INPUTS) == 2 * (2 * WIDTH * HIDDEN - WIDTH * WIDTH)
+    assert count_parameters(bert) == report.parameters_after
+    assert bert.training and bert.bert.encoder.layer[0].training
+    assert not any(module._forward_hooks for module in bert.modules())
+
+
+def test_a_layer_that_is_used_twice_counts_twice():
+    shared = nn.Linear(4, 4)
+    assert count_macs(nn.Sequential(shared, shared), {"input": torch.zeros(1, 4)}) == 2 * 16
+    assert count_parameters(nn.Sequential(shared, shared)) == 20
+
+
+def test_hooks_go_when_the_forward_fails():
+    layer = nn.Linear(4, 4)
+    with pytest.raises(RuntimeError):
+        count_macs(layer, {"input": torch.zeros(1, 5)})
+    assert not layer._forward_hooks
+
+
+def test_macs_per_token_asks_for_tokens_where_it_cannot_know_them():
+    layer, inputs = nn.Linear(4, 4), {"input": torch.zeros(3, 4)}
+    with pytest.raises(ValueError, match="say `tokens`"):
+        macs_per_token(layer, inputs)
+    with pytest.raises(ValueError, match="at least 1"):
+        macs_per_token(layer, inputs, tokens=0)
+    assert macs_per_token(layer, inputs, tokens=3) == 16
+
+
+def test_weights_size_counts_weights_and_nothing_else(bert, tmp_path):
+    with pytest.raises(ValueError, match="no weights"):
+        weights_size(tmp_path)
+    bert.save_pretrained(tmp_path)
+    (tmp_path / "optimizer.pt").write_bytes(bytes(100))
+    (tmp_path / "training_args.bin").write_bytes(bytes(100))
+    whole = weights_size(tmp_path)
+    assert whole == (tmp_path / "model.safetensors").stat().st_size > 4 * count_parameters(bert)
+    bert.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert weights_size(tmp_path / "shards") == pytest.approx(whole, rel=0.1)
+
+
+class _Sleeper(nn.Module):
+    def __init__(self, name, seconds, calls):
+        super().__init__()
+        self.name, self.seconds, self.calls = name, seconds, calls
+
+    def forward(self, x):
+        assert not self.training and not torch.is_grad_enabled()
+        self.calls.append(self.name)
+        time.sleep(self.seconds)
+
+
+def test_latency_is_measured_in_turn_and_relative_to_the_first():
+    calls = []
+    models = {"slow": _Sleeper("slow", 0.02, calls), "fast": _Sleeper("fast", 0.01, calls)}
+    latencies = compare_latency(models, {"x": torch.zeros(1)}, rounds=6, warmup=1, progress=False)
+    assert all(model.training for model in models.values())
+    # Every round calls each once; who is first alternates.
+    rounds = [tuple(calls[start : start + 2]) for start in range(0, len(calls), 2)]
+    assert rounds == [("fast", "slow"), ("slow", "fast")] * 3 + [("fast", "slow")]
+    assert len(latencies["slow"].seconds) == 6
+    assert set(latencies["slow"].ratios) == {1.0}
+    assert 0.02 <= latencies["slow"].median < 0.2
+    assert latencies["fast"].ratio < 0.9
+
+
+def test_latency_reports_median_and_quartiles():
+    latency = Latency(seconds=(1.0, 2.0, 3.0, 4.0, 100.0), ratios=(0.5, 0.5, 1.0, 2.0, 2.0))
+    assert (latency.median, latency.quartiles) == (3.0, (2.0, 4.0))
+    assert (latency.ratio, latency.ratio_quartiles) == (1.0, (0.5, 2.0))
+
+
+@pytest.mark.parametrize("kwargs", [{"rounds": 1}, {"warmup": -1}, {"models": {}}], ids=str)
+def test_latency_refuses_what_measures_nothing(kwargs):
+    models = kwargs.pop("models", {"one": nn.Identity()})
+    with pytest.raises(ValueError):
+        compare_latency(models, {"input": torch.zeros(1)}, **kwargs)
