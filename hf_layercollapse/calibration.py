@@ -15,21 +15,22 @@ def calibrate_affine_targets(model, inner, blocks, activations, calibration_data
     Raises:
         ValueError: The data is empty or what reaches a block is not finite. The activations are unchanged then.
     """
-    sums = {}
+    sums, batch = {}, {}
 
     def observe(block):
         activation: CollapsibleActivation = activations[block.name]
 
         def hook(module, args, output):
-            z = token_rows(args[0]).double()
-            a = token_rows(activation.act(args[0])).double()
+            # Not through `activation.act`: the native module would call this hook again.
+            activated = output if activation.replacement is None else activation.replacement(args[0])
+            z, a = token_rows(args[0], batch).double(), token_rows(activated, batch).double()
             terms = torch.stack([z.sum(0), z.square().sum(0), a.sum(0), (z * a).sum(0)])
             count, total = sums.get(block.name, (0, 0.0))
             sums[block.name] = count + z.shape[0], total + terms
 
         return modules_of(inner, block).activation.register_forward_hook(hook)
 
-    run_over(model, calibration_data, [observe(block) for block in blocks], "Calibrating")
+    run_over(model, calibration_data, [observe(block) for block in blocks], "Calibrating", batch)
     fitted = {}
     for block in blocks:
         count, total = sums.get(block.name, (0, None))
@@ -56,18 +57,17 @@ def collect_moments(model, inner, blocks, calibration_data):
     Raises:
         ValueError: The data is empty or what reaches a block is not finite.
     """
-    moments = {}
-    inputs = {}
+    moments, inputs, batch = {}, {}, {}
 
     def observe(block):
         parts = modules_of(inner, block)
 
         def before(module, args):
-            inputs[block.name] = token_rows(args[0])
+            inputs[block.name] = token_rows(args[0], batch)
 
         def after(module, args, output):
             x = inputs.pop(block.name).double()
-            y = token_rows(output).double()
+            y = token_rows(output, batch).double()
             f = torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
             new = f.T @ f, f.T @ y, y.square().sum(0)
             old = moments.get(block.name)
@@ -77,7 +77,7 @@ def collect_moments(model, inner, blocks, calibration_data):
         return [first.register_forward_pre_hook(before), parts.down.register_forward_hook(after)]
 
     handles = [handle for block in blocks for handle in observe(block)]
-    run_over(model, calibration_data, handles, "Calibrating")
+    run_over(model, calibration_data, handles, "Calibrating", batch)
     for block in blocks:
         if block.name not in moments:
             raise ValueError(f"No calibration token reached block {block.name}.")
@@ -93,13 +93,22 @@ def collect_moments(model, inner, blocks, calibration_data):
     return moments
 
 
-def token_rows(hidden_states):
-    """`(..., width)` as `(tokens, width)`, detached."""
-    return hidden_states.detach().flatten(0, -2)
+def token_rows(hidden_states, batch):
+    """`(..., width)` as `(tokens, width)`, detached, without what the batch's `attention_mask` says is padding.
+
+    A mask counts where it has one value for every row; models that pack or pool their tokens have their own shapes.
+    """
+    hidden_states, mask = hidden_states.detach(), batch.get("attention_mask")
+    if mask is not None and mask.shape == hidden_states.shape[:-1]:
+        return hidden_states[mask.to(hidden_states.device, torch.bool)]
+    return hidden_states.flatten(0, -2)
 
 
-def run_over(model, data, handles, description):
+def run_over(model, data, handles, description, current=None):
     """Runs the model over the data in evaluation mode, without gradients; removes the hooks whatever happens.
+
+    Args:
+        current (`dict`, *optional*): Holds the inputs of the batch that is being run, for the hooks to look at.
 
     Raises:
         ValueError: There is no batch, or a batch is not a dict of model inputs.
@@ -111,7 +120,11 @@ def run_over(model, data, handles, description):
     try:
         with torch.no_grad():
             for batch in tqdm(data, desc=description, leave=False):
-                model(**_inputs(batch, device))
+                inputs = _inputs(batch, device)
+                if current is not None:
+                    current.clear()
+                    current.update(inputs)
+                model(**inputs)
                 batches += 1
     finally:
         for handle in handles:

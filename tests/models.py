@@ -53,6 +53,7 @@ def _vision(config_class, **kwargs):
         image_size=8,
         patch_size=4,
         num_labels=3,
+        hidden_dropout_prob=0.1,
         **kwargs,
     )
 
@@ -157,7 +158,7 @@ CASES = [
         _vision(Dinov2Config, mlp_ratio=3),
         AutoModelForImageClassification,
         image_inputs,
-        "dinov2.layers.{i}.mlp",
+        "dinov2.encoder.layer.{i}.mlp",
         hidden=48,
         **_FC,
     ),
