@@ -14,10 +14,14 @@ _EXPORTS = {
     "CollapseReport": "collapsing",
     "CollapsibleActivation": "modeling_layercollapse",
     "FeedForwardBlock": "families",
+    "FeedForwardLayout": "families",
     "LayerCollapseConfig": "config",
+    "LayerCollapseTrainer": "trainer",
+    "LayerCollapseTrainerMixin": "trainer",
     "apply_layer_collapse": "patching",
     "collapse_model": "collapsing",
     "find_feed_forward_blocks": "families",
+    "register_feed_forward_layout": "families",
     "remove_layer_collapse": "patching",
 }
 

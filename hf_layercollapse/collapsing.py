@@ -1,7 +1,7 @@
 """Merging blocks and replacing them; what that did, as a [`CollapseReport`]."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -14,10 +14,9 @@ from .config import LayerCollapseConfig
 from .families import (
     FeedForwardBlock,
     check_weights,
-    find_feed_forward_blocks,
     modules_of,
-    refused_blocks,
     select_blocks,
+    survey_blocks,
     unwrap,
 )
 from .modeling_layercollapse import CollapsedBlock
@@ -144,6 +143,7 @@ def collapse_model(
     calibration_data=None,
     plan=None,
     max_error: float | None = None,
+    allow_none: bool = False,
 ) -> CollapseReport:
     """Collapses feed-forward blocks in place: each becomes one linear map.
 
@@ -160,6 +160,7 @@ def collapse_model(
         plan (*optional*): A [`CollapsePlan`]; not supported yet.
         max_error (`float`, *optional*): Refuse if a block's relative error exceeds this: on the calibration data where
             the block is fitted to it, else on standard-normal inputs.
+        allow_none (`bool`): Return a report, rather than raise, if the model is patched and no block is ready.
 
     Returns:
         [`CollapseReport`]
@@ -174,19 +175,19 @@ def collapse_model(
     if plan is not None:
         raise ValueError("`plan` is not supported in this version; name the blocks in `config`.")
     inner, holders = unwrap(model)
-    blocks = find_feed_forward_blocks(inner)
+    blocks, refused = survey_blocks(inner)
     patched = [block for block in blocks if block.state == "patched"]
     options = config or layer_collapse_config_of(inner) or LayerCollapseConfig()
 
     if patched:
-        ready, waiting = _split_ready(inner, patched, options)
+        ready, waiting = _split_ready(inner, patched, options, allow_none)
     else:
         if calibration_data is None:
             raise ValueError(
                 "The model is dense: pass `calibration_data` (batches of model inputs) to fit each block's linear "
                 "map, or patch it with `apply_layer_collapse` and train until its blocks are ready."
             )
-        chosen = select_blocks(blocks, options.blocks, refused_blocks(inner))
+        chosen = select_blocks(blocks, options.blocks, refused)
         ready, waiting = [block for block in chosen if block.state == "dense"], []
         if not ready:
             raise ValueError("All chosen blocks are collapsed already.")
@@ -195,7 +196,7 @@ def collapse_model(
     kept_batches, data = _keep_first(calibration_data)
     refit = [block for block in ready if not (block.state == "patched" and _smallest_alpha(inner, block) == 1)]
     moments = collect_moments(model, inner, refit, data) if calibration_data is not None and refit else {}
-    merges = [_merge(inner, block, moments.get(block.name)) for block in ready]
+    merges = _merge_all(inner, ready, moments)
     _refuse_errors(merges, max_error)
     logits = logits_of(model, kept_batches) if kept_batches else None
 
@@ -215,11 +216,11 @@ def collapse_model(
     )
 
 
-def _split_ready(inner, patched, options):
-    alphas = {block.name: _smallest_alpha(inner, block) for block in patched}
-    ready = [block for block in patched if 1 - alphas[block.name] <= options.collapse_threshold]
-    if not ready:
-        listed = "".join(f"\n  {name}: alpha {alpha:.4f}" for name, alpha in alphas.items())
+def _split_ready(inner, patched, options, allow_none):
+    alphas = {block.name: modules_of(inner, block).activation.alpha.detach() for block in patched}
+    ready = [block for block in patched if is_ready(alphas[block.name], options.collapse_threshold)]
+    if not ready and not allow_none:
+        listed = "".join(f"\n  {name}: alpha {float(alpha.min()):.4f}" for name, alpha in alphas.items())
         raise ValueError(
             f"No block is ready: none has 1 - alpha <= {options.collapse_threshold}. Train longer, with a larger "
             f"`penalty_strength` or `alpha_learning_rate`, or raise `collapse_threshold`.{listed}"
@@ -250,12 +251,29 @@ def _keep_first(data):
     return kept, everything()
 
 
+def _merge_all(inner, ready, moments):
+    """The merges in forward order; where a linear ends one block and begins the next, that takes the merged one."""
+    merges, merged = [], {}
+    for block in ready:
+        parts = modules_of(inner, block)
+        if parts.up in merged:
+            if block.name in moments:
+                raise ValueError(
+                    f"Block {block.name} begins with the linear that ends {merged[parts.up].block.name}; fitted to "
+                    "data, they cannot collapse in one call. Name one of them in `blocks`, then the other."
+                )
+            parts = replace(parts, up=merged[parts.up].linear)
+        merge = _merge(inner, block, parts, moments.get(block.name))
+        merged[parts.down] = merge
+        merges.append(merge)
+    return merges
+
+
 @torch.no_grad()
-def _merge(inner, block, moments):
-    parts = modules_of(inner, block)
+def _merge(inner, block, parts, moments):
     calibration_error = r2 = None
     if moments is None:
-        weight, bias = _merged_at_one(parts, block)
+        weight, bias = _merged_at_one(parts)
         method = "merged"
     else:
         features, cross, squares = moments
@@ -263,8 +281,8 @@ def _merge(inner, block, moments):
         r2, calibration_error = functional.fit_quality(features, cross, squares, weight, bias)
         method = "refit"
     linear = _make_linear(parts.down, weight, bias)
-    x = functional.gaussian_inputs(block.in_features).to(parts.down.weight)
-    error = functional.relative_error(_forward(parts, x), linear(x))
+    x = functional.gaussian_inputs(weight.shape[1]).to(parts.down.weight)
+    error = functional.relative_error(parts.forward(x), linear(x))
     report = BlockReport(
         name=block.name,
         index=block.index,
@@ -274,7 +292,7 @@ def _merge(inner, block, moments):
         parameters_before=block.parameters,
         parameters_after=sum(parameter.numel() for parameter in linear.parameters()),
         macs_before=block.macs,
-        macs_after=block.in_features * block.out_features,
+        macs_after=weight.numel(),
         error=error,
         calibration_error=calibration_error,
         r2=r2,
@@ -282,24 +300,11 @@ def _merge(inner, block, moments):
     return _Merge(block, linear, report)
 
 
-def _forward(parts, x):
-    """What the block computes between its first and last linear, dropouts off."""
-    if parts.gate is None:
-        return parts.down(parts.activation(parts.up(x)))
-    return parts.down(parts.activation(parts.gate(x)) * parts.up(x))
-
-
-def _merged_at_one(parts, block):
-    up, down = _weight_and_bias(parts.up), _weight_and_bias(parts.down)
+def _merged_at_one(parts):
     slope, offset = parts.activation.line
-    if block.kind == "gated":
-        return functional.merge_gated(*up, *down, offset)
-    return functional.merge_plain(*up, *down, slope, offset)
-
-
-def _weight_and_bias(linear):
-    """`(weight (out, in), bias (out,) or None)` of a Linear or Conv1D."""
-    return (linear.weight.T if isinstance(linear, Conv1D) else linear.weight), linear.bias
+    if parts.layout.gated:
+        return functional.merge_gated(*parts.up_affine(), *parts.down_affine(), offset)
+    return functional.merge_plain(*parts.up_affine(), *parts.down_affine(), slope, offset)
 
 
 def _make_linear(down, weight, bias):
@@ -344,15 +349,18 @@ def _replace(inner, merge):
             "bias": linear.bias is not None,
         }
     entries = [(block.path(layout.down), spec)]
-    if layout.own_module:
-        holder = inner.get_submodule(block.name)
-        after = [name for name in layout.after if name in holder._modules]
-        collapsed = CollapsedBlock({layout.down: linear, **{name: holder._modules[name] for name in after}})
-        replace_module(inner, block.name, collapsed.train(holder.training))
-        entries.append((block.name, {"type": "block", "child": layout.down, "then": after}))
+    wiring = block.wiring
+    if wiring.own_module:
+        holder = inner.get_submodule(block.holder)
+        then = list(wiring.then)
+        collapsed = CollapsedBlock(
+            {name: linear if name == layout.down else holder._modules[name] for name in [layout.down, *then]}
+        )
+        replace_module(inner, block.holder, collapsed.train(holder.training))
+        entries.append((block.holder, {"type": "block", "child": layout.down, "then": then}))
     else:
         replace_module(inner, block.path(layout.down), linear)
-        for path in (layout.up, layout.activation):
+        for path in (layout.up, *wiring.before, layout.activation, *wiring.between):
             name = block.path(path)
             replace_module(inner, name, nn.Identity().train(linear.training))
             entries.append((name, {"type": "identity"}))

@@ -2,58 +2,169 @@
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .modeling_layercollapse import CollapsedBlock, CollapsibleActivation, linear_shape
+from .verification import DROPOUTS, NORMS, Refusal, Wiring, verify
+
+
+# Names under which blocks keep their activation module.
+ACTIVATION_NAMES = (
+    "act",
+    "act_fn",
+    "activation",
+    "activation_fn",
+    "activation_func",
+    "activation_function",
+    "intermediate_act_fn",
+    "act_layer",
+    "nonlinearity",
+    "gelu_impl",
+    "gelu",
+    "silu",
+    "relu",
+    "activation_layer",
+    "hidden_act",
+    "actv",
+    "non_linearity",
+    "act_fct",
+)
+_SPLITS = ("gate,up", "up,gate", "interleaved")
 
 
 @dataclass(frozen=True)
 class FeedForwardLayout:
     """One way to spell a feed-forward block: paths of its parts, relative to the module that holds them all.
 
+    A row claims nothing about the code that runs between these parts: that is checked on each model.
+
     Args:
         name (`str`): What reports call it.
-        up, activation, down (`str`): Paths of the first linear, the activation module and the last linear.
-        gate (`str`, *optional*): Path of the gate's linear; the activation is then the gate's.
-        between (`tuple[str, ...]`): Dropouts between activation and last linear; gone once the block is one map.
-        after (`tuple[str, ...]`): Modules that follow the last linear inside the same module, in order; they stay.
-        own_module (`bool`): The holder is an MLP module that computes the block and nothing else, so it is replaced as
-            a whole. Otherwise other code runs around the parts, and the first linear and the activation become
-            `nn.Identity` instead.
+        up, down (`str`): Paths of the first and the last linear.
+        activation (`str` or `tuple[str, ...]`): Path of the activation module, or several to try in order.
+        gate (`str`, *optional*): Path of the gate's linear; the block is then `down(activation(gate(x)) * up(x))`.
+        fused (`str`, *optional*): Where `up` is one linear for the gate and up: `"gate,up"` or `"up,gate"` if its
+            output holds one half after the other, `"interleaved"` if gate and up alternate, gate first.
+
+    Raises:
+        TypeError, ValueError: From the constructor, when a value is not one of those described.
     """
 
     name: str
     up: str
-    activation: str
     down: str
+    activation: str | tuple[str, ...] = ACTIVATION_NAMES
     gate: str | None = None
-    between: tuple[str, ...] = ()
-    after: tuple[str, ...] = ()
-    own_module: bool = True
+    fused: str | None = None
+
+    def __post_init__(self):
+        names = self.activation if isinstance(self.activation, tuple) else (self.activation,)
+        paths = [self.up, self.down, *names, *([] if self.gate is None else [self.gate])]
+        for path in (self.name, *paths):
+            if not isinstance(path, str):
+                raise TypeError(f"A layout's name and paths must be strings, got {path!r}.")
+        for path in paths:
+            if not all(part.isidentifier() or part.isdigit() for part in path.split(".")):
+                raise ValueError(f"{path!r} is not the path of a module.")
+        if not self.name or not names or len({*paths}) != len(paths):
+            raise ValueError(f"Layout {self.name!r} needs a name, and different paths for its parts; got {paths}.")
+        if self.fused is not None and (self.fused not in _SPLITS or self.gate is not None):
+            raise ValueError(
+                f"`fused` must be one of {_SPLITS}, and excludes `gate`; got {self.fused!r} with gate {self.gate!r}."
+            )
+
+    @property
+    def gated(self):
+        return self.gate is not None or self.fused is not None
 
     @property
     def linears(self):
         return tuple(path for path in (self.gate, self.up, self.down) if path is not None)
 
-    @property
-    def parts(self):
-        return (*self.linears, self.activation, *self.between, *self.after)
+    def split(self, tensor, dim):
+        """`(gate, up)` halves of what a fused linear gives, or of its weight or bias, along `dim`."""
+        if self.fused == "interleaved":
+            even = torch.arange(0, tensor.shape[dim], 2, device=tensor.device)
+            return tensor.index_select(dim, even), tensor.index_select(dim, even + 1)
+        first, second = tensor.chunk(2, dim)
+        return (first, second) if self.fused == "gate,up" else (second, first)
 
 
-# Tried from top to bottom; a row whose holder is the MLP module itself matches only where that module has no other
-# children, so that inline blocks with the same names are not mistaken for it.
+# Tried from top to bottom; the first row that a module's children and widths fit and whose wiring the module's own
+# code confirms is taken. Adding a family is one row here and one case in tests/test_families.py.
 LAYOUTS = [
+    # BERT, RoBERTa, ELECTRA, DeBERTa, MPNet, Longformer, BEiT, ...; then Q-Former's and LXMERT's second blocks
+    FeedForwardLayout("split", "intermediate.dense", "output.dense", "intermediate.intermediate_act_fn"),
     FeedForwardLayout(
-        "split", "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense", own_module=False
-    ),  # BERT, RoBERTa, ELECTRA, DeBERTa, MPNet, Longformer, BEiT, ...
-    FeedForwardLayout("fc1/fc2", "fc1", "activation_fn", "fc2"),  # ViT, DeiT, DINOv2, CLIP, SigLIP, ...
-    FeedForwardLayout("lin1/lin2", "lin1", "activation", "lin2", after=("dropout",)),  # DistilBERT
-    FeedForwardLayout("c_fc/c_proj", "c_fc", "act", "c_proj", after=("dropout",)),  # GPT-2, GPT-Neo, ...
+        "split query", "intermediate_query.dense", "output_query.dense", "intermediate_query.intermediate_act_fn"
+    ),
+    FeedForwardLayout("split inter", "inter.dense", "output.dense", "inter.intermediate_act_fn"),
+    FeedForwardLayout("split language", "lang_inter.dense", "lang_output.dense", "lang_inter.intermediate_act_fn"),
+    FeedForwardLayout("split vision", "visn_inter.dense", "visn_output.dense", "visn_inter.intermediate_act_fn"),
+    FeedForwardLayout("dense.dense/output.dense", "dense.dense", "output.dense", "dense.act_fn"),  # Reformer
+    # Gated: Llama, Mistral, Qwen, Gemma, OLMo, Cohere, ...; mT5, UMT5; LFM2; xLSTM
+    FeedForwardLayout("gate_proj/up_proj/down_proj", "up_proj", "down_proj", gate="gate_proj"),
+    FeedForwardLayout("wi_0/wi_1/wo", "wi_1", "wo", gate="wi_0"),
+    FeedForwardLayout("w1/w3/w2", "w3", "w2", gate="w1"),
+    FeedForwardLayout("linear/linear_v/linear_1", "linear_v", "linear_1", gate="linear"),
+    FeedForwardLayout("proj_up_gate/proj_up/proj_down", "proj_up", "proj_down", gate="proj_up_gate"),
+    # Gated, gate and up in one linear: Phi-3, GLM, Dia; ModernBERT; Moshi; Moonshine; GraniteMoeHybrid
+    FeedForwardLayout("gate_up_proj/down_proj", "gate_up_proj", "down_proj", fused="gate,up"),
+    FeedForwardLayout("gate_up_proj/down_proj (up first)", "gate_up_proj", "down_proj", fused="up,gate"),
+    FeedForwardLayout("Wi/Wo", "Wi", "Wo", fused="gate,up"),
+    FeedForwardLayout("fc1/fc2", "fc1", "fc2"),  # ViT, CLIP, SigLIP, DINOv2 and inside the layer BART, OPT, Whisper
+    FeedForwardLayout("fc1/fc2 gated", "fc1", "fc2", fused="gate,up"),
+    FeedForwardLayout("fc1/fc2 gated (up first)", "fc1", "fc2", fused="up,gate"),
+    FeedForwardLayout("input_linear/output_linear", "input_linear", "output_linear", fused="gate,up"),
+    FeedForwardLayout("weights_in/weights_out", "weights_in", "weights_out", fused="gate,up"),
+    # Plain
+    FeedForwardLayout("lin1/lin2", "lin1", "lin2"),  # DistilBERT, SAM
+    FeedForwardLayout("c_fc/c_proj", "c_fc", "c_proj"),  # GPT-2 (Conv1D), GPT-Neo, StarCoder2
+    FeedForwardLayout("dense_h_to_4h/dense_4h_to_h", "dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
+    FeedForwardLayout("fc_in/fc_out", "fc_in", "fc_out"),  # GPT-J, CodeGen
+    FeedForwardLayout("wi/wo", "wi", "wo"),  # T5, LongT5, Switch, UDOP
+    FeedForwardLayout("ffn/ffn_output", "ffn", "ffn_output"),  # ALBERT
+    FeedForwardLayout("layer_1/layer_2", "layer_1", "layer_2"),  # XLNet
+    FeedForwardLayout("layer1/layer2", "layer1", "layer2"),  # SAM 3
+    FeedForwardLayout("intermediate_dense/output_dense", "intermediate_dense", "output_dense"),  # wav2vec 2.0, HuBERT
+    FeedForwardLayout("up_proj/down_proj", "up_proj", "down_proj"),  # MPT, Nemotron, Apertus, Arcee, DINOv3
+    FeedForwardLayout("linear1/linear2", "linear1", "linear2"),  # Parakeet
+    FeedForwardLayout("linear_1/linear_2", "linear_1", "linear_2"),  # Funnel
+    FeedForwardLayout("linear_fc1/linear_fc2", "linear_fc1", "linear_fc2"),  # Qwen-VL's vision tower
+    FeedForwardLayout("proj_in/proj_out", "proj_in", "proj_out"),  # SAM 2
+    FeedForwardLayout("in_proj/out_proj", "in_proj", "out_proj"),  # Bark
+    FeedForwardLayout("intermediate/output", "intermediate", "output"),  # ProphetNet
+    FeedForwardLayout("dense1/dense2", "dense1", "dense2"),  # PVT, Perceiver
+    FeedForwardLayout("ffw_layer_1/ffw_layer_2", "ffw_layer_1", "ffw_layer_2"),  # Gemma 3n audio
+    FeedForwardLayout("pointwise_conv1/pointwise_conv2", "pointwise_conv1", "pointwise_conv2"),  # DINOv3 ConvNeXt
+    FeedForwardLayout("pwconv1/pwconv2", "pwconv1", "pwconv2"),  # ConvNeXt
+    FeedForwardLayout("linear_up/linear_down", "linear_up.linear", "linear_down.linear"),  # LeViT, with batch norms
 ]
+
+
+def register_feed_forward_layout(layout: FeedForwardLayout):
+    """Adds a way to spell a feed-forward block, for models that no row of the table fits. It is tried last.
+
+    Args:
+        layout ([`FeedForwardLayout`]): What its modules are called. What the code between them does is checked on each
+            model, as for every other row. Registering an equal one again does nothing.
+
+    Raises:
+        TypeError: It is not a `FeedForwardLayout`.
+        ValueError: Another layout has this name.
+    """
+    if not isinstance(layout, FeedForwardLayout):
+        raise TypeError(f"Expected a FeedForwardLayout, got {type(layout).__name__}.")
+    if layout in LAYOUTS:
+        return
+    if any(row.name == layout.name for row in LAYOUTS):
+        raise ValueError(f"There is another layout named {layout.name!r}; choose another name.")
+    LAYOUTS.append(layout)
 
 
 @dataclass(frozen=True)
@@ -61,7 +172,8 @@ class FeedForwardBlock:
     """A feed-forward block of one particular model, as found by [`find_feed_forward_blocks`].
 
     Args:
-        name (`str`): Qualified name of the module that holds the block's parts.
+        name (`str`): Qualified name of the module that holds the block's parts; of its first linear where one module
+            holds several blocks.
         index (`int`): Position in forward order, from 0. Collapsed blocks keep their place.
         kind (`str`): `"plain"` or `"gated"`.
         state (`str`): `"dense"`, `"patched"` or `"collapsed"`.
@@ -70,6 +182,8 @@ class FeedForwardBlock:
         parameters (`int`): Weights and biases of its linears.
         macs (`int`): Multiply-accumulates per token.
         alpha (`float`, *optional*): Mean alpha if patched, else `None`.
+        holder (`str`): Qualified name of the module that holds the block's parts.
+        wiring ([`Wiring`], *optional*): What its code does with them; `None` once collapsed.
     """
 
     name: str
@@ -83,32 +197,118 @@ class FeedForwardBlock:
     parameters: int
     macs: int
     alpha: float | None = None
+    holder: str = ""
+    wiring: Wiring | None = None
 
     def path(self, part):
         """Qualified name of a part, given its path inside the block."""
-        return f"{self.name}.{part}" if self.name else part
+        return f"{self.holder}.{part}" if self.holder else part
 
 
 @dataclass(frozen=True)
 class BlockModules:
-    """The live modules of a block."""
+    """The live modules of a dense or patched block, and what it computes with them.
+
+    `up` is the fused linear where gate and up are one, and `gate` then `None`; `before` and `between` are the batch
+    norms around the activation (dropouts left out).
+    """
 
     holder: nn.Module
     up: nn.Module
     activation: nn.Module
     down: nn.Module
     gate: nn.Module | None
+    layout: FeedForwardLayout
+    before: tuple[nn.Module, ...]
+    between: tuple[nn.Module, ...]
+    scales: tuple[float, float, float]
+
+    def forward(self, x):
+        """What the block computes from its input, dropouts off."""
+        enters, leaves, returned = self.scales
+        up = self.up(x)
+        if self.layout.fused:
+            gate, up = self.layout.split(up, -1)
+        else:
+            gate = up if self.gate is None else self.gate(x)
+        hidden = self.activation(_normed(self.before, gate * enters if enters != 1 else gate))
+        if self.layout.gated:
+            hidden = hidden * up
+        hidden = _normed(self.between, hidden)
+        output = self.down(hidden * leaves if leaves != 1 else hidden)
+        return output * returned if returned != 1 else output
+
+    def up_affine(self):
+        """`(weight (m, i), bias (m,) or None)` from the block's input to what a linear activation acts on (plain), or
+        to what the gate multiplies (gated)."""
+        weight, bias = weight_and_bias(self.up)
+        if self.layout.fused:
+            return self.layout.split(weight, 0)[1], None if bias is None else self.layout.split(bias, 0)[1]
+        if self.layout.gated:
+            return weight, bias
+        weight = weight.double() * self.scales[0]
+        bias = None if bias is None else bias.double() * self.scales[0]
+        for norm in self.before:
+            scale, shift = _scale_and_shift(norm)
+            weight = scale[:, None] * weight
+            bias = shift if bias is None else scale * bias + shift
+        return weight, bias
+
+    def down_affine(self):
+        """`(weight (o, m), bias (o,) or None)` from what leaves the activation to what the block returns."""
+        weight, bias = weight_and_bias(self.down)
+        _, leaves, returned = self.scales
+        weight = weight.double() * leaves
+        bias = None if bias is None else bias.double()
+        for norm in reversed(self.between):
+            scale, shift = _scale_and_shift(norm)
+            shifted = weight @ shift
+            bias = shifted if bias is None else bias + shifted
+            weight = weight * scale
+        return weight * returned, None if bias is None else bias * returned
+
+
+def _normed(norms, hidden_states):
+    for norm in norms:
+        scale, shift = _scale_and_shift(norm)
+        hidden_states = hidden_states * scale.to(hidden_states) + shift.to(hidden_states)
+    return hidden_states
+
+
+def _scale_and_shift(norm):
+    """A batch norm in evaluation mode: a factor and a term per feature, float64."""
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.double()
+
+
+def weight_and_bias(linear):
+    """`(weight (out, in), bias (out,) or None)` of a Linear or Conv1D."""
+    return (linear.weight.T if isinstance(linear, Conv1D) else linear.weight), linear.bias
 
 
 def modules_of(model, block):
     """The live modules of a dense or patched block."""
-    layout = block.layout
+    layout, wiring = block.layout, block.wiring
 
     def get(part):
         return None if part is None else model.get_submodule(block.path(part))
 
+    def norms(parts):
+        return tuple(module for module in map(get, parts) if isinstance(module, NORMS))
+
     return BlockModules(
-        model.get_submodule(block.name), get(layout.up), get(layout.activation), get(layout.down), get(layout.gate)
+        model.get_submodule(block.holder),
+        get(layout.up),
+        get(layout.activation),
+        get(layout.down),
+        get(layout.gate),
+        layout,
+        norms(wiring.before),
+        norms(wiring.between),
+        wiring.scales,
     )
 
 
@@ -116,39 +316,93 @@ def find_feed_forward_blocks(model) -> list[FeedForwardBlock]:
     """The feed-forward blocks of a model that can be patched and collapsed, and those that are collapsed, in forward
     order.
 
+    What a block's code does between its linears is checked by running it on stand-ins, see `verification.py`.
+
     Args:
         model (`nn.Module`): A dense, patched or collapsed model; a PeftModel or compiled model is looked through.
 
     Raises:
         TypeError: The model is wrapped for distributed training.
     """
-    return _survey(unwrap(model)[0])[0]
+    return survey_blocks(model)[0]
 
 
 def refused_blocks(model) -> dict[str, str]:
     """What looks like a feed-forward block of the model but cannot be patched: name -> reason."""
-    return _survey(unwrap(model)[0])[1]
+    return survey_blocks(model)[1]
 
 
-def _survey(model):
-    blocks, refused = [], {}
-    taken = set()
-    for name, holder in model.named_modules():
-        for layout in LAYOUTS:
-            state = _match(holder, layout)
-            if state is None:
+def survey_blocks(model):
+    """`(blocks, refused)` as [`find_feed_forward_blocks`] and [`refused_blocks`] give them, in one pass."""
+    model = unwrap(model)[0]
+    blocks, refused, verified = [], {}, {}
+    ups, downs, names = set(), set(), set()
+    for holder_name, holder in model.named_modules():
+        if _holds_experts(holder):
+            refused[holder_name] = "MoE experts held as 3-D parameters"
+            continue
+        found = False
+        reason = None
+        for row in (*_sequential_layouts(holder), *LAYOUTS):
+            match = _match(holder, row)
+            if match is None:
                 continue
-            linears = [_descend(holder, path) for path in layout.linears]
-            if taken & {id(linear) for linear in linears if linear is not None}:
+            state, layout = match
+            up, down = _descend(holder, layout.up), _descend(holder, layout.down)
+            if id(up) in ups or id(down) in downs:
                 continue
-            reason = None if state == "collapsed" else _reason_against(holder, layout)
-            if reason:
-                refused[name] = reason
-            else:
-                taken |= {id(linear) for linear in linears}
-                blocks.append(_describe(name, len(blocks), state, holder, layout))
-            break
+            try:
+                if state != "collapsed":
+                    _refuse_shapes(model, holder, layout)
+                wiring = None if state == "collapsed" else _wiring(model, holder_name, holder, layout, verified)
+            except Refusal as refusal:
+                reason = reason or str(refusal)
+                continue
+            if not isinstance(up, nn.Identity):
+                ups.add(id(up))
+            downs.add(id(down))
+            several = isinstance(holder, nn.Sequential) or not holder_name or holder_name in names
+            name = f"{holder_name}.{layout.up}".lstrip(".") if several else holder_name
+            names.add(name)
+            blocks.append(_describe(name, len(blocks), state, holder_name, holder, layout, wiring))
+            found = True
+        if reason and not found:
+            refused[holder_name] = reason
     return blocks, refused
+
+
+def _holds_experts(module):
+    stacked = [parameter.shape[0] for parameter in module._parameters.values() if _is_stacked(parameter)]
+    return len(stacked) >= 2 and len(set(stacked)) == 1 and "experts" in type(module).__name__.lower()
+
+
+def _is_stacked(parameter):
+    return parameter is not None and parameter.dim() == 3
+
+
+def _sequential_layouts(holder):
+    """A layout for each Linear, activation, Linear in an `nn.Sequential`; dropouts and batch norms may be between."""
+    if type(holder).forward is not nn.Sequential.forward:
+        return
+    up = activation = None
+    for name, child in holder._modules.items():
+        if _is_linear(child):
+            if up is not None and activation is not None:
+                yield FeedForwardLayout("sequential", up, name, activation)
+            up, activation = name, None
+        elif isinstance(child, CollapsibleActivation) or _is_elementwise(child):
+            if up is not None and activation is None:
+                activation = name
+            else:
+                up = None
+        elif not isinstance(child, (*DROPOUTS, *NORMS)):
+            up = None
+
+
+def _is_elementwise(module):
+    if type(module).__module__ not in ("torch.nn.modules.activation", "transformers.activations"):
+        return False
+    return not isinstance(module, (nn.GLU, nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin))
 
 
 def _descend(module, path):
@@ -160,20 +414,24 @@ def _descend(module, path):
 
 
 def _match(holder, layout):
-    """The state of the block that `holder` holds in this layout, or `None`."""
+    """`(state, layout with one activation path)` if the holder's children are spelled like this, or `None`."""
     if isinstance(holder, CollapsedBlock):
-        return "collapsed" if list(holder._modules)[0] == layout.down else None
+        return ("collapsed", layout) if next(iter(holder._modules)) == layout.down else None
     up, down = _descend(holder, layout.up), _descend(holder, layout.down)
-    if up is None or down is None or (layout.gate and _descend(holder, layout.gate) is None):
+    if up is None or not _is_linear(down) or (layout.gate and not _is_linear(_descend(holder, layout.gate))):
         return None
-    if layout.own_module and set(holder._modules) - {*layout.parts}:
-        return None
+    paths = layout.activation if isinstance(layout.activation, tuple) else (layout.activation,)
+    path = next((path for path in paths if _descend(holder, path) is not None), None)
+    layout = replace(layout, activation=path or paths[0])
     activation = _descend(holder, layout.activation)
     if isinstance(up, nn.Identity):
-        return "collapsed" if isinstance(activation, nn.Identity) and _is_linear(down) else None
-    if not (_is_linear(up) and _is_linear(down)):
+        return ("collapsed", layout) if isinstance(activation, nn.Identity) and not layout.gated else None
+    if not _is_linear(up):
         return None
-    return "patched" if isinstance(activation, CollapsibleActivation) else "dense"
+    up_out, down_in = _linear_shape(up)[1], _linear_shape(down)[0]
+    if up_out != (2 if layout.fused else 1) * down_in:
+        return None
+    return ("patched" if isinstance(activation, CollapsibleActivation) else "dense"), layout
 
 
 def _base_layer(linear):
@@ -183,34 +441,68 @@ def _base_layer(linear):
 
 def is_adapted(linear):
     """Whether a linear is under a peft adapter."""
-    return type(linear).__module__.startswith("peft.")
+    return type(linear).__module__.startswith("peft.tuners.") and isinstance(linear, _tuner_layer_class())
+
+
+def _tuner_layer_class():
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return BaseTunerLayer
 
 
 def _is_linear(module):
-    return isinstance(_base_layer(module), (nn.Linear, Conv1D))
+    return module is not None and isinstance(_base_layer(module), (nn.Linear, Conv1D))
 
 
-def _reason_against(holder, layout):
-    """Why a block that matches by its names cannot be patched, or `None`."""
+def _linear_shape(module):
+    return linear_shape(_base_layer(module))
+
+
+def _refuse_shapes(model, holder, layout):
+    (up_in, up_out), (down_in, down_out) = (_linear_shape(_descend(holder, path)) for path in (layout.up, layout.down))
+    if isinstance(model, PreTrainedModel) and up_in != down_out:
+        raise Refusal(f"it maps {up_in} to {down_out}: a head or a projection, not a block between equal widths")
     if _descend(holder, layout.activation) is None:
-        return f"its activation `{layout.activation}` is a plain function, not a module that can be exchanged"
-    up, down = (linear_shape(_base_layer(_descend(holder, path))) for path in (layout.up, layout.down))
-    if up[1] != down[0]:
-        return f"its linears do not chain: {up[0]} -> {up[1]} and {down[0]} -> {down[1]}"
-    if up[0] * down[1] >= up[0] * up[1] + down[0] * down[1]:
-        return f"it is a bottleneck {up[0]} -> {up[1]} -> {down[1]}: one map would be larger than the two"
-    return None
+        raise Refusal("its activation is a plain function, not a module that can be exchanged")
+    gate = up_in * down_in if layout.gate else 0
+    if up_in * down_out >= up_in * up_out + gate + down_in * down_out:
+        raise Refusal(f"it is a bottleneck {up_in} -> {down_in} -> {down_out}: one map would be larger than the two")
 
 
-def _describe(name, index, state, holder, layout):
+def _wiring(model, holder_name, holder, layout, verified):
+    """The block's wiring; checked once for holders of one class with the same attributes and children."""
+    if layout.name == "sequential":
+        names = list(holder._modules)
+        first, middle, last = (names.index(path) for path in (layout.up, layout.activation, layout.down))
+        return Wiring(False, tuple(names[first + 1 : middle]), tuple(names[middle + 1 : last]))
+    key = (
+        type(holder),
+        layout,
+        not holder_name,
+        tuple((name, type(child)) for name, child in holder._modules.items()),
+        tuple(_linear_shape(_descend(holder, path)) for path in layout.linears),
+        tuple((k, v) for k, v in sorted(holder.__dict__.items()) if isinstance(v, (bool, float, str))),
+    )
+    if key not in verified:
+        try:
+            with torch.device("cpu"):  # a caller may have made another device the default
+                verified[key] = verify(model, holder_name, layout, _base_layer)
+        except Refusal as refusal:
+            verified[key] = refusal
+    if isinstance(verified[key], Refusal):
+        raise verified[key]
+    return verified[key]
+
+
+def _describe(name, index, state, holder_name, holder, layout, wiring):
     linears = [_base_layer(module) for path in layout.linears if (module := _descend(holder, path)) is not None]
     linears = [linear for linear in linears if not isinstance(linear, nn.Identity)]
     shapes = [linear_shape(linear) for linear in linears]
-    activation = _descend(holder, layout.activation)
+    activation = _descend(holder, layout.activation) if isinstance(layout.activation, str) else None
     return FeedForwardBlock(
         name=name,
         index=index,
-        kind="gated" if layout.gate else "plain",
+        kind="gated" if layout.gated else "plain",
         state=state,
         layout=layout,
         in_features=shapes[0][0],
@@ -219,6 +511,8 @@ def _describe(name, index, state, holder, layout):
         parameters=sum(parameter.numel() for linear in linears for parameter in linear.parameters()),
         macs=sum(features_in * features_out for features_in, features_out in shapes),
         alpha=float(activation.alpha.detach().float().mean()) if state == "patched" else None,
+        holder=holder_name,
+        wiring=wiring,
     )
 
 

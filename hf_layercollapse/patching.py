@@ -10,8 +10,8 @@ from .families import (
     check_weights,
     find_feed_forward_blocks,
     modules_of,
-    refused_blocks,
     select_blocks,
+    survey_blocks,
     unwrap,
 )
 from .modeling_layercollapse import (
@@ -47,10 +47,10 @@ def apply_layer_collapse(model, config: LayerCollapseConfig | None = None, calib
     if not isinstance(config, LayerCollapseConfig):
         raise TypeError(f"`config` must be a LayerCollapseConfig, got {type(config).__name__}.")
     inner, holders = unwrap(model)
-    blocks = find_feed_forward_blocks(inner)
+    blocks, refused = survey_blocks(inner)
     if any(block.state == "patched" for block in blocks):
         raise ValueError("The model is patched already. `remove_layer_collapse(model)` takes it back to dense.")
-    chosen = select_blocks(blocks, config.blocks, refused_blocks(inner))
+    chosen = select_blocks(blocks, config.blocks, refused)
     collapsed = [block.name for block in chosen if block.state == "collapsed"]
     if collapsed and config.blocks != "all":
         raise ValueError(f"`blocks` names blocks that are collapsed already: {collapsed}.")
