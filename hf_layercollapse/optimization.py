@@ -1,0 +1,112 @@
+"""How alphas are driven: the strength of the penalty over time, and steps that no optimizer rescales."""
+
+import math
+
+import torch
+from transformers.utils import logging
+
+from .config import LayerCollapseConfig
+
+
+logger = logging.get_logger(__name__)
+
+
+def penalty_strength_at(config: LayerCollapseConfig, step: int, max_steps: int) -> float:
+    """The strength that is in force at a step, counted from 0; a function of nothing else, so it survives a resume."""
+    warmup = config.penalty_warmup_ratio * max_steps
+    if config.penalty_schedule == "constant" or step >= warmup:
+        return config.penalty_strength
+    progress = step / warmup
+    if config.penalty_schedule == "cosine":
+        progress = (1 - math.cos(math.pi * progress)) / 2
+    return config.penalty_strength * progress
+
+
+class AlphaSteps:
+    """Makes an optimizer leave alphas alone, and steps them itself: `alpha -= lr * gradient`, clamped to [0, 1].
+
+    A gradient that is not finite moves nothing. Alphas are in the optimizer's groups nevertheless, since it is there
+    that a GradScaler finds what to unscale: in a group of their own, or, if a schedule is already attached, which
+    counts the groups, in those that exist.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): Changed in place: hooks around its `step` hide the alphas' gradients.
+        alphas (`list[nn.Parameter]`): Taken out of the optimizer's other groups.
+        config ([`LayerCollapseConfig`]): `alpha_learning_rate` and `alpha_lr_schedule` are used.
+        scheduled (`bool`): Whether a learning rate schedule is attached.
+    """
+
+    def __init__(self, optimizer, alphas, config, scheduled=False):
+        self.optimizer, self.alphas, self.config = optimizer, alphas, config
+        self._hidden = []
+        self._not_finite = torch.zeros((), dtype=torch.bool, device=alphas[0].device)
+        self._warned = False
+
+        ours = {id(alpha) for alpha in alphas}
+        for alpha in alphas:
+            optimizer.state.pop(alpha, None)
+        if scheduled:
+            found = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            optimizer.param_groups[-1]["params"].extend(alpha for alpha in alphas if id(alpha) not in found)
+        else:
+            for group in optimizer.param_groups:
+                group["params"][:] = [parameter for parameter in group["params"] if id(parameter) not in ours]
+            optimizer.add_param_group({"params": alphas, "lr": config.alpha_learning_rate, "weight_decay": 0.0})
+        # What `alpha_lr_schedule="same"` compares with; a schedule sets it too.
+        optimizer.param_groups[0].setdefault("initial_lr", optimizer.param_groups[0]["lr"])
+        # Fused optimizers unscale gradients inside their kernel, so that the GradScaler does not.
+        if vars(optimizer).get("_step_supports_amp_scaling"):
+            optimizer._step_supports_amp_scaling = False
+        optimizer.register_step_pre_hook(self._hide)
+        optimizer.register_step_post_hook(self._step)
+
+    def drives(self, alphas):
+        """Whether these are the alphas, in any order."""
+        return {id(alpha) for alpha in alphas} == {id(alpha) for alpha in self.alphas}
+
+    @property
+    def learning_rate(self) -> float:
+        """In force now."""
+        if self.config.alpha_lr_schedule == "constant":
+            return self.config.alpha_learning_rate
+        first = self.optimizer.param_groups[0]
+        initial = float(first["initial_lr"])
+        return self.config.alpha_learning_rate * (float(first["lr"]) / initial if initial else 0.0)
+
+    def _hide(self, optimizer, args, kwargs):
+        # Every optimizer passes over parameters without a gradient. The hooks run once more where a subclass's `step`
+        # calls its parent's; by then nothing is left to hide.
+        hidden = [(alpha, alpha.grad) for alpha in self.alphas if alpha.grad is not None]
+        if hidden:
+            self._hidden = hidden
+        for alpha, _ in hidden:
+            alpha.grad = None
+
+    @torch.no_grad()
+    def _step(self, optimizer, args, kwargs):
+        hidden, self._hidden = self._hidden, []
+        rate = self.learning_rate
+        for alpha, gradient in hidden:
+            finite = gradient.isfinite()
+            alpha.copy_(torch.where(finite, (alpha - rate * gradient).clamp(0, 1), alpha))
+            alpha.grad = gradient
+            self._not_finite |= ~finite.all().to(self._not_finite.device)
+
+    def warn_if_not_finite(self):
+        """Once; waits for the device, so not at every step."""
+        if not self._warned and bool(self._not_finite):
+            self._warned = True
+            logger.warning(
+                "The gradient of an alpha was not finite; that alpha was left as it was. If the loss is NaN or "
+                "infinite, lower the learning rate or check the data."
+            )
+
+
+class TaskParameters:
+    """Stands in for a model where nothing but `parameters()` is asked for: all but the alphas."""
+
+    def __init__(self, model, alphas):
+        self._model, self._alphas = model, {id(alpha) for alpha in alphas}
+
+    def parameters(self):
+        return (parameter for parameter in self._model.parameters() if id(parameter) not in self._alphas)

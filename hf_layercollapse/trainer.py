@@ -1,0 +1,565 @@
+"""The Trainer that drives alphas to 1, as a mixin and in front of `transformers.Trainer`."""
+
+import ast
+import contextlib
+import inspect
+import json
+import math
+import os
+import random
+import shutil
+import textwrap
+import weakref
+from functools import partial
+
+import numpy as np
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from transformers import Trainer
+from transformers.loss.loss_utils import ForTokenClassification
+from transformers.modeling_utils import PreTrainedModel
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+from transformers.trainer_utils import default_compute_objective
+from transformers.utils import CONFIG_NAME, logging
+
+from .collapsing import CollapseReport, collapse_model, is_ready
+from .config import LayerCollapseConfig
+from .families import find_feed_forward_blocks, modules_of, select_blocks, unwrap
+from .modeling_layercollapse import CODE_FILE, CollapsibleActivation
+from .optimization import AlphaSteps, TaskParameters, penalty_strength_at
+from .patching import apply_layer_collapse, collapsible_activations, layer_collapse_config_of, penalty
+
+
+logger = logging.get_logger(__name__)
+
+READY_BLOCKS = "layer_collapse/ready_blocks"
+
+
+class LayerCollapseTrainerMixin:
+    """Adds LayerCollapse (arXiv 2311.17943) to a Trainer class that it stands in front of.
+
+    Training minimises `loss + strength * sum_b (1 - alpha_b)^2`. Alphas take plain gradient steps whatever the
+    optimizer, clamped to [0, 1]: with no task gradient `1 - alpha` shrinks by the factor
+    `1 - 2 * alpha_learning_rate * penalty_strength` a step, so twice the strength takes half the steps. They take no
+    weight decay and stay out of gradient clipping, and a gradient that is not finite leaves an alpha as it is. The
+    penalty counts once per optimizer step, however many batches are accumulated and processes take part.
+
+    While the model is patched, evaluation reports each metric a second time as `eval_collapsed_<metric>`: as if
+    [`~LayerCollapseTrainerMixin.collapse`] had been called. `eval_runtime` covers both passes. The best checkpoint is
+    the one with the best such metric among those with the most ready blocks. The evaluation loss never contains the
+    penalty.
+
+    Two things are put right for every model, patched or not. Checkpoints hold the names of the live model and are
+    loaded completely ([`Trainer`] restores 8 of a ViT's 40 tensors). And where the model's own loss ignores
+    `num_items_in_batch`, as most classification heads' does, `model_accepts_loss_kwargs` is False, so that gradients
+    do not grow with `gradient_accumulation_steps`. A model that sets `accepts_loss_kwargs` itself is believed.
+
+    Args:
+        model (`nn.Module`, *optional*): Dense: it is patched, in place. Or patched already, as the config says. Or,
+            without a config, any model.
+        layer_collapse_config ([`LayerCollapseConfig`], *optional*): What to patch, and how to drive it. Default: what
+            the model was patched with; on a dense or collapsed model, no LayerCollapse at all.
+        calibration_data (iterable of `dict[str, Tensor]`, *optional*): Model inputs, for `linear_target="affine"`;
+            read once for each model that is patched.
+        args, kwargs: Everything that the Trainer class takes. With `model_init`, each model it makes is patched.
+
+    Raises:
+        TypeError: `layer_collapse_config` or `model` is of a wrong type, or the model is wrapped or sharded.
+        ValueError: The model is patched in another way or only collapsed, calibration data is missing, or training is
+            to run under FSDP, DeepSpeed or an optimizer that steps during backward.
+    """
+
+    def __init__(self, model=None, *args, layer_collapse_config=None, calibration_data=None, **kwargs):
+        if layer_collapse_config is not None and not isinstance(layer_collapse_config, LayerCollapseConfig):
+            raise TypeError(
+                f"`layer_collapse_config` must be a LayerCollapseConfig, got {type(layer_collapse_config).__name__}."
+            )
+        self.layer_collapse_config = layer_collapse_config
+        self._calibration_data = calibration_data
+        self._alpha_steps = None
+        self._penalty_sum, self._penalty_count = 0.0, 0  # since the last log
+        self._block_indices = weakref.WeakKeyDictionary()  # activation -> index of its block
+        self._collapsed_names = {}  # metric -> its name with the ready blocks collapsed
+        self._writing_checkpoint = False
+        if model is not None and layer_collapse_config is not None:
+            patch_or_check(model, layer_collapse_config, calibration_data)
+        super().__init__(model, *args, **kwargs)
+
+        if self.layer_collapse_config is None and collapsible_activations(self.model):
+            self.layer_collapse_config = layer_collapse_config_of(unwrap(self.model)[0])
+            if self.layer_collapse_config is None:
+                raise ValueError("The model is patched but carries no options: pass `layer_collapse_config`.")
+        own_loss = self.label_smoother is None and self.compute_loss_func is None
+        if own_loss and self.model_accepts_loss_kwargs and not counts_items(unwrap(self.model)[0]):
+            self.model_accepts_loss_kwargs = False
+        if self.layer_collapse_config is not None:
+            self._refuse_setup()
+        if collapsible_activations(self.model) and not self._trainable_alphas():
+            logger.warning(
+                "The model is patched, but no alpha is trainable, so its blocks will not become linear. Under peft, "
+                "name the activation modules in `modules_to_save`."
+            )
+
+    def _refuse_setup(self):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "Alphas are not trained under FSDP or DeepSpeed in this version. Use several processes without "
+                "sharding (`accelerate launch --multi_gpu`), or one."
+            )
+        if "lomo" in self.args.optim or "layerwise" in self.args.optim:
+            raise ValueError(
+                f"optim={self.args.optim.value!r} updates parameters during the backward pass, where alphas cannot "
+                "take steps of their own. Use an optimizer that works in `step`, such as 'adamw_torch'."
+            )
+
+    # ---- The model ----
+
+    def call_model_init(self, trial=None):
+        # Every model that model_init makes is dense again.
+        model = super().call_model_init(trial)
+        if self.layer_collapse_config is not None:
+            patch_or_check(model, self.layer_collapse_config, self._calibration_data)
+        return model
+
+    def _trainable_alphas(self) -> list[nn.Parameter]:
+        # peft's `modules_to_save` keeps a frozen copy of each.
+        alphas = {id(module.alpha): module.alpha for module in collapsible_activations(self.model).values()}
+        return [alpha for alpha in alphas.values() if alpha.requires_grad]
+
+    def _activations(self) -> dict[str, CollapsibleActivation]:
+        """Block index, as in [`find_feed_forward_blocks`], -> the activation in use."""
+        activations = collapsible_activations(self.model)
+        trainable = {name: module for name, module in activations.items() if module.alpha.requires_grad}
+        in_use = trainable or activations
+        if not all(module in self._block_indices for module in in_use.values()):
+            inner = unwrap(self.model)[0]
+            for block in find_feed_forward_blocks(inner):
+                if block.state != "collapsed":
+                    # Looks into peft's wrappers.
+                    parts = modules_of(inner, block).activation.modules()
+                    self._block_indices.update(dict.fromkeys(parts, block.index))
+        return {str(self._block_indices[module]): module for module in in_use.values()}
+
+    def _is_ready(self, activation):
+        return is_ready(activation.alpha, self.layer_collapse_config.collapse_threshold)
+
+    def _count_ready(self):
+        return sum(self._is_ready(activation) for activation in self._activations().values())
+
+    def collapse(self, calibration_data=None, max_error=None, allow_none=False) -> CollapseReport:
+        """Collapses the ready blocks of the model in place; see [`collapse_model`].
+
+        Blocks that are not ready stay patched or go back to dense, as `layer_collapse_config.not_ready` says. The
+        trainer can go on to evaluate, predict and save; `train` starts with a new optimizer made from `args`.
+
+        Args:
+            calibration_data (iterable of `dict[str, Tensor]`, *optional*): Model inputs; blocks that are not exactly
+                linear are fitted to what they compute on them.
+            max_error (`float`, *optional*): Refuse if a block's relative error exceeds this.
+            allow_none (`bool`): Return a report, rather than raise, if no block is ready.
+
+        Returns:
+            [`CollapseReport`]
+
+        Raises:
+            ValueError: As [`collapse_model`] does.
+            RuntimeError: Training is still running.
+        """
+        ended = self.state.global_step >= self.state.max_steps or self.control.should_training_stop
+        if self.is_in_train and not ended:
+            raise RuntimeError(
+                "`collapse` replaces parameters that are being trained: call it once training has ended."
+            )
+        report = collapse_model(
+            self.model, self.layer_collapse_config, calibration_data, max_error=max_error, allow_none=allow_none
+        )
+        # They hold parameters that are gone.
+        self.optimizer = self.lr_scheduler = self._alpha_steps = None
+        self.model_wrapped = self.model
+        return report
+
+    # ---- Loss ----
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # The penalty joins here, where autograd and loss scaling see it. After super(), which multiplies by the number
+        # of processes; of the unwrapped model's alphas, since what replicas of nn.DataParallel compute is lost.
+        result = super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        if not model.training or self.layer_collapse_config is None:
+            return result
+        alphas = self._trainable_alphas()
+        if self._alpha_steps is not None and not self._alpha_steps.drives(alphas):
+            raise RuntimeError(
+                f"The optimizer was made for {len(self._alpha_steps.alphas)} alphas, and the model now has "
+                f"{len(alphas)} others. Patch and collapse between two calls of `train`, with `trainer.collapse()`."
+            )
+        if not alphas:
+            return result
+        strength = penalty_strength_at(self.layer_collapse_config, self.state.global_step, self.state.max_steps)
+        term = strength * penalty(alphas)
+        if torch.is_grad_enabled() and not term.requires_grad:
+            raise RuntimeError("The penalty has no gradient, so that this step would not drive any alpha.")
+        self._penalty_sum = self._penalty_sum + term.detach()
+        self._penalty_count += 1
+        if self._loss_is_scaled(num_items_in_batch):
+            # training_step will not divide, and adds up this many of them.
+            term = term / self.current_gradient_accumulation_steps
+        if return_outputs:
+            loss, outputs = result
+            return loss + term, outputs
+        return result + term
+
+    def _loss_is_scaled(self, num_items_in_batch):
+        """What `Trainer.training_step` asks before it divides the loss by the number of accumulated batches."""
+        if self.loss_is_scaled_for_ga is not None:
+            return self.loss_is_scaled_for_ga
+        counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return counted or self.compute_loss_func is not None
+
+    # ---- Optimizer ----
+
+    def get_decay_parameter_names(self, model):
+        # Decay would pull alpha to 0.
+        alphas = {f"{name}.alpha" for name in collapsible_activations(model)}
+        return [name for name in super().get_decay_parameter_names(model) if name not in alphas]
+
+    def create_optimizer(self, model=None):
+        # Adam normalises a gradient's size away, and with it the strength of the penalty.
+        super().create_optimizer(model)
+        optimizer = self.optimizer
+        while isinstance(optimizer, AcceleratedOptimizer):
+            optimizer = optimizer.optimizer
+        alphas = self._trainable_alphas() if self.layer_collapse_config is not None else []
+        if not alphas:
+            self._alpha_steps = None
+        elif self._alpha_steps is None or self._alpha_steps.optimizer is not optimizer:
+            scheduled = self.lr_scheduler is not None
+            self._alpha_steps = AlphaSteps(optimizer, alphas, self.layer_collapse_config, scheduled)
+        return self.optimizer
+
+    def _clip_grad_norm(self, model):
+        # Twelve alphas at 0 have a gradient of norm 6.9, for which the task's would be scaled down.
+        return super()._clip_grad_norm(self._task_parameters(model))
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # As above: the norm in the logs is the task's.
+        return super()._get_grad_norm(self._task_parameters(model), grad_norm=grad_norm)
+
+    def _task_parameters(self, model):
+        return TaskParameters(model, self._trainable_alphas()) if self._alpha_steps is not None else model
+
+    # ---- Evaluation ----
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        # Here and not in `evaluate`: one log and one `on_evaluate`, with all metrics in it.
+        gather = self.gather_function
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        activations = self._activations() if self.layer_collapse_config is not None else {}
+        if not activations or description != "Evaluation":
+            return output
+        metrics = output.metrics
+        if not self._is_collapsed_already(activations.values()):
+            callback_handler = self.callback_handler
+            # Prediction steps must not be reported twice.
+            self.callback_handler = CallbackHandler([DefaultFlowCallback], self.model, None, None, None)
+            self.gather_function = gather
+            try:
+                with _same_random_state(), self._as_if_collapsed(activations.values()):
+                    metrics = (
+                        super()
+                        .evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+                        .metrics
+                    )
+            finally:
+                self.callback_handler = callback_handler
+        for name, value in list(metrics.items()):
+            if name != f"{metric_key_prefix}_model_preparation_time":
+                collapsed = f"{metric_key_prefix}_collapsed_{name.removeprefix(f'{metric_key_prefix}_')}"
+                self._collapsed_names[name] = collapsed
+                output.metrics[collapsed] = value
+        return output
+
+    def _is_collapsed_already(self, activations):
+        """Whether the model computes what it would after a collapse, so that nothing need be measured."""
+        ready = [activation for activation in activations if self._is_ready(activation)]
+        restores = self.layer_collapse_config.not_ready == "restore" and len(ready) < len(activations)
+        return not ready or (all(bool((module.alpha == 1).all()) for module in ready) and not restores)
+
+    @contextlib.contextmanager
+    def _as_if_collapsed(self, activations):
+        """What `collapse` would make of the model, without the merging: alpha 1 where ready, native where restored."""
+        before = [(module, module.alpha.detach().clone(), module.replacement) for module in activations]
+        restores = self.layer_collapse_config.not_ready == "restore"
+        try:
+            with torch.no_grad():
+                for module in activations:
+                    if self._is_ready(module):
+                        module.alpha.fill_(1)
+                    elif restores:
+                        module.alpha.fill_(0)
+                        module.replacement = None
+            yield
+        finally:
+            with torch.no_grad():
+                for module, alpha, replacement in before:
+                    module.alpha.copy_(alpha)
+                    module.replacement = replacement
+
+    def _determine_best_metric(self, metrics, trial):
+        # By the metric alone the best model would be the least collapsed one.
+        key = self.args.metric_for_best_model or ""
+        key = key if key.startswith("eval_") else f"eval_{key}"
+        collapsed = self._collapsed_names.get(key, key)
+        if self.layer_collapse_config is not None and self.state.best_global_step and collapsed in metrics:
+            ready, ready_then = self._count_ready(), self._logged_when_best(READY_BLOCKS, 0)
+            value, value_then = metrics[collapsed], self._logged_when_best(collapsed, self.state.best_metric)
+            better = value > value_then if self.args.greater_is_better else value < value_then
+            if math.isnan(value) or ready < ready_then or (ready == ready_then and not better):
+                return False
+            self.state.best_metric = None
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best:
+            # Also where the save strategy asks for no best checkpoint: it finds the best evaluation in the log.
+            self.state.best_global_step = self.state.global_step
+        return is_best
+
+    def _logged_when_best(self, key, default):
+        """From the log, since that survives a resume."""
+        at_best = (entry for entry in self.state.log_history if entry["step"] == self.state.best_global_step)
+        return next((entry[key] for entry in at_best if key in entry), default)
+
+    def hyperparameter_search(self, hp_space=None, compute_objective=None, *args, **kwargs):
+        # The default objective is the sum of all metrics: those that are reported twice must count once.
+        def objective(metrics):
+            again = self._collapsed_names.values()
+            return default_compute_objective({name: value for name, value in metrics.items() if name not in again})
+
+        return super().hyperparameter_search(hp_space, compute_objective or objective, *args, **kwargs)
+
+    # ---- Logs ----
+
+    def log(self, logs, start_time=None):
+        # Adds ours without changing the dict that the caller goes on to use.
+        added = self._layer_collapse_logs(logs)
+        extended = {**logs, **added}
+        super().log(extended, start_time)
+        logs.update({name: value for name, value in extended.items() if name not in added})
+
+    def _layer_collapse_logs(self, logs):
+        activations = self._activations() if self.layer_collapse_config is not None else {}
+        if not activations or "train_runtime" in logs:
+            return {}
+        added = {READY_BLOCKS: sum(map(self._is_ready, activations.values()))}
+        if "loss" not in logs:
+            return added
+        step = max(0, self.state.global_step - 1)  # the one that was taken last
+        strength = penalty_strength_at(self.layer_collapse_config, step, self.state.max_steps)
+        alphas = torch.stack([module.alpha.detach().mean() for module in activations.values()]).tolist()
+        if self._penalty_count:
+            added["layer_collapse/penalty"] = float(self._penalty_sum) / self._penalty_count
+            self._penalty_sum, self._penalty_count = 0.0, 0
+        added["layer_collapse/penalty_strength"] = strength
+        added["layer_collapse/alpha_mean"] = sum(alphas) / len(alphas)
+        for name, alpha in zip(activations, alphas, strict=True):
+            added[f"layer_collapse/alpha/{name}"] = alpha
+        if self._alpha_steps is not None:
+            self._alpha_steps.warn_if_not_finite()
+        return added
+
+    # ---- Checkpoints ----
+
+    def _save_checkpoint(self, model, trial):
+        # `_save` serves save_model too, where the user wants the original names.
+        self._writing_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._writing_checkpoint = False
+
+    def _save(self, output_dir=None, state_dict=None):
+        # A checkpoint is loaded into the live model as it is, so it must hold live names, not those that
+        # `from_pretrained` would convert. It does not name the model: only a save by the user does.
+        model = self.model
+        if not (self._writing_checkpoint and isinstance(model, PreTrainedModel)):
+            return super()._save(output_dir, state_dict)
+        names = model.name_or_path, model.config._name_or_path
+        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del model.save_pretrained
+            model.name_or_path, model.config._name_or_path = names
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        # Upstream copies the files that it knows; our config.json names one more.
+        code = os.path.join(checkpoint_folder, CODE_FILE)
+        if self.is_world_process_zero() and os.path.isfile(code):
+            shutil.copy(code, os.path.join(self.args.output_dir, CODE_FILE))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        # Before any weight is changed.
+        self._refuse_other_life(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        # As above.
+        self._refuse_other_life(self.state.best_model_checkpoint)
+        super()._load_best_model()
+
+    def _refuse_other_life(self, folder):
+        config_file = os.path.join(folder, CONFIG_NAME)
+        # Adapters, and modules that are no PreTrainedModel, are saved without one.
+        if not os.path.isfile(config_file) or not isinstance(self.model, PreTrainedModel):
+            return
+        with open(config_file, encoding="utf-8") as file:
+            stored = (json.load(file).get("layer_collapse") or {}).get("modules", {})
+        live = (self.model.config.__dict__.get("layer_collapse") or {}).get("modules", {})
+        if stored != live:
+            raise ValueError(
+                f"The checkpoint {folder} holds a model that is {_life(stored)}, and the model here is {_life(live)}. "
+                "Give the Trainer the model that the checkpoint was made from, patched by the same config, or load it "
+                "from the checkpoint with `from_pretrained`."
+            )
+
+    def _issue_warnings_after_load(self, load_result):
+        # A missing alpha or merged matrix is not a warning: the model would be another one.
+        if isinstance(self.model, PreTrainedModel) and self.model.config.__dict__.get("layer_collapse"):
+            missing = _not_tied(self.model, load_result.missing_keys)
+            if missing or load_result.unexpected_keys:
+                raise ValueError(
+                    f"The checkpoint does not hold this model: missing {_shorten(missing)}, unexpected "
+                    f"{_shorten(load_result.unexpected_keys)}. It is damaged or was written by another class; resume "
+                    "from a complete one."
+                )
+        super()._issue_warnings_after_load(load_result)
+
+
+class LayerCollapseTrainer(LayerCollapseTrainerMixin, Trainer):
+    __doc__ = LayerCollapseTrainerMixin.__doc__.replace(
+        "to a Trainer class that it stands in front of", "to [`~transformers.Trainer`]"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+# The model that a Trainer is given
+# ----------------------------------------------------------------------------------------------------
+
+
+def patch_or_check(model, config, calibration_data):
+    """Patches a dense model in place, or checks that a patched one is what the config describes.
+
+    The config's other options, those that drive training and the collapse, are recorded in the model.
+
+    Raises:
+        TypeError: The model is no module, wrapped or sharded.
+        ValueError: It is patched in another way, or collapsed and not patched.
+    """
+    inner, _ = unwrap(model)
+    blocks = find_feed_forward_blocks(inner)
+    patched = collapsible_activations(model)
+    collapsed = [block.name for block in blocks if block.state == "collapsed"]
+    if not patched:
+        if collapsed:
+            raise ValueError(
+                f"The model is collapsed ({len(collapsed)} of {len(blocks)} blocks) and carries no alpha. To train it "
+                "as it is, leave `layer_collapse_config` out; to go on with its dense blocks, patch them first: "
+                "`apply_layer_collapse(model, config)`."
+            )
+        apply_layer_collapse(model, config, calibration_data)
+        return
+    differences = _patch_differences(inner, blocks, patched.values(), config)
+    if differences:
+        raise ValueError(
+            "The model is patched already, and not as `layer_collapse_config` says:"
+            + "".join(f"\n  {line}" for line in differences)
+            + "\nLeave `layer_collapse_config` out to train the model as it is patched, or take it back to dense "
+            "first: `remove_layer_collapse(model)`."
+        )
+    if isinstance(inner, PreTrainedModel):
+        inner.config.layer_collapse = {**inner.config.layer_collapse, "options": config.to_dict()}
+
+
+def _patch_differences(inner, blocks, activations, config):
+    differences = []
+    for option, found in (
+        ("linear_target", {activation.linear_target for activation in activations}),
+        ("granularity", {activation.granularity for activation in activations}),
+        ("activation", {activation.act_name for activation in activations}),
+    ):
+        wanted = getattr(config, option)
+        if found != {wanted}:
+            differences.append(f"`{option}`: {wanted!r} in the config, {' and '.join(map(repr, sorted(found)))} here")
+    ours = {id(activation) for activation in activations}
+    remaining = [block for block in blocks if block.state != "collapsed"]
+    patched = [
+        block.name
+        for block in remaining
+        if any(id(module) in ours for module in modules_of(inner, block).activation.modules())
+    ]
+    wanted = [block.name for block in select_blocks(blocks, config.blocks) if block in remaining]
+    if patched != wanted:
+        differences.append(f"`blocks`: {config.blocks!r} chooses {_shorten(wanted)}, patched are {_shorten(patched)}")
+    return differences
+
+
+def counts_items(model) -> bool:
+    """Whether the loss that a model computes is a sum divided by `num_items_in_batch`, for all kinds of labels.
+
+    It is if `forward` hands its keyword arguments on to `self.loss_function(...)`, and that function has a parameter
+    `num_items_in_batch` (`ForCausalLMLoss` and `ForMaskedLMLoss` do) or is `ForTokenClassification`.
+    `ForSequenceClassificationLoss` uses it for one of its three kinds of labels only. Heads that compute
+    `CrossEntropyLoss()` in `forward` never do. A wrong False is harmless: the Trainer then averages over batches.
+    """
+    try:
+        source = inspect.getsource(type(model).forward)
+    except OSError:
+        return False
+    calls = [
+        node
+        for node in ast.walk(ast.parse(textwrap.dedent(source)))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "loss_function"
+    ]
+    if not calls:
+        return False
+    passed_on = all(any(keyword.arg in (None, "num_items_in_batch") for keyword in call.keywords) for call in calls)
+    loss_function = model.loss_function
+    named = "num_items_in_batch" in inspect.signature(loss_function).parameters
+    return passed_on and (named or loss_function is ForTokenClassification)
+
+
+def _life(table):
+    """What a replacement table makes of a model, for a message."""
+    alphas = sum(spec["type"] == "activation" for spec in table.values())
+    if not table:
+        return "dense"
+    others = len(table) - alphas
+    return " and ".join(
+        ([f"patched ({alphas} alphas)"] if alphas else []) + ([f"collapsed ({others} modules)"] if others else [])
+    )
+
+
+def _not_tied(model, keys):
+    """Those keys that are no second name of a parameter with another key."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    present = {id(parameter) for name, parameter in parameters.items() if name not in keys}
+    return [key for key in keys if key not in parameters or id(parameters[key]) not in present]
+
+
+def _shorten(names, limit=6):
+    names = list(names)
+    return names if len(names) <= limit else [*names[:limit], f"and {len(names) - limit} more"]
+
+
+@contextlib.contextmanager
+def _same_random_state():
+    """Random numbers drawn inside do not change those drawn afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
