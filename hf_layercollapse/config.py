@@ -31,7 +31,8 @@ class LayerCollapseConfig:
         ValueError, TypeError: From the constructor, when a value is not one of those described.
     """
 
-    blocks: Any = field(
+    # In this order HfArgumentParser makes it an option that takes words.
+    blocks: str | list[str] | list[int] = field(
         default="all",
         metadata={
             "help": "Which feed-forward blocks: 'all', 'last:4', 'first:4', a list of indices, a list of exact names, "
@@ -147,6 +148,10 @@ class LayerCollapseConfig:
 
 def _checked_blocks(blocks):
     what = "`blocks` must be 'all', 'last:N', 'first:N', a list of indices, a list of names or a regular expression"
+    # How a command line gives one word. None of these can be the name of a module.
+    if isinstance(blocks, list) and len(blocks) == 1 and isinstance(blocks[0], str):
+        if blocks[0] == "all" or blocks[0].startswith(("last:", "first:")):
+            blocks = blocks[0]
     if isinstance(blocks, str):
         if blocks.startswith(("last:", "first:")) and not re.fullmatch(r"(last|first):[1-9]\d*", blocks):
             raise ValueError(f"{what}; got {blocks!r}, where N is not a positive integer.")

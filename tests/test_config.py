@@ -154,6 +154,13 @@ def test_numbers_become_floats():
 
 
 def test_makes_a_command_line():
-    arguments = ["--linear_target", "affine", "--collapse_threshold", "0.1", "--not_ready", "restore"]
-    (config,) = HfArgumentParser(LayerCollapseConfig).parse_args_into_dataclasses(arguments)
+    def parse(*arguments):
+        return HfArgumentParser(LayerCollapseConfig).parse_args_into_dataclasses(list(arguments))[0]
+
+    assert parse() == LayerCollapseConfig()
+    config = parse("--linear_target", "affine", "--collapse_threshold", "0.1", "--not_ready", "restore")
     assert config == LayerCollapseConfig(linear_target="affine", collapse_threshold=0.1, not_ready="restore")
+    assert parse("--blocks", "last:2") == LayerCollapseConfig(blocks="last:2")
+    assert parse("--blocks", "all") == LayerCollapseConfig()
+    assert parse("--blocks", "encoder.layer.0").blocks == ["encoder.layer.0"]
+    assert parse("--blocks", "encoder.layer.0", "encoder.layer.4").blocks == ["encoder.layer.0", "encoder.layer.4"]
