@@ -718,7 +718,8 @@ def set_layer_collapse(model, layer_collapse, holders=()):
     old = model.config
     native_config = type(old).native_class if isinstance(old, LayerCollapseConfigMixin) else type(old)
     native_model = type(model).native_class if isinstance(model, LayerCollapseModelMixin) else type(model)
-    config = copy.deepcopy(old)
+    copies = {}  # id of the old config and of each part of it -> its copy
+    config = copy.deepcopy(old, copies)
     if layer_collapse is None:
         config.__class__ = native_config
         config.__dict__.pop("layer_collapse", None)
@@ -731,8 +732,9 @@ def set_layer_collapse(model, layer_collapse, holders=()):
     config._name_or_path = ""
     for holder in (model, *holders):
         for module in holder.modules():
-            if module.__dict__.get("config") is old:
-                module.config = config
+            # The towers of a composite model hold its sub-configs.
+            if isinstance(module.__dict__.get("config"), PreTrainedConfig):
+                module.config = copies.get(id(module.config), module.config)
     model.name_or_path = ""
     return model
 
