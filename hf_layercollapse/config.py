@@ -31,9 +31,9 @@ class LayerCollapseConfig:
         ValueError, TypeError: From the constructor, when a value is not one of those described.
     """
 
-    # In this order HfArgumentParser makes it an option that takes words.
+    # In this order, and with a factory, HfArgumentParser makes it an option that takes words.
     blocks: str | list[str] | list[int] = field(
-        default="all",
+        default_factory=lambda: "all",
         metadata={
             "help": "Which feed-forward blocks: 'all', 'last:4', 'first:4', a list of indices, a list of exact names, "
             "or one regular expression that block names must match in full. What matches nothing is an error."
