@@ -155,7 +155,7 @@ def collapse_model(
     Args:
         model (`nn.Module`): A patched or dense model. A PeftModel or compiled model is looked through.
         config ([`LayerCollapseConfig`], *optional*): `blocks`, `collapse_threshold` and `not_ready` are used. Default:
-            the one the model was patched with.
+            the one the model was patched with, and every patched block.
         calibration_data (iterable of `dict[str, Tensor]`, *optional*): Model inputs. Read once.
         plan (*optional*): A [`CollapsePlan`]; not supported yet.
         max_error (`float`, *optional*): Refuse if a block's relative error exceeds this: on the calibration data where
@@ -174,12 +174,16 @@ def collapse_model(
         raise TypeError(f"`config` must be a LayerCollapseConfig, got {type(config).__name__}.")
     if plan is not None:
         raise ValueError("`plan` is not supported in this version; name the blocks in `config`.")
+    _check_max_error(max_error)
     inner, holders = unwrap(model)
     blocks, refused = survey_blocks(inner)
     patched = [block for block in blocks if block.state == "patched"]
     options = config or layer_collapse_config_of(inner) or LayerCollapseConfig()
 
     if patched:
+        # The stored selector may name blocks as another head class spells them; what is patched is what it chose.
+        if config is not None:
+            patched = _chosen_of(patched, select_blocks(blocks, config.blocks, refused), config)
         ready, waiting = _split_ready(inner, patched, options, allow_none)
     else:
         if calibration_data is None:
@@ -198,13 +202,16 @@ def collapse_model(
     moments = collect_moments(model, inner, refit, data) if calibration_data is not None and refit else {}
     merges = _merge_all(inner, ready, moments)
     _refuse_errors(merges, max_error)
-    logits = logits_of(model, kept_batches) if kept_batches else None
+    logits = None if kept_batches is None else logits_of(model, kept_batches)
+    if logits is not None and not all(output.isfinite().all() for output in logits):
+        raise ValueError("The calibration data gives outputs that are not finite.")
 
     parameters_before = _count_parameters(inner)
     replaced = [entry for merge in merges for entry in _replace(inner, merge)]
     if options.not_ready == "restore":
         restore_blocks(inner, waiting)
-    refresh_layer_collapse(inner, config, holders, replaced)
+    # What the model was patched with describes the blocks that still are.
+    refresh_layer_collapse(inner, None if layer_collapse_config_of(inner) else config, holders, replaced)
 
     reports = [merge.report for merge in merges] + [_waiting_report(inner, block, options) for block in waiting]
     difference = None
@@ -214,6 +221,17 @@ def collapse_model(
     return CollapseReport(
         sorted(reports, key=lambda report: report.index), parameters_before, _count_parameters(inner), difference
     )
+
+
+def _chosen_of(patched, chosen, config):
+    names = {block.name for block in chosen}
+    both = [block for block in patched if block.name in names]
+    if not both:
+        raise ValueError(
+            f"`blocks` is {config.blocks!r}, and none of these blocks is patched. Patched are "
+            f"{[block.name for block in patched]}."
+        )
+    return both
 
 
 def _split_ready(inner, patched, options, allow_none):
@@ -230,7 +248,8 @@ def _split_ready(inner, patched, options, allow_none):
 
 def is_ready(alpha, collapse_threshold) -> bool:
     """Whether a block with these alphas (tensor of shape `(1,)` or `(hidden,)`) may collapse. Never if one is NaN."""
-    return bool((1 - alpha.detach() <= collapse_threshold).all())
+    # In alpha's own precision: an alpha of 0.95 has reached a threshold of 0.05.
+    return bool((alpha.detach() >= torch.tensor(1 - collapse_threshold, dtype=alpha.dtype)).all())
 
 
 def _smallest_alpha(inner, block):
@@ -310,18 +329,26 @@ def _merged_at_one(parts):
 def _make_linear(down, weight, bias):
     """A layer of the same kind, device and dtype as `down` that holds the merged map."""
     out_features, in_features = weight.shape
-    if isinstance(down, Conv1D):
-        linear = Conv1D(out_features, in_features)
-        weight = weight.T
-    else:
-        linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
-        linear.to_empty(device=down.weight.device)
-    linear.to(device=down.weight.device, dtype=down.weight.dtype)
+    with torch.device("meta"):  # neither time nor random numbers go into first values
+        if isinstance(down, Conv1D):
+            linear, weight = Conv1D(out_features, in_features), weight.T
+        else:
+            linear = nn.Linear(in_features, out_features, bias=bias is not None)
+    linear.to(down.weight.dtype).to_empty(device=down.weight.device)
     linear.weight.copy_(weight)
     if linear.bias is not None:
         linear.bias.copy_(torch.zeros(()) if bias is None else bias)
     linear.requires_grad_(down.weight.requires_grad)
     return linear.train(down.training)
+
+
+def _check_max_error(max_error):
+    if max_error is None:
+        return
+    if isinstance(max_error, bool) or not isinstance(max_error, (int, float)):
+        raise TypeError(f"`max_error` must be a number, got {max_error!r}.")
+    if not max_error >= 0:
+        raise ValueError(f"`max_error` must be a relative error, at least 0, got {max_error}.")
 
 
 def _refuse_errors(merges, max_error):
