@@ -17,7 +17,6 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from transformers import Trainer
-from transformers.loss.loss_utils import ForTokenClassification
 from transformers.modeling_utils import PreTrainedModel
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from transformers.trainer_utils import default_compute_objective
@@ -53,7 +52,7 @@ class LayerCollapseTrainerMixin:
     Two things are put right for every model, patched or not. Checkpoints hold the names of the live model and are
     loaded completely ([`Trainer`] restores 8 of a ViT's 40 tensors). And where the model's own loss ignores
     `num_items_in_batch`, as most classification heads' does, `model_accepts_loss_kwargs` is False, so that gradients
-    do not grow with `gradient_accumulation_steps`. A model that sets `accepts_loss_kwargs` itself is believed.
+    do not grow with `gradient_accumulation_steps`.
 
     Args:
         model (`nn.Module`, *optional*): Dense: it is patched, in place. Or patched already, as the config says. Or,
@@ -90,6 +89,7 @@ class LayerCollapseTrainerMixin:
             self.layer_collapse_config = layer_collapse_config_of(unwrap(self.model)[0])
             if self.layer_collapse_config is None:
                 raise ValueError("The model is patched but carries no options: pass `layer_collapse_config`.")
+        # Most heads take the count of labels and ignore it, which makes gradients grow with the accumulated batches.
         own_loss = self.label_smoother is None and self.compute_loss_func is None
         if own_loss and self.model_accepts_loss_kwargs and not counts_items(unwrap(self.model)[0]):
             self.model_accepts_loss_kwargs = False
@@ -252,26 +252,32 @@ class LayerCollapseTrainerMixin:
 
     # ---- Evaluation ----
 
-    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+    def evaluation_loop(
+        self,
+        dataloader,
+        description,
+        prediction_loss_only=None,
+        ignore_keys=None,
+        metric_key_prefix="eval",
+    ):
         # Here and not in `evaluate`: one log and one `on_evaluate`, with all metrics in it.
+        loop = partial(
+            super().evaluation_loop, dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
         gather = self.gather_function
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        activations = self._activations() if self.layer_collapse_config is not None else {}
+        output = loop()
+        activations = self._activations().values() if self.layer_collapse_config is not None else ()
         if not activations or description != "Evaluation":
             return output
         metrics = output.metrics
-        if not self._is_collapsed_already(activations.values()):
+        if not self._is_collapsed_already(activations):
             callback_handler = self.callback_handler
             # Prediction steps must not be reported twice.
             self.callback_handler = CallbackHandler([DefaultFlowCallback], self.model, None, None, None)
             self.gather_function = gather
             try:
-                with _same_random_state(), self._as_if_collapsed(activations.values()):
-                    metrics = (
-                        super()
-                        .evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-                        .metrics
-                    )
+                with _same_random_state(), self._as_if_collapsed(activations):
+                    metrics = loop().metrics
             finally:
                 self.callback_handler = callback_handler
         for name, value in list(metrics.items()):
@@ -506,12 +512,12 @@ def _patch_differences(inner, blocks, activations, config):
 
 
 def counts_items(model) -> bool:
-    """Whether the loss that a model computes is a sum divided by `num_items_in_batch`, for all kinds of labels.
+    """Whether the loss that a model computes is a sum divided by `num_items_in_batch`.
 
-    It is if `forward` hands its keyword arguments on to `self.loss_function(...)`, and that function has a parameter
-    `num_items_in_batch` (`ForCausalLMLoss` and `ForMaskedLMLoss` do) or is `ForTokenClassification`.
-    `ForSequenceClassificationLoss` uses it for one of its three kinds of labels only. Heads that compute
-    `CrossEntropyLoss()` in `forward` never do. A wrong False is harmless: the Trainer then averages over batches.
+    It is if `forward` hands its keyword arguments on to `self.loss_function(...)` and that function has a parameter of
+    this name, as `ForCausalLMLoss` and `ForMaskedLMLoss` have. `ForSequenceClassificationLoss` uses it for one of its
+    three kinds of labels only, and heads that make a `CrossEntropyLoss()` in `forward` never do. Where this says False
+    of a loss that does count, the Trainer averages over batches instead of over items.
     """
     try:
         source = inspect.getsource(type(model).forward)
@@ -522,12 +528,8 @@ def counts_items(model) -> bool:
         for node in ast.walk(ast.parse(textwrap.dedent(source)))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "loss_function"
     ]
-    if not calls:
-        return False
     passed_on = all(any(keyword.arg in (None, "num_items_in_batch") for keyword in call.keywords) for call in calls)
-    loss_function = model.loss_function
-    named = "num_items_in_batch" in inspect.signature(loss_function).parameters
-    return passed_on and (named or loss_function is ForTokenClassification)
+    return bool(calls) and passed_on and "num_items_in_batch" in inspect.signature(model.loss_function).parameters
 
 
 def _life(table):

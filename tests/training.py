@@ -1,0 +1,146 @@
+"""Small training runs for the tests of the Trainer."""
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments
+
+from hf_layercollapse import LayerCollapseConfig, LayerCollapseTrainer
+from tests.models import BY_NAME
+
+
+def rows(case, count, seed=0):
+    """Single examples with labels. Token labels are partly ignored, by a different share in each row."""
+    examples = []
+    for i in range(count):
+        example = {name: value[0] for name, value in case.inputs(batch=1, seed=1000 * seed + i).items()}
+        if case.labels == "tokens":
+            example["labels"] = example["input_ids"].clone()
+            # The first label is no target, yet the Trainer counts it for GPT-2, whose class name tells no loss type.
+            example["labels"][: 1 + i % 4] = -100
+        else:
+            example["labels"] = torch.tensor((i * 7 + seed) % 3)
+        examples.append(example)
+    return examples
+
+
+def model_of(case, seed=0, dropout=False, **kwargs):
+    config = case.config()
+    for name, value in vars(config).items():
+        if "drop" in name and isinstance(value, float) and not dropout:
+            setattr(config, name, 0.0)
+    return case.model(seed, config=config, **kwargs)
+
+
+def trainer_for(
+    case,
+    output_dir,
+    config=None,
+    model=None,
+    trainer_class=LayerCollapseTrainer,
+    train=None,
+    evaluate=None,
+    batch=8,
+    accumulate=1,
+    dropout=False,
+    args=None,
+    **kwargs,
+):
+    """A trainer of one of the test models; `config` may be a dict of options, or `False` for none.
+
+    `args` are training arguments, `kwargs` go to the trainer.
+    """
+    case = BY_NAME[case] if isinstance(case, str) else case
+    if isinstance(config, dict) or config is None:
+        config = LayerCollapseConfig(**(config or {}))
+    if config:
+        kwargs["layer_collapse_config"] = config
+    if model is None and "model_init" not in kwargs:
+        model = model_of(case, dropout=dropout)
+    options = {
+        "max_steps": 1,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "use_cpu": True,
+        "log_level": "error",
+        **(args or {}),
+    }
+    return trainer_class(
+        model=model,
+        args=TrainingArguments(
+            str(output_dir),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulate,
+            **options,
+        ),
+        train_dataset=rows(case, 32) if train is None else train,
+        eval_dataset=rows(case, 12, seed=1) if evaluate is None else evaluate,
+        **kwargs,
+    )
+
+
+def alphas_of(model):
+    return {name: value.detach().clone() for name, value in model.named_parameters() if name.endswith(".alpha")}
+
+
+def set_alphas(model, *values):
+    with torch.no_grad():
+        parameters = (parameter for name, parameter in model.named_parameters() if name.endswith(".alpha"))
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.fill_(value)
+
+
+def state_of(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same(left, right):
+    """Equal bit for bit."""
+    assert left.keys() == right.keys()
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not different
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients that each optimizer step is about to use."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append(
+            {
+                name: parameter.grad.clone()
+                for name, parameter in model.named_parameters()
+                if parameter.grad is not None
+            }
+        )
+
+
+class SetAlphas(TrainerCallback):
+    """Sets alphas after each step, as scheduled: a tuple per step."""
+
+    def __init__(self, schedule):
+        self.schedule = schedule
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        set_alphas(model, *self.schedule[state.global_step - 1])
+
+
+def zero_loss(outputs, labels, num_items_in_batch=None):
+    """No task gradient at all."""
+    return outputs["logits"].sum() * 0.0
+
+
+def counted_cross_entropy(outputs, labels, num_items_in_batch=None):
+    """Cross entropy as `compute_loss_func` must give it: a sum over the whole accumulated batch's count."""
+    logits = outputs["logits"]
+    if labels.dim() == 2:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    total = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
+    return total / (num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum())
