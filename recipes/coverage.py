@@ -1,0 +1,549 @@
+"""Which model types of transformers can be patched, trained, collapsed, saved and loaded: tried on every one of them.
+
+    python recipes/coverage.py                          # all model types, about eight minutes on two cores
+    python recipes/coverage.py bert llama t5            # some
+    python recipes/coverage.py --check                  # fails if a type of tests/coverage.json does not pass any more
+    python recipes/coverage.py --update                 # writes tests/coverage.json
+
+Each type is built small and random from its own config, nothing is downloaded. Then: find the blocks; give them random
+weights and biases; patch (the output must not change by a bit); save and load patched; train three steps; set every
+alpha to 1; collapse (the output must be the same map); save; load under every Auto class that knows the type. What a
+model type does not pass is reported with the stage and the reason, and whether the untouched model has the same trouble.
+"""
+
+import argparse
+import collections
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+
+LIST = Path(__file__).resolve().parent.parent / "tests" / "coverage.json"
+# Seconds for one model type; parameters of the largest model that is still "small".
+TIME_LIMIT, PARAMETER_LIMIT = 90, 30_000_000
+# Relative difference of outputs allowed between alpha = 1 and merged, in float64 and in float32.
+TOLERANCE = {"float64": 1e-6, "float32": 2e-3}
+# Models whose code needs a package that the test extra does not have, or that hold no model of their own.
+SKIPPED = {"layercollapse": "this package's own"}
+
+WIDTH, HEADS, LAYERS, VOCABULARY = 32, 4, 2, 160
+
+
+# ----------------------------------------------------------------------------------------------------
+# Small configs
+# ----------------------------------------------------------------------------------------------------
+
+# field name -> small value. Applied where a config has such a field with an integer.
+SMALL = {
+    **dict.fromkeys(
+        "hidden_size d_model n_embd embed_dim dim decoder_hidden_size encoder_hidden_size hidden_dim emb_dim "
+        "text_embed_dim projection_dim embedding_size d_embed hidden_channels cross_attention_hidden_size "
+        "output_hidden_size out_hidden_size word_embed_proj_dim vision_hidden_size text_hidden_size "
+        "decoder_dim encoder_dim d_inner_model query_dim conformer_conv_dim llm_dim dim_model".split(),
+        WIDTH,
+    ),
+    **dict.fromkeys(
+        "intermediate_size ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim n_inner d_inner ffn_hidden_size dff "
+        "dim_feedforward moe_intermediate_size shared_expert_intermediate_size mlp_dim feed_forward_size "
+        "intermediate_dim shared_intermediate_size encoder_intermediate_dim decoder_intermediate_dim ffn_size "
+        "intermediate_size_mlp decoder_intermediate_size encoder_intermediate_size expert_ffn_hidden_size".split(),
+        2 * WIDTH,
+    ),
+    **dict.fromkeys(
+        "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers depth num_decoder_layers "
+        "encoder_num_layers decoder_num_layers num_encoder_layers encoder_num_hidden_layers l_layers x_layers r_layers "
+        "decoder_num_hidden_layers text_encoder_num_hidden_layers num_blocks sequence_layers".split(),
+        LAYERS,
+    ),
+    **dict.fromkeys(
+        "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
+        "encoder_num_attention_heads decoder_num_attention_heads num_head attention_heads "
+        "speech_encoder_attention_heads".split(),
+        HEADS,
+    ),
+    **dict.fromkeys(
+        "num_key_value_heads encoder_num_key_value_heads decoder_num_key_value_heads num_kv_heads".split(), 2
+    ),
+    **dict.fromkeys("head_dim d_kv attention_head_dim attention_head_size v_head_dim".split(), WIDTH // HEADS),
+    **dict.fromkeys("vocab_size text_vocab_size".split(), VOCABULARY),
+    **dict.fromkeys("num_experts n_routed_experts num_local_experts moe_num_experts num_routed_experts".split(), 4),
+    **dict.fromkeys("num_experts_per_tok moe_topk moe_k moe_top_k".split(), 2),
+    **dict.fromkeys("max_position_embeddings n_positions max_source_positions max_target_positions".split(), 64),
+    **dict.fromkeys("image_size img_size".split(), 32),
+    **dict.fromkeys("patch_size".split(), 8),
+    **dict.fromkeys("q_lora_rank kv_lora_rank".split(), 16),
+    **dict.fromkeys("qk_rope_head_dim qk_nope_head_dim".split(), WIDTH // HEADS // 2),
+}
+# Derived from other fields when they are not given.
+DERIVED = {"layer_types", "mlp_layer_types", "layers_block_type", "hybrid_layer_ids", "torch_dtype", "dtype"}
+
+
+def shrink(values, level):
+    """The fields of a config as constructor arguments, made small. Level 0 shrinks what it can, 1 leaves images and
+    positions as they are, 2 only takes fewer layers and tokens."""
+    small = {}
+    for name, value in values.items():
+        if name in DERIVED or name.startswith("_") or name in ("transformers_version", "architectures"):
+            continue
+        if isinstance(value, dict) and "model_type" in value:
+            value = shrink(value, level)
+        elif isinstance(value, bool) or value is None:
+            pass
+        elif isinstance(value, int):
+            target = SMALL.get(name)
+            if target is not None and _allowed(target, level) and value > target:
+                value = target
+            elif name.endswith(("_token_id", "_token_index", "_token")) and value >= VOCABULARY:
+                value = VOCABULARY - 1 - sum(name.encode()) % 60
+        elif isinstance(value, list) and name in ("depths", "num_layers_per_stage", "layers"):
+            value = [min(LAYERS, item) if isinstance(item, int) else item for item in value]
+        small[name] = value
+    return small
+
+
+def _allowed(target, level):
+    return level == 0 or (level == 1 and target not in (64, 8, 16)) or target in (LAYERS, VOCABULARY)
+
+
+def small_configs(config_class):
+    """Small configs of a family, smallest first."""
+    values = config_class().to_dict()
+    for level in (0, 1, 2):
+        values_now = shrink(values, level)
+        values_now.pop("model_type", None)
+        try:
+            yield config_class(**values_now)
+        except Exception as error:  # noqa: BLE001  (250 kinds of config, each with its own demands)
+            yield error
+
+
+# ----------------------------------------------------------------------------------------------------
+# One model type
+# ----------------------------------------------------------------------------------------------------
+
+
+class Failure(Exception):
+    """A stage that did not pass."""
+
+
+def auto_classes(config_class):
+    """Every Auto class that gives a model for this config, `AutoModel` first."""
+    from transformers.models.auto import auto_factory, modeling_auto
+
+    found = {}
+    for value in modeling_auto.__dict__.values():
+        if isinstance(value, type) and issubclass(value, auto_factory._BaseAutoModelClass) and value._model_mapping:
+            if config_class in value._model_mapping:
+                found[value.__name__] = value
+    return dict(sorted(found.items(), key=lambda item: (item[0] != "AutoModel", item[0])))
+
+
+def build(model_type):
+    """`(model, Auto classes, inputs of the modules to run)` of a small random model."""
+    import torch
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config_class = CONFIG_MAPPING[model_type]
+    autos = auto_classes(config_class)
+    if not autos:
+        raise Failure("no Auto class gives a model of this type")
+    first = next(iter(autos.values()))
+    reason = "no config"
+    for config in small_configs(config_class):
+        if isinstance(config, Exception):
+            reason = f"config: {_line(config)}"
+            continue
+        try:
+            with torch.device("meta"):
+                size = sum(parameter.numel() for parameter in first.from_config(config).parameters())
+            if size > PARAMETER_LIMIT:
+                raise Failure(f"{size:,} parameters at its smallest")
+            torch.manual_seed(0)
+            model = first.from_config(config).eval().float()
+            randomise(model)
+            runs = runnable(model)
+            if not runs:
+                raise Failure("no inputs are known that it runs on")
+            return model, autos, runs
+        except TimeoutError:
+            raise
+        except Exception as error:  # noqa: BLE001
+            reason = _line(error)
+    raise Failure(reason)
+
+
+def randomise(model):
+    import torch
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, Conv1D)):
+                module.weight.normal_(0, 0.5 * min(module.weight.shape) ** -0.5, generator=generator)
+            for name, parameter in module._parameters.items():
+                if parameter is not None and name.endswith("bias"):
+                    parameter.normal_(0, 0.2, generator=generator)
+
+
+def runnable(model):
+    """`{name: inputs}` of the model and of the towers in it that its own inputs do not reach."""
+    from transformers.modeling_utils import PreTrainedModel
+
+    from hf_layercollapse.verification import model_inputs
+
+    runs = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        inputs = model_inputs(module)
+        if inputs is None:
+            continue
+        try:
+            forward({name: inputs}, model)
+        except TimeoutError:
+            raise
+        except Exception:  # noqa: BLE001
+            for fewer in _alternatives(inputs):
+                with contextlib.suppress(Exception):
+                    forward({name: fewer}, model)
+                    runs[name] = fewer
+                    break
+            continue
+        runs[name] = inputs
+    return runs
+
+
+def _alternatives(inputs):
+    for key in inputs:
+        if len(inputs) > 1:
+            yield {key: inputs[key]}
+    if "input_values" in inputs:
+        yield {**inputs, "input_values": inputs["input_values"][:, None]}
+    if "input_features" in inputs:
+        yield {**inputs, "input_features": inputs["input_features"].transpose(1, 2)}
+
+
+def forward(runs, model, differentiable=False):
+    """All floating-point outputs of all runs, in order."""
+    import torch
+
+    from hf_layercollapse.verification import _tensors
+
+    outputs = []
+    with contextlib.nullcontext() if differentiable else torch.no_grad():
+        for name, inputs in runs.items():
+            module = model.get_submodule(name)
+            dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+            torch.manual_seed(0)
+            inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+            output = module(**inputs)
+            found = [tensor for tensor in _tensors(output) if tensor.is_floating_point()]
+            outputs += found if differentiable else [tensor.detach().clone() for tensor in found]
+    return outputs
+
+
+def identical(a, b):
+    import torch
+
+    return len(a) == len(b) and all(
+        x.shape == y.shape and torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True)
+    )
+
+
+def difference(a, b):
+    """Largest difference of two runs, relative to the largest value of each tensor."""
+    if [x.shape for x in a] != [y.shape for y in b]:
+        return float("inf")
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if x.numel():
+            x, y = x.double().nan_to_num(0, 0, 0), y.double().nan_to_num(0, 0, 0)
+            worst = max(worst, float((x - y).abs().max() / x.abs().max().clamp_min(1e-6)))
+    return worst
+
+
+def reached(model, blocks, runs):
+    """Names of the blocks that the runs come through."""
+    seen, handles = set(), []
+    for block in blocks:
+        down = model.get_submodule(block.path(block.layout.down))
+        handles.append(down.register_forward_hook(lambda *_, name=block.name: seen.add(name)))
+    forward(runs, model)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def examine(model_type):
+    """Everything about one model type, as plain data."""
+    started = time.time()
+    result = {"model_type": model_type, "status": "failed", "stage": "build"}
+    signal.signal(signal.SIGALRM, _too_long)
+    signal.alarm(TIME_LIMIT)
+    try:
+        _examine(model_type, result)
+    except Failure as failure:
+        result["reason"] = str(failure)
+    except TimeoutError:
+        result["reason"] = f"took more than {TIME_LIMIT} s"
+    except Exception as error:  # noqa: BLE001
+        result["reason"] = _line(error)
+        result["bug"] = result["stage"] != "build"
+    finally:
+        signal.alarm(0)
+    if result["stage"] == "build":
+        result["status"] = "not built"
+    result["seconds"] = round(time.time() - started, 2)
+    return result
+
+
+def _too_long(*_):
+    raise TimeoutError
+
+
+def _examine(model_type, result):
+    import torch
+
+    from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model
+    from hf_layercollapse.families import survey_blocks
+    from hf_layercollapse.patching import alpha_parameters, penalty
+
+    model, autos, runs = build(model_type)
+    native_config = type(model.config)
+
+    result["stage"] = "find"
+    blocks, refused = survey_blocks(model)
+    result["blocks"] = dict(collections.Counter(block.layout.name for block in blocks))
+    result["refused"] = collections.Counter(_shape(reason) for reason in refused.values())
+    if not blocks:
+        result["status"] = "no blocks"
+        return
+    result["reached"] = len(reached(model, blocks, runs))
+
+    result["stage"] = "patch"
+    before = forward(runs, model)
+    apply_layer_collapse(model, LayerCollapseConfig())
+    if not identical(before, forward(runs, model)):
+        if identical(before, forward(runs, model)):
+            raise Failure("the model is not deterministic")
+        raise Failure(f"patched differs from dense by {difference(before, forward(runs, model)):.1e}")
+
+    result["stage"] = "train"
+    alphas = alpha_parameters(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    model.eval()  # some types compute losses of their own in training mode
+    for _ in range(3):
+        outputs = forward(runs, model, differentiable=True)
+        loss = sum(output.float().square().mean() for output in outputs if output.requires_grad) + penalty(alphas)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    if not all(float(alpha.detach()) != 0 for alpha in alphas):
+        raise Failure("an alpha did not move")
+
+    with tempfile.TemporaryDirectory() as folder:
+        result["stage"] = "load patched"
+        model.save_pretrained(folder)
+        again = next(iter(autos.values())).from_pretrained(folder).eval()
+        if not identical(forward(runs, model), forward(runs, again)):
+            raise Failure("a patched model comes back different" + native_trouble(model_type, autos))
+        del again
+
+    result["stage"] = "collapse"
+    with torch.no_grad():
+        for alpha in alphas:
+            alpha.fill_(1.0)
+    exact = forward(runs, model)
+    report = collapse_model(model)
+    after = forward(runs, model)
+    if len(report.collapsed) != len(blocks):
+        raise Failure(f"{len(report.collapsed)} of {len(blocks)} blocks collapsed")
+    worst = max(block.error for block in report.blocks)
+    if not worst < 1e-5:
+        raise Failure(f"a merged block differs by {worst:.1e}")
+    result["difference"] = difference(exact, after)
+    if not result["difference"] <= TOLERANCE["float32"]:
+        raise Failure(f"collapsed differs from alpha = 1 by {result['difference']:.1e}")
+
+    result["stage"] = "load collapsed"
+    result["heads"] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        state = model.base_model.state_dict()
+        for name, auto in autos.items():
+            result["heads"][name] = "loads"
+            try:
+                again = auto.from_pretrained(folder).eval()
+            except TimeoutError:
+                raise
+            except Exception as error:  # noqa: BLE001
+                trouble = native_trouble(model_type, autos, name)
+                result["heads"][name] = f"{_line(error)}{trouble}"
+                if not trouble:
+                    raise Failure(f"{name}: {_line(error)}") from None
+                continue
+            if not isinstance(again.config, native_config):
+                raise Failure(f"{name} gives a {type(again.config).__name__}")
+            if name == next(iter(autos)):
+                result["heads"][name] = "equal"
+                if not identical(after, forward(runs, again)):
+                    raise Failure("a collapsed model comes back different" + native_trouble(model_type, autos))
+            loaded = again.base_model.state_dict()
+            common = [key for key in state if key in loaded]
+            wrong = [key for key in common if not torch.equal(state[key], loaded[key])]
+            if wrong:
+                trouble = native_trouble(model_type, autos, name)
+                result["heads"][name] = f"{len(wrong)} weights differ{trouble}"
+                if not trouble:
+                    raise Failure(f"{name}: {len(wrong)} of {len(common)} weights differ, such as {wrong[0]}")
+    result["stage"], result["status"] = "done", "passed"
+
+
+def native_trouble(model_type, autos, head=None):
+    """What is wrong with saving and loading the untouched model, in words, or nothing."""
+    import torch
+
+    model, _, runs = build(model_type)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model.save_pretrained(folder)
+            again = autos[head or next(iter(autos))].from_pretrained(folder).eval()
+        except Exception as error:  # noqa: BLE001
+            return f" (the untouched model does not load either: {_line(error)})"
+        if head is None and not identical(forward(runs, model), forward(runs, again)):
+            return " (so does the untouched model)"
+        state, loaded = model.base_model.state_dict(), again.base_model.state_dict()
+        if any(not torch.equal(state[key], loaded[key]) for key in state if key in loaded):
+            return " (of the untouched model too)"
+    return ""
+
+
+def _line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _shape(reason):
+    """A reason without its numbers, so that equal ones are counted together."""
+    return "".join("#" if character.isdigit() else character for character in reason.split("(")[0]).strip()
+
+
+# ----------------------------------------------------------------------------------------------------
+# All of them
+# ----------------------------------------------------------------------------------------------------
+
+
+def _start_worker():
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    from transformers.utils import logging
+
+    import hf_layercollapse  # noqa: F401
+
+    torch.set_num_threads(1)
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    sys.stdout = open(os.devnull, "w")
+    sys.stderr = open(os.devnull, "w")
+
+
+def examine_all(model_types, workers=2):
+    """Yields the result of each model type, in processes of their own; one that dies takes no other with it."""
+    waiting = list(model_types)
+    while waiting:
+        with ProcessPoolExecutor(workers, initializer=_start_worker) as pool:
+            futures = {pool.submit(examine, model_type): model_type for model_type in waiting}
+            try:
+                for future in as_completed(futures):
+                    result = future.result()
+                    waiting.remove(result["model_type"])
+                    yield result
+            except BrokenProcessPool:
+                if len(waiting) == 1:
+                    yield {"model_type": waiting.pop(), "status": "failed", "reason": "the process died", "bug": True}
+                elif workers > 1:
+                    workers = 1
+                else:
+                    # The first of those that were left is the one that ran.
+                    yield {"model_type": waiting.pop(0), "status": "failed", "reason": "the process died", "bug": True}
+
+
+def summary(results):
+    lines = []
+    by_status = collections.defaultdict(list)
+    for result in results:
+        by_status[result["status"]].append(result)
+    for status in ("passed", "failed", "no blocks", "not built"):
+        lines.append(f"{len(by_status[status]):4d} {status}")
+    lines.append("\nlayout: model types that pass (blocks)")
+    layouts = collections.defaultdict(dict)
+    for result in by_status["passed"]:
+        for layout, count in result["blocks"].items():
+            layouts[layout][result["model_type"]] = count
+    for layout, types in sorted(layouts.items(), key=lambda item: -len(item[1])):
+        lines.append(f"  {layout}: {len(types)} types, {sum(types.values())} blocks; {', '.join(list(types)[:6])}")
+    for status in ("failed", "not built", "no blocks"):
+        reasons = collections.defaultdict(list)
+        for result in by_status[status]:
+            reason = result.get("reason") or "; ".join(result.get("refused", {})) or "-"
+            reasons[f"{result.get('stage')}: {_shape(reason)}"[:150]].append(result["model_type"])
+        lines.append(f"\n{status}")
+        for reason, types in sorted(reasons.items(), key=lambda item: -len(item[1])):
+            lines.append(f"  {len(types):3d} {reason}: {', '.join(types[:12])}{' ...' if len(types) > 12 else ''}")
+    return "\n".join(lines)
+
+
+def passing_list(results):
+    """What is committed: model type -> blocks by layout and heads, of those that pass."""
+    return {
+        result["model_type"]: {"blocks": result["blocks"], "heads": sorted(result["heads"])}
+        for result in sorted(results, key=lambda result: result["model_type"])
+        if result["status"] == "passed"
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model_types", nargs="*", help="model types to try; all that transformers has if none")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--check", action="store_true", help="fail if a type of the committed list does not pass")
+    parser.add_argument("--update", action="store_true", help="write the committed list")
+    parser.add_argument("--output", type=Path, help="write all results here, as JSON")
+    arguments = parser.parse_args()
+
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    types = arguments.model_types or sorted(set(CONFIG_MAPPING_NAMES) - set(SKIPPED))
+    if arguments.check and not arguments.model_types:
+        types = sorted(json.loads(LIST.read_text()))
+    results = []
+    started = time.time()
+    for result in examine_all(types, arguments.workers):
+        results.append(result)
+        reason = f" at {result.get('stage')}: {result['reason']}" if "reason" in result else ""
+        print(f"{len(results):3d}/{len(types)} {result['model_type']}: {result['status']}{reason}"[:300], flush=True)
+    print(f"\n{summary(results)}\n\n{time.time() - started:.0f} s")
+    if arguments.output:
+        arguments.output.write_text(json.dumps(sorted(results, key=lambda r: r["model_type"]), indent=1) + "\n")
+    passing = passing_list(results)
+    if arguments.update:
+        LIST.write_text(json.dumps(passing, indent=1, sort_keys=True) + "\n")
+    if arguments.check:
+        expected = json.loads(LIST.read_text())
+        lost = [model_type for model_type in types if model_type in expected and model_type not in passing]
+        if lost:
+            sys.exit(f"no longer passing: {', '.join(lost)}")
+
+
+if __name__ == "__main__":
+    main()
