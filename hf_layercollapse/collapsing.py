@@ -20,7 +20,13 @@ from .families import (
     unwrap,
 )
 from .modeling_layercollapse import CollapsedBlock
-from .patching import layer_collapse_config_of, refresh_layer_collapse, replace_module, restore_blocks
+from .patching import (
+    collapsible_activations,
+    layer_collapse_config_of,
+    refresh_layer_collapse,
+    replace_module,
+    restore_blocks,
+)
 
 
 # Batches whose logits are compared before and after; enough to see a difference, few enough to hold.
@@ -177,6 +183,12 @@ def collapse_model(
     _check_max_error(max_error)
     inner, holders = unwrap(model)
     blocks, refused = survey_blocks(inner)
+    wrapped = [name for name in collapsible_activations(inner) if ".modules_to_save." in name]
+    if wrapped:
+        raise ValueError(
+            f"The alpha of `{wrapped[0]}` belongs to an adapter that is not merged. Call "
+            "`model = model.merge_and_unload()` first, and collapse that."
+        )
     patched = [block for block in blocks if block.state == "patched"]
     options = config or layer_collapse_config_of(inner) or LayerCollapseConfig()
 

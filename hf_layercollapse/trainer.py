@@ -66,7 +66,8 @@ class LayerCollapseTrainerMixin:
     Raises:
         TypeError: `layer_collapse_config` or `model` is of a wrong type, or the model is wrapped or sharded.
         ValueError: The model is patched in another way or only collapsed, calibration data is missing, or training is
-            to run under FSDP, DeepSpeed or an optimizer that steps during backward.
+            to run under FSDP, DeepSpeed, an optimizer that steps during backward, or, on several processes, reentrant
+            checkpointing.
     """
 
     def __init__(self, model=None, *args, layer_collapse_config=None, calibration_data=None, **kwargs):
@@ -106,6 +107,12 @@ class LayerCollapseTrainerMixin:
             raise ValueError(
                 "Alphas are not trained under FSDP or DeepSpeed in this version. Use several processes without "
                 "sharding (`accelerate launch --multi_gpu`), or one."
+            )
+        reentrant = (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant", False)
+        if self.args.activation_checkpointing and reentrant and self.args.world_size > 1:
+            raise ValueError(
+                "Reentrant activation checkpointing runs a backward pass of its own, in which DistributedDataParallel "
+                "would see each alpha a second time, after the penalty. Set use_reentrant=False, the default."
             )
         if "lomo" in self.args.optim or "layerwise" in self.args.optim:
             raise ValueError(
@@ -171,9 +178,10 @@ class LayerCollapseTrainerMixin:
             raise RuntimeError(
                 "`collapse` replaces parameters that are being trained: call it once training has ended."
             )
-        report = collapse_model(
-            self.model, self.layer_collapse_config, calibration_data, max_error=max_error, allow_none=allow_none
-        )
+        config = self.layer_collapse_config
+        if config == layer_collapse_config_of(unwrap(self.model)[0]):
+            config = None  # the model's own: its blocks are those that are patched, however it names them
+        report = collapse_model(self.model, config, calibration_data, max_error=max_error, allow_none=allow_none)
         # They hold parameters that are gone.
         self.optimizer = self.lr_scheduler = self._alpha_steps = None
         self.model_wrapped = self.model

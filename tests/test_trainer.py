@@ -223,6 +223,10 @@ def test_lora_on_a_linear_counts_each_alpha_once(tmp_path):
     log = trainer.state.log_history[0]
     assert log["layer_collapse/penalty"] == pytest.approx(LAYERS)
     assert [log[f"layer_collapse/alpha/{i}"] for i in range(LAYERS)] == pytest.approx([0.2] * LAYERS)
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        trainer.collapse()
+    set_alphas(model, *[1.0] * 2 * LAYERS)
+    assert len(collapse_model(model.merge_and_unload()).collapsed) == LAYERS
 
 
 def test_frozen_alphas_are_warned_of(tmp_path, caplog):
@@ -433,6 +437,22 @@ def test_grad_scaler(fused):
 def test_optimizers_that_step_in_backward_are_refused(optim, tmp_path):
     with pytest.raises(ValueError, match=f"optim='{optim}' updates parameters during the backward pass"):
         trainer_for("bert", tmp_path, args={"optim": optim})
+
+
+def test_reentrant_checkpointing_on_several_processes_is_refused(tmp_path, monkeypatch):
+    args = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+    trainer = trainer_for("bert", tmp_path, args=args)
+    monkeypatch.setattr(type(trainer.args), "world_size", property(lambda self: 2))
+    with pytest.raises(ValueError, match="Set use_reentrant=False"):
+        trainer._refuse_setup()
+
+
+@pytest.mark.parametrize("plugin", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_sharded_training_is_refused(plugin, tmp_path):
+    trainer = trainer_for("bert", tmp_path)
+    setattr(trainer, plugin, True)
+    with pytest.raises(ValueError, match="not trained under FSDP or DeepSpeed"):
+        trainer._refuse_setup()
 
 
 # ---- Schedule and logs ----
