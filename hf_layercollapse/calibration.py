@@ -6,7 +6,7 @@ from tqdm.auto import tqdm
 
 from . import functional
 from .families import modules_of
-from .modeling_layercollapse import CollapsibleActivation
+from .modeling_layercollapse import CollapsibleActivation, is_inplace
 
 
 def calibrate_affine_targets(model, inner, blocks, activations, calibration_data):
@@ -20,17 +20,24 @@ def calibrate_affine_targets(model, inner, blocks, activations, calibration_data
     def observe(block):
         activation: CollapsibleActivation = activations[block.name]
 
+        native = modules_of(inner, block).activation
+        inputs = []
+
+        def before(module, args):
+            inputs[:] = [args[0].clone() if is_inplace(native) else args[0]]
+
         def hook(module, args, output):
             # Not through `activation.act`: the native module would call this hook again.
-            activated = output if activation.replacement is None else activation.replacement(args[0])
-            z, a = token_rows(args[0], batch).double(), token_rows(activated, batch).double()
+            activated = output if activation.replacement is None else activation.replacement(inputs[0])
+            z, a = token_rows(inputs.pop(), batch).double(), token_rows(activated, batch).double()
             terms = torch.stack([z.sum(0), z.square().sum(0), a.sum(0), (z * a).sum(0)])
             count, total = sums.get(block.name, (0, 0.0))
             sums[block.name] = count + z.shape[0], total + terms
 
-        return modules_of(inner, block).activation.register_forward_hook(hook)
+        return [native.register_forward_pre_hook(before), native.register_forward_hook(hook)]
 
-    run_over(model, calibration_data, [observe(block) for block in blocks], "Calibrating", batch)
+    handles = [handle for block in blocks for handle in observe(block)]
+    run_over(model, calibration_data, handles, "Calibrating", batch)
     fitted = {}
     for block in blocks:
         count, total = sums.get(block.name, (0, None))
@@ -67,7 +74,7 @@ def collect_moments(model, inner, blocks, calibration_data):
 
         def after(module, args, output):
             x = inputs.pop(block.name).double()
-            y = token_rows(output, batch).double()
+            y = token_rows(output, batch).double() * parts.scales[2]
             f = torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
             new = f.T @ f, f.T @ y, y.square().sum(0)
             old = moments.get(block.name)

@@ -35,8 +35,9 @@ class LayerCollapseConfig:
     blocks: str | list[str] | list[int] = field(
         default_factory=lambda: "all",
         metadata={
-            "help": "Which feed-forward blocks: 'all', 'last:4', 'first:4', a list of indices, a list of exact names, "
-            "or one regular expression that block names must match in full. What matches nothing is an error."
+            "help": "Which feed-forward blocks: 'all', 'last:4', 'first:4', a part of the model ('decoder'), "
+            "'encoder.last:2' for some of a part, a list of indices, a list of exact names, or one regular expression "
+            "that block names must match in full. What matches nothing is an error."
         },
     )
     linear_target: str = field(
@@ -147,13 +148,18 @@ class LayerCollapseConfig:
 
 
 def _checked_blocks(blocks):
-    what = "`blocks` must be 'all', 'last:N', 'first:N', a list of indices, a list of names or a regular expression"
+    what = (
+        "`blocks` must be 'all', 'last:N', 'first:N', a part of the model, 'part.last:N', a list of indices, a list "
+        "of names or a regular expression"
+    )
     # How a command line gives one word. None of these can be the name of a module.
     if isinstance(blocks, list) and len(blocks) == 1 and isinstance(blocks[0], str):
         if blocks[0] == "all" or blocks[0].startswith(("last:", "first:")):
             blocks = blocks[0]
     if isinstance(blocks, str):
-        if blocks.startswith(("last:", "first:")) and not re.fullmatch(r"(last|first):[1-9]\d*", blocks):
+        if re.match(r"([\w.]+\.)?(last|first):", blocks) and not re.fullmatch(
+            r"([\w.]+\.)?(last|first):[1-9]\d*", blocks
+        ):
             raise ValueError(f"{what}; got {blocks!r}, where N is not a positive integer.")
         try:
             re.compile(blocks)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from . import functional
 from .modeling_layercollapse import CollapsedBlock, CollapsibleActivation, linear_shape
 from .verification import DROPOUTS, NORMS, Refusal, Wiring, verify
 
@@ -107,7 +108,8 @@ LAYOUTS = [
     FeedForwardLayout("split language", "lang_inter.dense", "lang_output.dense", "lang_inter.intermediate_act_fn"),
     FeedForwardLayout("split vision", "visn_inter.dense", "visn_output.dense", "visn_inter.intermediate_act_fn"),
     FeedForwardLayout("dense.dense/output.dense", "dense.dense", "output.dense", "dense.act_fn"),  # Reformer
-    # Gated: Llama, Mistral, Qwen, Gemma, OLMo, Cohere, ...; mT5, UMT5; LFM2; xLSTM
+    # T5, LongT5, Switch, UDOP; then gated: Llama, Mistral, Qwen, Gemma, OLMo, Cohere, ...; mT5, UMT5; LFM2; xLSTM
+    FeedForwardLayout("wi/wo", "wi", "wo"),
     FeedForwardLayout("gate_proj/up_proj/down_proj", "up_proj", "down_proj", gate="gate_proj"),
     FeedForwardLayout("wi_0/wi_1/wo", "wi_1", "wo", gate="wi_0"),
     FeedForwardLayout("w1/w3/w2", "w3", "w2", gate="w1"),
@@ -127,7 +129,6 @@ LAYOUTS = [
     FeedForwardLayout("c_fc/c_proj", "c_fc", "c_proj"),  # GPT-2 (Conv1D), GPT-Neo, StarCoder2
     FeedForwardLayout("dense_h_to_4h/dense_4h_to_h", "dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
     FeedForwardLayout("fc_in/fc_out", "fc_in", "fc_out"),  # GPT-J, CodeGen
-    FeedForwardLayout("wi/wo", "wi", "wo"),  # T5, LongT5, Switch, UDOP
     FeedForwardLayout("ffn/ffn_output", "ffn", "ffn_output"),  # ALBERT
     FeedForwardLayout("layer_1/layer_2", "layer_1", "layer_2"),  # XLNet
     FeedForwardLayout("layer1/layer2", "layer1", "layer2"),  # SAM 3
@@ -358,7 +359,7 @@ def survey_blocks(model):
             except Refusal as refusal:
                 reason = reason or str(refusal)
                 continue
-            if not isinstance(up, nn.Identity):
+            if _is_linear(up):
                 ups.add(id(up))
             downs.add(id(down))
             several = isinstance(holder, nn.Sequential) or not holder_name or holder_name in names
@@ -516,6 +517,10 @@ def _describe(name, index, state, holder_name, holder, layout, wiring):
     )
 
 
+# `"last:4"`, or in a part of the model `"encoder.last:4"`.
+COUNTED = re.compile(r"((?P<part>[^:]+)\.)?(?P<side>first|last):(?P<count>[1-9]\d*)")
+
+
 def select_blocks(blocks, selector, refused=None):
     """The blocks that `LayerCollapseConfig.blocks` asks for, in forward order.
 
@@ -550,19 +555,51 @@ def select_blocks(blocks, selector, refused=None):
         return [block for block in blocks if block.index in chosen]
     if selector == "all":
         return list(blocks)
-    if selector.startswith(("first:", "last:")):
-        side, count = selector.split(":")
-        count = int(count)
-        if count > len(blocks):
-            raise ValueError(f"`blocks` is {selector!r}, and the model has {len(blocks)} blocks.")
-        return blocks[:count] if side == "first" else blocks[-count:]
-    chosen = [block for block in blocks if re.fullmatch(selector, block.name)]
+    counted = COUNTED.fullmatch(selector)
+    if counted:
+        part, side, count = counted["part"], counted["side"], int(counted["count"])
+        where = blocks if part is None else _of_part(blocks, part)
+        if not where:
+            raise ValueError(
+                f"`blocks` is {selector!r}, and the model has no blocks in a part {part!r}. {_parts(blocks)}"
+            )
+        if count > len(where):
+            within = "the model" if part is None else f"its part {part!r}"
+            raise ValueError(f"`blocks` is {selector!r}, and {within} has {len(where)} blocks.")
+        return where[:count] if side == "first" else where[-count:]
+    chosen = _of_part(blocks, selector) or [block for block in blocks if re.fullmatch(selector, block.name)]
     if not chosen:
+        why = f" {selector} is refused: {refused[selector]}." if selector in refused else ""
         raise ValueError(
-            f"`blocks` is the regular expression {selector!r}, which matches no block name in full. The names are "
-            f"{_shorten([block.name for block in blocks])}."
+            f"`blocks` is {selector!r}, which is neither a part of the model nor, as a regular expression, matches a "
+            f"block name in full.{why} The names are {_shorten([block.name for block in blocks])}. {_parts(blocks)}"
         )
     return chosen
+
+
+def _of_part(blocks, part):
+    """The blocks inside a module, named by its qualified name or by the last components of it (`"decoder"` for
+    `"model.decoder"`)."""
+    for levels in range(max((block.name.count(".") for block in blocks), default=0) + 1):
+        found = {}
+        for block in blocks:
+            components = block.name.split(".")
+            if ".".join(components[levels:]).startswith(f"{part}."):
+                found.setdefault(".".join(components[:levels]), []).append(block)
+        # The outermost level counts, and a name that stands for several modules there for none.
+        if found:
+            return next(iter(found.values())) if len(found) == 1 else []
+    return []
+
+
+def _parts(blocks):
+    """In words, the modules that `blocks` can name as parts."""
+    names = {}
+    for block in blocks:
+        components = block.name.split(".")
+        depth = next((i for i, component in enumerate(components) if component.isdigit()), len(components) - 1)
+        names[".".join(components[:depth])] = None
+    return f"Its parts are {_shorten(list(names))}." if "" not in names else ""
 
 
 def _shorten(names, limit=6):
@@ -633,9 +670,9 @@ def check_weights(model, blocks, merging):
                     "(`get_model_state_dict` with `full_state_dict=True`) before collapsing."
                 )
             if (
-                type(linear) not in (nn.Linear, Conv1D)
-                or type(weight.data) is not torch.Tensor
+                type(weight.data) is not torch.Tensor
                 or not weight.is_floating_point()
+                or not (weight.is_meta or _computes_linear(linear))
             ):
                 raise ValueError(
                     f"`{name}` is quantized or of a kind that cannot be merged: {type(linear).__name__} with weights "
@@ -653,3 +690,15 @@ def check_weights(model, blocks, merging):
                     f"`{name}` shares its {' and '.join(shared)} with another module (tied weights): merging it would "
                     "change that module too. Untie it first."
                 )
+
+
+@torch.no_grad()
+def _computes_linear(linear):
+    """Whether a subclass of `nn.Linear` (Falcon has its own) does what `nn.Linear` does with its weight and bias."""
+    if type(linear) in (nn.Linear, Conv1D):
+        return True
+    if not isinstance(linear, nn.Linear):
+        return False
+    x = functional.gaussian_inputs(linear.in_features, rows=4).to(linear.weight)
+    expected = nn.functional.linear(x, linear.weight, linear.bias)
+    return functional.relative_error(expected, linear(x)) < 10 * torch.finfo(x.dtype).eps

@@ -9,16 +9,18 @@ Three parts: the modules that a table can name, the table itself, and the regist
 """
 
 import copy
+import functools
 import importlib
 import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, initialization
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import auto_factory, modeling_auto
@@ -235,9 +237,19 @@ class CollapsibleActivation(nn.Module):
             # Parameters of the activation itself (PReLU, xIELU) get their gradients from plain autograd only.
             or any(True for _ in act.parameters())
         )
+        if is_inplace(act):
+            act = functools.partial(_out_of_place, act)
         if in_the_open:
             return collapsible(pre_activation, act(pre_activation), self.alpha, slope, offset)
         return _CollapsibleFunction.apply(pre_activation, self.alpha, slope, offset, act)
+
+    def init_weights(self):
+        """Dense values for what a checkpoint did not hold; tensors that it did hold stay."""
+        initialization.constant_(self.alpha, 0.0)
+        if self.linear_target == "affine":
+            initialization.constant_(self.offset, float(self.gate))
+            if not self.gate:
+                initialization.constant_(self.slope, 1.0)
 
     def _apply(self, fn, recurse=True):
         # Devices follow the model, dtypes do not: 0.987654 is 0.98828 in bfloat16.
@@ -253,6 +265,15 @@ class CollapsibleActivation(nn.Module):
 
     def extra_repr(self):
         return f"width={self.width}, linear_target={self.linear_target!r}, granularity={self.granularity!r}"
+
+
+def is_inplace(activation):
+    """Whether an activation module writes over its input, as `nn.ReLU(inplace=True)` does."""
+    return bool(activation.__dict__.get("inplace", False))
+
+
+def _out_of_place(activation, pre_activation):
+    return activation(pre_activation.clone())
 
 
 class CollapsedBlock(nn.Module):
@@ -472,6 +493,24 @@ def apply_table(model, table):
         root.get_submodule(parent)._modules[name] = build_module(path, native, spec)
 
 
+def prune_parallel_plans(model):
+    """Takes modules that a collapse replaced out of the model's tensor-parallel and FSDP plans: sharding one half of a
+    pair of linears whose other half is gone would give wrong results."""
+    replaced = [
+        re.sub(r"\d+", "*", name)
+        for _, name, _, spec in resolve_table(model, model.config.layer_collapse["modules"])
+        if spec["type"] != "activation"
+    ]
+    for prefix, module in model.named_modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        start = re.sub(r"\d+", "*", f"{prefix}." if prefix else "")
+        gone = tuple(name[len(start) :] for name in replaced if name.startswith(start))
+        for plan in (module._tp_plan, module._fsdp_plan):
+            for key in [key for key in plan if any(key == name or key.startswith(f"{name}.") for name in gone)]:
+                del plan[key]
+
+
 # ----------------------------------------------------------------------------------------------------
 # Registered classes: subclasses of the native ones, made on demand
 # ----------------------------------------------------------------------------------------------------
@@ -500,8 +539,26 @@ class LayerCollapseConfigMixin:
             shutil.copyfile(__file__, target)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
+    def to_dict(self):
+        content = super().to_dict()
+        # Inside another config (a Llava's language model, an EncoderDecoderModel's encoder) the file's type has to be
+        # there already: the outer config rebuilds this one from what it finds, and a native type would give it a
+        # native model without a word. The outer classes are native, so only the caller tells.
+        if _is_nested(self, sys._getframe(1)):
+            content["base_model_type"] = content["model_type"]
+            content["model_type"] = MODEL_TYPE
+        return content
+
     def __reduce_ex__(self, protocol):
         return _empty_config, (type(self).native_class,), self.__dict__
+
+
+def _is_nested(config, caller):
+    """Whether `config.to_dict()` is called by another config, to become a part of it."""
+    module = caller.f_globals.get("__name__", "")
+    if module != PreTrainedConfig.__module__ and not module.startswith("transformers.models."):
+        return False
+    return not isinstance(caller.f_locals.get("self"), type(config))
 
 
 class LayerCollapseModelMixin:
@@ -510,6 +567,7 @@ class LayerCollapseModelMixin:
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         apply_table(self, validate_layer_collapse(config.layer_collapse)["modules"])
+        prune_parallel_plans(self)
         self.init_weights()
 
     @classmethod
@@ -525,6 +583,12 @@ class LayerCollapseModelMixin:
     @classmethod
     def _can_set_experts_implementation(cls):
         return cls.native_class._can_set_experts_implementation()
+
+    def _init_weights(self, module):
+        if isinstance(module, CollapsibleActivation):
+            module.init_weights()
+        else:
+            super()._init_weights(module)
 
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):
@@ -619,6 +683,10 @@ class StoredConfig(PreTrainedConfig):
     """What `model_type: layercollapse` in a config.json resolves to. Never instantiated: it makes the real one."""
 
     model_type = MODEL_TYPE
+
+    def __new__(cls, *args, **kwargs):
+        # Another config makes its parts by calling the class that CONFIG_MAPPING gives for their model type.
+        return cls.from_dict(kwargs) if kwargs else super().__new__(cls)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -736,6 +804,8 @@ def set_layer_collapse(model, layer_collapse, holders=()):
             if isinstance(module.__dict__.get("config"), PreTrainedConfig):
                 module.config = copies.get(id(module.config), module.config)
     model.name_or_path = ""
+    if layer_collapse is not None:
+        prune_parallel_plans(model)
     return model
 
 

@@ -7,8 +7,8 @@
 
 Each type is built small and random from its own config, nothing is downloaded. Then: find the blocks; give them random
 weights and biases; patch (the output must not change by a bit); save and load patched; train three steps; set every
-alpha to 1; collapse (the output must be the same map); save; load under every Auto class that knows the type. What a
-model type does not pass is reported with the stage and the reason, and whether the untouched model has the same trouble.
+alpha to 1; collapse (the output must be the same map); save; load under every Auto class that knows the type. What does
+not pass is reported with the stage and the reason, and whether the untouched model has the same trouble.
 """
 
 import argparse
@@ -59,8 +59,8 @@ SMALL = {
     ),
     **dict.fromkeys(
         "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers depth num_decoder_layers "
-        "encoder_num_layers decoder_num_layers num_encoder_layers encoder_num_hidden_layers l_layers x_layers r_layers "
-        "decoder_num_hidden_layers text_encoder_num_hidden_layers num_blocks sequence_layers".split(),
+        "encoder_num_layers decoder_num_layers num_encoder_layers encoder_num_hidden_layers l_layers x_layers "
+        "r_layers decoder_num_hidden_layers text_encoder_num_hidden_layers num_blocks sequence_layers".split(),
         LAYERS,
     ),
     **dict.fromkeys(

@@ -1,0 +1,856 @@
+"""Every layout, on a model type that has it; look-alikes refused with the reason; parts of a model; plain torch."""
+
+import importlib.util
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    AutoModel,
+    AutoModelForAudioClassification,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+    AutoModelForTextEncoding,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertLMHeadModel,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    EncoderDecoderModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MixtralConfig,
+    MixtralModel,
+    SegformerConfig,
+    SegformerModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
+
+from hf_layercollapse import (
+    FeedForwardLayout,
+    LayerCollapseConfig,
+    apply_layer_collapse,
+    collapse_model,
+    find_feed_forward_blocks,
+    register_feed_forward_layout,
+    remove_layer_collapse,
+)
+from hf_layercollapse import families as families_module
+from hf_layercollapse.families import LAYOUTS, refused_blocks
+from hf_layercollapse.patching import alpha_parameters
+
+
+def _load_coverage():
+    path = Path(__file__).resolve().parent.parent / "recipes" / "coverage.py"
+    spec = importlib.util.spec_from_file_location("coverage_recipe", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+coverage = _load_coverage()
+
+# One model type for every row of the table; adding a row means adding a case.
+CASES = {
+    "split": "bert",
+}
+
+
+def set_alphas(model, value=1.0):
+    with torch.no_grad():
+        for alpha in alpha_parameters(model):
+            alpha.fill_(value)
+
+
+def collapse(model, blocks="all"):
+    apply_layer_collapse(model, LayerCollapseConfig(blocks=blocks))
+    set_alphas(model)
+    return collapse_model(model)
+
+
+def randomised(model):
+    coverage.randomise(model)
+    return model.eval()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Every layout
+# ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", CASES)
+def test_layout(layout):
+    result = coverage.examine(CASES[layout])
+    assert result["status"] == "passed", result
+    assert result["blocks"][layout] >= 1
+    assert result["difference"] <= coverage.TOLERANCE["float32"]
+
+
+def test_every_row_has_a_case():
+    assert {row.name for row in LAYOUTS} - {"sequential"} <= CASES.keys() | NO_SUCH_MODEL
+
+
+# Rows whose only model types cannot be built small or have no package here; each with its reason.
+NO_SUCH_MODEL: set[str] = set()
+
+
+@pytest.mark.slow
+def test_committed_list_does_not_shrink():
+    expected = json.loads(coverage.LIST.read_text())
+    passing = coverage.passing_list(coverage.examine_all(sorted(expected)))
+    assert not expected.keys() - passing.keys()
+    for model_type, entry in expected.items():
+        assert passing[model_type] == entry
+
+
+def test_the_committed_list_is_long_enough():
+    expected = json.loads(coverage.LIST.read_text())
+    assert len(expected) >= 200
+    assert all(sum(entry["blocks"].values()) >= 1 for entry in expected.values())
+
+
+# ----------------------------------------------------------------------------------------------------
+# Verified, not guessed
+# ----------------------------------------------------------------------------------------------------
+
+
+class Mlp(nn.Module):
+    """A feed-forward module whose code between the linears is given."""
+
+    def __init__(self, width=16, hidden=40, out=None, **children):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, width if out is None else out)
+        for name, child in children.items():
+            setattr(self, name, child)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class ScaledMlp(Mlp):
+    def forward(self, x):
+        return 3.0 * self.fc2(0.5 * self.act(2.0 * self.fc1(x)))
+
+
+class ResidualMlp(Mlp):
+    def forward(self, x):
+        return x + self.fc2(self.act(self.fc1(x)))
+
+
+class NormFirstMlp(Mlp):
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(self.norm(x))))
+
+
+class DropoutMlp(Mlp):
+    def forward(self, x):
+        return F.dropout(self.fc2(F.dropout(self.act(self.fc1(x)), 0.1, self.training)), 0.1, self.training)
+
+
+class ChunkedMlp(Mlp):
+    def forward(self, x):
+        return torch.cat([self.fc2(self.act(self.fc1(chunk))) for chunk in x.chunk(2, 0)], 0)
+
+
+class NormBetweenMlp(Mlp):
+    def forward(self, x):
+        return self.fc2(self.norm(self.act(self.fc1(x))))
+
+
+class SquaredMlp(Mlp):
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)).square())
+
+
+class ShiftedMlp(Mlp):
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x) + 1.0))
+
+
+class LeakyMlp(Mlp):
+    def forward(self, x):
+        hidden = self.fc1(x)
+        return self.fc2(self.act(hidden)) + hidden.mean(-1, keepdim=True)
+
+
+class TwiceMlp(Mlp):
+    def forward(self, x):
+        return self.fc2(self.act(self.act(self.fc1(x))))
+
+
+class WeightMlp(Mlp):
+    def forward(self, x):
+        return F.linear(self.act(self.fc1(x)), self.fc2.weight, self.fc2.bias)
+
+
+class BrokenMlp(Mlp):
+    def forward(self, x, table):
+        return self.fc2(self.act(self.fc1(x + table[0])))
+
+
+class Net(nn.Module):
+    def __init__(self, mlp):
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x):
+        return self.mlp(x)
+
+
+@pytest.mark.parametrize(
+    "mlp, own",
+    [
+        (Mlp(), True),
+        (ScaledMlp(), True),
+        (ResidualMlp(), False),
+        (NormFirstMlp(norm=nn.LayerNorm(16)), False),
+        (DropoutMlp(), False),
+        (ChunkedMlp(), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_plain_code_is_exact(mlp, own):
+    net, x = randomised(Net(mlp)), torch.randn(4, 6, 16)
+    (block,) = find_feed_forward_blocks(net)
+    assert block.name == "mlp" and block.wiring.own_module is own
+    before = net(x)
+    apply_layer_collapse(net)
+    assert torch.equal(net(x), before)
+    set_alphas(net)
+    exact = net(x)
+    report = collapse_model(net)
+    torch.testing.assert_close(net(x), exact, rtol=1e-5, atol=1e-5)
+    assert report.blocks[0].error < 1e-6
+    assert isinstance(net.mlp, ResidualMlp) or not own or list(net.mlp._modules) == ["fc2"]
+
+
+@pytest.mark.parametrize(
+    "mlp, reason",
+    [
+        (NormBetweenMlp(norm=nn.LayerNorm(40)), "`norm` (LayerNorm) runs between `act` and `fc2`"),
+        (SquaredMlp(), "something else than the layout says between `act` and `fc2`"),
+        (ShiftedMlp(), "something else than the layout says between `fc1` and `act`"),
+        (LeakyMlp(), "what `fc1` gives is used elsewhere too"),
+        (TwiceMlp(), "`act` is called 2 times where `fc1` is called 1 times"),
+        (WeightMlp(), "could not be run to check it (running WeightMlp does not reach it"),
+        (BrokenMlp(), "could not be run to check it"),
+        (Mlp(hidden=8), "bottleneck 16 -> 8 -> 16"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_other_code_is_refused(mlp, reason):
+    net = Net(mlp)
+    assert find_feed_forward_blocks(net) == []
+    assert reason in refused_blocks(net)["mlp"]
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(ValueError, match="mlp") as caught:
+        apply_layer_collapse(net, LayerCollapseConfig(blocks=["mlp"]))
+    assert reason in str(caught.value)
+    assert type(net.mlp.act) is nn.GELU and all(torch.equal(net.state_dict()[name], state[name]) for name in state)
+
+
+def test_refused_among_good_ones_by_name():
+    net = nn.Sequential(Net(Mlp()), Net(SquaredMlp()))
+    with pytest.raises(ValueError, match="1.mlp is refused: its code does something else"):
+        apply_layer_collapse(net, LayerCollapseConfig(blocks=["1.mlp"]))
+    with pytest.raises(ValueError, match="1.mlp is refused: its code does something else"):
+        apply_layer_collapse(net, LayerCollapseConfig(blocks="1.mlp"))
+
+
+def test_checking_leaves_the_model_alone():
+    net = randomised(Net(DropoutMlp()))
+    net.mlp.fc1.register_forward_hook(lambda *_: pytest.fail("the real module ran"))
+    net.train()
+    state, rng = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
+    find_feed_forward_blocks(net)
+    assert net.training and net.mlp.act.training
+    assert torch.equal(rng, torch.get_rng_state())
+    assert all(torch.equal(net.state_dict()[k], v) for k, v in state.items())
+
+
+def test_checking_a_large_model_is_cheap():
+    config = LlamaConfig(num_hidden_layers=32)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    blocks = find_feed_forward_blocks(model)
+    assert len(blocks) == 32 and {block.kind for block in blocks} == {"gated"}
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "build, name, reason",
+    [
+        (
+            lambda: SegformerModel(
+                SegformerConfig(
+                    num_encoder_blocks=1,
+                    depths=[2],
+                    sr_ratios=[1],
+                    hidden_sizes=[16],
+                    patch_sizes=[7],
+                    strides=[4],
+                    num_attention_heads=[2],
+                    mlp_ratios=[4],
+                )
+            ),
+            "mlp",
+            "between",
+        ),
+        (
+            lambda: MixtralModel(
+                MixtralConfig(
+                    vocab_size=64,
+                    hidden_size=16,
+                    intermediate_size=40,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    num_key_value_heads=2,
+                    num_local_experts=2,
+                )
+            ),
+            "experts",
+            "MoE experts held as 3-D parameters",
+        ),
+    ],
+    ids=["segformer", "mixtral"],
+)
+def test_look_alikes(build, name, reason):
+    model = build()
+    refused = refused_blocks(model)
+    assert find_feed_forward_blocks(model) == [] and len(refused) == 2
+    assert all(path.endswith(name) and reason in why for path, why in refused.items())
+    with pytest.raises(ValueError, match="no feed-forward block of a known layout"):
+        apply_layer_collapse(model)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Layouts of one's own
+# ----------------------------------------------------------------------------------------------------
+
+
+class OwnNames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.widen, self.bend, self.narrow = nn.Linear(16, 40), nn.SiLU(), nn.Linear(40, 16)
+
+    def forward(self, x):
+        return self.narrow(self.bend(self.widen(x)))
+
+
+def test_register_layout(monkeypatch):
+    monkeypatch.setattr(families_module, "LAYOUTS", list(LAYOUTS))
+    net, x = randomised(Net(OwnNames())), torch.randn(3, 16)
+    assert find_feed_forward_blocks(net) == []
+    layout = FeedForwardLayout("own", "widen", "narrow", "bend")
+    register_feed_forward_layout(layout)
+    register_feed_forward_layout(layout)
+    assert families_module.LAYOUTS.count(layout) == 1
+    apply_layer_collapse(net)
+    set_alphas(net)
+    exact = net(x)
+    collapse_model(net)
+    torch.testing.assert_close(net(x), exact)
+    with pytest.raises(ValueError, match="another layout named 'own'"):
+        register_feed_forward_layout(FeedForwardLayout("own", "a", "b"))
+    with pytest.raises(TypeError, match="FeedForwardLayout, got str"):
+        register_feed_forward_layout("own")
+
+
+@pytest.mark.parametrize(
+    "values, error",
+    [
+        (("x", "a", "a"), ValueError),
+        (("x", "a b", "c"), ValueError),
+        (("x", "a", "b", ()), ValueError),
+        (("x", "a", 3), TypeError),
+        (("x", "a", "b", "c", "d", "gate,up"), ValueError),
+        (("x", "a", "b", "c", None, "both"), ValueError),
+        (("", "a", "b"), ValueError),
+    ],
+)
+def test_bad_layouts(values, error):
+    with pytest.raises(error):
+        FeedForwardLayout(*values)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Gated blocks
+# ----------------------------------------------------------------------------------------------------
+
+
+class Gated(nn.Module):
+    def __init__(self, order):
+        super().__init__()
+        self.order = order
+        self.gate_up_proj, self.act, self.down_proj = nn.Linear(16, 80), nn.SiLU(), nn.Linear(40, 16)
+
+    def forward(self, x):
+        first, second = self.gate_up_proj(x).chunk(2, -1)
+        if self.order == "interleaved":
+            both = self.gate_up_proj(x)
+            first, second = both[..., ::2], both[..., 1::2]
+        elif self.order == "up,gate":
+            first, second = second, first
+        return self.down_proj(self.act(first) * second)
+
+
+@pytest.mark.parametrize("order", ["gate,up", "up,gate"])
+def test_fused_halves_are_told_apart(order):
+    net, x = randomised(Net(Gated(order))), torch.randn(5, 16)
+    (block,) = find_feed_forward_blocks(net)
+    assert (
+        block.layout.fused == order and block.hidden_features == 40 and block.parameters == 16 * 80 + 80 + 40 * 16 + 16
+    )
+    collapse_and_compare(net, x)
+
+
+def test_interleaved(monkeypatch):
+    monkeypatch.setattr(families_module, "LAYOUTS", list(LAYOUTS))
+    net = randomised(Net(Gated("interleaved")))
+    net.mlp.forward_calls = 1
+    assert find_feed_forward_blocks(net) == []  # calls the fused linear twice
+    assert "called" in refused_blocks(net)["mlp"]
+
+
+def collapse_and_compare(net, x):
+    apply_layer_collapse(net)
+    set_alphas(net)
+    exact = net(x)
+    collapse_model(net)
+    torch.testing.assert_close(net(x), exact, rtol=1e-5, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Parts of a model
+# ----------------------------------------------------------------------------------------------------
+
+
+def tiny_t5():
+    return randomised(
+        T5ForConditionalGeneration(
+            T5Config(vocab_size=64, d_model=16, d_ff=40, num_layers=3, num_heads=2, d_kv=8, decoder_start_token_id=0)
+        )
+    )
+
+
+def tiny_bart():
+    return randomised(
+        BartForConditionalGeneration(
+            BartConfig(
+                vocab_size=64,
+                d_model=16,
+                encoder_ffn_dim=40,
+                decoder_ffn_dim=40,
+                encoder_layers=2,
+                decoder_layers=2,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                max_position_embeddings=40,
+                pad_token_id=1,
+                bos_token_id=0,
+                eos_token_id=2,
+                decoder_start_token_id=2,
+                forced_eos_token_id=None,
+            )
+        )
+    )
+
+
+def tiny_gpt2():
+    return randomised(
+        GPT2LMHeadModel(
+            GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=40, bos_token_id=0, eos_token_id=0)
+        )
+    )
+
+
+def llama_config():
+    return LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        mlp_bias=True,
+    )
+
+
+def tiny_clip():
+    text = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2}
+    vision = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "image_size": 16, "patch_size": 8}
+    heads = {"num_attention_heads": 2, "projection_dim": 8}
+    return randomised(
+        CLIPModel(
+            CLIPConfig(
+                text_config={**text, **heads, "max_position_embeddings": 16, "eos_token_id": 2, "bos_token_id": 0},
+                vision_config={**vision, **heads},
+                projection_dim=8,
+            )
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "build, selector, expected",
+    [
+        (tiny_t5, "decoder", [3, 4, 5]),
+        (tiny_t5, "encoder", [0, 1, 2]),
+        (tiny_t5, "encoder.last:2", [1, 2]),
+        (tiny_t5, "decoder.first:1", [3]),
+        (tiny_t5, "last:4", [2, 3, 4, 5]),
+        (tiny_bart, "model.decoder", [2, 3]),
+        (tiny_bart, "decoder", [2, 3]),
+        (tiny_bart, "encoder.last:1", [1]),
+        (tiny_clip, "vision_model", [2, 3, 4]),
+        (tiny_clip, "text_model.last:1", [1]),
+        (tiny_clip, r"vision_model\..*[01]\.mlp", [2, 3]),
+    ],
+)
+def test_parts(build, selector, expected):
+    model = apply_layer_collapse(build(), LayerCollapseConfig(blocks=selector))
+    assert [block.index for block in find_feed_forward_blocks(model) if block.state == "patched"] == expected
+
+
+@pytest.mark.parametrize(
+    "selector, message",
+    [
+        ("nothing", "neither a part of the model nor"),
+        ("nothing.last:1", "no blocks in a part 'nothing'. Its parts are"),
+        ("decoder.last:4", "its part 'decoder' has 3 blocks"),
+    ],
+)
+def test_unknown_parts(selector, message):
+    with pytest.raises(ValueError, match=message):
+        apply_layer_collapse(tiny_t5(), LayerCollapseConfig(blocks=selector))
+
+
+@pytest.mark.parametrize("selector", ["decoder.last:0", "decoder.first:-1", "encoder.last:x"])
+def test_malformed_parts(selector):
+    with pytest.raises(ValueError, match="not a positive integer"):
+        LayerCollapseConfig(blocks=selector)
+
+
+def llama_causal():
+    return randomised(LlamaForCausalLM(llama_config()))
+
+
+@pytest.mark.parametrize("build", [tiny_gpt2, llama_causal, tiny_t5, tiny_bart])
+def test_generate_with_cache(build):
+    model, ids = build(), torch.randint(3, 64, (2, 5))
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    dense = model.generate(input_ids=ids, **options)
+    apply_layer_collapse(model)
+    assert torch.equal(model.generate(input_ids=ids, **options), dense)
+    set_alphas(model)
+    linear = model.generate(input_ids=ids, **options)
+    collapse_model(model)
+    assert torch.equal(model.generate(input_ids=ids, **options), linear)
+    assert torch.equal(model.generate(input_ids=ids, use_cache=False, **options), linear)
+
+
+def tiny_whisper():
+    return randomised(
+        WhisperForConditionalGeneration(
+            WhisperConfig(
+                vocab_size=64,
+                d_model=16,
+                encoder_ffn_dim=40,
+                decoder_ffn_dim=40,
+                encoder_layers=2,
+                decoder_layers=2,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                num_mel_bins=8,
+                max_source_positions=8,
+                max_target_positions=16,
+                pad_token_id=1,
+                bos_token_id=2,
+                eos_token_id=2,
+                decoder_start_token_id=2,
+            )
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "build, auto_class, part",
+    [
+        (tiny_t5, AutoModelForTextEncoding, "encoder"),
+        (tiny_bart, AutoModelForCausalLM, "decoder"),
+        (tiny_whisper, AutoModelForCausalLM, "decoder"),
+        (tiny_whisper, AutoModelForAudioClassification, "encoder"),
+        (tiny_clip, AutoModelForImageClassification, "vision_model"),
+    ],
+)
+@pytest.mark.parametrize("collapsed", [False, True], ids=["patched", "collapsed"])
+def test_part_classes_load(build, auto_class, part, collapsed, tmp_path):
+    model = apply_layer_collapse(build())
+    if collapsed:
+        set_alphas(model)
+        collapse_model(model)
+    else:
+        set_alphas(model, 0.25)
+    model.save_pretrained(tmp_path)
+    loaded = auto_class.from_pretrained(tmp_path)
+    # Not the embeddings: BART keeps them under a key that its decoder alone does not know, natively too.
+    whole = {key.removeprefix("model."): value for key, value in model.state_dict().items()}
+    state = {key.removeprefix("model."): value for key, value in loaded.state_dict().items()}
+    checked = [key for key in state if key.startswith(f"{part}.") and "embed" not in key]
+    assert len(checked) > 10 and all(torch.equal(state[key], whole[key]) for key in checked)
+    states = {block.state for block in find_feed_forward_blocks(loaded)}
+    assert states == {"collapsed" if collapsed else "patched"}
+
+
+def test_text_tower_alone(tmp_path):
+    model = randomised(
+        CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=64,
+                hidden_size=16,
+                intermediate_size=40,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=16,
+                eos_token_id=2,
+                bos_token_id=0,
+            )
+        )
+    )
+    collapse(model)
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(3, 64, (2, 5))
+    again = AutoModel.from_pretrained(tmp_path).eval()
+    assert type(again).__name__ == "CLIPTextModel"
+    assert torch.equal(again(input_ids=ids).last_hidden_state, model(input_ids=ids).last_hidden_state)
+
+
+# ----------------------------------------------------------------------------------------------------
+# A collapsed model inside another
+# ----------------------------------------------------------------------------------------------------
+
+
+def vision_config():
+    return CLIPVisionConfig(
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+
+
+@pytest.mark.parametrize("collapsed", [False, True], ids=["patched", "collapsed"])
+def test_collapsed_llama_inside_llava(collapsed, tmp_path):
+    inner = apply_layer_collapse(randomised(LlamaModel(llama_config())))
+    set_alphas(inner, 0.375)
+    if collapsed:
+        set_alphas(inner)
+        collapse_model(inner)
+    outer = LlavaForConditionalGeneration(
+        LlavaConfig(text_config=inner.config, vision_config=vision_config(), image_token_index=63)
+    ).eval()
+    outer.model.language_model.load_state_dict(inner.state_dict())
+    outer.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["model_type"] == "llava" and saved["text_config"]["model_type"] == "layercollapse"
+    assert inner.config.to_dict()["model_type"] == "llama"
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    ids = torch.randint(3, 60, (2, 5))
+    assert torch.equal(again(input_ids=ids).logits, outer(input_ids=ids).logits)
+    assert type(again.model.language_model) is type(inner)
+
+
+def test_collapse_of_a_whole_llava(tmp_path):
+    model = randomised(
+        LlavaForConditionalGeneration(
+            LlavaConfig(text_config=llama_config(), vision_config=vision_config(), image_token_index=63)
+        )
+    )
+    assert collapse(model, "language_model").collapsed == [
+        "model.language_model.layers.0.mlp",
+        "model.language_model.layers.1.mlp",
+    ]
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    ids = torch.randint(3, 60, (2, 5))
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def bert_config(**kwargs):
+    return BertConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, **kwargs
+    )
+
+
+@pytest.mark.parametrize("from_folders", [False, True])
+def test_collapsed_bert_inside_encoder_decoder(from_folders, tmp_path):
+    encoder = randomised(BertModel(bert_config()))
+    collapse(encoder)
+    decoder = randomised(BertLMHeadModel(bert_config(is_decoder=True, add_cross_attention=True)))
+    if from_folders:
+        encoder.save_pretrained(tmp_path / "encoder")
+        decoder.save_pretrained(tmp_path / "decoder")
+        model = EncoderDecoderModel.from_encoder_decoder_pretrained(tmp_path / "encoder", tmp_path / "decoder").eval()
+    else:
+        model = EncoderDecoderModel(encoder=encoder, decoder=decoder).eval()
+    model.save_pretrained(tmp_path / "both")
+    again = EncoderDecoderModel.from_pretrained(tmp_path / "both").eval()
+    ids = torch.randint(3, 64, (2, 5))
+    inputs = {"input_ids": ids, "decoder_input_ids": ids}
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    assert type(again.encoder.encoder.layer[0].intermediate.dense) is nn.Identity
+
+
+# ----------------------------------------------------------------------------------------------------
+# What native classes have beside their modules
+# ----------------------------------------------------------------------------------------------------
+
+
+def test_tensor_parallel_plan_loses_what_is_replaced(tmp_path):
+    native = llama_causal()
+    model = llama_causal()
+    assert any("mlp" in key for key in native.tp_plan)
+    apply_layer_collapse(model)
+    assert model.tp_plan == native.tp_plan and model.model.tp_plan == native.model.tp_plan
+    set_alphas(model)
+    collapse_model(model)
+    model.save_pretrained(tmp_path)
+    for one in (model, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        assert one.tp_plan == {key: style for key, style in native.tp_plan.items() if ".mlp." not in key}
+        assert one.model.tp_plan == {key: style for key, style in native.model.tp_plan.items() if ".mlp." not in key}
+    assert any("mlp" in key for key in llama_causal().tp_plan)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Plain torch
+# ----------------------------------------------------------------------------------------------------
+
+
+def filled(norm):
+    with torch.no_grad():
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        norm.weight.normal_()
+        norm.bias.normal_()
+    return norm
+
+
+def batch_norm_net():
+    return nn.Sequential(
+        nn.Linear(16, 40),
+        filled(nn.BatchNorm1d(40)),
+        nn.ReLU(inplace=True),
+        filled(nn.BatchNorm1d(40)),
+        nn.Dropout(0.2),
+        nn.Linear(40, 8),
+    )
+
+
+def vgg_classifier():
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(16, 40),
+        nn.ReLU(True),
+        nn.Dropout(),
+        nn.Linear(40, 40),
+        nn.ReLU(True),
+        nn.Dropout(),
+        nn.Linear(40, 10),
+    )
+
+
+class Mixer(nn.Module):
+    def __init__(self, tokens=6, width=16):
+        super().__init__()
+        self.norm1, self.tokens = nn.LayerNorm(width), Mlp(tokens, 24)
+        self.norm2, self.channels = nn.LayerNorm(width), Mlp(width, 40)
+
+    def forward(self, x):
+        x = x + self.tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2)
+        return x + self.channels(self.norm2(x))
+
+
+@pytest.mark.parametrize(
+    "build, shape, names",
+    [
+        (batch_norm_net, (6, 16), ["0"]),
+        (vgg_classifier, (6, 4, 4), ["1", "4"]),
+        (lambda: nn.Sequential(Mixer(), Mixer()), (2, 6, 16), ["0.tokens", "0.channels", "1.tokens", "1.channels"]),
+        (lambda: Mlp(), (5, 16), ["fc1"]),
+    ],
+    ids=["batch norm", "chain of three", "mixer", "the model is the block"],
+)
+@pytest.mark.parametrize("target", ["identity", "affine"])
+def test_plain_torch(build, shape, names, target):
+    model, x = build().eval(), torch.randn(64, *shape[1:])
+    first = next(iter(inspect.signature(model.forward).parameters))
+    dense = model(x.clone())
+    assert [block.name for block in find_feed_forward_blocks(model)] == names
+    apply_layer_collapse(model, LayerCollapseConfig(linear_target=target), calibration_data=[{first: x.clone()}])
+    assert torch.equal(model(x.clone()), dense)
+    model.train()
+    model(x.clone()).square().mean().backward()
+    assert all(alpha.grad is not None and alpha.grad.abs() > 0 for alpha in alpha_parameters(model))
+    model.eval()
+    set_alphas(model)
+    exact = model(x.clone()).detach()
+    report = collapse_model(model)
+    assert report.collapsed == names and report.parameters_after < report.parameters_before
+    torch.testing.assert_close(model(x.clone()), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_chain_one_at_a_time():
+    model, x = vgg_classifier().eval(), torch.randn(6, 4, 4)
+    collapse(model, ["4"])
+    assert model[4].__class__ is nn.Identity and model[7].in_features == 40
+    before = model(x)
+    assert [block.name for block in find_feed_forward_blocks(model)] == ["1"]
+    apply_layer_collapse(model)
+    assert torch.equal(model(x), before)
+    set_alphas(model)
+    exact = model(x)
+    collapse_model(model)
+    torch.testing.assert_close(model(x), exact)
+    assert model[7].in_features == 16 and model[7].out_features == 10
+
+
+def test_chain_cannot_be_fitted_at_once():
+    model, x = vgg_classifier().eval(), torch.randn(200, 4, 4)
+    with pytest.raises(ValueError, match="Name one of them in `blocks`"):
+        collapse_model(model, calibration_data=[{"input": x}])
+    assert isinstance(model[1], nn.Linear)
+
+
+def test_inplace_activation_comes_back():
+    model, x = vgg_classifier().eval(), torch.randn(6, 4, 4)
+    before = model(x)
+    apply_layer_collapse(model)
+    set_alphas(model, 0.5)
+    hidden = model[1](model[0](x))
+    kept = hidden.clone()
+    model[2](hidden)
+    assert torch.equal(hidden, kept)
+    remove_layer_collapse(model)
+    assert type(model[2]) is nn.ReLU and model[2].inplace and torch.equal(model(x), before)
