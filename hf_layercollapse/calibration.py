@@ -1,5 +1,7 @@
 """Passes over calibration data: sums over tokens, never the activations themselves."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -143,13 +145,11 @@ def run_over(model, data, handles, description, current=None):
 
 
 def _inputs(batch, device):
-    try:
-        items = dict(batch)
-    except (TypeError, ValueError):
+    if not isinstance(batch, Mapping):  # as dicts and BatchEncodings are
         raise ValueError(
             f"Calibration data must be an iterable of model inputs (dicts of tensors), got a {type(batch).__name__}."
-        ) from None
-    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in items.items()}
+        )
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
 def logits_of(model: nn.Module, data):

@@ -248,6 +248,12 @@ def _chosen_of(patched, chosen, config):
 
 def _split_ready(inner, patched, options, allow_none):
     alphas = {block.name: modules_of(inner, block).activation.alpha.detach() for block in patched}
+    on_meta = [name for name, alpha in alphas.items() if alpha.is_meta]
+    if on_meta:
+        raise ValueError(
+            f"{on_meta} are on the meta device or offloaded: there are no weights to work on. Load the model with its "
+            "weights in memory."
+        )
     ready = [block for block in patched if is_ready(alphas[block.name], options.collapse_threshold)]
     if not ready and not allow_none:
         listed = "".join(f"\n  {name}: alpha {float(alpha.min()):.4f}" for name, alpha in alphas.items())
