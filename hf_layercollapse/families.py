@@ -511,7 +511,7 @@ def _describe(name, index, state, holder_name, holder, layout, wiring):
         out_features=shapes[-1][1],
         parameters=sum(parameter.numel() for linear in linears for parameter in linear.parameters()),
         macs=sum(features_in * features_out for features_in, features_out in shapes),
-        alpha=float(activation.alpha.detach().float().mean()) if state == "patched" else None,
+        alpha=_mean_alpha(activation) if state == "patched" else None,
         holder=holder_name,
         wiring=wiring,
     )
@@ -519,6 +519,10 @@ def _describe(name, index, state, holder_name, holder, layout, wiring):
 
 # `"last:4"`, or in a part of the model `"encoder.last:4"`.
 COUNTED = re.compile(r"((?P<part>[^:]+)\.)?(?P<side>first|last):(?P<count>[1-9]\d*)")
+
+
+def _mean_alpha(activation):
+    return None if activation.alpha.is_meta else float(activation.alpha.detach().float().mean())
 
 
 def select_blocks(blocks, selector, refused=None):

@@ -371,7 +371,7 @@ def _validate_entry(path, spec):
     if not isinstance(spec, dict):
         raise ValueError(f"{entry}: expected an object, got {type(spec).__name__}.")
     kind = spec.get("type")
-    if kind in _NOT_IN_THIS_VERSION:
+    if isinstance(kind, str) and kind in _NOT_IN_THIS_VERSION:
         raise ValueError(f"{entry}: {kind!r} is defined by the format but not supported by this version of the code.")
     if not isinstance(kind, str) or kind not in _SPECS:
         raise ValueError(f"{entry}: unknown type {kind!r}, expected one of {sorted(_SPECS)}.")
@@ -459,6 +459,9 @@ def build_module(path, native, spec):
             raise ValueError(f"{entry}: {type(native).__name__} has no children {missing or names}.")
         return CollapsedBlock({name: native._modules[name] for name in names})
     native_in, native_out = linear_shape(native, entry)
+    # One stores the other's weights transposed, which no shape tells where both are square.
+    if (kind == "conv1d") != isinstance(native, Conv1D):
+        raise ValueError(f"{entry}: a {kind} does not fit in place of {type(native).__name__}.")
     fits = spec["out_features"] == native_out
     # A merged map is smaller than the two it came from, so it can be at most about twice its last linear.
     if not fits or spec["in_features"] * spec["out_features"] > 2 * native_in * native_out:
@@ -488,9 +491,26 @@ def apply_table(model, table):
     """Reshapes a natively built model in place, as the table says; the weights are loaded afterwards."""
     for path, _, native, spec in resolve_table(model, table):
         # Found anew: an earlier `block` entry may have replaced the parent.
-        root = model if spec.get("scope") == "model" else base_model_of(model)
-        parent, _, name = path.rpartition(".")
-        root.get_submodule(parent)._modules[name] = build_module(path, native, spec)
+        *above, name = path.split(".")
+        parents = [model if spec.get("scope") == "model" else base_model_of(model)]
+        while above and parents[-1] is not None:
+            parents.append(_child(parents[-1], above.pop(0)))
+        if parents[-1] is None or name not in parents[-1]._modules:
+            raise ValueError(f"`layer_collapse.modules[{path!r}]`: another entry replaces the module around it.")
+        if spec["type"] == "activation":
+            _check_activation_width(path, spec["width"], parents)
+        parents[-1]._modules[name] = build_module(path, native, spec)
+
+
+def _check_activation_width(path, width, parents):
+    """The width of an activation is an output width beside it; anything else is damage, or an attack on memory."""
+    beside = next(module for module in reversed(parents) if next(module.parameters(), None) is not None)
+    widths = {size for parameter in beside.parameters() for size in parameter.shape}
+    if width not in widths:
+        raise ValueError(
+            f"`layer_collapse.modules[{path!r}]`: `width` is {width}, and no weight beside it has that size: "
+            f"{sorted(widths)}."
+        )
 
 
 def prune_parallel_plans(model):
@@ -663,9 +683,15 @@ def refuse_incomplete(model, loading_info):
     A native model with missing weights warns and goes on with random ones; for an alpha or a merged matrix that would
     be a different model.
     """
-    prefixes = tuple(name + "." for _, name, _, _ in resolve_table(model, model.config.layer_collapse["modules"]))
+    resolved = resolve_table(model, model.config.layer_collapse["modules"])
+    prefixes = tuple(name + "." for _, name, _, _ in resolved)
+    # A base model's checkpoint in a head model, or the other way round: what found no place keeps its own prefix.
+    paths = [path for path, _, _, spec in resolved if spec.get("scope", "base_model") == "base_model"]
+    foreign = tuple(f"{prefix}{path}." for path in paths for prefix in ("", f"{model.base_model_prefix}."))
     problems = [f"missing: {key}" for key in sorted(loading_info.missing_keys) if key.startswith(prefixes)]
-    problems += [f"unexpected: {key}" for key in sorted(loading_info.unexpected_keys) if key.startswith(prefixes)]
+    problems += [
+        f"unexpected: {key}" for key in sorted(loading_info.unexpected_keys) if key.startswith(prefixes + foreign)
+    ]
     problems += [
         f"{key}: {tuple(found)} in the checkpoint, {tuple(expected)} in the table"
         for key, found, expected in sorted(loading_info.mismatched_keys)
