@@ -62,7 +62,10 @@ class LayerCollapseConfig:
     )
     penalty_strength: float = field(
         default=1.0,
-        metadata={"help": "Factor of the penalty sum_b (1 - alpha_b)^2, >= 0. Larger is faster, in proportion."},
+        metadata={
+            "help": "Factor of the penalty sum_b (1 - alpha_b)^2, >= 0. Twice as large takes half the steps, and "
+            "withstands twice the task gradient."
+        },
     )
     penalty_schedule: str = field(
         default="constant",
@@ -79,7 +82,8 @@ class LayerCollapseConfig:
         default=1e-2,
         metadata={
             "help": "Learning rate of alpha, > 0. Alpha takes plain gradient steps, so that with no task gradient "
-            "1 - alpha shrinks by the factor 1 - 2 * alpha_learning_rate * penalty_strength a step."
+            "1 - alpha shrinks by the factor 1 - 2 * alpha_learning_rate * penalty_strength a step: a block is ready "
+            "after 149 steps at the defaults."
         },
     )
     alpha_lr_schedule: str = field(

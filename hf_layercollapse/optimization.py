@@ -27,7 +27,7 @@ class AlphaSteps:
 
     A gradient that is not finite moves nothing. Alphas are in the optimizer's groups nevertheless, since it is there
     that a GradScaler finds what to unscale: in a group of their own, or, if a schedule is already attached, which
-    counts the groups, in those that exist.
+    counts the groups, in those that exist. What those groups say of learning rate and decay does not touch them.
 
     Args:
         optimizer (`torch.optim.Optimizer`): Changed in place: hooks around its `step` hide the alphas' gradients.
@@ -43,8 +43,6 @@ class AlphaSteps:
         self._warned = False
 
         ours = {id(alpha) for alpha in alphas}
-        for alpha in alphas:
-            optimizer.state.pop(alpha, None)
         if scheduled:
             found = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             optimizer.param_groups[-1]["params"].extend(alpha for alpha in alphas if id(alpha) not in found)

@@ -28,7 +28,9 @@ from hf_layercollapse import (
     apply_layer_collapse,
     collapse_model,
 )
+from hf_layercollapse.collapsing import is_ready
 from hf_layercollapse.optimization import AlphaSteps, penalty_strength_at
+from hf_layercollapse.patching import penalty
 from hf_layercollapse.trainer import counts_items
 from tests.models import BY_NAME, LAYERS
 from tests.training import (
@@ -197,6 +199,8 @@ def test_torch_compile(tmp_path):
     trainer.train()
     assert isinstance(trainer.model_wrapped, torch._dynamo.OptimizedModule)
     assert len(trainer.collapse().collapsed) == LAYERS
+    # What wrapped the parameters that are gone is gone too.
+    assert trainer.model_wrapped is trainer.model
     assert trainer.evaluate()["eval_loss"] > 0
 
 
@@ -286,6 +290,21 @@ def steps_expected(strength):
 def test_twice_the_strength_takes_half_the_steps(optim, tmp_path):
     single, double = (steps_until_ready(tmp_path, strength, optim=optim) for strength in (1.0, 2.0))
     assert (single, double) == (steps_expected(1.0), steps_expected(2.0)) == (29, 14)
+
+
+def test_steps_at_the_defaults():
+    """As the config's help says."""
+    config = LayerCollapseConfig()
+    alpha = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([alpha])
+    AlphaSteps(optimizer, [alpha], config)
+    steps = 0
+    while not is_ready(alpha, config.collapse_threshold):
+        optimizer.zero_grad()
+        (config.penalty_strength * penalty([alpha])).backward()
+        optimizer.step()
+        steps += 1
+    assert steps == 149
 
 
 def test_a_constant_alpha_rate_ignores_the_schedule(tmp_path):
