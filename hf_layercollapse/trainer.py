@@ -96,7 +96,7 @@ class LayerCollapseTrainerMixin:
             self.model_accepts_loss_kwargs = False
         if self.layer_collapse_config is not None:
             self._refuse_setup()
-        if collapsible_activations(self.model) and not self._trainable_alphas():
+        if self._activations() and not self._trainable_alphas():
             logger.warning(
                 "The model is patched, but no alpha is trainable, so its blocks will not become linear. Under peft, "
                 "name the activation modules in `modules_to_save`."
@@ -136,17 +136,21 @@ class LayerCollapseTrainerMixin:
 
     def _activations(self) -> dict[str, CollapsibleActivation]:
         """Block index, as in [`find_feed_forward_blocks`], -> the activation in use."""
-        activations = collapsible_activations(self.model)
-        trainable = {name: module for name, module in activations.items() if module.alpha.requires_grad}
-        in_use = trainable or activations
-        if not all(module in self._block_indices for module in in_use.values()):
+        activations = collapsible_activations(self.model).values()
+        if not all(module in self._block_indices for module in activations):
             inner = unwrap(self.model)[0]
             for block in find_feed_forward_blocks(inner):
                 if block.state != "collapsed":
                     # Looks into peft's wrappers.
                     parts = modules_of(inner, block).activation.modules()
                     self._block_indices.update(dict.fromkeys(parts, block.index))
-        return {str(self._block_indices[module]): module for module in in_use.values()}
+        in_use = {}
+        for module in activations:
+            index = str(self._block_indices[module])
+            # A second one of the same block is peft's: the trainable copy is in use.
+            if index not in in_use or module.alpha.requires_grad:
+                in_use[index] = module
+        return in_use
 
     def _is_ready(self, activation):
         return is_ready(activation.alpha, self.layer_collapse_config.collapse_threshold)
