@@ -1,0 +1,213 @@
+"""Folders on machines without the package: with and without `trust_remote_code`, in fresh processes."""
+
+import ast
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import hf_layercollapse
+from hf_layercollapse import modeling_layercollapse
+from hf_layercollapse.modeling_layercollapse import CODE_FILE
+
+from .models import BY_NAME
+from .test_patching import logits
+from .test_saving_loading import in_life
+
+
+# Where the package cannot be imported, whatever is installed.
+HIDE = """
+import sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "hf_layercollapse":
+            raise ModuleNotFoundError("No module named 'hf_layercollapse'", name="hf_layercollapse")
+
+sys.meta_path.insert(0, Hidden())
+"""
+
+START = """
+import torch, transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
+from transformers import AutoModelForSequenceClassification, pipeline
+torch.set_num_threads(1)
+auto = {"bert": AutoModelForSequenceClassification, "vit": AutoModelForImageClassification}
+auto["gpt2"] = AutoModelForCausalLM
+inputs, expected = torch.load("inputs.pt"), torch.load("logits.pt")
+
+def check(name, folder, **kwargs):
+    model = auto[name].from_pretrained(folder, **kwargs)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs[name]).logits, expected[name]), name
+    return model
+
+def refused(load, *args, **kwargs):
+    try:
+        load(*args, **kwargs)
+    except ValueError as error:
+        assert "trust_remote_code=True" in str(error), error
+    else:
+        raise AssertionError("loaded code that nobody trusts")
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("remote")
+    inputs, outputs = {}, {}
+    for name in ("bert", "vit", "gpt2"):
+        model = in_life(BY_NAME[name], "half")
+        model.save_pretrained(root / name)
+        inputs[name] = BY_NAME[name].inputs()
+        outputs[name] = logits(model, inputs[name])
+    torch.save(inputs, root / "inputs.pt")
+    torch.save(outputs, root / "logits.pt")
+    return root
+
+
+def run(root, code, hidden=True):
+    """Runs code in a fresh process in `root`, with nothing to read from and a cache of its own."""
+    environment = {**os.environ, "HF_HOME": str(root / "home"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_MODULES_CACHE", None)
+    script = (HIDE if hidden else "") + START + code
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=root,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_without_the_package(folders):
+    run(
+        folders,
+        """
+try:
+    import hf_layercollapse
+except ModuleNotFoundError:
+    pass
+else:
+    raise AssertionError("the package is not hidden")
+
+# Neither package nor flag.
+refused(AutoModelForSequenceClassification.from_pretrained, "bert")
+refused(AutoConfig.from_pretrained, "bert")
+
+# The flag: the copied file does it.
+model = check("bert", "bert", trust_remote_code=True)
+assert isinstance(model, transformers.BertForSequenceClassification)
+assert type(model).__module__.startswith("transformers_modules.")
+assert model.config.model_type == "bert"
+assert torch.equal(
+    AutoModel.from_pretrained("bert", trust_remote_code=True)(**inputs["bert"])[0],
+    model.base_model(**inputs["bert"])[0],
+)
+assert type(AutoModelForSequenceClassification.from_config(model.config)) is type(model)
+
+# One trusted folder does not vouch for another.
+refused(AutoModelForImageClassification.from_pretrained, "vit")
+refused(AutoModelForSequenceClassification.from_pretrained, "bert")
+check("vit", "vit", trust_remote_code=True)
+check("gpt2", "gpt2", trust_remote_code=True)
+
+# Saved again, the file is there again.
+model.save_pretrained("again")
+assert open("again/modeling_layercollapse.py").read() == open("bert/modeling_layercollapse.py").read()
+again = check("bert", "again", trust_remote_code=True)
+again.save_pretrained("again")
+check("bert", "again", trust_remote_code=True)
+import copy, pickle
+check_copy = pickle.loads(pickle.dumps(copy.deepcopy(again)))
+assert torch.equal(check_copy(**inputs["bert"]).logits, expected["bert"])
+
+# Dense models are what they were.
+model = AutoModelForSequenceClassification.from_config(transformers.BertConfig(
+    vocab_size=64, hidden_size=16, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2))
+assert type(model) is transformers.BertForSequenceClassification
+""",
+    )
+    # What was saved there loads here.
+    case = BY_NAME["bert"]
+    loaded = case.auto_class.from_pretrained(folders / "again")
+    assert torch.equal(logits(loaded, case.inputs()), torch.load(folders / "logits.pt")["bert"])
+
+
+def test_the_package_wins_over_the_code_in_the_folder(folders):
+    (folders / "hostile").mkdir()
+    for file in (folders / "bert").iterdir():
+        (folders / "hostile" / file.name).write_bytes(file.read_bytes())
+    (folders / "hostile" / CODE_FILE).write_text("raise SystemExit('ran code from the folder')")
+    run(
+        folders,
+        """
+# The copies first, then the package, in one process.
+remote = check("bert", "bert", trust_remote_code=True)
+import hf_layercollapse
+for flag in ({}, {"trust_remote_code": True}, {"trust_remote_code": False}):
+    model = check("bert", "hostile", **flag)
+    assert type(model).__module__ == "hf_layercollapse.modeling_layercollapse"
+    check("vit", "vit", **flag)
+
+# A model that the copy built is not one that the package knows its way around in.
+for call in (hf_layercollapse.apply_layer_collapse, hf_layercollapse.collapse_model,
+             hf_layercollapse.remove_layer_collapse, hf_layercollapse.find_feed_forward_blocks):
+    try:
+        call(remote)
+    except TypeError as error:
+        assert "import hf_layercollapse" in str(error), error
+    else:
+        raise AssertionError(call)
+with torch.no_grad():
+    assert torch.equal(remote(**inputs["bert"]).logits, expected["bert"])
+""",
+        hidden=False,
+    )
+
+
+def test_the_file_stands_alone():
+    with open(modeling_layercollapse.__file__) as file:
+        tree = ast.parse(file.read())
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports would need other files"
+            imported.add(node.module.split(".")[0])
+    assert imported <= {"torch", "transformers"} | sys.stdlib_module_names
+    assert {"torch", "transformers"} <= imported
+
+
+def test_importing_the_package_costs_little():
+    """Neither the Trainer nor what only other parts need is imported, nor any family of models."""
+    script = """
+import sys
+from transformers import AutoConfig, PreTrainedModel
+before = set(sys.modules)
+import hf_layercollapse
+new = {name for name in set(sys.modules) - before if not name.startswith("hf_layercollapse")}
+for name in ("transformers.trainer", "peft", "datasets", "evaluate", "accelerate", "pandas", "matplotlib", "tqdm.auto",
+             "torch._dynamo", "transformers.models.bert.modeling_bert", "transformers.models.vit.modeling_vit"):
+    assert name not in new, f"{name} is imported with the package"
+allowed = {"hf_layercollapse", "hf_layercollapse._version", "hf_layercollapse.modeling_layercollapse"}
+assert {name for name in sys.modules if name.startswith("hf_layercollapse")} == allowed
+print(len(new))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.splitlines()[-1]) < 40
+
+
+def test_every_public_name_is_there():
+    for name in hf_layercollapse.__all__:
+        assert getattr(hf_layercollapse, name).__name__ == name
+    assert set(hf_layercollapse.__all__) <= set(dir(hf_layercollapse))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        hf_layercollapse.no_such_name  # noqa: B018
