@@ -634,6 +634,11 @@ def unwrap(model):
                 f"The model is wrapped in {kind.__name__}. Patch it before it is wrapped (before the Trainer or "
                 "`accelerator.prepare` gets it), and collapse the unwrapped one: `accelerator.unwrap_model(model)`."
             )
+        elif re.fullmatch(r"transformers_modules\..*\.modeling_layercollapse", kind.__module__):
+            raise TypeError(
+                "The model was built by the code in its own folder (`trust_remote_code=True`). Load it again after "
+                "`import hf_layercollapse`, which then builds it."
+            )
         else:
             return model, holders
 
