@@ -100,7 +100,12 @@ class FeedForwardLayout:
 # code confirms is taken. Adding a family is one row here and one case in tests/test_families.py.
 LAYOUTS = [
     # BERT, RoBERTa, ELECTRA, DeBERTa, MPNet, Longformer, BEiT, ...; then Q-Former's and LXMERT's second blocks
-    FeedForwardLayout("split", "intermediate.dense", "output.dense", "intermediate.intermediate_act_fn"),
+    FeedForwardLayout(
+        "split",
+        "intermediate.dense",
+        "output.dense",
+        ("intermediate.intermediate_act_fn", "intermediate.activation"),
+    ),
     FeedForwardLayout(
         "split query", "intermediate_query.dense", "output_query.dense", "intermediate_query.intermediate_act_fn"
     ),
@@ -113,7 +118,7 @@ LAYOUTS = [
     FeedForwardLayout("gate_proj/up_proj/down_proj", "up_proj", "down_proj", gate="gate_proj"),
     FeedForwardLayout("wi_0/wi_1/wo", "wi_1", "wo", gate="wi_0"),
     FeedForwardLayout("w1/w3/w2", "w3", "w2", gate="w1"),
-    FeedForwardLayout("linear/linear_v/linear_1", "linear_v", "linear_1", gate="linear"),
+    FeedForwardLayout("w_in/w_out", "w_in.w_1", "w_out", "w_in.act", gate="w_in.w_0"),  # CPM-Ant
     FeedForwardLayout("proj_up_gate/proj_up/proj_down", "proj_up", "proj_down", gate="proj_up_gate"),
     # Gated, gate and up in one linear: Phi-3, GLM, Dia; ModernBERT; Moshi; Moonshine; GraniteMoeHybrid
     FeedForwardLayout("gate_up_proj/down_proj", "gate_up_proj", "down_proj", fused="gate,up"),

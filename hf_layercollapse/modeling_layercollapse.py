@@ -500,6 +500,12 @@ def apply_table(model, table):
         if spec["type"] == "activation":
             _check_activation_width(path, spec["width"], parents)
         parents[-1]._modules[name] = build_module(path, native, spec)
+        # Some families initialise linears from a module around them. What holds nothing but other modules has nothing
+        # to initialise by itself, and the linears that it would look for may be gone.
+        for container in reversed(parents):
+            if isinstance(container, PreTrainedModel) or container._parameters or container._buffers:
+                break
+            container._is_hf_initialized = True
 
 
 def _check_activation_width(path, width, parents):
@@ -581,12 +587,25 @@ def _is_nested(config, caller):
     return not isinstance(caller.f_locals.get("self"), type(config))
 
 
+# Tables of the models whose constructor is running, outermost first.
+_under_construction: list[dict] = []
+
+
 class LayerCollapseModelMixin:
     """In front of a native model class: builds the native model, reshapes it by the table, and loads strictly."""
 
     def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        apply_table(self, validate_layer_collapse(config.layer_collapse)["modules"])
+        table = validate_layer_collapse(config.layer_collapse)["modules"]
+        if table in _under_construction:
+            # A part that its whole builds from the config of the whole; the paths are the whole's.
+            super().__init__(config, *args, **kwargs)
+            return
+        _under_construction.append(table)
+        try:
+            super().__init__(config, *args, **kwargs)
+        finally:
+            _under_construction.pop()
+        apply_table(self, table)
         prune_parallel_plans(self)
         self.init_weights()
 
@@ -658,7 +677,7 @@ class LayerCollapseModelMixin:
             self.name_or_path = self.config._name_or_path = name
 
     def __reduce_ex__(self, protocol):
-        return _empty_model, (type(self).native_class,), self.__getstate__()
+        return _empty_model, (type(self).native_class, type(self).config_class.native_class), self.__dict__
 
 
 def _move_in(source, target, variant):
@@ -757,15 +776,17 @@ def model_class_for(native_class, config_class):
     """
     if issubclass(native_class, LayerCollapseModelMixin):
         return native_class
-    if native_class not in _built:
+    # Some native classes serve several configs.
+    if (native_class, config_class) not in _built:
         namespace = {
             "__module__": __name__,
             "__doc__": native_class.__doc__,
             "native_class": native_class,
             "config_class": config_class,
         }
-        _built[native_class] = type(native_class.__name__, (LayerCollapseModelMixin, native_class), namespace)
-    return _built[native_class]
+        built = type(native_class.__name__, (LayerCollapseModelMixin, native_class), namespace)
+        _built[native_class, config_class] = built
+    return _built[native_class, config_class]
 
 
 def _register(native_config, built_config):
@@ -777,11 +798,15 @@ def _register(native_config, built_config):
         if mapping is None or native_config not in mapping:
             continue
         native_models = mapping[native_config]
-        if isinstance(native_models, (list, tuple)):
-            built_models = tuple(model_class_for(model, built_config) for model in native_models)
-        else:
-            built_models = model_class_for(native_models, built_config)
-        auto_class.register(built_config, built_models, exist_ok=True)
+        several = isinstance(native_models, (list, tuple))
+        # A class that is made from a part's config (Mllama's text model) is not made from this one.
+        built_models = tuple(
+            model_class_for(model, built_config)
+            for model in (native_models if several else (native_models,))
+            if model.config_class not in native_config.sub_configs.values()
+        )
+        if built_models:
+            auto_class.register(built_config, built_models if several else built_models[0], exist_ok=True)
     for module, mapping_name in (
         ("tokenization_auto", "TOKENIZER_MAPPING"),
         ("image_processing_auto", "IMAGE_PROCESSOR_MAPPING"),
@@ -798,8 +823,8 @@ def _empty_config(native_class):
     return built.__new__(built)
 
 
-def _empty_model(native_class):
-    built = model_class_for(native_class, config_class_for(native_class.config_class))
+def _empty_model(native_class, native_config_class):
+    built = model_class_for(native_class, config_class_for(native_config_class))
     return built.__new__(built)
 
 

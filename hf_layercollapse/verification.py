@@ -293,7 +293,7 @@ def _judge(skeleton, layout, prefix, arguments, events, output, own, holder):
 
 def _own_wiring(skeleton, layout, arguments, events, output, up, down, scales, holder):
     """The wiring if the holder computes the block and nothing else, else `None`."""
-    if len(up) != 1 or not isinstance(output, torch.Tensor):
+    if len(up) != 1 or not isinstance(output, torch.Tensor) or "." in layout.down:
         return None
     extra = [p for p in inspect.signature(type(holder).forward).parameters.values()][2:]
     required = [p for p in extra if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -475,7 +475,9 @@ def model_inputs(model, batch=BATCH, length=8):
         channels = attribute("num_channels", "in_channels", "in_chans", default=3)
         size = attribute("image_size", "input_size", "img_size", default=32)
         size = tuple(size)[-2:] if isinstance(size, (list, tuple)) else (size, size)
-        inputs["pixel_values"] = torch.randn(batch, channels, *size, generator=generator)
+        frames = config.__dict__.get("num_frames")
+        shape = (batch, channels, *size) if frames is None else (batch, frames, channels, *size)
+        inputs["pixel_values"] = torch.randn(shape, generator=generator)
     if "input_values" in parameters:
         inputs["input_values"] = torch.randn(batch, 4000, generator=generator)
     if "input_features" in parameters:
@@ -483,8 +485,18 @@ def model_inputs(model, batch=BATCH, length=8):
         inputs["input_features"] = torch.randn(batch, 2 * attribute("max_source_positions", default=32), bins)
         if "Whisper" in type(model).__name__:
             inputs["input_features"] = inputs["input_features"].transpose(1, 2)
+    if "past_values" in parameters:
+        length = attribute("context_length", default=32)
+        inputs["past_values"] = torch.randn(batch, length, attribute("num_input_channels", default=1))
     if not inputs:
         return None
+    for name in ("visual_feats", "visual_pos"):  # LXMERT's regions
+        if name in parameters:
+            width = attribute(f"{name}_dim", "visual_feat_dim", default=4) if name == "visual_feats" else 4
+            inputs[name] = torch.randn(batch, 4, width, generator=generator)
+    if "bbox" in parameters:
+        corners = 8 if "dim_bbox" in config.__dict__ and config.dim_bbox == 8 else 4
+        inputs["bbox"] = torch.zeros(batch, length, corners, dtype=torch.long)
     if "decoder_input_ids" in parameters and (config.__dict__.get("is_encoder_decoder") or "input_ids" not in inputs):
         inputs["decoder_input_ids"] = ids
     return inputs
