@@ -1,0 +1,74 @@
+"""Folders as each version of the format wrote them load, and compute what they computed, for ever."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_layercollapse import find_feed_forward_blocks
+from hf_layercollapse.modeling_layercollapse import FORMAT_VERSION
+
+from .make import FOLDERS, HERE, MODELS, machine
+
+
+VERSIONS = sorted(name for name in os.listdir(HERE) if name.startswith("v"))
+
+
+def saved_folders():
+    for version in VERSIONS:
+        for folder in sorted(os.listdir(os.path.join(HERE, version))):
+            if os.path.isdir(os.path.join(HERE, version, folder)):
+                yield f"{version}/{folder}"
+
+
+@pytest.mark.parametrize("folder", list(saved_folders()))
+def test_loads_and_computes_what_it_did(folder):
+    path = os.path.join(HERE, folder)
+    name, _, alphas = FOLDERS[os.path.basename(folder)]
+    auto_class, _ = MODELS[name]
+    model, info = auto_class.from_pretrained(path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    states = ["collapsed" if alpha == 1 else "patched" for alpha in alphas]
+    assert [block.state for block in find_feed_forward_blocks(model)] == states
+
+    file = load_file(os.path.join(path, "model.safetensors"))
+    assert {key for key in model.state_dict() if key.endswith((".alpha", ".slope", ".offset"))} <= file.keys()
+    for key, value in model.state_dict().items():
+        if key in file:  # under the module's own name; others are renamed on the way
+            assert value.dtype == file[key].dtype and torch.equal(value, file[key]), key
+
+    expected = load_file(os.path.join(path, "expected.safetensors"))
+    logits = expected.pop("logits")
+    with torch.no_grad():
+        actual = model(**expected).logits
+    torch.testing.assert_close(actual, logits, rtol=1e-4, atol=1e-5)
+    with open(os.path.join(HERE, folder.split("/")[0], "machine.json")) as file:
+        if json.load(file) == machine():
+            assert torch.equal(actual, logits)
+
+
+def test_every_version_and_kind_is_kept():
+    assert VERSIONS == [f"v{version}" for version in range(1, FORMAT_VERSION + 1)]
+    kinds, activations = set(), set()
+    for folder in saved_folders():
+        with open(os.path.join(HERE, folder, "config.json")) as file:
+            table = json.load(file)["layer_collapse"]
+        assert f"v{table['version']}" == folder.split("/")[0]
+        for spec in table["modules"].values():
+            kinds.add(spec["type"])
+            if spec["type"] == "activation":
+                activations.add(
+                    (spec["linear_target"], len(spec["alpha_shape"]), spec["alpha_shape"] == [1], spec["gate"])
+                )
+    assert kinds == {"activation", "linear", "conv1d", "identity", "block"}
+    assert {(target, gate) for target, _, _, gate in activations} == {
+        (target, gate) for target in ("identity", "affine") for gate in (True, False)
+    }
+    assert {block for _, _, block, _ in activations} == {True, False}
+
+
+def test_the_folders_stay_small():
+    sizes = [os.path.getsize(os.path.join(root, file)) for root, _, files in os.walk(HERE) for file in files]
+    assert sum(sizes) < 200_000
