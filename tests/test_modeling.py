@@ -174,6 +174,28 @@ def test_shapes_strides_and_empty_inputs(gate, target, granularity):
     assert output.shape == (0, WIDTH) and torch.equal(grads[1], torch.zeros_like(grads[1]))
 
 
+@pytest.mark.parametrize(("gate", "target", "granularity"), KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inputs_of_a_million_elements(gate, target, granularity, dtype):
+    """More than a cache holds: worked on in chunks, of which the last is smaller."""
+    width = 1000
+    module = activation(gate=gate, target=target, granularity=granularity, width=width)
+    z, grad = pre_activations(1001, width, dtype=dtype), pre_activations(1001, width, dtype=dtype, seed=1)
+    output, (grad_z, grad_alpha) = gradients(module, z, grad)
+    rows = [gradients(module, part, part_grad) for part, part_grad in zip(z.split(77), grad.split(77), strict=True)]
+    assert torch.equal(output, torch.cat([part for part, _ in rows]))
+    assert torch.equal(grad_z, torch.cat([grads[0] for _, grads in rows]))
+    # Sums of a million terms, in another order.
+    expected = sum(grads[1].double() for _, grads in rows)
+    scale = (grad.double() * z.double()).abs().sum(None if granularity == "block" else 0)
+    assert ((grad_alpha - expected).abs() <= 1e-5 * scale).all()
+    with torch.no_grad():
+        assert torch.equal(module(z), output)
+        module.alpha.zero_()
+        assert torch.equal(module(z), module.native(z))
+    assert torch.equal(gradients(module, z, grad)[0], module.native(z))
+
+
 def test_alpha_alone_or_input_alone_may_need_a_gradient():
     z = pre_activations()
     for frozen in ("alpha", "input", "both"):

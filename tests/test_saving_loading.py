@@ -4,9 +4,13 @@ import copy
 import json
 import os
 import pickle
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -372,6 +376,41 @@ def test_save_pretrained_takes_what_the_native_one_takes(tmp_path):
     )
 
 
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub that notes what is uploaded: repository -> {file: bytes}."""
+    uploaded = {}
+
+    def upload(self, working_dir, repo_id, *args, **kwargs):
+        uploaded[repo_id] = {file.name: file.read_bytes() for file in Path(working_dir).iterdir()}
+
+    api = SimpleNamespace(create_repo=lambda repo_id, **kwargs: SimpleNamespace(repo_id=f"me/{repo_id}"))
+    monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda *args, **kwargs: api)
+    monkeypatch.setattr(transformers.utils.hub, "create_and_tag_model_card", lambda *args, **kwargs: ModelCard("card"))
+    monkeypatch.setattr(transformers.utils.hub.PushToHubMixin, "_upload_modified_files", upload)
+    return uploaded
+
+
+@pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained", "save_pretrained-named"])
+def test_what_is_pushed_loads(hub, how, tmp_path):
+    case = BY_NAME["bert"]
+    model = in_life(case, "half")
+    if how == "push_to_hub":
+        model.push_to_hub("smaller")
+        assert model.name_or_path == "smaller"
+    else:
+        named = {"repo_id": "smaller"} if how.endswith("named") else {}
+        model.save_pretrained(tmp_path / ("x" if named else "smaller"), push_to_hub=True, commit_message="x", **named)
+        assert model.name_or_path == str(tmp_path / ("x" if named else "smaller"))
+    assert hub.keys() == {"me/smaller"}
+    assert {"config.json", "model.safetensors", CODE_FILE} <= hub["me/smaller"].keys()
+    (tmp_path / "downloaded").mkdir()
+    for name, content in hub["me/smaller"].items():
+        (tmp_path / "downloaded" / name).write_bytes(content)
+    loaded = case.auto_class.from_pretrained(tmp_path / "downloaded")
+    assert torch.equal(logits(loaded, case.inputs()), logits(model, case.inputs()))
+
+
 # ----------------------------------------------------------------------------------------------------
 # dtypes
 # ----------------------------------------------------------------------------------------------------
@@ -530,6 +569,22 @@ def test_a_new_head_on_a_collapsed_model(tmp_path):
     assert loaded.classifier.weight.shape == (5, 16)
     with torch.no_grad():
         assert torch.equal(loaded.bert(**case.inputs())[0], model.bert(**case.inputs())[0])
+
+
+@every_model
+def test_what_the_native_class_can_do_is_not_lost(case):
+    native, built = type(case.model()), type(in_life(case, "half"))
+    assert built.__name__ == native.__name__ and built.__doc__ == native.__doc__
+    assert not built.is_custom_code()
+    for name in (
+        "_can_set_attn_implementation",
+        "_can_set_experts_implementation",
+        "can_generate",
+        "is_custom_code",
+    ):
+        assert getattr(built, name)() == getattr(native, name)(), name
+    for name in ("_supports_sdpa", "_no_split_modules", "supports_gradient_checkpointing", "base_model_prefix"):
+        assert getattr(built, name) == getattr(native, name), name
 
 
 def test_device_map_and_attention(tmp_path):
