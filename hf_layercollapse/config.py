@@ -167,7 +167,7 @@ def _checked_blocks(blocks):
             raise ValueError(f"{what}; got {blocks!r}, where N is not a positive integer.")
         try:
             re.compile(blocks)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{what}; got {blocks!r}, which does not compile: {error}.") from error
         if not blocks:
             raise ValueError(f"{what}; got an empty string.")
