@@ -20,6 +20,7 @@ from transformers import Trainer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from transformers.trainer_utils import default_compute_objective
+from transformers.training_args import ParallelMode
 from transformers.utils import CONFIG_NAME, logging
 
 from .collapsing import CollapseReport, collapse_model, is_ready
@@ -186,6 +187,10 @@ class LayerCollapseTrainerMixin:
         if config == layer_collapse_config_of(unwrap(self.model)[0]):
             config = None  # the model's own: its blocks are those that are patched, however it names them
         report = collapse_model(self.model, config, calibration_data, max_error=max_error, allow_none=allow_none)
+        if self.args.parallel_mode == ParallelMode.DISTRIBUTED:
+            # Fitted to data, which may differ between processes.
+            for tensor in self.model.state_dict().values():
+                torch.distributed.broadcast(tensor, src=0)
         # They hold parameters that are gone.
         self.optimizer = self.lr_scheduler = self._alpha_steps = None
         self.model_wrapped = self.model
