@@ -176,6 +176,21 @@ def alpha_parameters(model) -> list[nn.Parameter]:
 def penalty(alphas) -> torch.Tensor:
     """`sum_b (1 - alpha_b)^2` (LayerCollapse, arXiv 2311.17943), over blocks; with one alpha per neuron, the mean of a
     block's neurons. A float32 scalar; 0 for no alphas.
+
+    Raises:
+        TypeError: An alpha is sharded over processes.
     """
+    for alpha in alphas:
+        refuse_sharded(alpha)
     terms = [(1 - alpha).square().mean() for alpha in alphas]
     return torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+def refuse_sharded(alpha):
+    """Raises `TypeError` if an alpha is a DTensor: what one process holds of it is not its value."""
+    # By name: torch.distributed is not part of every build of torch.
+    if type(alpha.data).__name__ == "DTensor":
+        raise TypeError(
+            "An alpha is sharded over processes. With `alphas = alpha_parameters(model)` from before, leave them out: "
+            "`fully_shard(module, ignored_params=set(alphas))` for every module, then `replicate_alphas(alphas)`."
+        )

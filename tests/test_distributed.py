@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from tests.distributed_run import TRAJECTORIES
+from tests.distributed_run import TRAJECTORIES, full_shard
 from tests.models import LAYERS
 from tests.training import STEPS, assert_close, assert_same, state_of, trajectory
 
@@ -97,6 +97,21 @@ def test_collapsed_and_saved_by_the_main_process_only(results):
     assert_same(state_of(loaded), first["run"]["collapsed"])
     assert first["run"]["metrics"]["eval_collapsed_loss"] == second["run"]["metrics"]["eval_collapsed_loss"]
     assert first["run"]["metrics_collapsed"]["eval_loss"] == second["run"]["metrics_collapsed"]["eval_loss"]
+
+
+def test_fsdp2(results, tmp_path):
+    """`fully_shard` itself: accelerate has no FSDP on a CPU, and the Trainer refuses it for a patched model."""
+    folder, (first, second) = results
+    sharded, whole = first["fsdp2"], full_shard(tmp_path, None)
+    assert sharded["weight"] == second["fsdp2"]["weight"] == "DTensor" and sharded["alpha"] == "Tensor"
+    torch.testing.assert_close(sharded["alphas"], second["fsdp2"]["alphas"], rtol=0, atol=0)
+    torch.testing.assert_close(sharded["alphas"], whole["alphas"], rtol=1e-4, atol=1e-5)
+    assert_close(sharded["state"], whole["state"])
+    assert float(whole["alphas"][0].min()) > 0.05 and float(whole["alphas"][-1].min()) >= 0.95
+    # Gathered, collapsed, saved, and loaded by one process.
+    assert [block["outcome"] for block in sharded["report"]["blocks"]] == ["collapsed"] * LAYERS
+    assert_same(state_of(AutoModelForSequenceClassification.from_pretrained(folder / "fsdp2")), sharded["collapsed"])
+    assert sharded["half"] == ["torch.bfloat16", "torch.float32"]
 
 
 def test_one_process_through_its_config(tmp_path):
