@@ -18,6 +18,7 @@ _CHOICES = {
     "penalty_schedule": ("constant", "linear", "cosine"),
     "alpha_lr_schedule": ("constant", "same"),
     "not_ready": ("keep", "restore"),
+    "adapters": ("merge", "refuse"),
 }
 
 
@@ -100,6 +101,13 @@ class LayerCollapseConfig:
         default="keep",
         metadata={
             "help": "What a collapse does with patched blocks that are not ready: 'keep' or 'restore' to dense."
+        },
+    )
+    adapters: str = field(
+        default="merge",
+        metadata={
+            "help": "What a collapse does if a peft adapter is on a block, or trains its alpha: 'merge' all adapters "
+            "into the weights first, after which the model is no PeftModel any more, or 'refuse'."
         },
     )
 

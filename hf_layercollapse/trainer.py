@@ -13,6 +13,7 @@ import weakref
 from functools import partial
 
 import numpy as np
+import safetensors.torch
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
@@ -34,6 +35,10 @@ from .patching import apply_layer_collapse, collapsible_activations, layer_colla
 logger = logging.get_logger(__name__)
 
 READY_BLOCKS = "layer_collapse/ready_blocks"
+# Alphas that train under a PeftModel but not in it, in a checkpoint.
+ALPHAS_NAME = "layer_collapse_alphas.safetensors"
+# What an adapter in a checkpoint names as its base where that is nowhere but in memory. No folder, and no repository.
+BASE_NOT_SAVED = "(patched in memory and not saved)"
 
 
 class LayerCollapseTrainerMixin:
@@ -191,6 +196,10 @@ class LayerCollapseTrainerMixin:
             # Fitted to data, which may differ between processes.
             for tensor in self.model.state_dict().values():
                 torch.distributed.broadcast(tensor, src=0)
+        inner, holders = unwrap(self.model)
+        if holders and not _has_adapters(inner):
+            # They were merged, and what is left of the PeftModel would save an empty adapter.
+            self.model = self.callback_handler.model = inner
         # They hold parameters that are gone.
         self.optimizer = self.lr_scheduler = self._alpha_steps = None
         self.model_wrapped = self.model
@@ -254,6 +263,9 @@ class LayerCollapseTrainerMixin:
         elif self._alpha_steps is None or self._alpha_steps.optimizer is not optimizer:
             scheduled = self.lr_scheduler is not None
             self._alpha_steps = AlphaSteps(optimizer, alphas, self.layer_collapse_config, scheduled)
+            if self._alphas_beside_adapters():
+                # The base is about to change, so it is not the saved one any more.
+                _forget_base(self.model)
         return self.optimizer
 
     def _clip_grad_norm(self, model):
@@ -405,15 +417,54 @@ class LayerCollapseTrainerMixin:
         # A checkpoint is loaded into the live model as it is, so it must hold live names, not those that
         # `from_pretrained` would convert. It does not name the model: only a save by the user does.
         model = self.model
-        if not (self._writing_checkpoint and isinstance(model, PreTrainedModel)):
+        inner, holders = unwrap(model)
+        if not (self._writing_checkpoint and isinstance(inner, PreTrainedModel)):
             return super()._save(output_dir, state_dict)
-        names = model.name_or_path, model.config._name_or_path
-        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        names = inner.name_or_path, inner.config._name_or_path
+        if not holders:
+            model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        elif not inner.name_or_path and inner.config.__dict__.get("layer_collapse"):
+            # An adapter. Into the live model it goes back all the same.
+            inner.name_or_path = inner.config._name_or_path = BASE_NOT_SAVED
         try:
             super()._save(output_dir, state_dict)
         finally:
-            del model.save_pretrained
-            model.name_or_path, model.config._name_or_path = names
+            if holders:
+                _forget_base(model, only=BASE_NOT_SAVED)
+            else:
+                del model.save_pretrained
+            inner.name_or_path, inner.config._name_or_path = names
+        alphas = self._alphas_beside_adapters()
+        if alphas and self.args.should_save:
+            tensors = {name: alpha.detach().contiguous() for name, alpha in alphas.items()}
+            safetensors.torch.save_file(tensors, os.path.join(output_dir, ALPHAS_NAME))
+
+    def _alphas_beside_adapters(self):
+        """Name -> alpha, for those that train under a PeftModel that does not save them."""
+        if not unwrap(self.model)[1]:
+            return {}
+        activations = collapsible_activations(self.model).items()
+        return {
+            name: module.alpha
+            for name, module in activations
+            if module.alpha.requires_grad and ".modules_to_save." not in name
+        }
+
+    def _load_alphas(self, folder):
+        alphas = self._alphas_beside_adapters()
+        if not alphas:
+            return
+        file = os.path.join(folder, ALPHAS_NAME)
+        stored = safetensors.torch.load_file(file) if os.path.isfile(file) else {}
+        if stored.keys() != alphas.keys():
+            raise ValueError(
+                f"The checkpoint {folder} holds {len(stored)} alphas beside its adapter, and the model here trains "
+                f"{len(alphas)}. Give the Trainer the model that the checkpoint was made from, patched and with its "
+                "alphas trainable as then."
+            )
+        with torch.no_grad():
+            for name, alpha in alphas.items():
+                alpha.copy_(stored[name])
 
     def _push_from_checkpoint(self, checkpoint_folder):
         # Upstream copies the files that it knows; our config.json names one more.
@@ -426,14 +477,17 @@ class LayerCollapseTrainerMixin:
         # Before any weight is changed.
         self._refuse_other_life(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_alphas(resume_from_checkpoint)
 
     def _load_best_model(self):
         # As above.
         self._refuse_other_life(self.state.best_model_checkpoint)
         super()._load_best_model()
+        self._load_alphas(self.state.best_model_checkpoint)
 
     def _refuse_other_life(self, folder):
         config_file = os.path.join(folder, CONFIG_NAME)
+        self._refuse_other_adapter(folder)
         # Adapters, and modules that are no PreTrainedModel, are saved without one.
         if not os.path.isfile(config_file) or not isinstance(self.model, PreTrainedModel):
             return
@@ -445,6 +499,20 @@ class LayerCollapseTrainerMixin:
                 f"The checkpoint {folder} holds a model that is {_life(stored)}, and the model here is {_life(live)}. "
                 "Give the Trainer the model that the checkpoint was made from, patched by the same config, or load it "
                 "from the checkpoint with `from_pretrained`."
+            )
+
+    def _refuse_other_adapter(self, folder):
+        file = os.path.join(folder, "adapter_model.safetensors")
+        if not os.path.isfile(file) or not unwrap(self.model)[1]:
+            return
+        with safetensors.safe_open(file, "pt") as adapter:
+            stored = sum(key.endswith(".alpha") for key in adapter.keys())
+        live = sum(".modules_to_save." in name for name in collapsible_activations(self.model))
+        if stored != live:
+            raise ValueError(
+                f"The adapter in {folder} holds {stored} alphas, and the one here trains {live}; what has no place "
+                "would be dropped without a word. Give the Trainer the model that the checkpoint was made from, "
+                "patched and with the same `modules_to_save`."
             )
 
     def _issue_warnings_after_load(self, load_result):
@@ -526,6 +594,23 @@ def _patch_differences(inner, blocks, activations, config):
     if patched != wanted:
         differences.append(f"`blocks`: {config.blocks!r} chooses {_shorten(wanted)}, patched are {_shorten(patched)}")
     return differences
+
+
+def _has_adapters(inner):
+    return any(type(module).__module__.startswith("peft.") for module in inner.modules())
+
+
+def _forget_base(model, only=None):
+    """Adapters name their base once they are saved; that base is not what they are on."""
+    inner, holders = unwrap(model)
+    if only is None:
+        inner.name_or_path = inner.config._name_or_path = ""
+    for holder in holders:
+        if isinstance(holder, torch._dynamo.OptimizedModule):
+            continue
+        for adapter in holder.peft_config.values():
+            if only in (None, adapter.base_model_name_or_path):
+                adapter.base_model_name_or_path = None
 
 
 def counts_items(model) -> bool:
