@@ -24,12 +24,13 @@ from transformers.trainer_utils import default_compute_objective
 from transformers.training_args import ParallelMode
 from transformers.utils import CONFIG_NAME, logging
 
+from .callbacks import LayerCollapseCallback
 from .collapsing import CollapseReport, collapse_model, is_ready
 from .config import LayerCollapseConfig
-from .families import find_feed_forward_blocks, modules_of, select_blocks, unwrap
+from .families import find_feed_forward_blocks, modules_of, unwrap
 from .modeling_layercollapse import CODE_FILE, CollapsibleActivation
 from .optimization import AlphaSteps, TaskParameters, penalty_strength_at
-from .patching import apply_layer_collapse, collapsible_activations, layer_collapse_config_of, penalty
+from .patching import collapsible_activations, layer_collapse_config_of, patch_or_check, penalty, shorten
 
 
 logger = logging.get_logger(__name__)
@@ -96,6 +97,11 @@ class LayerCollapseTrainerMixin:
             self.layer_collapse_config = layer_collapse_config_of(unwrap(self.model)[0])
             if self.layer_collapse_config is None:
                 raise ValueError("The model is patched but carries no options: pass `layer_collapse_config`.")
+        if any(isinstance(callback, LayerCollapseCallback) for callback in self.callback_handler.callbacks):
+            raise ValueError(
+                "LayerCollapseCallback is for Trainers without the mixin; with both, the penalty would count twice. "
+                "Leave the callback out."
+            )
         # Most heads take the count of labels and ignore it, which makes gradients grow with the accumulated batches.
         own_loss = self.label_smoother is None and self.compute_loss_func is None
         if own_loss and self.model_accepts_loss_kwargs and not counts_items(unwrap(self.model)[0]):
@@ -521,8 +527,8 @@ class LayerCollapseTrainerMixin:
             missing = _not_tied(self.model, load_result.missing_keys)
             if missing or load_result.unexpected_keys:
                 raise ValueError(
-                    f"The checkpoint does not hold this model: missing {_shorten(missing)}, unexpected "
-                    f"{_shorten(load_result.unexpected_keys)}. It is damaged or was written by another class; resume "
+                    f"The checkpoint does not hold this model: missing {shorten(missing)}, unexpected "
+                    f"{shorten(load_result.unexpected_keys)}. It is damaged or was written by another class; resume "
                     "from a complete one."
                 )
         super()._issue_warnings_after_load(load_result)
@@ -535,65 +541,8 @@ class LayerCollapseTrainer(LayerCollapseTrainerMixin, Trainer):
 
 
 # ----------------------------------------------------------------------------------------------------
-# The model that a Trainer is given
+# The model that a Trainer is given, and what it does
 # ----------------------------------------------------------------------------------------------------
-
-
-def patch_or_check(model, config, calibration_data):
-    """Patches a dense model in place, or checks that a patched one is what the config describes.
-
-    The config's other options, those that drive training and the collapse, are recorded in the model.
-
-    Raises:
-        TypeError: The model is no module, wrapped or sharded.
-        ValueError: It is patched in another way, or collapsed and not patched.
-    """
-    inner, _ = unwrap(model)
-    blocks = find_feed_forward_blocks(inner)
-    patched = collapsible_activations(model)
-    collapsed = [block.name for block in blocks if block.state == "collapsed"]
-    if not patched:
-        if collapsed:
-            raise ValueError(
-                f"The model is collapsed ({len(collapsed)} of {len(blocks)} blocks) and carries no alpha. To train it "
-                "as it is, leave `layer_collapse_config` out; to go on with its dense blocks, patch them first: "
-                "`apply_layer_collapse(model, config)`."
-            )
-        apply_layer_collapse(model, config, calibration_data)
-        return
-    differences = _patch_differences(inner, blocks, patched.values(), config)
-    if differences:
-        raise ValueError(
-            "The model is patched already, and not as `layer_collapse_config` says:"
-            + "".join(f"\n  {line}" for line in differences)
-            + "\nLeave `layer_collapse_config` out to train the model as it is patched, or take it back to dense "
-            "first: `remove_layer_collapse(model)`."
-        )
-    if isinstance(inner, PreTrainedModel):
-        inner.config.layer_collapse = {**inner.config.layer_collapse, "options": config.to_dict()}
-
-
-def _patch_differences(inner, blocks, activations, config):
-    differences = []
-    for option, found in (
-        ("linear_target", {activation.linear_target for activation in activations}),
-        ("granularity", {activation.granularity for activation in activations}),
-        ("activation", {activation.act_name for activation in activations}),
-    ):
-        wanted = getattr(config, option)
-        if found != {wanted}:
-            differences.append(f"`{option}`: {wanted!r} in the config, {' and '.join(map(repr, sorted(found)))} here")
-    ours = {id(activation) for activation in activations}
-    remaining = [block for block in blocks if block.state != "collapsed"]
-    patched = [
-        block.name
-        for block in remaining
-        if any(id(module) in ours for module in modules_of(inner, block).activation.modules())
-    ]
-    wanted = [block.name for block in select_blocks(blocks, config.blocks) if block in remaining]
-    if patched != wanted:
-        differences.append(f"`blocks`: {config.blocks!r} chooses {_shorten(wanted)}, patched are {_shorten(patched)}")
-    return differences
 
 
 def _has_adapters(inner):
@@ -650,11 +599,6 @@ def _not_tied(model, keys):
     parameters = dict(model.named_parameters(remove_duplicate=False))
     present = {id(parameter) for name, parameter in parameters.items() if name not in keys}
     return [key for key in keys if key not in parameters or id(parameters[key]) not in present]
-
-
-def _shorten(names, limit=6):
-    names = list(names)
-    return names if len(names) <= limit else [*names[:limit], f"and {len(names) - limit} more"]
 
 
 @contextlib.contextmanager
