@@ -21,9 +21,9 @@ from .families import (
 )
 from .modeling_layercollapse import CollapsedBlock
 from .patching import (
-    collapsible_activations,
     layer_collapse_config_of,
     refresh_layer_collapse,
+    refuse_adapted_alphas,
     replace_module,
     restore_blocks,
 )
@@ -183,12 +183,7 @@ def collapse_model(
     _check_max_error(max_error)
     inner, holders = unwrap(model)
     blocks, refused = survey_blocks(inner)
-    wrapped = [name for name in collapsible_activations(inner) if ".modules_to_save." in name]
-    if wrapped:
-        raise ValueError(
-            f"The alpha of `{wrapped[0]}` belongs to an adapter that is not merged. Call "
-            "`model = model.merge_and_unload()` first, and collapse that."
-        )
+    refuse_adapted_alphas(inner)
     patched = [block for block in blocks if block.state == "patched"]
     options = config or layer_collapse_config_of(inner) or LayerCollapseConfig()
 
