@@ -18,8 +18,6 @@ _EXPORTS = {
     "LayerCollapseConfig": "config",
     "LayerCollapseTrainer": "trainer",
     "LayerCollapseTrainerMixin": "trainer",
-    "LayerCollapseTrainer": "trainer",
-    "LayerCollapseTrainerMixin": "trainer",
     "apply_layer_collapse": "patching",
     "collapse_model": "collapsing",
     "find_feed_forward_blocks": "families",
