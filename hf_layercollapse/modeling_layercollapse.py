@@ -558,6 +558,13 @@ class LayerCollapseConfigMixin:
         return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+        if self.model_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"`AutoConfig` does not know the model type {self.model_type!r}, so what is saved could not be loaded "
+                f"again. Call `AutoConfig.register({self.model_type!r}, {type(self).native_class.__name__})` and "
+                "`AutoModel.register` (or that of another Auto class) with the native classes first, here and where "
+                "the model is loaded."
+            )
         # Here and not in the model's: `push_to_hub` uploads what this call leaves behind.
         os.makedirs(save_directory, exist_ok=True)
         target = os.path.join(save_directory, CODE_FILE)
@@ -782,7 +789,11 @@ class StoredConfig(PreTrainedConfig):
             )
         validate_layer_collapse(config_dict.get("layer_collapse"))
         config_dict["model_type"] = base_model_type
-        return config_class_for(CONFIG_MAPPING[base_model_type]).from_dict(config_dict, **kwargs)
+        native_class = CONFIG_MAPPING[base_model_type]
+        built = config_class_for(native_class)
+        if not native_class.__module__.startswith("transformers."):
+            _register(native_class, built)  # again: a user may have registered models since
+        return built.from_dict(config_dict, **kwargs)
 
 
 _built = {}

@@ -48,7 +48,7 @@ def apply_layer_collapse(model, config: LayerCollapseConfig | None = None, calib
         raise TypeError(f"`config` must be a LayerCollapseConfig, got {type(config).__name__}.")
     inner, holders = unwrap(model)
     blocks, refused = survey_blocks(inner)
-    if any(block.state == "patched" for block in blocks):
+    if collapsible_activations(inner):
         raise ValueError("The model is patched already. `remove_layer_collapse(model)` takes it back to dense.")
     chosen = select_blocks(blocks, config.blocks, refused)
     collapsed = [block.name for block in chosen if block.state == "collapsed"]
@@ -160,6 +160,7 @@ def remove_layer_collapse(model):
         ValueError: The model is not patched.
     """
     inner, holders = unwrap(model)
+    refuse_adapted_alphas(inner)
     blocks = [block for block in find_feed_forward_blocks(inner) if block.state == "patched"]
     if not blocks:
         raise ValueError("The model is not patched: none of its blocks carries an alpha.")
@@ -189,6 +190,16 @@ def replace_module(model, name, module):
 def collapsible_activations(model) -> dict[str, CollapsibleActivation]:
     """Qualified name -> activation, for every patched block; a shared block once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, CollapsibleActivation)}
+
+
+def refuse_adapted_alphas(model):
+    """Raises a ValueError if peft's `modules_to_save` holds activations with alphas: two copies of each."""
+    wrapped = [name for name in collapsible_activations(model) if ".modules_to_save." in name]
+    if wrapped:
+        raise ValueError(
+            f"The alpha of `{wrapped[0]}` belongs to an adapter that is not merged. Call "
+            "`model = model.merge_and_unload()` first."
+        )
 
 
 def layer_collapse_config_of(model) -> LayerCollapseConfig | None:

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import transformers
 from data.uci_sentences import load_uci_sentences
+from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -361,18 +362,12 @@ def demo_model_folder():
 def predict(model, dataset, tokenizer, batch_size=TIMED_SENTENCES):
     """Logits of every row, `(rows, classes)`, in float32."""
     model.eval()
+    logits = []
     with torch.inference_mode():
-        return np.concatenate(
-            [
-                model(
-                    **batch_of(dataset, range(first, min(first + batch_size, len(dataset))), tokenizer, model.device)
-                )
-                .logits.float()
-                .cpu()
-                .numpy()
-                for first in range(0, len(dataset), batch_size)
-            ]
-        )
+        for first in tqdm(range(0, len(dataset), batch_size), desc="Testing", leave=False):
+            rows = range(first, min(first + batch_size, len(dataset)))
+            logits.append(model(**batch_of(dataset, rows, tokenizer, model.device)).logits.float().cpu().numpy())
+    return np.concatenate(logits)
 
 
 def batch_of(dataset, rows, tokenizer, device):

@@ -87,6 +87,22 @@ def test_patching_twice(life):
     refuses(lambda: apply_layer_collapse(model), ValueError, "patched already.*remove_layer_collapse", model)
 
 
+def test_alphas_that_an_adapter_holds():
+    """peft's `modules_to_save` puts a wrapper with two copies where the activation was."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=["intermediate_act_fn"])
+    model = get_peft_model(ready(), lora)
+    inner = model.get_base_model()
+    refuses(lambda: apply_layer_collapse(model), ValueError, "patched already", inner)
+    refusing = LayerCollapseConfig(adapters="refuse")
+    refuses(lambda: collapse_model(model, refusing), ValueError, "merge_and_unload", inner)
+    refuses(lambda: remove_layer_collapse(model), ValueError, "merge_and_unload", inner)
+    merged = model.merge_and_unload()
+    assert [block.state for block in find_feed_forward_blocks(merged)] == ["patched"] * 3
+    assert len(collapse_model(merged).collapsed) == 3
+
+
 @pytest.mark.parametrize("life", ["dense", "collapsed"])
 def test_removing_what_is_not_there(life):
     model = BERT.model() if life == "dense" else in_life(BERT, life)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import modeling_utils
 
-from hf_layercollapse.modeling_layercollapse import SAVING_PREFIX
+from hf_layercollapse.modeling_layercollapse import CODE_FILE, SAVING_PREFIX
 
 from .models import BY_NAME
 from .test_saving_loading import assert_same_weights, in_life
@@ -98,6 +98,8 @@ def what_loads(folder, old, new):
                 for key, value in model.state_dict().items()
             ):
                 assert_same_weights(loaded, model)
+                assert loaded.config.id2label == model.config.id2label, "weights of one, config of the other"
+                assert name == "old" or CODE_FILE in os.listdir(folder)
                 return name
     raise AssertionError("a mixture of the old model and the new one")
 
@@ -115,6 +117,8 @@ def what_loads(folder, old, new):
         ("patched-sharded", "single", "killed"),
         ("patched", "sharded", "killed"),
         ("collapsed", "single", "killed"),
+        ("half", "single", "killed"),
+        ("half-sharded", "sharded", "killed"),
         ("nothing", "single", "failed"),
         ("dense", "single", "failed"),
         ("patched-sharded", "sharded", "failed"),
@@ -128,6 +132,7 @@ def test_no_interruption_leaves_a_mixture(before, after, how, tmp_path):
     template.mkdir()
     if life != "nothing":
         old = CASE.model(seed=5)
+        old.config.id2label = {0: "this", 1: "is", 2: "old"}
         old = old if life == "dense" else in_life(CASE, life, model=old)
         old.save_pretrained(template, **({"max_shard_size": "20KB"} if size else {}))
     new = in_life(CASE, "half")

@@ -22,10 +22,12 @@ from transformers import (
     BertForSequenceClassification,
     BertTokenizer,
     PreTrainedConfig,
+    PreTrainedModel,
     ViTImageProcessorPil,
     pipeline,
 )
 from transformers.models.auto import auto_factory, modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hf_layercollapse
 from hf_layercollapse import (
@@ -455,6 +457,65 @@ def test_alpha_keeps_every_bit_through_half_precision(case, life, dtype, tmp_pat
 
 def _to(inputs, dtype):
     return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Models of one's own
+# ----------------------------------------------------------------------------------------------------
+
+
+class OwnConfig(PreTrainedConfig):
+    model_type = "own-model"
+    width: int = 8
+
+
+class OwnMLP(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.fc1, self.fc2 = torch.nn.Linear(width, 3 * width), torch.nn.Linear(3 * width, width)
+        self.activation_fn = torch.nn.GELU()
+
+    def forward(self, x):
+        return self.fc2(self.activation_fn(self.fc1(x)))
+
+
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+    base_model_prefix = "own"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.mlp = OwnMLP(config.width)
+        self.post_init()
+
+    def forward(self, x):
+        return self.mlp(x)
+
+
+def test_models_that_auto_classes_do_not_know(tmp_path):
+    model, x = OwnModel(OwnConfig()), torch.randn(3, 8)
+    expected = model(x)
+    apply_layer_collapse(model)
+    assert torch.equal(model(x), expected)
+    # What could never be loaded again is not saved.
+    with pytest.raises(ValueError, match="own-model.*AutoConfig.register"):
+        model.save_pretrained(tmp_path)
+    assert os.listdir(tmp_path) == []
+    # Registered, also after it was patched, it is as good as any.
+    AutoConfig.register("own-model", OwnConfig)
+    AutoModel.register(OwnConfig, OwnModel)
+    try:
+        model.save_pretrained(tmp_path)
+        loaded = AutoModel.from_pretrained(tmp_path)
+        assert isinstance(loaded, OwnModel) and torch.equal(loaded(x), expected)
+        set_alphas(loaded, 1.0)
+        collapse_model(loaded)
+        loaded.save_pretrained(tmp_path)
+        again = AutoModel.from_pretrained(tmp_path)
+        assert torch.equal(again(x), loaded(x))
+    finally:
+        CONFIG_MAPPING._extra_content.pop("own-model")
+        AutoModel._model_mapping._extra_content.pop(OwnConfig)
 
 
 # ----------------------------------------------------------------------------------------------------
