@@ -22,6 +22,7 @@ from .families import (
 )
 from .modeling_layercollapse import CollapsedBlock
 from .patching import (
+    collapsible_activations,
     layer_collapse_config_of,
     refresh_layer_collapse,
     replace_module,

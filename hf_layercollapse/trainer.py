@@ -11,6 +11,7 @@ import shutil
 import textwrap
 import weakref
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import safetensors.torch
@@ -19,8 +20,9 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from transformers import Trainer
 from transformers.modeling_utils import PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
-from transformers.trainer_utils import default_compute_objective
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, default_compute_objective, sort_checkpoints
 from transformers.training_args import ParallelMode
 from transformers.utils import CONFIG_NAME, logging
 
@@ -28,7 +30,7 @@ from .callbacks import LayerCollapseCallback
 from .collapsing import CollapseReport, collapse_model, is_ready
 from .config import LayerCollapseConfig
 from .families import find_feed_forward_blocks, modules_of, unwrap
-from .modeling_layercollapse import CODE_FILE, CollapsibleActivation
+from .modeling_layercollapse import CODE_FILE, SAVING_PREFIX, CollapsibleActivation
 from .optimization import AlphaSteps, TaskParameters, penalty_strength_at
 from .patching import collapsible_activations, layer_collapse_config_of, patch_or_check, penalty, shorten
 
@@ -88,7 +90,7 @@ class LayerCollapseTrainerMixin:
         self._penalty_sum, self._penalty_count = 0.0, 0  # since the last log
         self._block_indices = weakref.WeakKeyDictionary()  # activation -> index of its block
         self._collapsed_names = {}  # metric -> its name with the ready blocks collapsed
-        self._writing_checkpoint = False
+        self._writing_checkpoint, self._staging = False, None
         if model is not None and layer_collapse_config is not None:
             patch_or_check(model, layer_collapse_config, calibration_data)
         super().__init__(model, *args, **kwargs)
@@ -411,13 +413,97 @@ class LayerCollapseTrainerMixin:
 
     # ---- Checkpoints ----
 
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        # What was interrupted while it was written or deleted is no checkpoint.
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._last_complete_checkpoint() or True
+        elif resume_from_checkpoint and not _is_complete(resume_from_checkpoint):
+            raise ValueError(
+                f"{resume_from_checkpoint} is no complete checkpoint: it has no readable {TRAINER_STATE_NAME}, which "
+                "is written last. Resume from another, or with `resume_from_checkpoint=True` from the last complete "
+                "one."
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _last_complete_checkpoint(self):
+        folders = sort_checkpoints(self.args.output_dir)[::-1] if os.path.isdir(self.args.output_dir) else []
+        for folder in folders:
+            if _is_complete(folder):
+                return folder
+            logger.warning(f"{folder} is not complete and is passed over.")
+        return None
+
     def _save_checkpoint(self, model, trial):
+        # Written in a folder beside and moved in when it is whole: what is named checkpoint-... is complete.
+        run_folder, step = self._get_output_dir(trial), self.state.global_step
+        name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        staging = os.path.join(run_folder, f"{SAVING_PREFIX}checkpoint")
+        if self.is_local_process_zero():
+            _remove(staging)  # left by a run that was killed
+        self._wait()
         # `_save` serves save_model too, where the user wants the original names.
-        self._writing_checkpoint = True
+        self._writing_checkpoint, self._staging = True, staging
         try:
             super()._save_checkpoint(model, trial)
+            best = os.path.join(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+            if self.state.best_global_step and (self.state.best_global_step == step or os.path.isdir(best)):
+                self.state.best_model_checkpoint = best
+            if self.args.should_save:
+                self.state.save_to_json(os.path.join(staging, name, TRAINER_STATE_NAME))
+            self._wait()
+            if self.args.should_save:
+                _replace_folder(staging, name, run_folder)
+            self._wait()
+            if self.is_local_process_zero() and os.path.isdir(os.path.join(staging, name)):
+                _replace_folder(staging, name, run_folder)  # on a node with a disk of its own
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            _remove(staging)
+            # `torch.save` has no type of its own for a disk that is full.
+            written = "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
+            if isinstance(error, RuntimeError) and not written:
+                raise
+            raise OSError(
+                f"The checkpoint of step {step} could not be written to {run_folder}: {error}. Is the disk full, or "
+                "the folder not writable? The checkpoints from before are complete; resume with "
+                "`resume_from_checkpoint=True`."
+            ) from error
         finally:
-            self._writing_checkpoint = False
+            self._writing_checkpoint, self._staging = False, None
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(os.path.join(run_folder, name))
+        limit = self.args.save_total_limit
+        if self.args.should_save and limit is not None and limit > 0:
+            kept = self._kept_checkpoints(run_folder, name)
+            surplus = [folder for folder in sort_checkpoints(run_folder, use_mtime=True) if folder not in kept]
+            for folder in surplus[: max(0, len(surplus) + len(kept) - limit)]:
+                _remove(folder)
+
+    def _kept_checkpoints(self, run_folder, last):
+        best = self.state.best_model_checkpoint
+        return {str(Path(run_folder, last))} | ({str(Path(best))} if best is not None else set())
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._staging is None else self._staging
+
+    def _wait(self):
+        if self.args.parallel_mode == ParallelMode.DISTRIBUTED:
+            torch.distributed.barrier()
+
+    def _run_epoch(self, *args, **kwargs):
+        # Resumed from its last checkpoint, a run that had ended would take one more step.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        # Upstream deletes these in place: a kill in between would leave a part of the last checkpoint.
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and best is not None and self.args.save_total_limit == 1:
+            for folder in sort_checkpoints(self._get_output_dir(trial)):
+                if not os.path.samefile(folder, best):
+                    _remove(folder)
+        return super()._finalize_training(trial, num_train_samples, start_time)
 
     def _save(self, output_dir=None, state_dict=None):
         # A checkpoint is loaded into the live model as it is, so it must hold live names, not those that
@@ -473,6 +559,8 @@ class LayerCollapseTrainerMixin:
                 alpha.copy_(stored[name])
 
     def _push_from_checkpoint(self, checkpoint_folder):
+        if self._staging is not None:
+            return  # once it is in its place
         # Upstream copies the files that it knows; our config.json names one more.
         code = os.path.join(checkpoint_folder, CODE_FILE)
         if self.is_world_process_zero() and os.path.isfile(code):
@@ -543,6 +631,32 @@ class LayerCollapseTrainer(LayerCollapseTrainerMixin, Trainer):
 # ----------------------------------------------------------------------------------------------------
 # The model that a Trainer is given, and what it does
 # ----------------------------------------------------------------------------------------------------
+
+
+def _is_complete(folder):
+    try:
+        with open(os.path.join(folder, TRAINER_STATE_NAME), encoding="utf-8") as file:
+            json.load(file)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _replace_folder(staging, name, target):
+    """Moves `staging/name` to `target/name`; what may be there is the old folder or the new one, whole."""
+    if os.path.isdir(os.path.join(target, name)):
+        os.replace(os.path.join(target, name), os.path.join(staging, "before"))
+    os.replace(os.path.join(staging, name), os.path.join(target, name))
+    _remove(staging)
+
+
+def _remove(folder):
+    """Deletes a folder under another name, so that no part of it can be taken for the whole."""
+    doomed = os.path.join(os.path.dirname(folder), f"{SAVING_PREFIX}deleted")
+    shutil.rmtree(doomed, ignore_errors=True)
+    if os.path.isdir(folder):
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _has_adapters(inner):
