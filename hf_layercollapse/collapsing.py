@@ -234,6 +234,15 @@ def collapse_model(
     )
 
 
+def collapse_as(model, names):
+    """Collapses these patched blocks in place whatever their alphas are, for weights that are loaded afterwards."""
+    inner, holders = unwrap(model)
+    blocks = [block for block in survey_blocks(inner)[0] if block.name in names]
+    check_weights(inner, blocks, merging=True)
+    replaced = [entry for merge in _merge_all(inner, blocks, {}) for entry in _replace(inner, merge)]
+    refresh_layer_collapse(inner, None, holders, replaced)
+
+
 def _without_adapters(model, inner, options, allow_none):
     """The model with adapters merged into its weights, if there are any on its blocks or alphas."""
     blocks = survey_blocks(inner)[0]

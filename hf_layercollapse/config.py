@@ -103,6 +103,13 @@ class LayerCollapseConfig:
             "help": "What a collapse does with patched blocks that are not ready: 'keep' or 'restore' to dense."
         },
     )
+    progressive: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the Trainer collapses each block after the first evaluation that finds it ready, and "
+            "trains on with what is left. Otherwise blocks collapse when `collapse` is called."
+        },
+    )
     adapters: str = field(
         default="merge",
         metadata={
@@ -116,6 +123,8 @@ class LayerCollapseConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+        if not isinstance(self.progressive, bool):
+            raise TypeError(f"`progressive` must be True or False, got {self.progressive!r}.")
         for name, allowed, check in (
             ("initial_alpha", "[0, 1]", lambda value: 0 <= value <= 1),
             ("penalty_strength", "[0, inf)", lambda value: 0 <= value < float("inf")),

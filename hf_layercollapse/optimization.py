@@ -102,6 +102,41 @@ class AlphaSteps:
             )
 
 
+def exchange_parameters(optimizer, before, after):
+    """Makes an optimizer follow modules that were replaced: a parameter takes the place of the one that had its name.
+
+    The state of all others is kept, and so are the groups, which a schedule counts; new parameters start without any.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): Changed in place.
+        before, after (`dict[str, nn.Parameter]`): The model's parameters by name, in order.
+    """
+    old_order = {id(parameter): i for i, parameter in enumerate(before.values())}
+    order = {id(parameter): i for i, parameter in enumerate(after.values())}
+    successors = {id(before[name]): after[name] for name in before if name in after}
+    # A bias where there was none goes where biases are.
+    biases = {id(parameter) for name, parameter in after.items() if name.endswith(".bias")}
+    added = [p for name, p in after.items() if name not in before]
+    for group in optimizer.param_groups:
+        positions = [old_order.get(id(parameter), -1) for parameter in group["params"]]
+        kept = []
+        for parameter in group["params"]:
+            gone = id(parameter) in old_order and id(parameter) not in order
+            successor = successors.get(id(parameter)) if gone else parameter
+            if gone:
+                optimizer.state.pop(parameter, None)
+            if successor is not None:
+                kept.append(successor)
+        if any(id(parameter) in biases for parameter in kept):
+            kept, added = kept + added, []
+        # As a new optimizer would be given them, so that a checkpoint fits it.
+        if positions == sorted(positions):
+            kept.sort(key=lambda parameter: order.get(id(parameter), -1))
+        group["params"] = kept
+    if added:
+        optimizer.param_groups[0]["params"].extend(added)
+
+
 def replicate_alphas(alphas):
     """Keeps alphas that `fully_shard` leaves alone the same on all processes, and float32 beside sharded parameters of
     any dtype: their values become those of the first process, their gradients, from now on, the mean over processes.

@@ -10,6 +10,7 @@ import random
 import shutil
 import textwrap
 import weakref
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,17 +28,18 @@ from transformers.training_args import ParallelMode
 from transformers.utils import CONFIG_NAME, logging
 
 from .callbacks import LayerCollapseCallback
-from .collapsing import CollapseReport, collapse_model, is_ready
+from .collapsing import CollapseReport, collapse_as, collapse_model, is_ready
 from .config import LayerCollapseConfig
 from .families import find_feed_forward_blocks, modules_of, unwrap
-from .modeling_layercollapse import CODE_FILE, SAVING_PREFIX, CollapsibleActivation
-from .optimization import AlphaSteps, TaskParameters, penalty_strength_at
+from .modeling_layercollapse import CODE_FILE, SAVING_PREFIX, CollapsibleActivation, base_model_prefix_of
+from .optimization import AlphaSteps, TaskParameters, exchange_parameters, penalty_strength_at
 from .patching import collapsible_activations, layer_collapse_config_of, patch_or_check, penalty, shorten
 
 
 logger = logging.get_logger(__name__)
 
 READY_BLOCKS = "layer_collapse/ready_blocks"
+COLLAPSED_BLOCKS = "layer_collapse/collapsed_blocks"
 # Alphas that train under a PeftModel but not in it, in a checkpoint.
 ALPHAS_NAME = "layer_collapse_alphas.safetensors"
 # What an adapter in a checkpoint names as its base where that is nowhere but in memory. No folder, and no repository.
@@ -91,6 +93,7 @@ class LayerCollapseTrainerMixin:
         self._block_indices = weakref.WeakKeyDictionary()  # activation -> index of its block
         self._collapsed_names = {}  # metric -> its name with the ready blocks collapsed
         self._writing_checkpoint, self._staging = False, None
+        self._reports = []  # of blocks that were collapsed while training ran
         if model is not None and layer_collapse_config is not None:
             patch_or_check(model, layer_collapse_config, calibration_data)
         super().__init__(model, *args, **kwargs)
@@ -134,6 +137,20 @@ class LayerCollapseTrainerMixin:
                 "take steps of their own. Use an optimizer that works in `step`, such as 'adamw_torch'."
             )
 
+        if self.layer_collapse_config.progressive:
+            self._refuse_progressive()
+
+    def _refuse_progressive(self):
+        if self.args.world_size > 1:
+            raise ValueError(
+                "`progressive` is not supported on several processes: DistributedDataParallel cannot exchange "
+                "parameters while it trains. Collapse once training has ended, or train in one process."
+            )
+        if unwrap(self.model)[1]:
+            raise ValueError(
+                "`progressive` is not supported under an adapter or `torch.compile`. Collapse once training has ended."
+            )
+
     # ---- The model ----
 
     def call_model_init(self, trial=None):
@@ -170,7 +187,14 @@ class LayerCollapseTrainerMixin:
         return is_ready(activation.alpha, self.layer_collapse_config.collapse_threshold)
 
     def _count_ready(self):
-        return sum(self._is_ready(activation) for activation in self._activations().values())
+        ready = sum(self._is_ready(activation) for activation in self._activations().values())
+        return ready + self._count_collapsed()
+
+    def _count_collapsed(self):
+        """Blocks that were ready before, and are collapsed since."""
+        if not self.layer_collapse_config.progressive:
+            return 0
+        return sum(block.state == "collapsed" for block in find_feed_forward_blocks(self.model))
 
     def collapse(self, calibration_data=None, max_error=None, allow_none=False) -> CollapseReport:
         """Collapses the ready blocks of the model in place; see [`collapse_model`].
@@ -197,6 +221,8 @@ class LayerCollapseTrainerMixin:
                 "`collapse` replaces parameters that are being trained: call it once training has ended."
             )
         config = self.layer_collapse_config
+        if self._reports and not self._activations():
+            return _joined(self._reports)
         if config == layer_collapse_config_of(unwrap(self.model)[0]):
             config = None  # the model's own: its blocks are those that are patched, however it names them
         report = collapse_model(self.model, config, calibration_data, max_error=max_error, allow_none=allow_none)
@@ -211,7 +237,35 @@ class LayerCollapseTrainerMixin:
         # They hold parameters that are gone.
         self.optimizer = self.lr_scheduler = self._alpha_steps = None
         self.model_wrapped = self.model
-        return report
+        return _joined([*self._reports, report])
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
+        # After what an evaluation found, and before the checkpoint of the same step.
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        config = self.layer_collapse_config
+        if config is not None and config.progressive and any(map(self._is_ready, self._activations().values())):
+            with self._optimizer_follows():
+                # Of the blocks that wait none is restored before the end.
+                options = replace(layer_collapse_config_of(self.model), not_ready="keep", blocks=self._names())
+                self._reports.append(collapse_model(self.model, options))
+            logger.info(f"Step {self.state.global_step}: collapsed {self._reports[-1].collapsed}")
+        return metrics
+
+    def _names(self):
+        return [block.name for block in find_feed_forward_blocks(self.model) if block.state == "patched"]
+
+    @contextlib.contextmanager
+    def _optimizer_follows(self):
+        """Parameters that are exchanged inside are exchanged in the optimizer too."""
+        before = dict(self.model.named_parameters())
+        yield
+        optimizer = self.optimizer
+        while isinstance(optimizer, AcceleratedOptimizer):
+            optimizer = optimizer.optimizer
+        if optimizer is not None:
+            exchange_parameters(optimizer, before, dict(self.model.named_parameters()))
+        if self._alpha_steps is not None:
+            self._alpha_steps.alphas = self._trainable_alphas()
 
     # ---- Loss ----
 
@@ -268,6 +322,10 @@ class LayerCollapseTrainerMixin:
         alphas = self._trainable_alphas() if self.layer_collapse_config is not None else []
         if not alphas:
             self._alpha_steps = None
+            config = self.layer_collapse_config
+            if config is not None and config.progressive and self.lr_scheduler is None:
+                # In place of theirs, which checkpoints of this run have: they were there when it began.
+                optimizer.add_param_group({"params": [], "lr": config.alpha_learning_rate, "weight_decay": 0.0})
         elif self._alpha_steps is None or self._alpha_steps.optimizer is not optimizer:
             scheduled = self.lr_scheduler is not None
             self._alpha_steps = AlphaSteps(optimizer, alphas, self.layer_collapse_config, scheduled)
@@ -392,10 +450,13 @@ class LayerCollapseTrainerMixin:
 
     def _layer_collapse_logs(self, logs):
         activations = self._activations() if self.layer_collapse_config is not None else {}
-        if not activations or "train_runtime" in logs:
+        collapsed = self._count_collapsed() if self.layer_collapse_config is not None else 0
+        if not (activations or collapsed) or "train_runtime" in logs:
             return {}
-        added = {READY_BLOCKS: sum(map(self._is_ready, activations.values()))}
-        if "loss" not in logs:
+        added = {READY_BLOCKS: sum(map(self._is_ready, activations.values())) + collapsed}
+        if self.layer_collapse_config.progressive:
+            added[COLLAPSED_BLOCKS] = collapsed
+        if "loss" not in logs or not activations:
             return added
         step = max(0, self.state.global_step - 1)  # the one that was taken last
         strength = penalty_strength_at(self.layer_collapse_config, step, self.state.max_steps)
@@ -569,25 +630,50 @@ class LayerCollapseTrainerMixin:
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         # Before any weight is changed.
+        self._follow(resume_from_checkpoint)
         self._refuse_other_life(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_alphas(resume_from_checkpoint)
 
     def _load_best_model(self):
         # As above.
-        self._refuse_other_life(self.state.best_model_checkpoint)
+        folder = self.state.best_model_checkpoint
+        config = self.layer_collapse_config
+        if config is not None and config.progressive and _stored_table(folder) != _live_table(self.model):
+            logger.warning(
+                f"The best checkpoint, {folder}, holds fewer collapsed blocks than the model does by now, which goes "
+                "on as it is. Load that one with `from_pretrained`."
+            )
+            return
+        self._refuse_other_life(folder)
         super()._load_best_model()
         self._load_alphas(self.state.best_model_checkpoint)
 
+    def _follow(self, folder):
+        """Collapses the blocks that a checkpoint of this run holds collapsed; its weights come afterwards."""
+        config = self.layer_collapse_config
+        if config is None or not config.progressive or not isinstance(self.model, PreTrainedModel):
+            return
+        stored, live = _stored_table(folder), _live_table(self.model)
+        waiting = {path for path, spec in live.items() if spec["type"] == "activation" and stored.get(path) != spec}
+        # Of the same model, only further on.
+        if not waiting or not all(stored.get(path) == spec for path, spec in live.items() if path not in waiting):
+            return
+        prefix = base_model_prefix_of(self.model)
+        names = [
+            block.name
+            for block in find_feed_forward_blocks(self.model)
+            if block.state == "patched" and block.path(block.layout.activation).removeprefix(prefix) in waiting
+        ]
+        with self._optimizer_follows():
+            collapse_as(self.model, names)
+
     def _refuse_other_life(self, folder):
-        config_file = os.path.join(folder, CONFIG_NAME)
         self._refuse_other_adapter(folder)
         # Adapters, and modules that are no PreTrainedModel, are saved without one.
-        if not os.path.isfile(config_file) or not isinstance(self.model, PreTrainedModel):
+        if not os.path.isfile(os.path.join(folder, CONFIG_NAME)) or not isinstance(self.model, PreTrainedModel):
             return
-        with open(config_file, encoding="utf-8") as file:
-            stored = (json.load(file).get("layer_collapse") or {}).get("modules", {})
-        live = (self.model.config.__dict__.get("layer_collapse") or {}).get("modules", {})
+        stored, live = _stored_table(folder), _live_table(self.model)
         if stored != live:
             raise ValueError(
                 f"The checkpoint {folder} holds a model that is {_life(stored)}, and the model here is {_life(live)}. "
@@ -695,6 +781,31 @@ def counts_items(model) -> bool:
     ]
     passed_on = all(any(keyword.arg in (None, "num_items_in_batch") for keyword in call.keywords) for call in calls)
     return bool(calls) and passed_on and "num_items_in_batch" in inspect.signature(model.loss_function).parameters
+
+
+def _joined(reports):
+    """One report of collapses that came one after the other."""
+    if len(reports) == 1:
+        return reports[0]
+    *earlier, last = reports
+    blocks = [block for report in earlier for block in report.blocks if block.outcome == "collapsed"] + last.blocks
+    return replace(
+        last,
+        blocks=sorted(blocks, key=lambda block: block.index),
+        parameters_before=reports[0].parameters_before,
+    )
+
+
+def _stored_table(folder):
+    file = os.path.join(folder, CONFIG_NAME)
+    if not os.path.isfile(file):
+        return {}
+    with open(file, encoding="utf-8") as stream:
+        return (json.load(stream).get("layer_collapse") or {}).get("modules", {})
+
+
+def _live_table(model):
+    return (model.config.__dict__.get("layer_collapse") or {}).get("modules", {})
 
 
 def _life(table):

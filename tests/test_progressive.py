@@ -1,0 +1,175 @@
+"""Blocks that collapse while training goes on."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, find_feed_forward_blocks
+from hf_layercollapse.optimization import exchange_parameters
+from tests.models import BY_NAME, LAYERS
+from tests.training import SetAlphas, alphas_of, assert_same, model_of, state_of, trainer_for
+
+
+PROGRESSIVE = {"progressive": True, "penalty_strength": 0.0}
+# Block 2 is ready at step 2, block 0 at step 4, block 1 never.
+SCHEDULE = [(0.0, 0.0, 0.0), (0.5, 0.5, 0.96), (0.6, 0.5), (0.97, 0.5), (0.6,), (0.6,), (0.6,), (0.6,)]
+ARGS = {
+    "max_steps": 8,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "lr_scheduler_type": "linear",
+    "learning_rate": 1e-2,
+    "weight_decay": 0.1,
+    "max_grad_norm": 1.0,
+}
+
+
+class Watch(TrainerCallback):
+    def __init__(self):
+        self.rates, self.states, self.momenta = [], [], {}
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.states.append([block.state for block in find_feed_forward_blocks(model)])
+        embedding = next(model.parameters())
+        self.momenta[state.global_step] = int(optimizer.state.get(embedding, {}).get("step", 0))
+        live = {id(parameter) for parameter in model.parameters()}
+        held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+        assert set(held) == live and len(held) == len(live)
+        assert {id(parameter) for parameter in optimizer.state} <= live
+
+
+def run(case, folder, watch=None, schedule=SCHEDULE, resume=None, config=None, **args):
+    callbacks = [SetAlphas(schedule), *([watch] if watch else [])]
+    trainer = trainer_for(
+        case,
+        folder,
+        config={**PROGRESSIVE, **(config or {})},
+        dropout=True,
+        args={**ARGS, **args},
+        callbacks=callbacks,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("case", ["bert", "gpt2", "vit"])
+def test_ready_blocks_collapse_at_evaluations(case, tmp_path):
+    watch = Watch()
+    trainer = run(case, tmp_path, watch)
+    d, p, c = "dense", "patched", "collapsed"
+    assert d not in sum(watch.states, [])
+    assert watch.states == [[p, p, p]] * 2 + [[p, p, c]] * 2 + [[c, p, c]] * 4
+    # The schedule goes on as if nothing had happened, and so do the moments of what stays.
+    assert watch.rates == pytest.approx([1e-2 * (1 - i / 8) for i in range(1, 9)])
+    assert list(watch.momenta.values()) == list(range(8))
+    evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
+    assert [log["layer_collapse/ready_blocks"] for log in evaluations] == [1, 2, 2, 2]
+    assert [log["layer_collapse/collapsed_blocks"] for log in evaluations] == [0, 1, 2, 2]
+    # What is left collapses at the end; the report is of all.
+    with torch.no_grad():
+        next(value for name, value in trainer.model.named_parameters() if name.endswith(".alpha")).fill_(1.0)
+    report = trainer.collapse()
+    assert len(report.collapsed) == LAYERS
+    assert [block.index for block in report.blocks] == [0, 1, 2]
+    assert report.parameters_after == sum(parameter.numel() for parameter in trainer.model.parameters())
+    assert report.parameters_before > report.parameters_after
+    trainer.save_model(str(tmp_path / "collapsed"))
+    assert_same(state_of(BY_NAME[case].auto_class.from_pretrained(tmp_path / "collapsed")), state_of(trainer.model))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor"])
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_checkpoints_from_before_and_after_resume(step, optim, tmp_path):
+    """The first before any block is collapsed in the model that is given, the later ones with one and two of them."""
+    whole = run("bert", tmp_path, optim=optim)
+    resumed = run("bert", tmp_path, optim=optim, resume=str(tmp_path / f"checkpoint-{step}"))
+    assert_same(state_of(resumed.model), state_of(whole.model))
+    assert resumed.model.config.layer_collapse == whole.model.config.layer_collapse
+
+
+def test_training_goes_on_when_all_are_collapsed(tmp_path):
+    schedule = [(0.96,) * LAYERS] * 2 + [()] * 6
+    whole = run("bert", tmp_path, schedule=schedule)
+    assert not alphas_of(whole.model) and whole.state.global_step == 8
+    logs = [log for log in whole.state.log_history if "eval_loss" in log]
+    assert [log["layer_collapse/ready_blocks"] for log in logs] == [LAYERS] * 4
+    resumed = run("bert", tmp_path, schedule=schedule, resume=str(tmp_path / "checkpoint-4"))
+    assert_same(state_of(resumed.model), state_of(whole.model))
+    assert len(whole.collapse().collapsed) == LAYERS
+
+
+def test_the_best_is_kept_where_it_is_not_less_collapsed(tmp_path, caplog):
+    args = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False}
+    trainer = run("bert", tmp_path, **args)
+    # Two blocks are ready from step 4 on.
+    assert trainer.state.best_global_step >= 4
+    assert [block.state for block in find_feed_forward_blocks(trainer.model)] == ["collapsed", "patched", "collapsed"]
+    best = BY_NAME["bert"].auto_class.from_pretrained(trainer.state.best_model_checkpoint)
+    assert_same(state_of(best), state_of(trainer.model))
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-2")
+    with caplog.at_level(logging.WARNING):
+        trainer._load_best_model()
+    assert "holds fewer collapsed blocks" in caplog.text
+    assert_same(state_of(best), state_of(trainer.model))
+
+
+def test_it_is_off_by_default(tmp_path):
+    trainer = run("bert", tmp_path, schedule=[(0.96,) * LAYERS] * 8, config={"progressive": False})
+    assert {block.state for block in find_feed_forward_blocks(trainer.model)} == {"patched"}
+
+
+def test_nothing_is_ready(tmp_path):
+    run("bert", tmp_path, schedule=[(0.5,) * LAYERS] * 8)
+
+
+def test_what_is_refused(tmp_path, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
+    with pytest.raises(TypeError, match="`progressive` must be True or False, got 1"):
+        LayerCollapseConfig(progressive=1)
+    trainer = trainer_for("bert", tmp_path, config=PROGRESSIVE)
+    monkeypatch.setattr(type(trainer.args), "world_size", property(lambda self: 2))
+    with pytest.raises(ValueError, match="not supported on several processes"):
+        trainer._refuse_setup()
+    monkeypatch.undo()
+    model = apply_layer_collapse(model_of(BY_NAME["bert"]), LayerCollapseConfig(**PROGRESSIVE))
+    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    with pytest.raises(ValueError, match="not supported under an adapter"):
+        trainer_for("bert", tmp_path, config=False, model=model)
+
+
+def test_a_compiled_model_goes_on(tmp_path):
+    torch._dynamo.reset()
+    trainer = run("bert", tmp_path, optim="sgd", torch_compile=True, torch_compile_backend="eager")
+    plain = run("bert", tmp_path / "plain", optim="sgd")
+    for name, value in state_of(plain.model).items():
+        torch.testing.assert_close(state_of(trainer.model)[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_exchange_parameters():
+    """A bias that was not there before goes to the biases, and groups keep the order of the model."""
+    weights = [nn.Parameter(torch.ones(2, 2)) for _ in range(3)]
+    biases = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    before = {"a.weight": weights[0], "a.bias": biases[0], "b.weight": weights[1], "c.weight": weights[2]}
+    before["c.bias"] = biases[1]
+    optimizer = torch.optim.Adam([{"params": weights, "weight_decay": 0.1}, {"params": biases}])
+    sum(parameter.sum() for parameter in before.values()).backward()
+    optimizer.step()
+    merged = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3))
+    after = {"a.weight": weights[0], "a.bias": biases[0], "b.weight": merged[0], "b.bias": merged[1]}
+    after["c.weight"], after["c.bias"] = weights[2], biases[1]
+    exchange_parameters(optimizer, before, after)
+    groups = [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
+    assert groups == [
+        [id(p) for p in (weights[0], merged[0], weights[2])],
+        [id(p) for p in (biases[0], merged[1], biases[1])],
+    ]
+    assert weights[1] not in optimizer.state and int(optimizer.state[weights[2]]["step"]) == 1
