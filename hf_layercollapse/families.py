@@ -109,17 +109,15 @@ LAYOUTS = [
     FeedForwardLayout(
         "split query", "intermediate_query.dense", "output_query.dense", "intermediate_query.intermediate_act_fn"
     ),
-    FeedForwardLayout("split inter", "inter.dense", "output.dense", "inter.intermediate_act_fn"),
     FeedForwardLayout("split language", "lang_inter.dense", "lang_output.dense", "lang_inter.intermediate_act_fn"),
     FeedForwardLayout("split vision", "visn_inter.dense", "visn_output.dense", "visn_inter.intermediate_act_fn"),
     FeedForwardLayout("dense.dense/output.dense", "dense.dense", "output.dense", "dense.act_fn"),  # Reformer
-    # T5, LongT5, Switch, UDOP; then gated: Llama, Mistral, Qwen, Gemma, OLMo, Cohere, ...; mT5, UMT5; LFM2; xLSTM
+    # T5, LongT5, Switch, UDOP; then gated: Llama, Mistral, Qwen, Gemma, OLMo, Cohere, ...; mT5, UMT5; LFM2
     FeedForwardLayout("wi/wo", "wi", "wo"),
     FeedForwardLayout("gate_proj/up_proj/down_proj", "up_proj", "down_proj", gate="gate_proj"),
     FeedForwardLayout("wi_0/wi_1/wo", "wi_1", "wo", gate="wi_0"),
     FeedForwardLayout("w1/w3/w2", "w3", "w2", gate="w1"),
     FeedForwardLayout("w_in/w_out", "w_in.w_1", "w_out", "w_in.act", gate="w_in.w_0"),  # CPM-Ant
-    FeedForwardLayout("proj_up_gate/proj_up/proj_down", "proj_up", "proj_down", gate="proj_up_gate"),
     # Gated, gate and up in one linear: Phi-3, GLM, Dia; ModernBERT; Moshi; Moonshine; GraniteMoeHybrid
     FeedForwardLayout("gate_up_proj/down_proj", "gate_up_proj", "down_proj", fused="gate,up"),
     FeedForwardLayout("gate_up_proj/down_proj (up first)", "gate_up_proj", "down_proj", fused="up,gate"),
@@ -128,7 +126,6 @@ LAYOUTS = [
     FeedForwardLayout("fc1/fc2 gated", "fc1", "fc2", fused="gate,up"),
     FeedForwardLayout("fc1/fc2 gated (up first)", "fc1", "fc2", fused="up,gate"),
     FeedForwardLayout("input_linear/output_linear", "input_linear", "output_linear", fused="gate,up"),
-    FeedForwardLayout("weights_in/weights_out", "weights_in", "weights_out", fused="gate,up"),
     # Plain
     FeedForwardLayout("lin1/lin2", "lin1", "lin2"),  # DistilBERT, SAM
     FeedForwardLayout("c_fc/c_proj", "c_fc", "c_proj"),  # GPT-2 (Conv1D), GPT-Neo, StarCoder2
@@ -136,17 +133,15 @@ LAYOUTS = [
     FeedForwardLayout("fc_in/fc_out", "fc_in", "fc_out"),  # GPT-J, CodeGen
     FeedForwardLayout("ffn/ffn_output", "ffn", "ffn_output"),  # ALBERT
     FeedForwardLayout("layer_1/layer_2", "layer_1", "layer_2"),  # XLNet
-    FeedForwardLayout("layer1/layer2", "layer1", "layer2"),  # SAM 3
     FeedForwardLayout("intermediate_dense/output_dense", "intermediate_dense", "output_dense"),  # wav2vec 2.0, HuBERT
     FeedForwardLayout("up_proj/down_proj", "up_proj", "down_proj"),  # MPT, Nemotron, Apertus, Arcee, DINOv3
     FeedForwardLayout("linear1/linear2", "linear1", "linear2"),  # Parakeet
-    FeedForwardLayout("linear_1/linear_2", "linear_1", "linear_2"),  # Funnel
+    FeedForwardLayout("linear_1/linear_2", "linear_1", "linear_2"),  # Funnel, projectors between equal widths
     FeedForwardLayout("linear_fc1/linear_fc2", "linear_fc1", "linear_fc2"),  # Qwen-VL's vision tower
     FeedForwardLayout("proj_in/proj_out", "proj_in", "proj_out"),  # SAM 2
     FeedForwardLayout("in_proj/out_proj", "in_proj", "out_proj"),  # Bark
     FeedForwardLayout("intermediate/output", "intermediate", "output"),  # ProphetNet
     FeedForwardLayout("dense1/dense2", "dense1", "dense2"),  # PVT, Perceiver
-    FeedForwardLayout("ffw_layer_1/ffw_layer_2", "ffw_layer_1", "ffw_layer_2"),  # Gemma 3n audio
     FeedForwardLayout("pointwise_conv1/pointwise_conv2", "pointwise_conv1", "pointwise_conv2"),  # DINOv3 ConvNeXt
     FeedForwardLayout("pwconv1/pwconv2", "pwconv1", "pwconv2"),  # ConvNeXt
     FeedForwardLayout("linear_up/linear_down", "linear_up.linear", "linear_down.linear"),  # LeViT, with batch norms
@@ -374,7 +369,22 @@ def survey_blocks(model):
             found = True
         if reason and not found:
             refused[holder_name] = reason
-    return blocks, refused
+    return _in_forward_order(model, blocks), refused
+
+
+def _in_forward_order(model, blocks):
+    """Modules are registered in the order they run in, with one exception: a layer that holds a block itself comes
+    before the blocks inside its children (MobileBERT's further feed-forward networks), and runs it last."""
+    ordered = []
+    open_layers = []
+    for block in blocks:
+        while open_layers and not block.holder.startswith(f"{open_layers[-1].holder}."):
+            ordered.append(open_layers.pop())
+        holder = model.get_submodule(block.holder)
+        whole = isinstance(holder, (CollapsedBlock, nn.Sequential)) or (block.wiring and block.wiring.own_module)
+        (ordered if whole else open_layers).append(block)
+    ordered.extend(reversed(open_layers))
+    return [replace(block, index=index) for index, block in enumerate(ordered)]
 
 
 def _holds_experts(module):

@@ -428,8 +428,10 @@ def resolve_table(model, table):
 
 
 def base_model_of(model):
-    """The module that table paths are relative to."""
-    return model.base_model if isinstance(model, PreTrainedModel) else model
+    """The module that table paths are relative to: the base model, also of a head on top of another head."""
+    while isinstance(model, PreTrainedModel) and model.base_model is not model:
+        model = model.base_model
+    return model
 
 
 def base_model_prefix_of(model):
