@@ -10,7 +10,13 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from . import functional
-from .modeling_layercollapse import CollapsedBlock, CollapsibleActivation, linear_shape
+from .modeling_layercollapse import (
+    CollapsedBlock,
+    CollapsibleActivation,
+    NarrowActivation,
+    NarrowFeedForward,
+    linear_shape,
+)
 from .verification import DROPOUTS, NORMS, Refusal, Wiring, verify
 
 
@@ -179,7 +185,8 @@ class FeedForwardBlock:
         kind (`str`): `"plain"` or `"gated"`.
         state (`str`): `"dense"`, `"patched"` or `"collapsed"`.
         layout (`FeedForwardLayout`): How it is spelled.
-        in_features, hidden_features, out_features (`int`): Widths; `hidden_features` is 0 once collapsed.
+        in_features, hidden_features, out_features (`int`): Widths; once collapsed `hidden_features` counts the neurons
+            that were kept.
         parameters (`int`): Weights and biases of its linears.
         macs (`int`): Multiply-accumulates per token.
         alpha (`float`, *optional*): Mean alpha if patched, else `None`.
@@ -433,6 +440,12 @@ def _match(holder, layout):
     """`(state, layout with one activation path)` if the holder's children are spelled like this, or `None`."""
     if isinstance(holder, CollapsedBlock):
         return ("collapsed", layout) if next(iter(holder._modules)) == layout.down else None
+    if isinstance(holder, NarrowFeedForward):
+        names = {"up": layout.up, "down": layout.down, "gate": layout.gate}
+        same = all(holder.names.get(part) == name for part, name in names.items())
+        if not same or holder.gated != layout.gated:
+            return None
+        return "collapsed", replace(layout, activation=holder.names["activation"])
     up, down = _descend(holder, layout.up), _descend(holder, layout.down)
     if up is None or not _is_linear(down) or (layout.gate and not _is_linear(_descend(holder, layout.gate))):
         return None
@@ -444,6 +457,10 @@ def _match(holder, layout):
         return ("collapsed", layout) if isinstance(activation, nn.Identity) and not layout.gated else None
     if not _is_linear(up):
         return None
+    if isinstance(activation, NarrowActivation):
+        return None if layout.gated else ("collapsed", layout)
+    if isinstance(activation, nn.Identity):  # two thin matrices: a linear map of low rank
+        return ("collapsed", layout) if not layout.gated and _linear_shape(up)[1] == _linear_shape(down)[0] else None
     up_out, down_in = _linear_shape(up)[1], _linear_shape(down)[0]
     if up_out != (2 if layout.fused else 1) * down_in:
         return None
@@ -515,6 +532,10 @@ def _describe(name, index, state, holder_name, holder, layout, wiring):
     linears = [linear for linear in linears if not isinstance(linear, nn.Identity)]
     shapes = [linear_shape(linear) for linear in linears]
     activation = _descend(holder, layout.activation) if isinstance(layout.activation, str) else None
+    hidden = shapes[-1][0]
+    if state == "collapsed":
+        narrow = holder if isinstance(holder, NarrowFeedForward) else activation
+        hidden = narrow.neurons if isinstance(narrow, (NarrowFeedForward, NarrowActivation)) else 0
     return FeedForwardBlock(
         name=name,
         index=index,
@@ -522,7 +543,7 @@ def _describe(name, index, state, holder_name, holder, layout, wiring):
         state=state,
         layout=layout,
         in_features=shapes[0][0],
-        hidden_features=0 if state == "collapsed" else shapes[-1][0],
+        hidden_features=hidden,
         out_features=shapes[-1][1],
         parameters=sum(parameter.numel() for linear in linears for parameter in linear.parameters()),
         macs=sum(features_in * features_out for features_in, features_out in shapes),
