@@ -16,6 +16,7 @@ _EXPORTS = {
     "CollapsibleActivation": "modeling_layercollapse",
     "FeedForwardBlock": "families",
     "FeedForwardLayout": "families",
+    "LayerCollapseCallback": "callbacks",
     "LayerCollapseConfig": "config",
     "LayerCollapseTrainer": "trainer",
     "LayerCollapseTrainerMixin": "trainer",

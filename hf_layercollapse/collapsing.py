@@ -14,6 +14,7 @@ from .config import LayerCollapseConfig
 from .families import (
     FeedForwardBlock,
     check_weights,
+    is_adapted,
     modules_of,
     select_blocks,
     survey_blocks,
@@ -29,9 +30,9 @@ from .modeling_layercollapse import (
     PassOnLinear,
 )
 from .patching import (
+    collapsible_activations,
     layer_collapse_config_of,
     refresh_layer_collapse,
-    refuse_adapted_alphas,
     replace_module,
     restore_blocks,
 )
@@ -206,11 +207,14 @@ def collapse_model(
     On a dense model the chosen blocks are fitted to the calibration data, with no training: to one linear map each, or
     with `config.rank` and `config.keep_neurons` to a linear map and a narrow block beside it.
 
+    Adapters on blocks, or on their alphas, are merged into the weights first, all that the model has, or refused, as
+    `config.adapters` says. Then `model.get_base_model()` is what is left of a PeftModel.
+
     Args:
         model (`nn.Module`): A patched or dense model. A PeftModel or compiled model is looked through.
         config ([`LayerCollapseConfig`], *optional*): `blocks`, `collapse_threshold`, `not_ready`, `rank`,
-            `keep_neurons`, `neuron_choice` and `sequential` are used. Default: the one the model was patched
-            with, and every patched block.
+            `keep_neurons`, `neuron_choice`, `sequential` and `adapters` are used. Default: the one the model was
+            patched with, and every patched block.
         calibration_data (iterable of `dict[str, Tensor]`, *optional*): Model inputs. Read once; twice with kept
             neurons, and once more for each block with `sequential`.
         plan ([`CollapsePlan`], *optional*): Blocks, ranks and neurons of a dense model, in place of the config's.
@@ -227,7 +231,7 @@ def collapse_model(
     Raises:
         TypeError: `model` or `config` is of a wrong type, or the model is wrapped or sharded.
         ValueError: No block is ready, a dense model comes without data, weights cannot be merged, or an error is above
-            `max_error`. Nothing has been changed then.
+            `max_error`. Nothing has been changed then, except that adapters may be merged.
     """
     if config is not None and not isinstance(config, LayerCollapseConfig):
         raise TypeError(f"`config` must be a LayerCollapseConfig, got {type(config).__name__}.")
@@ -238,12 +242,12 @@ def collapse_model(
             raise TypeError(f"`plan` must be a CollapsePlan, got {type(plan).__name__}.")
     _check_max_error(max_error)
     inner, holders = unwrap(model)
-    blocks, refused = survey_blocks(inner)
-    refuse_adapted_alphas(inner)
-    patched = [block for block in blocks if block.state == "patched"]
     if plan is not None and config is not None:
         raise ValueError("Pass `plan` or `config`, not both: each says which blocks collapse, and how.")
     options = config or layer_collapse_config_of(inner) or LayerCollapseConfig()
+    inner = _without_adapters(model, inner, options, allow_none)
+    blocks, refused = survey_blocks(inner)
+    patched = [block for block in blocks if block.state == "patched"]
 
     if patched:
         # The stored selector may name blocks as another head class spells them; what is patched is what it chose.
@@ -299,6 +303,42 @@ def collapse_model(
     )
 
 
+def _without_adapters(model, inner, options, allow_none):
+    """The model with adapters merged into its weights, if there are any on its blocks or alphas."""
+    blocks = survey_blocks(inner)[0]
+    alphas = [name for name in collapsible_activations(inner) if ".modules_to_save." in name]
+    linears = [
+        block.path(path)
+        for block in blocks
+        for path in block.layout.linears
+        if block.state != "collapsed" and is_adapted(inner.get_submodule(block.path(path)))
+    ]
+    if not alphas and not linears:
+        return inner
+    where = f"The alpha of `{alphas[0]}`" if alphas else f"`{linears[0]}`"
+    # `torch.compile` may be around the PeftModel.
+    while isinstance(model, torch._dynamo.OptimizedModule):
+        model = model._orig_mod
+    if options.adapters == "refuse" or model is inner:
+        raise ValueError(
+            f"{where} belongs to an adapter that is not merged. Call `model = model.merge_and_unload()` first, and "
+            "collapse that."
+            + (' Or let the collapse do so: `adapters="merge"` in the config.' if model is not inner else "")
+        )
+    # Whatever can be refused is refused before that.
+    check_weights(inner, [block for block in blocks if block.state != "collapsed"], merging=False)
+    in_use = {name: module.alpha for name, module in collapsible_activations(inner).items() if not _is_copied(name)}
+    ready = [alpha for alpha in in_use.values() if is_ready(alpha, options.collapse_threshold)]
+    if in_use and not ready and not allow_none:
+        _refuse_none_ready(in_use, options)
+    return model.merge_and_unload(safe_merge=True)
+
+
+def _is_copied(name):
+    """Whether a module is the one that peft's `modules_to_save` keeps frozen beside the one that trains."""
+    return name.endswith(".original_module")
+
+
 def _chosen_of(patched, chosen, config):
     names = {block.name for block in chosen}
     both = [block for block in patched if block.name in names]
@@ -324,11 +364,7 @@ def _split_ready(inner, patched, options, allow_none):
         if is_ready(alphas[block.name], options.collapse_threshold) or _partly_ready(inner, block, options)
     ]
     if not ready and not allow_none:
-        listed = "".join(f"\n  {name}: alpha {float(alpha.min()):.4f}" for name, alpha in alphas.items())
-        raise ValueError(
-            f"No block is ready: none has 1 - alpha <= {options.collapse_threshold}. Train longer, with a larger "
-            f"`penalty_strength` or `alpha_learning_rate`, or raise `collapse_threshold`.{listed}"
-        )
+        _refuse_none_ready(alphas, options)
     return ready, [block for block in patched if block not in ready]
 
 
@@ -389,6 +425,14 @@ def cost_of(block, rank, neurons) -> int:
     width, out = block.in_features, block.out_features
     linear = width * out if rank is None else rank * (width + out)
     return linear + neurons * (width * (2 if block.kind == "gated" else 1) + out)
+
+
+def _refuse_none_ready(alphas, options):
+    listed = "".join(f"\n  {name}: alpha {float(alpha.detach().min()):.4f}" for name, alpha in alphas.items())
+    raise ValueError(
+        f"No block is ready: none has 1 - alpha <= {options.collapse_threshold}. Train longer, with a larger "
+        f"`penalty_strength` or `alpha_learning_rate`, or raise `collapse_threshold`.{listed}"
+    )
 
 
 def is_ready(alpha, collapse_threshold) -> bool:

@@ -19,6 +19,7 @@ _CHOICES = {
     "alpha_lr_schedule": ("constant", "same"),
     "not_ready": ("keep", "restore"),
     "neuron_choice": ("greedy", "variance"),
+    "adapters": ("merge", "refuse"),
 }
 
 
@@ -101,6 +102,13 @@ class LayerCollapseConfig:
         default="keep",
         metadata={
             "help": "What a collapse does with patched blocks that are not ready: 'keep' or 'restore' to dense."
+        },
+    )
+    adapters: str = field(
+        default="merge",
+        metadata={
+            "help": "What a collapse does if a peft adapter is on a block, or trains its alpha: 'merge' all adapters "
+            "into the weights first, after which the model is no PeftModel any more, or 'refuse'."
         },
     )
 

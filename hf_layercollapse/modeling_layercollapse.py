@@ -771,17 +771,30 @@ class LayerCollapseConfigMixin:
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_dict(self):
+        caller = sys._getframe(1)
+        if not self._name_or_path and _is_adapter_save(caller):
+            raise ValueError(
+                "The adapter's base model was patched or collapsed in memory and is not saved, so that the adapter "
+                "could only name the dense model, or none. Save the base first: "
+                "`model.get_base_model().save_pretrained(folder)`, then the adapter."
+            )
         content = super().to_dict()
         # Inside another config (a Llava's language model, an EncoderDecoderModel's encoder) the file's type has to be
         # there already: the outer config rebuilds this one from what it finds, and a native type would give it a
         # native model without a word. The outer classes are native, so only the caller tells.
-        if _is_nested(self, sys._getframe(1)):
+        if _is_nested(self, caller):
             content["base_model_type"] = content["model_type"]
             content["model_type"] = MODEL_TYPE
         return content
 
     def __reduce_ex__(self, protocol):
         return _empty_config, (type(self).native_class,), self.__dict__
+
+
+def _is_adapter_save(caller):
+    """Whether `config.to_dict()` is called by `PeftModel.save_pretrained`, for the card that it writes first."""
+    frames = (caller, caller.f_back)
+    return [frame.f_code.co_name for frame in frames if frame] == ["get_model_config", "create_or_update_model_card"]
 
 
 def _is_nested(config, caller):
@@ -847,6 +860,8 @@ class LayerCollapseModelMixin:
         Everything is written into a folder beside the old files, then moved in, `config.json` last: a save that is
         interrupted leaves the old model whole or a folder that does not load.
         """
+        if state_dict is None and not self._hf_peft_config_loaded:
+            state_dict = state_dict_without_adapters(self)
         kwargs |= {"state_dict": state_dict, "max_shard_size": max_shard_size}
         in_place = self._hf_peft_config_loaded or kwargs.get("distributed_checkpoint", False)
         if in_place or os.path.isfile(save_directory):
@@ -883,6 +898,27 @@ class LayerCollapseModelMixin:
 
     def __reduce_ex__(self, protocol):
         return _empty_model, (type(self).native_class, type(self).config_class.native_class), self.__dict__
+
+
+def state_dict_without_adapters(model):
+    """What a model's state dict was before peft put layers around its own; `None` if it has not.
+
+    Those layers would otherwise be saved under their own names, which nothing loads.
+    """
+    outer = {name: module for name, module in model.named_modules() if type(module).__module__.startswith("peft.")}
+    children = {f"{name}.{child}": name for name in outer for child in ("base_layer", "original_module")}
+    children = {f"{child}.": f"{name}." for child, name in children.items()}
+    if not outer:
+        return None
+    state_dict = {}
+    for key, tensor in model.state_dict().items():
+        inside = [name for name in outer if key.startswith(f"{name}.")]
+        kept = [child for child in children if key.startswith(child)]
+        if not inside or kept:
+            for child in sorted(kept, key=len, reverse=True):
+                key = children[child] + key.removeprefix(child)
+            state_dict[key] = tensor
+    return state_dict
 
 
 def _move_in(source, target, variant):
@@ -1056,8 +1092,12 @@ def set_layer_collapse(model, layer_collapse, holders=()):
         config.__class__ = config_class_for(native_config)
         config.layer_collapse = validate_layer_collapse(layer_collapse)
         model.__class__ = model_class_for(native_model, config.__class__)
-    # An adapter made now would otherwise name the dense folder as its base.
+    # An adapter would otherwise name the dense folder as its base.
     config._name_or_path = ""
+    for holder in holders:
+        if type(holder).__module__.startswith("peft."):
+            for adapter in holder.peft_config.values():
+                adapter.base_model_name_or_path = adapter.revision = None
     for holder in (model, *holders):
         for module in holder.modules():
             # The towers of a composite model hold its sub-configs.

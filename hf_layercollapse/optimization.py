@@ -3,9 +3,11 @@
 import math
 
 import torch
+import torch.distributed as dist
 from transformers.utils import logging
 
 from .config import LayerCollapseConfig
+from .patching import refuse_sharded
 
 
 logger = logging.get_logger(__name__)
@@ -98,6 +100,28 @@ class AlphaSteps:
                 "The gradient of an alpha was not finite; that alpha was left as it was. If the loss is NaN or "
                 "infinite, lower the learning rate or check the data."
             )
+
+
+def replicate_alphas(alphas):
+    """Keeps alphas that `fully_shard` leaves alone the same on all processes, and float32 beside sharded parameters of
+    any dtype: their values become those of the first process, their gradients, from now on, the mean over processes.
+
+    Under FSDP2 name the alphas in `fully_shard(..., ignored_params=set(alphas))`, for each module that is sharded: the
+    penalty is made of them outside any module's forward, where a sharded one is not whole.
+
+    Args:
+        alphas (`list[nn.Parameter]`): As `alpha_parameters(model)` gives them before the model is sharded.
+    """
+    for alpha in alphas:
+        refuse_sharded(alpha)
+        dist.broadcast(alpha.data, src=0)
+        # After every backward: the mean of what is accumulated, of which all but the last part is the same everywhere.
+        alpha.register_post_accumulate_grad_hook(_average_gradient)
+
+
+def _average_gradient(alpha):
+    dist.all_reduce(alpha.grad)  # gloo knows no mean
+    alpha.grad /= dist.get_world_size()
 
 
 class TaskParameters:

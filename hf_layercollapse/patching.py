@@ -87,6 +87,63 @@ def apply_layer_collapse(model, config: LayerCollapseConfig | None = None, calib
     return model
 
 
+def patch_or_check(model, config, calibration_data):
+    """Patches a dense model in place, or checks that a patched one is what the config describes.
+
+    The config's other options, those that drive training and the collapse, are recorded in the model.
+
+    Raises:
+        TypeError: The model is no module, wrapped or sharded.
+        ValueError: It is patched in another way, or collapsed and not patched.
+    """
+    inner, _ = unwrap(model)
+    blocks = find_feed_forward_blocks(inner)
+    patched = collapsible_activations(model)
+    collapsed = [block.name for block in blocks if block.state == "collapsed"]
+    if not patched:
+        if collapsed:
+            raise ValueError(
+                f"The model is collapsed ({len(collapsed)} of {len(blocks)} blocks) and carries no alpha. To train it "
+                "as it is, leave `layer_collapse_config` out; to go on with its dense blocks, patch them first: "
+                "`apply_layer_collapse(model, config)`."
+            )
+        apply_layer_collapse(model, config, calibration_data)
+        return
+    differences = _patch_differences(inner, blocks, patched.values(), config)
+    if differences:
+        raise ValueError(
+            "The model is patched already, and not as `layer_collapse_config` says:"
+            + "".join(f"\n  {line}" for line in differences)
+            + "\nLeave `layer_collapse_config` out to train the model as it is patched, or take it back to dense "
+            "first: `remove_layer_collapse(model)`."
+        )
+    if isinstance(inner, PreTrainedModel):
+        inner.config.layer_collapse = {**inner.config.layer_collapse, "options": config.to_dict()}
+
+
+def _patch_differences(inner, blocks, activations, config):
+    differences = []
+    for option, found in (
+        ("linear_target", {activation.linear_target for activation in activations}),
+        ("granularity", {activation.granularity for activation in activations}),
+        ("activation", {activation.act_name for activation in activations}),
+    ):
+        wanted = getattr(config, option)
+        if found != {wanted}:
+            differences.append(f"`{option}`: {wanted!r} in the config, {' and '.join(map(repr, sorted(found)))} here")
+    ours = {id(activation) for activation in activations}
+    remaining = [block for block in blocks if block.state != "collapsed"]
+    patched = [
+        block.name
+        for block in remaining
+        if any(id(module) in ours for module in modules_of(inner, block).activation.modules())
+    ]
+    wanted = [block.name for block in select_blocks(blocks, config.blocks) if block in remaining]
+    if patched != wanted:
+        differences.append(f"`blocks`: {config.blocks!r} chooses {shorten(wanted)}, patched are {shorten(patched)}")
+    return differences
+
+
 def remove_layer_collapse(model):
     """Takes a patched model back to dense in place, exactly: the native activations return, whatever alpha is.
 
@@ -117,6 +174,11 @@ def restore_blocks(inner, blocks):
     for block in blocks:
         activation = modules_of(inner, block).activation
         replace_module(inner, block.path(block.layout.activation), activation.native.train(activation.training))
+
+
+def shorten(names, limit=6):
+    names = list(names)
+    return names if len(names) <= limit else [*names[:limit], f"and {len(names) - limit} more"]
 
 
 def replace_module(model, name, module):
@@ -187,6 +249,21 @@ def alpha_parameters(model) -> list[nn.Parameter]:
 def penalty(alphas) -> torch.Tensor:
     """`sum_b (1 - alpha_b)^2` (LayerCollapse, arXiv 2311.17943), over blocks; with one alpha per neuron, the mean of a
     block's neurons. A float32 scalar; 0 for no alphas.
+
+    Raises:
+        TypeError: An alpha is sharded over processes.
     """
+    for alpha in alphas:
+        refuse_sharded(alpha)
     terms = [(1 - alpha).square().mean() for alpha in alphas]
     return torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+def refuse_sharded(alpha):
+    """Raises `TypeError` if an alpha is a DTensor: what one process holds of it is not its value."""
+    # By name: torch.distributed is not part of every build of torch.
+    if type(alpha.data).__name__ == "DTensor":
+        raise TypeError(
+            "An alpha is sharded over processes. With `alphas = alpha_parameters(model)` from before, leave them out: "
+            "`fully_shard(module, ignored_params=set(alphas))` for every module, then `replicate_alphas(alphas)`."
+        )

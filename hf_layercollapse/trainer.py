@@ -11,28 +11,37 @@ import shutil
 import textwrap
 import weakref
 from functools import partial
+from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from transformers import Trainer
 from transformers.modeling_utils import PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
-from transformers.trainer_utils import default_compute_objective
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, default_compute_objective, sort_checkpoints
+from transformers.training_args import ParallelMode
 from transformers.utils import CONFIG_NAME, logging
 
+from .callbacks import LayerCollapseCallback
 from .collapsing import CollapseReport, collapse_model, is_ready
 from .config import LayerCollapseConfig
-from .families import find_feed_forward_blocks, modules_of, select_blocks, unwrap
-from .modeling_layercollapse import CODE_FILE, CollapsibleActivation
+from .families import find_feed_forward_blocks, modules_of, unwrap
+from .modeling_layercollapse import CODE_FILE, SAVING_PREFIX, CollapsibleActivation
 from .optimization import AlphaSteps, TaskParameters, penalty_strength_at
-from .patching import apply_layer_collapse, collapsible_activations, layer_collapse_config_of, penalty
+from .patching import collapsible_activations, layer_collapse_config_of, patch_or_check, penalty, shorten
 
 
 logger = logging.get_logger(__name__)
 
 READY_BLOCKS = "layer_collapse/ready_blocks"
+# Alphas that train under a PeftModel but not in it, in a checkpoint.
+ALPHAS_NAME = "layer_collapse_alphas.safetensors"
+# What an adapter in a checkpoint names as its base where that is nowhere but in memory. No folder, and no repository.
+BASE_NOT_SAVED = "(patched in memory and not saved)"
 
 
 class LayerCollapseTrainerMixin:
@@ -81,7 +90,7 @@ class LayerCollapseTrainerMixin:
         self._penalty_sum, self._penalty_count = 0.0, 0  # since the last log
         self._block_indices = weakref.WeakKeyDictionary()  # activation -> index of its block
         self._collapsed_names = {}  # metric -> its name with the ready blocks collapsed
-        self._writing_checkpoint = False
+        self._writing_checkpoint, self._staging = False, None
         if model is not None and layer_collapse_config is not None:
             patch_or_check(model, layer_collapse_config, calibration_data)
         super().__init__(model, *args, **kwargs)
@@ -90,6 +99,11 @@ class LayerCollapseTrainerMixin:
             self.layer_collapse_config = layer_collapse_config_of(unwrap(self.model)[0])
             if self.layer_collapse_config is None:
                 raise ValueError("The model is patched but carries no options: pass `layer_collapse_config`.")
+        if any(isinstance(callback, LayerCollapseCallback) for callback in self.callback_handler.callbacks):
+            raise ValueError(
+                "LayerCollapseCallback is for Trainers without the mixin; with both, the penalty would count twice. "
+                "Leave the callback out."
+            )
         # Most heads take the count of labels and ignore it, which makes gradients grow with the accumulated batches.
         own_loss = self.label_smoother is None and self.compute_loss_func is None
         if own_loss and self.model_accepts_loss_kwargs and not counts_items(unwrap(self.model)[0]):
@@ -186,6 +200,14 @@ class LayerCollapseTrainerMixin:
         if config == layer_collapse_config_of(unwrap(self.model)[0]):
             config = None  # the model's own: its blocks are those that are patched, however it names them
         report = collapse_model(self.model, config, calibration_data, max_error=max_error, allow_none=allow_none)
+        if self.args.parallel_mode == ParallelMode.DISTRIBUTED:
+            # Fitted to data, which may differ between processes.
+            for tensor in self.model.state_dict().values():
+                torch.distributed.broadcast(tensor, src=0)
+        inner, holders = unwrap(self.model)
+        if holders and not _has_adapters(inner):
+            # They were merged, and what is left of the PeftModel would save an empty adapter.
+            self.model = self.callback_handler.model = inner
         # They hold parameters that are gone.
         self.optimizer = self.lr_scheduler = self._alpha_steps = None
         self.model_wrapped = self.model
@@ -249,6 +271,9 @@ class LayerCollapseTrainerMixin:
         elif self._alpha_steps is None or self._alpha_steps.optimizer is not optimizer:
             scheduled = self.lr_scheduler is not None
             self._alpha_steps = AlphaSteps(optimizer, alphas, self.layer_collapse_config, scheduled)
+            if self._alphas_beside_adapters():
+                # The base is about to change, so it is not the saved one any more.
+                _forget_base(self.model)
         return self.optimizer
 
     def _clip_grad_norm(self, model):
@@ -388,29 +413,154 @@ class LayerCollapseTrainerMixin:
 
     # ---- Checkpoints ----
 
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        # What was interrupted while it was written or deleted is no checkpoint.
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._last_complete_checkpoint() or True
+        elif resume_from_checkpoint and not _is_complete(resume_from_checkpoint):
+            raise ValueError(
+                f"{resume_from_checkpoint} is no complete checkpoint: it has no readable {TRAINER_STATE_NAME}, which "
+                "is written last. Resume from another, or with `resume_from_checkpoint=True` from the last complete "
+                "one."
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _last_complete_checkpoint(self):
+        folders = sort_checkpoints(self.args.output_dir)[::-1] if os.path.isdir(self.args.output_dir) else []
+        for folder in folders:
+            if _is_complete(folder):
+                return folder
+            logger.warning(f"{folder} is not complete and is passed over.")
+        return None
+
     def _save_checkpoint(self, model, trial):
+        # Written in a folder beside and moved in when it is whole: what is named checkpoint-... is complete.
+        run_folder, step = self._get_output_dir(trial), self.state.global_step
+        name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        staging = os.path.join(run_folder, f"{SAVING_PREFIX}checkpoint")
+        if self.is_local_process_zero():
+            _remove(staging)  # left by a run that was killed
+        self._wait()
         # `_save` serves save_model too, where the user wants the original names.
-        self._writing_checkpoint = True
+        self._writing_checkpoint, self._staging = True, staging
         try:
             super()._save_checkpoint(model, trial)
+            best = os.path.join(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+            if self.state.best_global_step and (self.state.best_global_step == step or os.path.isdir(best)):
+                self.state.best_model_checkpoint = best
+            if self.args.should_save:
+                self.state.save_to_json(os.path.join(staging, name, TRAINER_STATE_NAME))
+            self._wait()
+            if self.args.should_save:
+                _replace_folder(staging, name, run_folder)
+            self._wait()
+            if self.is_local_process_zero() and os.path.isdir(os.path.join(staging, name)):
+                _replace_folder(staging, name, run_folder)  # on a node with a disk of its own
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            _remove(staging)
+            # `torch.save` has no type of its own for a disk that is full.
+            written = "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
+            if isinstance(error, RuntimeError) and not written:
+                raise
+            raise OSError(
+                f"The checkpoint of step {step} could not be written to {run_folder}: {error}. Is the disk full, or "
+                "the folder not writable? The checkpoints from before are complete; resume with "
+                "`resume_from_checkpoint=True`."
+            ) from error
         finally:
-            self._writing_checkpoint = False
+            self._writing_checkpoint, self._staging = False, None
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(os.path.join(run_folder, name))
+        limit = self.args.save_total_limit
+        if self.args.should_save and limit is not None and limit > 0:
+            kept = self._kept_checkpoints(run_folder, name)
+            surplus = [folder for folder in sort_checkpoints(run_folder, use_mtime=True) if folder not in kept]
+            for folder in surplus[: max(0, len(surplus) + len(kept) - limit)]:
+                _remove(folder)
+
+    def _kept_checkpoints(self, run_folder, last):
+        best = self.state.best_model_checkpoint
+        return {str(Path(run_folder, last))} | ({str(Path(best))} if best is not None else set())
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._staging is None else self._staging
+
+    def _wait(self):
+        if self.args.parallel_mode == ParallelMode.DISTRIBUTED:
+            torch.distributed.barrier()
+
+    def _run_epoch(self, *args, **kwargs):
+        # Resumed from its last checkpoint, a run that had ended would take one more step.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        # Upstream deletes these in place: a kill in between would leave a part of the last checkpoint.
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and best is not None and self.args.save_total_limit == 1:
+            for folder in sort_checkpoints(self._get_output_dir(trial)):
+                if not os.path.samefile(folder, best):
+                    _remove(folder)
+        return super()._finalize_training(trial, num_train_samples, start_time)
 
     def _save(self, output_dir=None, state_dict=None):
         # A checkpoint is loaded into the live model as it is, so it must hold live names, not those that
         # `from_pretrained` would convert. It does not name the model: only a save by the user does.
         model = self.model
-        if not (self._writing_checkpoint and isinstance(model, PreTrainedModel)):
+        inner, holders = unwrap(model)
+        if not (self._writing_checkpoint and isinstance(inner, PreTrainedModel)):
             return super()._save(output_dir, state_dict)
-        names = model.name_or_path, model.config._name_or_path
-        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        names = inner.name_or_path, inner.config._name_or_path
+        if not holders:
+            model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        elif not inner.name_or_path and inner.config.__dict__.get("layer_collapse"):
+            # An adapter. Into the live model it goes back all the same.
+            inner.name_or_path = inner.config._name_or_path = BASE_NOT_SAVED
         try:
             super()._save(output_dir, state_dict)
         finally:
-            del model.save_pretrained
-            model.name_or_path, model.config._name_or_path = names
+            if holders:
+                _forget_base(model, only=BASE_NOT_SAVED)
+            else:
+                del model.save_pretrained
+            inner.name_or_path, inner.config._name_or_path = names
+        alphas = self._alphas_beside_adapters()
+        if alphas and self.args.should_save:
+            tensors = {name: alpha.detach().contiguous() for name, alpha in alphas.items()}
+            safetensors.torch.save_file(tensors, os.path.join(output_dir, ALPHAS_NAME))
+
+    def _alphas_beside_adapters(self):
+        """Name -> alpha, for those that train under a PeftModel that does not save them."""
+        if not unwrap(self.model)[1]:
+            return {}
+        activations = collapsible_activations(self.model).items()
+        return {
+            name: module.alpha
+            for name, module in activations
+            if module.alpha.requires_grad and ".modules_to_save." not in name
+        }
+
+    def _load_alphas(self, folder):
+        alphas = self._alphas_beside_adapters()
+        if not alphas:
+            return
+        file = os.path.join(folder, ALPHAS_NAME)
+        stored = safetensors.torch.load_file(file) if os.path.isfile(file) else {}
+        if stored.keys() != alphas.keys():
+            raise ValueError(
+                f"The checkpoint {folder} holds {len(stored)} alphas beside its adapter, and the model here trains "
+                f"{len(alphas)}. Give the Trainer the model that the checkpoint was made from, patched and with its "
+                "alphas trainable as then."
+            )
+        with torch.no_grad():
+            for name, alpha in alphas.items():
+                alpha.copy_(stored[name])
 
     def _push_from_checkpoint(self, checkpoint_folder):
+        if self._staging is not None:
+            return  # once it is in its place
         # Upstream copies the files that it knows; our config.json names one more.
         code = os.path.join(checkpoint_folder, CODE_FILE)
         if self.is_world_process_zero() and os.path.isfile(code):
@@ -421,14 +571,17 @@ class LayerCollapseTrainerMixin:
         # Before any weight is changed.
         self._refuse_other_life(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_alphas(resume_from_checkpoint)
 
     def _load_best_model(self):
         # As above.
         self._refuse_other_life(self.state.best_model_checkpoint)
         super()._load_best_model()
+        self._load_alphas(self.state.best_model_checkpoint)
 
     def _refuse_other_life(self, folder):
         config_file = os.path.join(folder, CONFIG_NAME)
+        self._refuse_other_adapter(folder)
         # Adapters, and modules that are no PreTrainedModel, are saved without one.
         if not os.path.isfile(config_file) or not isinstance(self.model, PreTrainedModel):
             return
@@ -442,14 +595,28 @@ class LayerCollapseTrainerMixin:
                 "from the checkpoint with `from_pretrained`."
             )
 
+    def _refuse_other_adapter(self, folder):
+        file = os.path.join(folder, "adapter_model.safetensors")
+        if not os.path.isfile(file) or not unwrap(self.model)[1]:
+            return
+        with safetensors.safe_open(file, "pt") as adapter:
+            stored = sum(key.endswith(".alpha") for key in adapter.keys())
+        live = sum(".modules_to_save." in name for name in collapsible_activations(self.model))
+        if stored != live:
+            raise ValueError(
+                f"The adapter in {folder} holds {stored} alphas, and the one here trains {live}; what has no place "
+                "would be dropped without a word. Give the Trainer the model that the checkpoint was made from, "
+                "patched and with the same `modules_to_save`."
+            )
+
     def _issue_warnings_after_load(self, load_result):
         # A missing alpha or merged matrix is not a warning: the model would be another one.
         if isinstance(self.model, PreTrainedModel) and self.model.config.__dict__.get("layer_collapse"):
             missing = _not_tied(self.model, load_result.missing_keys)
             if missing or load_result.unexpected_keys:
                 raise ValueError(
-                    f"The checkpoint does not hold this model: missing {_shorten(missing)}, unexpected "
-                    f"{_shorten(load_result.unexpected_keys)}. It is damaged or was written by another class; resume "
+                    f"The checkpoint does not hold this model: missing {shorten(missing)}, unexpected "
+                    f"{shorten(load_result.unexpected_keys)}. It is damaged or was written by another class; resume "
                     "from a complete one."
                 )
         super()._issue_warnings_after_load(load_result)
@@ -462,65 +629,51 @@ class LayerCollapseTrainer(LayerCollapseTrainerMixin, Trainer):
 
 
 # ----------------------------------------------------------------------------------------------------
-# The model that a Trainer is given
+# The model that a Trainer is given, and what it does
 # ----------------------------------------------------------------------------------------------------
 
 
-def patch_or_check(model, config, calibration_data):
-    """Patches a dense model in place, or checks that a patched one is what the config describes.
-
-    The config's other options, those that drive training and the collapse, are recorded in the model.
-
-    Raises:
-        TypeError: The model is no module, wrapped or sharded.
-        ValueError: It is patched in another way, or collapsed and not patched.
-    """
-    inner, _ = unwrap(model)
-    blocks = find_feed_forward_blocks(inner)
-    patched = collapsible_activations(model)
-    collapsed = [block.name for block in blocks if block.state == "collapsed"]
-    if not patched:
-        if collapsed:
-            raise ValueError(
-                f"The model is collapsed ({len(collapsed)} of {len(blocks)} blocks) and carries no alpha. To train it "
-                "as it is, leave `layer_collapse_config` out; to go on with its dense blocks, patch them first: "
-                "`apply_layer_collapse(model, config)`."
-            )
-        apply_layer_collapse(model, config, calibration_data)
-        return
-    differences = _patch_differences(inner, blocks, patched.values(), config)
-    if differences:
-        raise ValueError(
-            "The model is patched already, and not as `layer_collapse_config` says:"
-            + "".join(f"\n  {line}" for line in differences)
-            + "\nLeave `layer_collapse_config` out to train the model as it is patched, or take it back to dense "
-            "first: `remove_layer_collapse(model)`."
-        )
-    if isinstance(inner, PreTrainedModel):
-        inner.config.layer_collapse = {**inner.config.layer_collapse, "options": config.to_dict()}
+def _is_complete(folder):
+    try:
+        with open(os.path.join(folder, TRAINER_STATE_NAME), encoding="utf-8") as file:
+            json.load(file)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
-def _patch_differences(inner, blocks, activations, config):
-    differences = []
-    for option, found in (
-        ("linear_target", {activation.linear_target for activation in activations}),
-        ("granularity", {activation.granularity for activation in activations}),
-        ("activation", {activation.act_name for activation in activations}),
-    ):
-        wanted = getattr(config, option)
-        if found != {wanted}:
-            differences.append(f"`{option}`: {wanted!r} in the config, {' and '.join(map(repr, sorted(found)))} here")
-    ours = {id(activation) for activation in activations}
-    remaining = [block for block in blocks if block.state != "collapsed"]
-    patched = [
-        block.name
-        for block in remaining
-        if any(id(module) in ours for module in modules_of(inner, block).activation.modules())
-    ]
-    wanted = [block.name for block in select_blocks(blocks, config.blocks) if block in remaining]
-    if patched != wanted:
-        differences.append(f"`blocks`: {config.blocks!r} chooses {_shorten(wanted)}, patched are {_shorten(patched)}")
-    return differences
+def _replace_folder(staging, name, target):
+    """Moves `staging/name` to `target/name`; what may be there is the old folder or the new one, whole."""
+    if os.path.isdir(os.path.join(target, name)):
+        os.replace(os.path.join(target, name), os.path.join(staging, "before"))
+    os.replace(os.path.join(staging, name), os.path.join(target, name))
+    _remove(staging)
+
+
+def _remove(folder):
+    """Deletes a folder under another name, so that no part of it can be taken for the whole."""
+    doomed = os.path.join(os.path.dirname(folder), f"{SAVING_PREFIX}deleted")
+    shutil.rmtree(doomed, ignore_errors=True)
+    if os.path.isdir(folder):
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _has_adapters(inner):
+    return any(type(module).__module__.startswith("peft.") for module in inner.modules())
+
+
+def _forget_base(model, only=None):
+    """Adapters name their base once they are saved; that base is not what they are on."""
+    inner, holders = unwrap(model)
+    if only is None:
+        inner.name_or_path = inner.config._name_or_path = ""
+    for holder in holders:
+        if isinstance(holder, torch._dynamo.OptimizedModule):
+            continue
+        for adapter in holder.peft_config.values():
+            if only in (None, adapter.base_model_name_or_path):
+                adapter.base_model_name_or_path = None
 
 
 def counts_items(model) -> bool:
@@ -560,11 +713,6 @@ def _not_tied(model, keys):
     parameters = dict(model.named_parameters(remove_duplicate=False))
     present = {id(parameter) for name, parameter in parameters.items() if name not in keys}
     return [key for key in keys if key not in parameters or id(parameters[key]) not in present]
-
-
-def _shorten(names, limit=6):
-    names = list(names)
-    return names if len(names) <= limit else [*names[:limit], f"and {len(names) - limit} more"]
 
 
 @contextlib.contextmanager

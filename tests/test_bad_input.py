@@ -95,7 +95,8 @@ def test_alphas_that_an_adapter_holds():
     model = get_peft_model(ready(), lora)
     inner = model.get_base_model()
     refuses(lambda: apply_layer_collapse(model), ValueError, "patched already", inner)
-    refuses(lambda: collapse_model(model), ValueError, "merge_and_unload", inner)
+    refusing = LayerCollapseConfig(adapters="refuse")
+    refuses(lambda: collapse_model(model, refusing), ValueError, "merge_and_unload", inner)
     refuses(lambda: remove_layer_collapse(model), ValueError, "merge_and_unload", inner)
     merged = model.merge_and_unload()
     assert [block.state for block in find_feed_forward_blocks(merged)] == ["patched"] * 3

@@ -569,7 +569,7 @@ def test_adapters_are_merged_first():
     model = get_peft_model(
         case.model(), LoraConfig(task_type="SEQ_CLS", target_modules=["dense", "query"], init_lora_weights=False)
     ).eval()
-    apply_layer_collapse(model)
+    apply_layer_collapse(model, LayerCollapseConfig(adapters="refuse"))
     set_alphas(model, 1.0)
     before, inner = snapshot(model.get_base_model()), model.get_base_model()
     with pytest.raises(ValueError, match="merge_and_unload"):

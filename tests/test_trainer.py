@@ -207,7 +207,8 @@ def test_torch_compile(tmp_path):
 def test_lora_on_a_linear_counts_each_alpha_once(tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    model = apply_layer_collapse(model_of(BY_NAME["bert"]), LayerCollapseConfig(alpha_learning_rate=0.1))
+    config = LayerCollapseConfig(alpha_learning_rate=0.1, adapters="refuse")
+    model = apply_layer_collapse(model_of(BY_NAME["bert"]), config)
     peft_config = LoraConfig(
         task_type="SEQ_CLS",
         r=2,

@@ -144,3 +144,58 @@ def counted_cross_entropy(outputs, labels, num_items_in_batch=None):
         logits, labels = logits[:, :-1], labels[:, 1:]
     total = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
     return total / (num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum())
+
+
+STEPS = 20
+
+
+def trajectory(
+    case, folder, accumulate=1, processes=1, *, smoothing=0.0, clip=0.0, loss_function=None, uneven=False, **kwargs
+):
+    """Losses, norms and alphas of twenty steps of batches of eight, and the weights that they lead to.
+
+    SGD, since Adam blows rounding up where gradients are near 0; rows in their order, since how they are shuffled
+    depends on the number of processes. `uneven` gives the parts of a batch different counts of labels.
+    """
+    case = BY_NAME[case]
+    train = rows(case, 32)
+    if uneven:
+        train = [row for i in range(0, 32, 8) for row in sorted(train[i : i + 8], key=_count_labels)]
+    trainer = trainer_for(
+        case,
+        folder,
+        config={"alpha_learning_rate": 0.03, "penalty_strength": 0.5, "penalty_schedule": "linear"},
+        batch=8 // accumulate // processes,
+        accumulate=accumulate,
+        train=train,
+        compute_loss_func=loss_function,
+        args={
+            "max_steps": STEPS,
+            "optim": "sgd",
+            "learning_rate": 0.02,
+            "weight_decay": 0.01,
+            "lr_scheduler_type": "linear",
+            "label_smoothing_factor": smoothing,
+            "max_grad_norm": clip,
+            "train_sampling_strategy": "sequential",
+            "average_tokens_across_devices": kwargs.pop("average_tokens", True),
+        },
+        **kwargs,
+    )
+    assert trainer.args.world_size == processes
+    trainer.train()
+    logs = trainer.state.log_history[:STEPS]
+    losses = {name: torch.tensor([log[name] for log in logs]) for name in ("loss", "grad_norm")}
+    alphas = torch.tensor([[log[f"layer_collapse/alpha/{i}"] for i in range(3)] for log in logs])
+    return {**losses, "alphas": alphas, **state_of(trainer.model)}
+
+
+def _count_labels(row):
+    return int((row["labels"] != -100).sum())
+
+
+def assert_close(found, expected):
+    """Of two trajectories."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

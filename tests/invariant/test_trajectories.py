@@ -1,40 +1,8 @@
 """Runs that must not differ: the same batches of eight, however they are split, over twenty steps."""
 
 import pytest
-import torch
 
-from tests.models import BY_NAME
-from tests.training import counted_cross_entropy, rows, state_of, trainer_for
-
-
-STEPS = 20
-
-
-def trajectory(case, tmp_path, accumulate, *, optim="sgd", smoothing=0.0, clip=0.0, loss_function=None):
-    """`(losses, states after every fifth step)`; SGD, since Adam blows rounding up where gradients are near 0."""
-    trainer = trainer_for(
-        case,
-        tmp_path,
-        config={"alpha_learning_rate": 0.03, "penalty_strength": 0.5, "penalty_schedule": "linear"},
-        batch=8 // accumulate,
-        accumulate=accumulate,
-        train=rows(BY_NAME[case], 32),
-        compute_loss_func=loss_function,
-        args={
-            "max_steps": STEPS,
-            "optim": optim,
-            "learning_rate": 0.02,
-            "weight_decay": 0.01,
-            "lr_scheduler_type": "linear",
-            "label_smoothing_factor": smoothing,
-            "max_grad_norm": clip,
-        },
-    )
-    trainer.train()
-    logs = trainer.state.log_history[:STEPS]
-    losses = {name: torch.tensor([log[name] for log in logs]) for name in ("loss", "grad_norm")}
-    alphas = torch.tensor([[log[f"layer_collapse/alpha/{i}"] for i in range(3)] for log in logs])
-    return {**losses, "alphas": alphas, **state_of(trainer.model)}
+from tests.training import STEPS, assert_close, counted_cross_entropy, trajectory
 
 
 @pytest.mark.parametrize("case", ["bert", "gpt2", "vit"])
@@ -47,9 +15,7 @@ def test_batch_8_is_2_by_4_accumulated(case, options, tmp_path):
     whole = trajectory(case, tmp_path, 1, **options)
     for accumulate in (2, 4) if not options else (4,):
         split = trajectory(case, tmp_path, accumulate, **options)
-        assert split.keys() == whole.keys()
-        for name, value in whole.items():
-            torch.testing.assert_close(split[name], value, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        assert_close(split, whole)
     # Something happened: alphas moved by what they should, and the weights with them.
     assert 0.1 < float(whole["alphas"][-1].min()) < float(whole["alphas"][-1].max()) < 0.9
     assert len({round(float(loss), 3) for loss in whole["loss"]}) > STEPS // 2

@@ -1,0 +1,106 @@
+"""LayerCollapse for a Trainer whose class cannot be changed."""
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from .collapsing import is_ready
+from .config import LayerCollapseConfig
+from .families import unwrap
+from .optimization import AlphaSteps, penalty_strength_at
+from .patching import collapsible_activations, layer_collapse_config_of, patch_or_check, penalty
+
+
+logger = logging.get_logger(__name__)
+
+
+class LayerCollapseCallback(TrainerCallback):
+    """Drives alphas to 1 from inside any [`~transformers.Trainer`], as [`LayerCollapseTrainer`] does.
+
+    The penalty's gradient joins that of each alpha just before the optimizer steps: after accumulated batches and
+    processes have been added up, gradients clipped and loss scaling undone. So it counts once per step, whatever the
+    training is split into, and whatever loss the Trainer computes. Alphas take the same plain steps as there.
+
+    What a callback cannot do, and [`LayerCollapseTrainerMixin`] in front of the class does: the logged loss does not
+    contain the penalty; the alphas' task gradients take part in clipping; evaluation does not report what the
+    collapsed model would do, and the best checkpoint may be one with few ready blocks; checkpoints of families whose
+    weights are renamed on loading (ViT) are resumed incompletely; task gradients of heads that ignore
+    `num_items_in_batch` grow with `gradient_accumulation_steps`. Logs go into `state.log_history` and to callbacks
+    added after this one. Collapse with [`collapse_model`] once training has ended.
+
+    Args:
+        config ([`LayerCollapseConfig`], *optional*): What to patch, and how to drive it. The model is patched when the
+            Trainer is constructed, if it is not. Default: what the model was patched with.
+        calibration_data (iterable of `dict[str, Tensor]`, *optional*): Model inputs, for `linear_target="affine"`.
+
+    Raises:
+        TypeError: `config` is of a wrong type.
+        ValueError: When the Trainer is constructed: the model is patched in another way, or collapsed. When training
+            starts: it is not patched, no alpha is trainable, or training runs under FSDP or DeepSpeed, or with an
+            optimizer that steps during backward.
+    """
+
+    def __init__(self, config: LayerCollapseConfig | None = None, calibration_data=None):
+        if config is not None and not isinstance(config, LayerCollapseConfig):
+            raise TypeError(f"`config` must be a LayerCollapseConfig, got {type(config).__name__}.")
+        self.config = config
+        self._calibration_data = calibration_data
+        self._alpha_steps = None
+        self._activations = {}
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        if self.config is not None:
+            patch_or_check(model, self.config, self._calibration_data)
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
+        activations = collapsible_activations(model)
+        alphas = [module.alpha for module in activations.values() if module.alpha.requires_grad]
+        if not alphas:
+            raise ValueError(
+                "The model has no alpha to train. Give the Trainer this callback when it is constructed "
+                "(`callbacks=[...]`), with a config, or a model from `apply_layer_collapse`; under peft, name the "
+                "activation modules in `modules_to_save`."
+            )
+        if self.config is None:
+            self.config = layer_collapse_config_of(unwrap(model)[0])
+            if self.config is None:
+                raise ValueError("The model is patched but carries no options: pass a config to the callback.")
+        if args.deepspeed is not None or args.fsdp_plugin_args is not None:
+            raise ValueError("Alphas are not trained under FSDP or DeepSpeed in this version.")
+        if "lomo" in args.optim or "layerwise" in args.optim:
+            raise ValueError(f"optim={args.optim.value!r} updates parameters during the backward pass.")
+        while isinstance(optimizer, AcceleratedOptimizer):
+            optimizer = optimizer.optimizer
+        if self._alpha_steps is None or self._alpha_steps.optimizer is not optimizer:
+            # The schedule counts the groups that are there.
+            self._alpha_steps = AlphaSteps(optimizer, alphas, self.config, scheduled=True)
+        elif not self._alpha_steps.drives(alphas):
+            raise ValueError("The optimizer was made for other alphas: construct a new Trainer after a collapse.")
+        self._activations = activations
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        alphas = self._alpha_steps.alphas
+        strength = penalty_strength_at(self.config, state.global_step, state.max_steps)
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(strength * penalty(alphas), alphas)
+        for alpha, gradient in zip(alphas, gradients, strict=True):
+            alpha.grad = gradient if alpha.grad is None else alpha.grad + gradient
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs or not self._activations:
+            return
+        threshold = self.config.collapse_threshold
+        driven = [module.alpha.detach() for module in self._activations.values() if module.alpha.requires_grad]
+        step = max(0, state.global_step - 1)
+        strength = penalty_strength_at(self.config, step, state.max_steps)
+        added = {
+            "layer_collapse/ready_blocks": sum(is_ready(alpha, threshold) for alpha in driven),
+            "layer_collapse/penalty": strength * float(penalty(driven)),
+            "layer_collapse/penalty_strength": strength,
+            "layer_collapse/alpha_mean": sum(float(alpha.mean()) for alpha in driven) / len(driven),
+            **{f"layer_collapse/alpha/{i}": float(alpha.mean()) for i, alpha in enumerate(driven)},
+        }
+        logs.update(added)
+        state.log_history[-1].update(added)
+        self._alpha_steps.warn_if_not_finite()

@@ -1,0 +1,187 @@
+"""The mixin in front of other Trainer classes: transformers' for sequences, trl's for fine-tuning."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from hf_layercollapse import LayerCollapseConfig, LayerCollapseTrainerMixin, apply_layer_collapse
+from tests.models import BY_NAME, LAYERS, VOCABULARY, randomize
+from tests.training import Gradients, alphas_of, assert_same, model_of, state_of
+
+
+PLAIN = {
+    "report_to": [],
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "dataloader_pin_memory": False,
+    "log_level": "error",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "max_grad_norm": 0.0,
+}
+
+
+class LayerCollapseSeq2SeqTrainer(LayerCollapseTrainerMixin, Seq2SeqTrainer):
+    pass
+
+
+def tiny_t5():
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=VOCABULARY,
+        d_model=16,
+        d_kv=8,
+        d_ff=40,
+        num_layers=2,
+        num_heads=2,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )
+    return randomize(T5ForConditionalGeneration(config))
+
+
+def summaries(count, seed=0):
+    """Documents of twelve tokens, summaries of four; T5 averages its loss over a batch, so their lengths are equal."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(length):
+        return torch.randint(3, VOCABULARY, (length,), generator=generator)
+
+    examples = []
+    for _ in range(count):
+        labels = torch.cat([tokens(4), torch.tensor([-100])])
+        examples.append({"input_ids": tokens(12), "labels": labels})
+    return examples
+
+
+def seq2seq_trainer(folder, accumulate=1, **kwargs):
+    return LayerCollapseSeq2SeqTrainer(
+        model=tiny_t5(),
+        args=Seq2SeqTrainingArguments(
+            str(folder),
+            max_steps=6,
+            per_device_train_batch_size=8 // accumulate,
+            gradient_accumulation_steps=accumulate,
+            predict_with_generate=True,
+            generation_config=GenerationConfig(max_new_tokens=4, decoder_start_token_id=0),
+            **PLAIN,
+        ),
+        train_dataset=summaries(16),
+        eval_dataset=summaries(8, seed=1),
+        layer_collapse_config=LayerCollapseConfig(blocks="decoder", alpha_learning_rate=0.3),
+        **kwargs,
+    )
+
+
+def test_seq2seq(tmp_path):
+    def compute_metrics(prediction):
+        return {"length": float((prediction.predictions > 0).sum(-1).mean())}
+
+    trainer = seq2seq_trainer(tmp_path, compute_metrics=compute_metrics)
+    trainer.train()
+    assert len(alphas_of(trainer.model)) == 2
+    metrics = trainer.evaluate()
+    assert {"eval_length", "eval_collapsed_length", "eval_collapsed_loss"} < metrics.keys()
+    assert len(trainer.collapse().collapsed) == 2
+    after = trainer.evaluate()
+    assert after["eval_loss"] == pytest.approx(metrics["eval_collapsed_loss"], rel=1e-4)
+    assert after["eval_length"] == metrics["eval_collapsed_length"]
+    trainer.save_model(str(tmp_path / "collapsed"))
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "collapsed")
+    assert_same(state_of(loaded), state_of(trainer.model))
+
+
+def test_seq2seq_gradients_do_not_depend_on_accumulation(tmp_path):
+    steps = []
+    for accumulate in (1, 4):
+        seen = Gradients()
+        seq2seq_trainer(tmp_path, accumulate, callbacks=[seen]).train()
+        steps.append(seen.steps[0])
+    for name, gradient in steps[0].items():
+        torch.testing.assert_close(steps[1][name], gradient, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# ---- trl ----
+
+
+def tokenizer():
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
+    inner = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+
+
+def sft_trainer(folder, accumulate=1, model=None, **kwargs):
+    trl = pytest.importorskip("trl", reason="needs the extra: pip install hf_layercollapse[trl]")
+    from datasets import Dataset
+
+    class LayerCollapseSFTTrainer(LayerCollapseTrainerMixin, trl.SFTTrainer):
+        pass
+
+    texts = [" ".join(f"w{3 + (7 * i + j * j) % 60}" for j in range(4 + i % 5)) for i in range(16)]
+    return LayerCollapseSFTTrainer(
+        model=model_of(BY_NAME["gpt2"]) if model is None else model,
+        args=trl.SFTConfig(
+            str(folder),
+            max_steps=4,
+            per_device_train_batch_size=8 // accumulate,
+            gradient_accumulation_steps=accumulate,
+            train_sampling_strategy="sequential",
+            bf16=False,
+            activation_checkpointing=False,
+            lr_scheduler_type="constant",
+            learning_rate=1e-3,
+            max_length=32,
+            **PLAIN,
+        ),
+        train_dataset=Dataset.from_dict({"text": texts}),
+        eval_dataset=Dataset.from_dict({"text": texts[:8]}),
+        processing_class=tokenizer(),
+        **kwargs,
+    )
+
+
+def test_sft(tmp_path):
+    config = LayerCollapseConfig(alpha_learning_rate=0.1)
+    states = []
+    for accumulate in (1, 4):
+        trainer = sft_trainer(tmp_path, accumulate, layer_collapse_config=config)
+        trainer.train()
+        states.append(alphas_of(trainer.model))
+    for name, alpha in states[0].items():
+        torch.testing.assert_close(states[1][name], alpha, rtol=1e-3, atol=1e-4)
+        assert 0.3 < float(alpha) < 0.8
+    assert {"layer_collapse/alpha/0", "mean_token_accuracy"} < trainer.state.log_history[0].keys()
+
+    trainer = sft_trainer(tmp_path, layer_collapse_config=LayerCollapseConfig(alpha_learning_rate=0.45))
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert len(trainer.collapse().collapsed) == LAYERS
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(metrics["eval_collapsed_loss"], rel=1e-4)
+    trainer.save_model(str(tmp_path / "collapsed"))
+    loaded = BY_NAME["gpt2"].auto_class.from_pretrained(tmp_path / "collapsed")
+    assert_same(state_of(loaded), state_of(trainer.model))
+
+
+def test_sft_with_an_adapter(tmp_path):
+    """trl puts the adapter on the patched model."""
+    from peft import LoraConfig
+
+    model = apply_layer_collapse(model_of(BY_NAME["gpt2"]), LayerCollapseConfig(alpha_learning_rate=0.45))
+    peft_config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn", "c_fc"], modules_to_save=["act"])
+    trainer = sft_trainer(tmp_path, model=model, peft_config=peft_config)
+    trainer.train()
+    assert len(trainer.collapse().collapsed) == LAYERS
+    assert type(trainer.model).__name__ == "GPT2LMHeadModel"

@@ -1,0 +1,273 @@
+"""Adapters over patched and collapsed models: training, checkpoints, the collapse, and what comes back."""
+
+import json
+
+import pytest
+import torch
+from peft import (
+    AutoPeftModel,
+    AutoPeftModelForSequenceClassification,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+)
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model, find_feed_forward_blocks
+from tests.models import BY_NAME, LAYERS
+from tests.training import alphas_of, assert_same, model_of, set_alphas, state_of, trainer_for
+
+
+CASE = BY_NAME["bert"]
+FAST = {"alpha_learning_rate": 0.4}
+ALPHAS = {"modules_to_save": ["intermediate_act_fn"]}
+
+
+def lora(**options):
+    targets = ["query", "intermediate.dense", "output.dense"]
+    return LoraConfig(**{"task_type": "SEQ_CLS", "r": 2, "target_modules": targets, **options})
+
+
+def with_adapter(model, how="saved", **options):
+    """Under LoRA, with the alphas trainable: in the adapter, or just unfrozen."""
+    model = get_peft_model(model, lora(**(ALPHAS if how == "saved" else {}), **options))
+    if how == "unfrozen":
+        for name, parameter in model.named_parameters():
+            if name.endswith(".alpha"):
+                parameter.requires_grad_(True)
+    return model
+
+
+def patched_on_disk(folder, **options):
+    model = apply_layer_collapse(model_of(CASE), LayerCollapseConfig(**{**FAST, **options}))
+    model.save_pretrained(folder)
+    return AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(**CASE.inputs(batch=4)).logits
+
+
+# ---- Training ----
+
+
+@pytest.mark.parametrize("how", ["saved", "unfrozen"])
+def test_train_and_collapse(how, tmp_path):
+    model = with_adapter(apply_layer_collapse(model_of(CASE), LayerCollapseConfig(**FAST)), how)
+    trainer = trainer_for("bert", tmp_path, config=False, model=model, args={"max_steps": 4, "learning_rate": 1e-2})
+    with pytest.raises(ValueError, match="No block is ready"):
+        trainer.collapse()
+    assert trainer.model is model and any("lora_" in name for name, _ in model.named_parameters())
+    trainer.train()
+    expected = trainer.evaluate()["eval_collapsed_loss"]
+    report = trainer.collapse()
+    assert len(report.collapsed) == LAYERS
+    # The adapter is in the weights, and the model an ordinary one.
+    assert trainer.model is model.get_base_model() and not isinstance(trainer.model, PeftModel)
+    assert not any("lora_" in name or "modules_to_save" in name for name in trainer.model.state_dict())
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
+    trainer.save_model(str(tmp_path / "collapsed"))
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "collapsed")
+    assert_same(state_of(loaded), state_of(trainer.model))
+
+
+def test_adapters_elsewhere_stay(tmp_path):
+    model = with_adapter(
+        apply_layer_collapse(model_of(CASE), LayerCollapseConfig(**FAST)), "unfrozen", target_modules=["query"]
+    )
+    trainer = trainer_for("bert", tmp_path, config=False, model=model, args={"max_steps": 4})
+    trainer.train()
+    assert len(trainer.collapse().collapsed) == LAYERS
+    assert trainer.model is model and any("lora_" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("how", ["saved", "unfrozen"])
+def test_resumed_equals_uninterrupted(how, tmp_path):
+    args = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear"}
+    config = LayerCollapseConfig(alpha_learning_rate=0.05)
+
+    def trainer():
+        model = with_adapter(apply_layer_collapse(model_of(CASE), config), how, init_lora_weights="gaussian")
+        return trainer_for("bert", tmp_path, config=False, model=model, args=args)
+
+    torch.manual_seed(0)
+    whole = trainer()
+    whole.train()
+    torch.manual_seed(0)
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same(state_of(resumed.model), state_of(whole.model))
+    assert len({round(float(alpha), 4) for alpha in alphas_of(whole.model).values()}) > 1
+    if how == "unfrozen":
+        (tmp_path / "checkpoint-2" / "layer_collapse_alphas.safetensors").unlink()
+        with pytest.raises(ValueError, match="holds 0 alphas beside its adapter, and the model here trains 3"):
+            trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_the_best_adapter_comes_with_its_alphas(tmp_path):
+    args = {
+        "max_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "accuracy",
+    }
+    values = [0.9, 0.1, 0.1]
+    model = with_adapter(
+        apply_layer_collapse(model_of(CASE), LayerCollapseConfig(alpha_learning_rate=0.1)), "unfrozen"
+    )
+    trainer = trainer_for(
+        "bert",
+        tmp_path,
+        config=False,
+        model=model,
+        args=args,
+        compute_metrics=lambda prediction: {"accuracy": values.pop(0)},
+    )
+    trainer.train()
+    logged = trainer.state.log_history[0]["layer_collapse/alpha/0"]
+    assert float(next(iter(alphas_of(model).values()))) == pytest.approx(logged)
+
+
+def test_an_adapter_that_would_lose_alphas_is_not_resumed(tmp_path):
+    args = {"save_strategy": "steps", "save_steps": 1}
+    patched = with_adapter(apply_layer_collapse(model_of(CASE), LayerCollapseConfig(**FAST)))
+    trainer_for("bert", tmp_path, config=False, model=patched, args=args).train()
+    other = with_adapter(model_of(CASE))
+    with pytest.raises(ValueError, match="holds 3 alphas, and the one here trains 0"):
+        trainer_for("bert", tmp_path, config=False, model=other, args=args).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-1")
+        )
+
+
+def test_adapters_refused_by_the_config():
+    model = with_adapter(apply_layer_collapse(model_of(CASE), LayerCollapseConfig(adapters="refuse")))
+    set_alphas(model, *[1.0] * 2 * LAYERS)
+    before = state_of(model)
+    with pytest.raises(ValueError, match='adapters="merge"'):
+        collapse_model(model)
+    assert_same(state_of(model), before)
+
+
+def test_a_quantized_base_is_refused_before_its_adapter_is_merged():
+    model = with_adapter(apply_layer_collapse(model_of(CASE), LayerCollapseConfig()))
+    set_alphas(model, *[1.0] * 2 * LAYERS)
+    base = model.get_base_model().bert.encoder.layer[0].output.dense.base_layer
+    base.weight = nn.Parameter(base.weight.detach().to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="is quantized .* Load the model without quantization, collapse it"):
+        collapse_model(model)
+    assert any("lora_" in name for name, _ in model.named_parameters())
+
+
+# ---- What comes back ----
+
+
+def test_adapters_on_a_collapsed_model(tmp_path):
+    model = apply_layer_collapse(model_of(CASE), LayerCollapseConfig())
+    set_alphas(model, *[1.0] * LAYERS)
+    collapse_model(model)
+    model.save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, lora(target_modules=["query", "output.dense"]))
+    trainer = trainer_for("bert", tmp_path, config=False, model=model, args={"max_steps": 3, "learning_rate": 1e-2})
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    assert {block.state for block in find_feed_forward_blocks(loaded)} == {"collapsed"}
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_adapters_on_a_patched_model(tmp_path):
+    """Second case: the alphas that `modules_to_save` trained are there again."""
+    model = with_adapter(patched_on_disk(tmp_path / "base"))
+    trainer = trainer_for("bert", tmp_path, config=False, model=model, args={"max_steps": 2})
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model))
+    trained = {name: alpha for name, alpha in alphas_of(loaded).items() if ".modules_to_save." in name}
+    assert len(trained) == LAYERS and all(float(alpha) > 0.5 for alpha in trained.values())
+    assert len(collapse_model(loaded, allow_none=True).blocks) == LAYERS
+    assert not any("lora_" in name for name, _ in loaded.get_base_model().named_parameters())
+
+
+@pytest.mark.parametrize("when", ["before", "after", "collapsed"])
+def test_an_adapter_over_what_is_only_in_memory_is_not_saved(when, tmp_path):
+    """First case: its base would be the dense folder that the model came from."""
+    model_of(CASE).save_pretrained(tmp_path / "dense")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense")
+    if when == "before":
+        apply_layer_collapse(model)
+    model = with_adapter(model, "none", target_modules=["query"])
+    if when != "before":
+        # peft has noted the dense folder.
+        assert model.peft_config["default"].base_model_name_or_path == str(tmp_path / "dense")
+        apply_layer_collapse(model)
+    if when == "collapsed":
+        set_alphas(model, *[1.0] * LAYERS)
+        collapse_model(model)
+    with pytest.raises(ValueError, match="Save the base first"):
+        model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="Save the base first"):
+        trainer_for("bert", tmp_path, config=False, model=model).save_model(str(tmp_path / "adapter"))
+    assert not list((tmp_path / "adapter").iterdir())
+
+    # As it says, even though the adapter's layers are inside by now.
+    expected = logits(model)
+    model.get_base_model().save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(loaded), expected)
+    assert {b.state for b in find_feed_forward_blocks(loaded)} == {"collapsed" if when == "collapsed" else "patched"}
+
+
+def test_a_base_whose_alphas_were_trained_is_not_the_saved_one(tmp_path):
+    model = with_adapter(patched_on_disk(tmp_path / "base"), "unfrozen")
+    trainer = trainer_for("bert", tmp_path, config=False, model=model, args={"max_steps": 2})
+    trainer.train()
+    with pytest.raises(ValueError, match="Save the base first"):
+        trainer.save_model(str(tmp_path / "adapter"))
+    model.get_base_model().save_pretrained(tmp_path / "trained")
+    trainer.save_model(str(tmp_path / "adapter"))
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_checkpoint_over_what_is_only_in_memory_does_not_load_without_it(tmp_path):
+    """It resumes in the live model, and names no folder that AutoPeft could take for its base."""
+    model = with_adapter(apply_layer_collapse(model_of(CASE), LayerCollapseConfig(**FAST)))
+    trainer = trainer_for(
+        "bert", tmp_path, config=False, model=model, args={"save_strategy": "steps", "save_steps": 1}
+    )
+    trainer.train()
+    stored = json.loads((tmp_path / "checkpoint-1" / "adapter_config.json").read_text())
+    assert stored["base_model_name_or_path"] == "(patched in memory and not saved)"
+    with pytest.raises(OSError, match="patched in memory and not saved"):
+        AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-1")
+    assert model.peft_config["default"].base_model_name_or_path is None
+    assert model.get_base_model().name_or_path == ""
+
+
+def test_without_a_task_type_peft_refuses(tmp_path):
+    """Third case: it would have to import the class from this package."""
+    model = with_adapter(patched_on_disk(tmp_path / "base"), task_type=None)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="not in the import allowlist"):
+        AutoPeftModel.from_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("case", ["vit", "gpt2"])
+def test_a_base_is_saved_without_its_adapter(case, tmp_path):
+    """In the original names, and as it was before."""
+    case = BY_NAME[case]
+    targets = {"vit": ["q_proj", "fc1"], "gpt2": ["c_attn", "c_fc"]}[case.name]
+    plain = apply_layer_collapse(model_of(case))
+    plain.save_pretrained(tmp_path / "plain")
+    model = get_peft_model(plain, lora(task_type=None, target_modules=targets, modules_to_save=[case.activation]))
+    model.get_base_model().save_pretrained(tmp_path / "base")
+    left, right = (case.auto_class.from_pretrained(tmp_path / name) for name in ("plain", "base"))
+    assert_same(state_of(left), state_of(right))
