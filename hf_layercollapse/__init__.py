@@ -11,6 +11,7 @@ from ._version import __version__ as __version__
 
 # name -> module; loaded on first use, so that importing the package costs little.
 _EXPORTS = {
+    "CollapsePlan": "planning",
     "CollapseReport": "collapsing",
     "CollapsibleActivation": "modeling_layercollapse",
     "FeedForwardBlock": "families",
@@ -22,6 +23,8 @@ _EXPORTS = {
     "apply_layer_collapse": "patching",
     "collapse_model": "collapsing",
     "find_feed_forward_blocks": "families",
+    "linearity_map": "planning",
+    "plan_collapse": "planning",
     "register_feed_forward_layout": "families",
     "remove_layer_collapse": "patching",
 }

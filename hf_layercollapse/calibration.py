@@ -1,123 +1,419 @@
 """Passes over calibration data: sums over tokens, never the activations themselves."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.modeling_utils import PreTrainedModel
 
 from . import functional
 from .families import modules_of
 from .modeling_layercollapse import CollapsibleActivation, is_inplace
 
 
-def calibrate_affine_targets(model, inner, blocks, activations, calibration_data):
+# Tokens whose products are summed in float32 before they are added to the float64 totals.
+FLUSH_TOKENS = 4096
+
+# Up to this many features float64 products cost next to nothing beside the model, and are used.
+NARROW_FEATURES = 256
+
+# A token whose output is longer than this many times the median counts less, so that its squared error weighs as much
+# as one at that length. Ordinary models have none; in decoders the first token's output is hundreds of times longer
+# and would decide the fit alone.
+OUTLIER_LENGTH = 8.0
+
+# Neurons whose moments are collected for each one that is to be kept; the choice among them is by least squares.
+CANDIDATES_PER_NEURON = 4
+
+
+@dataclass(frozen=True)
+class BlockMoments:
+    """First and second moments of a block's features `f = [x, h_C]` and output `y`, over weighted tokens.
+
+    Args:
+        tokens (`int`): Tokens that were counted.
+        width (`int`): Input width, the size of `x`.
+        neurons (`list[int]`): Hidden indices `C` of the other features.
+        mean_f, mean_o, cov_ff, cov_fo, var_o (`Tensor`): Centred, float64.
+    """
+
+    tokens: int
+    width: int
+    neurons: list[int]
+    mean_f: torch.Tensor
+    mean_o: torch.Tensor
+    cov_ff: torch.Tensor
+    cov_fo: torch.Tensor
+    var_o: torch.Tensor
+
+    def restricted(self, positions):
+        """The same for the neurons at these positions of `neurons` only."""
+        keep = torch.cat([torch.arange(self.width), self.width + torch.as_tensor(positions, dtype=torch.long)])
+        keep = keep.to(self.cov_ff.device)
+        return BlockMoments(
+            self.tokens,
+            self.width,
+            [self.neurons[position] for position in positions],
+            self.mean_f[keep],
+            self.mean_o,
+            self.cov_ff[keep][:, keep],
+            self.cov_fo[keep],
+            self.var_o,
+        )
+
+    def fit(self, rank=None, ridge=functional.RIDGE):
+        """The least-squares [`functional.Fit`] on all features."""
+        return functional.fit_block(
+            self.mean_f, self.mean_o, self.cov_ff, self.cov_fo, self.var_o, self.width, self.neurons, rank, ridge
+        )
+
+
+def calibrate_affine_targets(model, inner, blocks, activations, calibration_data, token_mask_fn=None):
     """Fits the line of each block's new activation (not yet in the model) to what the native one does.
 
     Raises:
         ValueError: The data is empty or what reaches a block is not finite. The activations are unchanged then.
     """
-    sums, batch = {}, {}
 
-    def observe(block):
-        activation: CollapsibleActivation = activations[block.name]
+    def observe(block, add):
+        # Not through `activation.act`: the native module would call this hook again.
+        replacement = activations[block.name].replacement
 
-        native = modules_of(inner, block).activation
-        inputs = []
+        return _around_activation(modules_of(inner, block).activation, add, replacement)
 
-        def before(module, args):
-            inputs[:] = [args[0].clone() if is_inplace(native) else args[0]]
-
-        def hook(module, args, output):
-            # Not through `activation.act`: the native module would call this hook again.
-            activated = output if activation.replacement is None else activation.replacement(inputs[0])
-            z, a = token_rows(inputs.pop(), batch).double(), token_rows(activated, batch).double()
-            terms = torch.stack([z.sum(0), z.square().sum(0), a.sum(0), (z * a).sum(0)])
-            count, total = sums.get(block.name, (0, 0.0))
-            sums[block.name] = count + z.shape[0], total + terms
-
-        return [native.register_forward_pre_hook(before), native.register_forward_hook(hook)]
-
-    handles = [handle for block in blocks for handle in observe(block)]
-    run_over(model, calibration_data, handles, "Calibrating", batch)
+    sums = _neuron_sums(model, inner, blocks, calibration_data, token_mask_fn, observe)
     fitted = {}
     for block in blocks:
-        count, total = sums.get(block.name, (0, None))
-        if not count:
-            raise ValueError(f"No calibration token reached block {block.name}.")
-        if not torch.isfinite(total).all():
-            raise ValueError(f"The calibration data gives inputs to block {block.name} that are not finite.")
+        count, (z, zz, a, _, za) = sums[block.name]
         if block.kind == "gated":
-            fitted[block.name] = None, total[2] / count
+            fitted[block.name] = None, a / count
         else:
-            fitted[block.name] = functional.affine_target(count, *total)
+            fitted[block.name] = functional.affine_target(count, z, zz, a, za)
     for name, (slope, offset) in fitted.items():
         if slope is not None:
             activations[name].slope.copy_(slope)
         activations[name].offset.copy_(offset)
 
 
-def collect_moments(model, inner, blocks, calibration_data):
-    """Second moments of every block's input and output, in one pass.
+def score_neurons(model, inner, blocks, calibration_data, token_mask_fn=None):
+    """How much each hidden neuron does that a linear map cannot do for it, in one light pass.
+
+    For a plain block the variance that a line through the neuron's pre-activation leaves unexplained, for a gated one
+    the variance of the product with the gate, times the squared norm of the neuron's output column.
 
     Returns:
-        Block name -> `(moments (i + 1, i + 1), cross (i + 1, o), sum of y * y (o,))`, float64, features `[x, 1]`.
-
-    Raises:
-        ValueError: The data is empty or what reaches a block is not finite.
+        Block name -> scores `(m,)`, float64.
     """
-    moments, inputs, batch = {}, {}, {}
 
-    def observe(block):
+    def observe(block, add):
         parts = modules_of(inner, block)
+        if block.kind == "gated":
+            return [parts.down.register_forward_pre_hook(lambda module, args: add(args[0], args[0]))]
+        return _around_activation(parts.activation, add)
 
-        def before(module, args):
-            inputs[block.name] = token_rows(args[0], batch)
-
-        def after(module, args, output):
-            x = inputs.pop(block.name).double()
-            y = token_rows(output, batch).double() * parts.scales[2]
-            f = torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
-            new = f.T @ f, f.T @ y, y.square().sum(0)
-            old = moments.get(block.name)
-            moments[block.name] = new if old is None else tuple(a + b for a, b in zip(old, new, strict=True))
-
-        first = parts.up if parts.gate is None else parts.gate
-        return [first.register_forward_pre_hook(before), parts.down.register_forward_hook(after)]
-
-    handles = [handle for block in blocks for handle in observe(block)]
-    run_over(model, calibration_data, handles, "Calibrating", batch)
+    sums = _neuron_sums(model, inner, blocks, calibration_data, token_mask_fn, observe)
+    scores = {}
     for block in blocks:
-        if block.name not in moments:
+        count, (z, zz, a, aa, za) = sums[block.name]
+        if block.kind == "gated":
+            variance = (aa / count - (a / count).square()).clamp_min(0)
+        else:
+            variance = functional.line_residual(count, z, zz, a, aa, za)
+        scores[block.name] = variance * modules_of(inner, block).down_affine()[0].detach().double().square().sum(0)
+    return scores
+
+
+def _around_activation(activation, add, replacement=None):
+    """Hooks that call `add(input, output)`."""
+    inputs = []
+
+    def before(module, args):
+        inputs.append(args[0].clone() if is_inplace(module) else args[0])
+
+    def after(module, args, output):
+        z = inputs.pop()
+        add(z, output if replacement is None else replacement(z))
+
+    return [activation.register_forward_pre_hook(before), activation.register_forward_hook(after)]
+
+
+def _neuron_sums(model, inner, blocks, calibration_data, token_mask_fn, observe):
+    """Block name -> `(tokens, sums of z, z^2, a, a^2 and z a per neuron)`, where `observe(block, add)` makes the
+    hooks that call `add(z, a)`."""
+    sums = {}
+    tokens = TokenFilter(inner, token_mask_fn)
+
+    def adder(block):
+        def add(z, a):
+            z, a = tokens.select(block, z, a)
+            count, total = sums.get(block.name, (0, 0.0))
+            # In pieces that stay in a CPU's cache.
+            rows = max(1, 2**16 // z.shape[-1]) if z.device.type == "cpu" else max(1, z.shape[0])
+            for z_part, a_part in zip(z.split(rows), a.split(rows), strict=True):
+                z_part, a_part = _wide(z_part), _wide(a_part)
+                products = [z_part, z_part.square(), a_part, a_part.square(), z_part * a_part]
+                total = total + torch.stack([product.sum(0) for product in products])
+            sums[block.name] = count + z.shape[0], total
+
+        return add
+
+    handles = [handle for block in blocks for handle in observe(block, adder(block))]
+    run_over(model, calibration_data, handles, "Calibrating", tokens)
+    for block in blocks:
+        count, total = sums.get(block.name, (0, None))
+        if not count:
             raise ValueError(f"No calibration token reached block {block.name}.")
-        tensors = moments[block.name]
-        if not all(torch.isfinite(tensor).all() for tensor in tensors):
-            raise ValueError(f"The calibration data gives inputs to block {block.name} that are not finite.")
-        count, width = int(tensors[0][-1, -1]), block.in_features
-        if count < width + 1:
-            raise ValueError(
-                f"{count} calibration tokens do not determine the map of block {block.name}: its input has {width} "
-                f"features, so at least {width + 1} tokens are needed, and several times that is better."
-            )
-    return moments
+        if not torch.isfinite(total).all():
+            raise ValueError(_not_finite(block))
+    return sums
 
 
-def token_rows(hidden_states, batch):
-    """`(..., width)` as `(tokens, width)`, detached, without what the batch's `attention_mask` says is padding.
+def collect_moments(model, inner, blocks, calibration_data, neurons=None, token_mask_fn=None):
+    """Second moments of every block's features and output, in one pass; the target is what the block computes now.
 
-    A mask counts where it has one value for every row; models that pack or pool their tokens have their own shapes.
-    """
-    hidden_states, mask = hidden_states.detach(), batch.get("attention_mask")
-    if mask is not None and mask.shape == hidden_states.shape[:-1]:
-        return hidden_states[mask.to(hidden_states.device, torch.bool)]
-    return hidden_states.flatten(0, -2)
-
-
-def run_over(model, data, handles, description, current=None):
-    """Runs the model over the data in evaluation mode, without gradients; removes the hooks whatever happens.
+    The memory is that of the sums, `(i + c) * (i + c + o)` numbers a block in float64 and once more in float32,
+    whatever the number of tokens.
 
     Args:
-        current (`dict`, *optional*): Holds the inputs of the batch that is being run, for the hooks to look at.
+        blocks (`list[FeedForwardBlock]`): Dense or patched.
+        calibration_data (iterable of `dict[str, Tensor]`): Model inputs.
+        neurons (`dict[str, list[int]]`, *optional*): Block name -> hidden neurons whose activations are features too.
+        token_mask_fn (`Callable`, *optional*): See [`TokenFilter`].
+
+    Returns:
+        Block name -> [`BlockMoments`].
+
+    Raises:
+        ValueError: The data is empty, does not determine the fit, or what reaches a block is not finite.
+    """
+    neurons = neurons or {}
+    tokens = TokenFilter(inner, token_mask_fn)
+    sums = {block.name: _MomentSums(neurons.get(block.name, [])) for block in blocks}
+    # A block that is called again before its last linear ran (none known) would be mixed up: a stack, not a slot.
+    inputs = {block.name: [] for block in blocks}
+
+    def observe(block):
+        parts, wanted = modules_of(inner, block), neurons.get(block.name)
+        # An own module is replaced as a whole, with the constant that it multiplies its output by.
+        factor = parts.scales[2]
+        seen = {}
+        index = torch.as_tensor(wanted or [], dtype=torch.long, device=parts.down.weight.device)
+
+        def activated(module, args, output):
+            # Kept neurons keep the native activation: what alpha adds to it is linear.
+            if isinstance(module, CollapsibleActivation):
+                output = module.act(args[0].clone() if is_inplace(module.act) else args[0])
+            seen["activated"] = output
+
+        def multiplied(module, args, output):
+            seen["up"] = block.layout.split(output, -1)[1] if block.layout.fused else output
+
+        def before(module, args):
+            inputs[block.name].append(args[0])
+
+        def after(module, args, output):
+            x = inputs[block.name].pop()
+            if not wanted:
+                sums[block.name].add(*tokens.select(block, x, output), factor=factor)
+                return
+            h = seen.pop("activated").index_select(-1, index)
+            if block.layout.gated:
+                h = h * seen.pop("up").index_select(-1, index)
+            sums[block.name].add(*tokens.select(block, x, output, h), factor=factor)
+
+        first = parts.up if parts.gate is None else parts.gate
+        handles = [first.register_forward_pre_hook(before), parts.down.register_forward_hook(after)]
+        if wanted:
+            handles.append(parts.activation.register_forward_hook(activated))
+        if wanted and block.layout.gated:
+            handles.append(parts.up.register_forward_hook(multiplied))
+        return handles
+
+    handles = [handle for block in blocks for handle in observe(block)]
+    run_over(model, calibration_data, handles, "Calibrating", tokens)
+    return {block.name: sums[block.name].finish(block) for block in blocks}
+
+
+class _MomentSums:
+    """The sums of one block: products in float32 over some thousand tokens, totals in float64.
+
+    Everything is taken about the first tokens' mean, so that a large mean does not cost the variance its precision.
+    """
+
+    def __init__(self, neurons):
+        self.neurons = neurons
+        self.tokens = self.pending = 0
+        self.total = 0.0
+        self.parts = None
+
+    def add(self, x, y, h=None, factor=1.0):
+        if not x.shape[0]:
+            return
+        wide = x.shape[1] + (0 if h is None else h.shape[1]) <= NARROW_FEATURES and x.device.type != "mps"
+        dtype = torch.float64 if wide else torch.float32
+        x, y = x.to(dtype), y.to(dtype)
+        if factor != 1:
+            y = y * factor
+        f = x if h is None else torch.cat([x, h.to(dtype)], dim=1)
+        lengths = torch.linalg.vector_norm(y, dim=1)
+        if self.parts is None:
+            self._start(x.shape[1], f, y, lengths)
+        self.tokens += x.shape[0]
+        weights = self.limit / lengths.clamp_min(self.limit) if self.limit > 0 else torch.ones_like(lengths)
+        f, y = f - self.origin_f, y - self.origin_o
+        if bool((weights < 1).any()):
+            f, y = f * weights[:, None], y * weights[:, None]
+        squared = weights.square()
+        self.total += float(squared.sum(dtype=torch.float64))
+        for start in range(0, f.shape[0], FLUSH_TOKENS):
+            part = slice(start, start + FLUSH_TOKENS)
+            self._add(f[part], y[part], weights[part])
+
+    def _start(self, width, f, y, lengths):
+        self.width = width
+        self.origin_f, self.origin_o = f.mean(0), y.mean(0)
+        self.limit = OUTLIER_LENGTH * float(lengths.median())
+        sizes = [(f.shape[1], f.shape[1]), (f.shape[1], y.shape[1]), (f.shape[1],), (y.shape[1],), (y.shape[1],)]
+        self.parts = [f.new_zeros(size) for size in sizes]
+        self.totals = [_wide(part).clone() for part in self.parts]
+
+    def _add(self, f, y, weights):
+        ff, fo, sum_f, sum_o, squares_o = self.parts
+        # The upper triangle, in strips: the rest is its mirror image.
+        strip = -(-f.shape[1] // 4)
+        for start in range(0, f.shape[1], strip):
+            ff[start : start + strip, start:].addmm_(f[:, start : start + strip].T, f[:, start:])
+        fo.addmm_(f.T, y)
+        sum_f.addmv_(f.T, weights)
+        sum_o.addmv_(y.T, weights)
+        squares_o.add_(y.square().sum(0))
+        self.pending += f.shape[0]
+        if self.pending >= FLUSH_TOKENS:
+            self._flush()
+
+    def _flush(self):
+        for total, part in zip(self.totals, self.parts, strict=True):
+            total += _wide(part)
+            part.zero_()
+        self.pending = 0
+
+    def finish(self, block):
+        """The [`BlockMoments`]; checks them."""
+        if self.parts is None:
+            raise ValueError(f"No calibration token reached block {block.name}.")
+        self._flush()
+        ff, *rest = self.totals
+        if not all(torch.isfinite(tensor).all() for tensor in self.totals):
+            raise ValueError(_not_finite(block))
+        features = ff.shape[0] + 1
+        if self.tokens < features:
+            what = f"its input has {self.width} features" + (
+                f" and {len(self.neurons)} neurons are candidates to be kept" if self.neurons else ""
+            )
+            raise ValueError(
+                f"{self.tokens} calibration tokens do not determine the map of block {block.name}: {what}, so at "
+                f"least {features} tokens are needed, and several times that is better."
+            )
+        ff = ff.triu() + ff.triu(1).T
+        fo, sum_f, sum_o, squares_o = rest
+        mean_f, mean_o, cov_ff, cov_fo, var_o = functional.second_moments(self.total, sum_f, sum_o, ff, fo, squares_o)
+        return BlockMoments(
+            self.tokens,
+            self.width,
+            list(self.neurons),
+            mean_f + _wide(self.origin_f),
+            mean_o + _wide(self.origin_o),
+            cov_ff,
+            cov_fo,
+            var_o,
+        )
+
+
+def _wide(tensor):
+    # MPS has no float64.
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def _not_finite(block):
+    return f"The calibration data gives inputs to block {block.name} that are not finite."
+
+
+class TokenFilter:
+    """Which rows of a block's tensors are real tokens: those that the batch's attention mask keeps.
+
+    A mask is used where its shape is that of the block's tensors without the last dimension: as it is, flattened, or
+    in the chunks that the feed-forward is called with. Blocks of a decoder that reads an encoder use the decoder's
+    mask. Where no mask fits and the batch has padding, that is an error.
+
+    Args:
+        token_mask_fn (`Callable`, *optional*): `token_mask_fn(block_name, batch, shape)` gives the mask of the
+            given shape (bool, or 0 and 1), or `None` for all tokens, in place of all that.
+    """
+
+    def __init__(self, inner, token_mask_fn=None):
+        self.token_mask_fn = token_mask_fn
+        self.encoder_decoder = isinstance(inner, PreTrainedModel) and bool(inner.config.is_encoder_decoder)
+        self.batch, self.masks, self.offsets = {}, {}, {}
+
+    def start(self, batch):
+        """Called with the inputs before each forward."""
+        self.batch, self.offsets = batch, {}
+        self.masks = {}
+        for key in ("attention_mask", "decoder_attention_mask"):
+            mask = batch.get(key)
+            if isinstance(mask, torch.Tensor):
+                self.masks[key] = None if bool((mask > 0).all()) else mask
+        if self.encoder_decoder and "decoder_attention_mask" not in batch:
+            labels = batch.get("labels")
+            mask = labels != -100 if isinstance(labels, torch.Tensor) and labels.dim() == 2 else None
+            self.masks["decoder_attention_mask"] = None if mask is None or bool(mask.all()) else mask
+
+    def select(self, block, *tensors):
+        """`(..., width)` tensors of one call as `(tokens, width)`, detached, padding left out."""
+        rows = [tensor.detach().reshape(-1, tensor.shape[-1]) for tensor in tensors]
+        mask = self._mask(block, tensors[0].shape[:-1])
+        if mask is None:
+            return rows
+        kept = mask.to(rows[0].device).reshape(-1).bool().nonzero().squeeze(1)
+        return [row.index_select(0, kept) for row in rows]
+
+    def _mask(self, block, shape):
+        if self.token_mask_fn is not None:
+            mask = self.token_mask_fn(block.name, self.batch, tuple(shape))
+            if mask is not None and tuple(mask.shape) != tuple(shape):
+                raise ValueError(
+                    f"`token_mask_fn` gave a mask of shape {tuple(mask.shape)} for block {block.name}, whose tokens "
+                    f"have the shape {tuple(shape)}."
+                )
+            return mask
+        in_decoder = self.encoder_decoder and "decoder" in block.name.split(".")
+        mask = self.masks.get("decoder_attention_mask" if in_decoder else "attention_mask")
+        if mask is None:
+            return None
+        if mask.dim() == 2:
+            if mask.shape == shape or (len(shape) == 1 and mask.numel() == shape[0]):
+                return mask
+            if len(shape) == 2 and shape[0] == mask.shape[0] and mask.shape[1] % shape[1] == 0:
+                # Chunked feed-forward: consecutive calls see consecutive parts of the sequence.
+                offset = self.offsets.get(block.name, 0)
+                self.offsets[block.name] = (offset + shape[1]) % mask.shape[1]
+                return mask[:, offset : offset + shape[1]]
+        raise ValueError(
+            f"The batch has padding, and its mask of shape {tuple(mask.shape)} does not say which of the tokens of "
+            f"block {block.name}, of shape {tuple(shape)}, are padding. Pass calibration data without padding "
+            "(inputs of one length), or a `token_mask_fn(block_name, batch, shape)` that gives the mask."
+        )
+
+
+def reiterable(data):
+    """The data, or its batches as a list where it can be read only once."""
+    return list(data) if iter(data) is data else data
+
+
+def run_over(model, data, handles, description, tokens=None):
+    """Runs the model over the data in evaluation mode, without gradients; removes the hooks whatever happens.
 
     Raises:
         ValueError: There is no batch, or a batch is not a dict of model inputs.
@@ -130,9 +426,8 @@ def run_over(model, data, handles, description, current=None):
         with torch.no_grad():
             for batch in tqdm(data, desc=description, leave=False):
                 inputs = _inputs(batch, device)
-                if current is not None:
-                    current.clear()
-                    current.update(inputs)
+                if tokens is not None:
+                    tokens.start(inputs)
                 model(**inputs)
                 batches += 1
     finally:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from . import functional
-from .calibration import collect_moments, logits_of
+from .calibration import CANDIDATES_PER_NEURON, collect_moments, logits_of, reiterable, score_neurons
 from .config import LayerCollapseConfig
 from .families import (
     FeedForwardBlock,
@@ -19,8 +19,16 @@ from .families import (
     select_blocks,
     survey_blocks,
     unwrap,
+    weight_and_bias,
 )
-from .modeling_layercollapse import CollapsedBlock
+from .modeling_layercollapse import (
+    CollapsedBlock,
+    CollapsibleActivation,
+    NarrowActivation,
+    NarrowFeedForward,
+    PassOnConv1D,
+    PassOnLinear,
+)
 from .patching import (
     collapsible_activations,
     layer_collapse_config_of,
@@ -50,6 +58,8 @@ class BlockReport:
         calibration_error (`float`, *optional*): The same on the calibration data, if there was any and the block was
             refit to it.
         r2 (`float`, *optional*): Share of the variance of the block's output that the map explains on that data.
+        rank (`int`, *optional*): Of the linear map where it is two thin matrices; `None`: full.
+        kept_neurons (`int`): Neurons that stay nonlinear beside the map.
     """
 
     name: str
@@ -64,6 +74,8 @@ class BlockReport:
     error: float | None = None
     calibration_error: float | None = None
     r2: float | None = None
+    rank: int | None = None
+    kept_neurons: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +109,9 @@ class CollapseReport:
         return dataclasses.asdict(self)
 
     def __str__(self):
+        narrow = any(block.kept_neurons or block.rank is not None for block in self.blocks)
         header = ["block", "outcome", "alpha", "parameters", "MACs/token", "relative error"]
+        header += ["rank", "kept neurons"] if narrow else []
         rows = [
             [
                 block.name,
@@ -106,6 +120,7 @@ class CollapseReport:
                 _change(block.parameters_before, block.parameters_after),
                 _change(block.macs_before, block.macs_after),
                 "-" if block.error is None else f"{_least(block):.2e}",
+                *([_rank(block), str(block.kept_neurons)] if narrow else []),
             ]
             for block in self.blocks
         ]
@@ -127,6 +142,10 @@ class CollapseReport:
         return "\n".join(lines)
 
 
+def _rank(block):
+    return "-" if block.outcome != "collapsed" else "full" if block.rank is None else str(block.rank)
+
+
 def _change(before, after):
     return f"{before:,} -> {after:,}" if before != after else f"{before:,}"
 
@@ -136,11 +155,37 @@ def _least(block):
 
 
 @dataclass(frozen=True)
-class _Merge:
-    """A block's one map, not yet in the model."""
+class BlockChoice:
+    """What a block is to become.
+
+    Args:
+        rank (`int`, *optional*): Of its linear map; `None`: full.
+        neurons (`int` or `list[int]`): How many neurons stay nonlinear, or which.
+    """
+
+    rank: int | None = None
+    neurons: int | list[int] = 0
+
+    @property
+    def count(self) -> int:
+        """How many neurons stay."""
+        return self.neurons if isinstance(self.neurons, int) else len(self.neurons)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What a block becomes, not yet in the model.
+
+    Args:
+        block (`FeedForwardBlock`): Which.
+        linears (`dict[str, nn.Module]`): Path in the block -> the linear that will stand there.
+        fit (`functional.Fit`): What they hold.
+        report (`BlockReport`): What that does.
+    """
 
     block: FeedForwardBlock
-    linear: nn.Module
+    linears: dict[str, nn.Module]
+    fit: functional.Fit
     report: BlockReport
 
 
@@ -151,26 +196,34 @@ def collapse_model(
     plan=None,
     max_error: float | None = None,
     allow_none: bool = False,
+    token_mask_fn=None,
 ) -> CollapseReport:
     """Collapses feed-forward blocks in place: each becomes one linear map.
 
     On a patched model every ready block (`1 - alpha <= collapse_threshold`) is merged as if alpha were 1; with
     calibration data a block that is not exactly there is instead fitted, by least squares, to what it computes now.
-    Blocks that are not ready are kept patched or restored to dense, as `config.not_ready` says. On a dense model the
-    chosen blocks are fitted to the calibration data, with no training.
+    With one alpha per neuron a block is ready once merging the neurons that are makes it smaller; the others stay
+    beside the linear map. Blocks that are not ready are kept patched or restored to dense, as `config.not_ready` says.
+    On a dense model the chosen blocks are fitted to the calibration data, with no training: to one linear map each, or
+    with `config.rank` and `config.keep_neurons` to a linear map and a narrow block beside it.
 
     Adapters on blocks, or on their alphas, are merged into the weights first, all that the model has, or refused, as
     `config.adapters` says. Then `model.get_base_model()` is what is left of a PeftModel.
 
     Args:
         model (`nn.Module`): A patched or dense model. A PeftModel or compiled model is looked through.
-        config ([`LayerCollapseConfig`], *optional*): `blocks`, `collapse_threshold`, `not_ready` and `adapters` are
-            used. Default: the one the model was patched with, and every patched block.
-        calibration_data (iterable of `dict[str, Tensor]`, *optional*): Model inputs. Read once.
-        plan (*optional*): A [`CollapsePlan`]; not supported yet.
+        config ([`LayerCollapseConfig`], *optional*): `blocks`, `collapse_threshold`, `not_ready`, `rank`,
+            `keep_neurons`, `neuron_choice`, `sequential` and `adapters` are used. Default: the one the model was
+            patched with, and every patched block.
+        calibration_data (iterable of `dict[str, Tensor]`, *optional*): Model inputs. Read once; twice with kept
+            neurons, and once more for each block with `sequential`.
+        plan ([`CollapsePlan`], *optional*): Blocks, ranks and neurons of a dense model, in place of the config's.
         max_error (`float`, *optional*): Refuse if a block's relative error exceeds this: on the calibration data where
             the block is fitted to it, else on standard-normal inputs.
         allow_none (`bool`): Return a report, rather than raise, if the model is patched and no block is ready.
+        token_mask_fn (`Callable`, *optional*): `token_mask_fn(block_name, batch, shape)` gives a mask of that shape,
+            1 where a calibration token is no padding, or `None` if none is. For models whose attention mask does not
+            have the shape of their blocks' inputs.
 
     Returns:
         [`CollapseReport`]
@@ -183,9 +236,14 @@ def collapse_model(
     if config is not None and not isinstance(config, LayerCollapseConfig):
         raise TypeError(f"`config` must be a LayerCollapseConfig, got {type(config).__name__}.")
     if plan is not None:
-        raise ValueError("`plan` is not supported in this version; name the blocks in `config`.")
+        from .planning import CollapsePlan
+
+        if not isinstance(plan, CollapsePlan):
+            raise TypeError(f"`plan` must be a CollapsePlan, got {type(plan).__name__}.")
     _check_max_error(max_error)
     inner, holders = unwrap(model)
+    if plan is not None and config is not None:
+        raise ValueError("Pass `plan` or `config`, not both: each says which blocks collapse, and how.")
     options = config or layer_collapse_config_of(inner) or LayerCollapseConfig()
     inner = _without_adapters(model, inner, options, allow_none)
     blocks, refused = survey_blocks(inner)
@@ -207,18 +265,29 @@ def collapse_model(
         if not ready:
             raise ValueError("All chosen blocks are collapsed already.")
     check_weights(inner, ready, merging=True)
+    if plan is not None:
+        choices = plan.choices_for(inner, blocks)
+        if patched:
+            raise ValueError("A plan is for the dense model it was made on; this one is patched.")
+        ready = [block for block in ready if block.name in choices]
+    else:
+        choices = {block.name: _choice(inner, block, options) for block in ready}
+    check_choices(ready, choices)
 
     kept_batches, data = _keep_first(calibration_data)
-    refit = [block for block in ready if not (block.state == "patched" and _smallest_alpha(inner, block) == 1)]
-    moments = collect_moments(model, inner, refit, data) if calibration_data is not None and refit else {}
-    merges = _merge_all(inner, ready, moments)
+    refit = [block for block in ready if calibration_data is not None and not _exactly_linear(inner, block, choices)]
+    if refit and options.sequential:
+        merges = _merge_in_turn(model, inner, ready, refit, choices, data, options, token_mask_fn)
+    else:
+        fits = fit_blocks(model, inner, refit, choices, data, options.neuron_choice, token_mask_fn) if refit else {}
+        merges = _merge_all(inner, ready, fits, options.collapse_threshold)
     _refuse_errors(merges, max_error)
     logits = None if kept_batches is None else logits_of(model, kept_batches)
     if logits is not None and not all(output.isfinite().all() for output in logits):
         raise ValueError("The calibration data gives outputs that are not finite.")
 
     parameters_before = _count_parameters(inner)
-    replaced = [entry for merge in merges for entry in _replace(inner, merge)]
+    replaced = [entry for merge in merges for entry in put_in_place(inner, merge)]
     if options.not_ready == "restore":
         restore_blocks(inner, waiting)
     # What the model was patched with describes the blocks that still are.
@@ -298,10 +367,73 @@ def _split_ready(inner, patched, options, allow_none):
             f"{on_meta} are on the meta device or offloaded: there are no weights to work on. Load the model with its "
             "weights in memory."
         )
-    ready = [block for block in patched if is_ready(alphas[block.name], options.collapse_threshold)]
+    ready = [
+        block
+        for block in patched
+        if is_ready(alphas[block.name], options.collapse_threshold) or _partly_ready(inner, block, options)
+    ]
     if not ready and not allow_none:
         _refuse_none_ready(alphas, options)
     return ready, [block for block in patched if block not in ready]
+
+
+def _partly_ready(inner, block, options):
+    """Whether merging the neurons that are ready makes a block with one alpha per neuron smaller."""
+    if modules_of(inner, block).activation.granularity != "neuron":
+        return False
+    choice = _choice(inner, block, options)
+    return cost_of(block, choice.rank, choice.count) < block.macs
+
+
+def _choice(inner, block, options):
+    """What the options make of a block."""
+    if block.state == "patched":
+        activation = modules_of(inner, block).activation
+        if activation.granularity == "neuron":
+            waiting = ~ready_neurons(activation.alpha, options.collapse_threshold)
+            return BlockChoice(options.rank, waiting.nonzero().flatten().tolist())
+    return BlockChoice(options.rank, options.keep_neurons)
+
+
+def check_choices(blocks, choices):
+    """Raises if a block cannot become what is asked of it.
+
+    Raises:
+        ValueError: There are not so many neurons, nothing would be left, or the block's own code forbids it.
+    """
+    for block in blocks:
+        choice = choices[block.name]
+        if choice.count > block.hidden_features:
+            raise ValueError(
+                f"{choice.count} neurons of block {block.name} cannot be kept: it has {block.hidden_features}."
+            )
+        if effective_rank(block, choice.rank) == 0 and not choice.count:
+            raise ValueError(f"Rank 0 without kept neurons leaves nothing of block {block.name}.")
+        if not choice.count and effective_rank(block, choice.rank) is None:
+            continue
+        enters, leaves, _ = block.wiring.scales
+        if (enters, leaves) != (1.0, 1.0) or (
+            block.wiring.own_module and any("." in path for path in (*block.layout.linears, block.layout.activation))
+        ):
+            raise ValueError(
+                f"Block {block.name} can only collapse whole (`rank=None`, `keep_neurons=0`): its code scales what "
+                "goes into its activation or its last linear, or its parts lie in modules of their own."
+            )
+
+
+def effective_rank(block, rank):
+    """The rank of the two thin matrices, or `None` where one full matrix is no larger."""
+    if rank is None or rank * (block.in_features + block.out_features) >= block.in_features * block.out_features:
+        return None
+    return rank
+
+
+def cost_of(block, rank, neurons) -> int:
+    """Weights (biases left out), which are also the MACs per token, of what a block becomes."""
+    rank = effective_rank(block, rank)
+    width, out = block.in_features, block.out_features
+    linear = width * out if rank is None else rank * (width + out)
+    return linear + neurons * (width * (2 if block.kind == "gated" else 1) + out)
 
 
 def _refuse_none_ready(alphas, options):
@@ -314,8 +446,13 @@ def _refuse_none_ready(alphas, options):
 
 def is_ready(alpha, collapse_threshold) -> bool:
     """Whether a block with these alphas (tensor of shape `(1,)` or `(hidden,)`) may collapse. Never if one is NaN."""
+    return bool(ready_neurons(alpha, collapse_threshold).all())
+
+
+def ready_neurons(alpha, collapse_threshold):
+    """Which alphas have reached the threshold: a tensor of `bool`."""
     # In alpha's own precision: an alpha of 0.95 has reached a threshold of 0.05.
-    return bool((alpha.detach() >= torch.tensor(1 - collapse_threshold, dtype=alpha.dtype)).all())
+    return alpha.detach() >= torch.tensor(1 - collapse_threshold, dtype=alpha.dtype)
 
 
 def _smallest_alpha(inner, block):
@@ -336,76 +473,239 @@ def _keep_first(data):
     return kept, everything()
 
 
-def _merge_all(inner, ready, moments):
+def _exactly_linear(inner, block, choices):
+    """Whether a block is one line at alpha 1, which no data can fit better."""
+    choice = choices[block.name]
+    whole = not choice.count and effective_rank(block, choice.rank) is None
+    return whole and block.state == "patched" and _smallest_alpha(inner, block) == 1
+
+
+def fit_blocks(model, inner, blocks, choices, data, neuron_choice="greedy", token_mask_fn=None):
+    """Block name -> the least-squares [`functional.Fit`] of what it is to become, in one pass over the data, or in two
+    where neurons have to be chosen.
+    """
+    open_choices = {
+        block.name: choices[block.name].neurons
+        for block in blocks
+        if isinstance(choices[block.name].neurons, int) and 0 < choices[block.name].neurons
+    }
+    candidates = {block.name: choices[block.name].neurons for block in blocks if block.name not in open_choices}
+    candidates = {name: [] if neurons == 0 else neurons for name, neurons in candidates.items()}
+    to_score = [block for block in blocks if block.name in open_choices]
+    if to_score:
+        data = reiterable(data)
+        scores = score_neurons(model, inner, to_score, data, token_mask_fn)
+        for block in to_score:
+            count = open_choices[block.name] * (CANDIDATES_PER_NEURON if neuron_choice == "greedy" else 1)
+            top = scores[block.name].topk(min(count, block.hidden_features)).indices
+            candidates[block.name] = sorted(top.tolist())
+    moments = collect_moments(model, inner, blocks, data, candidates, token_mask_fn)
+    fits = {}
+    for block in blocks:
+        rank, neurons = effective_rank(block, choices[block.name].rank), open_choices.get(block.name)
+        fits[block.name] = best_fit(moments[block.name], rank, neurons)
+    return fits
+
+
+def best_fit(moments, rank, count=None):
+    """The fit with the `count` neurons that explain most, chosen from those of the moments; `None`: all of them."""
+    if count is not None and count < len(moments.neurons):
+        cov_ff, cov_fo, width = moments.cov_ff, moments.cov_fo, moments.width
+        if rank is None:
+            chosen = functional.greedy_neurons(cov_ff, cov_fo, width, count)
+        else:
+            # Neurons for a given map, then the map for these neurons: twice, after which little changes.
+            right = functional.reduced_rank(cov_ff[:width, :width], cov_fo[:width], width, rank)[1]
+            for step in range(2):
+                if step:
+                    part = moments.restricted(chosen)
+                    right = functional.reduced_rank(part.cov_ff, part.cov_fo, width, rank)[1]
+                chosen = functional.greedy_neurons(cov_ff, cov_fo, width, count, given=right)
+        moments = moments.restricted(sorted(chosen))
+    return moments.fit(rank)
+
+
+def _merge_all(inner, ready, fits, collapse_threshold):
     """The merges in forward order; where a linear ends one block and begins the next, that takes the merged one."""
     merges, merged = [], {}
     for block in ready:
         parts = modules_of(inner, block)
         if parts.up in merged:
-            if block.name in moments:
+            if block.name in fits:
                 raise ValueError(
                     f"Block {block.name} begins with the linear that ends {merged[parts.up].block.name}; fitted to "
                     "data, they cannot collapse in one call. Name one of them in `blocks`, then the other."
                 )
-            parts = replace(parts, up=merged[parts.up].linear)
-        merge = _merge(inner, block, parts, moments.get(block.name))
+            parts = replace(parts, up=merged[parts.up].linears[merged[parts.up].block.layout.down])
+        fit = fits.get(block.name)
+        merge = make_merge(block, parts, fit or _merged(parts, collapse_threshold), refit=fit is not None)
         merged[parts.down] = merge
         merges.append(merge)
     return merges
 
 
+def _merge_in_turn(model, inner, ready, refit, choices, data, options, token_mask_fn):
+    """The merges, each fitted with those before it in place; the model is left as it was."""
+    data = reiterable(data)
+    merges, names = [], {block.name for block in refit}
+    with Trial(inner) as trial:
+        for block in ready:
+            fits = {}
+            if block.name in names:
+                fits = fit_blocks(model, inner, [block], choices, data, options.neuron_choice, token_mask_fn)
+            merges += _merge_all(inner, [block], fits, options.collapse_threshold)
+            trial.put(merges[-1])
+    return merges
+
+
+class Trial:
+    """Blocks replaced for a while: everything returns to its place on exit."""
+
+    def __init__(self, inner):
+        self.inner, self.originals = inner, []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.undo()
+
+    def put(self, merge):
+        """Puts what a block becomes in its place."""
+        put_in_place(self.inner, merge, self.originals)
+
+    def undo(self, count=0):
+        """Takes back all replacements but the first `count` (of `len(self.originals)`)."""
+        while len(self.originals) > count:
+            replace_module(self.inner, *self.originals.pop())
+
+
 @torch.no_grad()
-def _merge(inner, block, parts, moments):
-    calibration_error = r2 = None
-    if moments is None:
-        weight, bias = _merged_at_one(parts)
-        method = "merged"
-    else:
-        features, cross, squares = moments
-        weight, bias = functional.least_squares_map(features, cross)
-        r2, calibration_error = functional.fit_quality(features, cross, squares, weight, bias)
-        method = "refit"
-    linear = _make_linear(parts.down, weight, bias)
-    x = functional.gaussian_inputs(weight.shape[1]).to(parts.down.weight)
-    error = functional.relative_error(parts.forward(x), linear(x))
+def make_merge(block, parts, fit, refit):
+    """The [`Merge`] that a fit makes of a block."""
+    linears = _linears_of(block, parts, fit)
+    # Not the block's own width, where the first linear is what another block of a chain became.
+    width = (fit.weight_oi if fit.right_ri is None else fit.right_ri).shape[1]
+    x = functional.gaussian_inputs(width).to(parts.down.weight)
+    error = functional.relative_error(parts.forward(x), _compute(block, parts, linears, fit, x))
     report = BlockReport(
         name=block.name,
         index=block.index,
         outcome="collapsed",
-        method=method,
-        alpha=_smallest_alpha(inner, block),
+        method="refit" if refit else "merged",
+        alpha=float(parts.activation.alpha.detach().min()) if block.state == "patched" else None,
         parameters_before=block.parameters,
-        parameters_after=sum(parameter.numel() for parameter in linear.parameters()),
+        parameters_after=sum(p.numel() for linear in linears.values() for p in linear.parameters()),
         macs_before=block.macs,
-        macs_after=weight.numel(),
+        macs_after=sum(linear.weight.numel() for linear in linears.values()),
         error=error,
-        calibration_error=calibration_error,
-        r2=r2,
+        calibration_error=fit.error if refit else None,
+        r2=fit.r2 if refit else None,
+        rank=fit.rank,
+        kept_neurons=len(fit.neurons),
     )
-    return _Merge(block, linear, report)
+    return Merge(block, linears, fit, report)
 
 
-def _merged_at_one(parts):
+def _merged(parts, collapse_threshold):
+    """The fit that the weights alone give: ready neurons as if at alpha 1, the others exactly as they are."""
     slope, offset = parts.activation.line
+    alpha = parts.activation.alpha.detach()
+    waiting = ~ready_neurons(alpha, collapse_threshold)
+    neurons = []
+    (down, down_bias), up = parts.down_affine(), parts.up_affine()
+    if alpha.numel() > 1 and waiting.any():
+        # (1 - alpha) act(z) + alpha line(z): the second part is linear, and merges.
+        neurons = waiting.nonzero().flatten().tolist()
+        share = torch.where(waiting, alpha, 1.0)
+        slope, offset = share * slope, share * offset
     if parts.layout.gated:
-        return functional.merge_gated(*parts.up_affine(), *parts.down_affine(), offset)
-    return functional.merge_plain(*parts.up_affine(), *parts.down_affine(), slope, offset)
+        weight, bias = functional.merge_gated(*up, down, down_bias, offset)
+    else:
+        weight, bias = functional.merge_plain(*up, down, down_bias, slope, offset)
+    if neurons and bias is None:
+        bias = weight.new_zeros(weight.shape[0])
+    kept = down.double()[:, neurons] * (1 - alpha.double()[neurons] if neurons else 1.0)
+    return functional.Fit(weight, None, None, kept, bias, neurons)
 
 
-def _make_linear(down, weight, bias):
-    """A layer of the same kind, device and dtype as `down` that holds the merged map."""
+def _linears_of(block, parts, fit):
+    """Path in the block -> linear, for what the fit leaves of a block's linears, in the order they are called."""
+    layout, neurons = block.layout, fit.neurons
+    linear = fit.weight_oi if fit.left_or is None else fit.left_or
+    linears = {}
+    if neurons or fit.right_ri is not None:
+        up, up_bias = parts.up_affine()
+        rows = [up.double()[neurons]]
+        biases = [None if up_bias is None else up_bias.double()[neurons]]
+        if fit.right_ri is not None:
+            rows.insert(0, fit.right_ri)
+            biases.insert(0, None)
+        if layout.gated and neurons:
+            if layout.fused:
+                gate, gate_bias = (
+                    None if tensor is None else layout.split(tensor, 0)[0] for tensor in weight_and_bias(parts.up)
+                )
+            else:
+                gate, gate_bias = weight_and_bias(parts.gate)
+            gate, gate_bias = gate.double()[neurons], None if gate_bias is None else gate_bias.double()[neurons]
+            if layout.fused:
+                rows.insert(0, gate)
+                biases.insert(0, gate_bias)
+            else:
+                linears[layout.gate] = _make_linear(parts.gate, gate, gate_bias)
+        linears[layout.up] = _make_linear(parts.up, torch.cat(rows), _stack_biases(rows, biases))
+    linears[layout.down] = _make_linear(parts.down, torch.cat([linear, fit.down_ok], dim=1), fit.bias_o)
+    return linears
+
+
+def _stack_biases(rows, biases):
+    if all(bias is None for bias in biases):
+        return None
+    return torch.cat(
+        [row.new_zeros(row.shape[0]) if bias is None else bias for row, bias in zip(rows, biases, strict=True)]
+    )
+
+
+def _native_activation(parts):
+    """`(the activation of kept neurons, its name in a table)`."""
+    activation = parts.activation
+    if isinstance(activation, CollapsibleActivation):
+        return activation.native, activation.act_name, activation.act
+    return activation, "native", activation
+
+
+def _compute(block, parts, linears, fit, x):
+    """What the block is going to compute."""
+    layout = block.layout
+    if fit.right_ri is None and not fit.neurons:
+        return linears[layout.down](x)
+    gate, up = None, linears[layout.up](x)
+    count = len(fit.neurons)
+    if layout.gate is not None and count:
+        gate = linears[layout.gate](x)
+    elif layout.fused and count:
+        gate, up = up[..., :count], up[..., count:]
+    linear, up = (x, up) if fit.right_ri is None else (up[..., : fit.rank], up[..., fit.rank :])
+    act = _native_activation(parts)[2]
+    return linears[layout.down](torch.cat([linear, act(up) if gate is None else act(gate) * up], dim=-1))
+
+
+@torch.no_grad()
+def _make_linear(like, weight, bias):
+    """A layer of the same kind, device and dtype as `like` that holds these weights."""
     out_features, in_features = weight.shape
     with torch.device("meta"):  # neither time nor random numbers go into first values
-        if isinstance(down, Conv1D):
+        if isinstance(like, Conv1D):
             linear, weight = Conv1D(out_features, in_features), weight.T
         else:
             linear = nn.Linear(in_features, out_features, bias=bias is not None)
-    linear.to(down.weight.dtype).to_empty(device=down.weight.device)
+    linear.to(like.weight.dtype).to_empty(device=like.weight.device)
     linear.weight.copy_(weight)
     if linear.bias is not None:
         linear.bias.copy_(torch.zeros(()) if bias is None else bias)
-    linear.requires_grad_(down.weight.requires_grad)
-    return linear.train(down.training)
+    linear.requires_grad_(like.weight.requires_grad)
+    return linear.train(like.training)
 
 
 def _check_max_error(max_error):
@@ -429,35 +729,109 @@ def _refuse_errors(merges, max_error):
         )
 
 
-def _replace(inner, merge):
-    """Puts the map where the block was; returns `(qualified name, spec)` for the replacement table."""
-    block, layout, linear = merge.block, merge.block.layout, merge.linear
-    if isinstance(linear, Conv1D):
-        spec = {"type": "conv1d", "in_features": linear.nx, "out_features": linear.nf}
+def put_in_place(inner, merge, originals=None):
+    """Puts what a block becomes where it was; returns `(qualified name, spec)` for the replacement table.
+
+    Args:
+        originals (`list`, *optional*): Gets `(qualified name, module)` of everything that was replaced, in order.
+    """
+    block, layout, linears, fit = merge.block, merge.block.layout, merge.linears, merge.fit
+    wiring, parts = block.wiring, modules_of(inner, block)
+    training = linears[layout.down].training
+    entries = []
+
+    def put(name, module, spec):
+        if originals is not None:
+            originals.append((name, inner.get_submodule(name)))
+        replace_module(inner, name, module.train(training))
+        entries.append((name, spec))
+
+    narrow = fit.right_ri is not None or fit.neurons
+    channels = block.in_features if fit.right_ri is None else fit.rank
+    native, act_name, _ = _native_activation(parts)
+    if wiring.own_module and narrow:
+        put(block.holder, *_narrow_module(inner, merge, parts, channels))
+    elif wiring.own_module:
+        holder, then = inner.get_submodule(block.holder), list(wiring.then)
+        children = {layout.down: linears[layout.down], **{name: holder._modules[name] for name in then}}
+        put(block.holder, CollapsedBlock(children), {"type": "block", "child": layout.down, "then": then})
+        entries.append((block.path(layout.down), _linear_spec(linears[layout.down])))
     else:
-        spec = {
-            "type": "linear",
-            "in_features": linear.in_features,
-            "out_features": linear.out_features,
-            "bias": linear.bias is not None,
-        }
-    entries = [(block.path(layout.down), spec)]
-    wiring = block.wiring
-    if wiring.own_module:
-        holder = inner.get_submodule(block.holder)
-        then = list(wiring.then)
-        collapsed = CollapsedBlock(
-            {name: linear if name == layout.down else holder._modules[name] for name in [layout.down, *then]}
-        )
-        replace_module(inner, block.holder, collapsed.train(holder.training))
-        entries.append((block.holder, {"type": "block", "child": layout.down, "then": then}))
-    else:
-        replace_module(inner, block.path(layout.down), linear)
-        for path in (layout.up, *wiring.before, layout.activation, *wiring.between):
-            name = block.path(path)
-            replace_module(inner, name, nn.Identity().train(linear.training))
-            entries.append((name, {"type": "identity"}))
+        idle = [*wiring.before, *wiring.between]
+        put(block.path(layout.down), linears[layout.down], _linear_spec(linears[layout.down]))
+        if not narrow:
+            idle += [layout.up, layout.activation]
+        elif fit.right_ri is None:
+            up = _pass_on(linears[layout.up])
+            spec = {"type": "narrow_ffn", "part": "up", "linear_channels": channels, "neurons": len(fit.neurons)}
+            spec.update(gated=False, in_features=channels, bias=up.bias is not None)
+            put(block.path(layout.up), up, spec)
+        else:
+            put(block.path(layout.up), linears[layout.up], _linear_spec(linears[layout.up]))
+        if narrow and fit.neurons:
+            activation = NarrowActivation(native, channels, len(fit.neurons), act_name)
+            spec = {"type": "narrow_ffn", "part": "activation", "linear_channels": channels}
+            spec.update(neurons=len(fit.neurons), gated=False, act=act_name)
+            put(block.path(layout.activation), activation, spec)
+        elif narrow:
+            idle.append(layout.activation)
+        for path in idle:
+            put(block.path(path), nn.Identity(), {"type": "identity"})
     return entries
+
+
+def _linear_spec(linear):
+    if isinstance(linear, Conv1D):
+        return {"type": "conv1d", "in_features": linear.nx, "out_features": linear.nf}
+    return {
+        "type": "linear",
+        "in_features": linear.in_features,
+        "out_features": linear.out_features,
+        "bias": linear.bias is not None,
+    }
+
+
+def _pass_on(linear):
+    """The same weights in a layer that passes its input on."""
+    # Built like any other and not converted: a module must be of the class that the table will make.
+    kind = PassOnConv1D if isinstance(linear, Conv1D) else PassOnLinear
+    passing = kind.__new__(kind)
+    passing.__dict__.update(linear.__dict__)
+    return passing
+
+
+def _narrow_module(inner, merge, parts, channels):
+    """`(module, spec)` of a narrow block in place of an own module."""
+    block, layout, linears, fit = merge.block, merge.block.layout, merge.linears, merge.fit
+    holder, then = inner.get_submodule(block.holder), list(block.wiring.then)
+    native, act_name, act = _native_activation(parts)
+    names = {"up": layout.up, "activation": layout.activation, "down": layout.down}
+    if layout.gate is not None:
+        names = {"gate": layout.gate, **names}
+    children = {**linears, layout.activation: native if act_name == "native" else act}
+    children = {name: children[name] for name in names.values() if name in children}
+    children.update({name: holder._modules[name] for name in then})
+    count, gated = len(fit.neurons), layout.gated
+    module = NarrowFeedForward(children, names, block.in_features, channels, count, gated, act_name)
+    up, gate = linears.get(layout.up), linears.get(layout.gate)
+    spec = {
+        "type": "narrow_ffn",
+        "part": "block",
+        "linear_channels": channels,
+        "neurons": count,
+        "gated": gated,
+        "in_features": block.in_features,
+        "out_features": block.out_features,
+        "up": layout.up,
+        "activation": layout.activation,
+        "down": layout.down,
+        "gate": layout.gate,
+        "then": then,
+        "up_bias": up is not None and up.bias is not None,
+        "gate_bias": gate is not None and gate.bias is not None,
+        "act": act_name,
+    }
+    return module, spec
 
 
 def _waiting_report(inner, block, options):

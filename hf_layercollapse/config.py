@@ -18,6 +18,7 @@ _CHOICES = {
     "penalty_schedule": ("constant", "linear", "cosine"),
     "alpha_lr_schedule": ("constant", "same"),
     "not_ready": ("keep", "restore"),
+    "neuron_choice": ("greedy", "variance"),
     "adapters": ("merge", "refuse"),
 }
 
@@ -118,6 +119,35 @@ class LayerCollapseConfig:
         },
     )
 
+    rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rank of the linear map of a block that is fitted to calibration data, >= 0; None: full. 0 leaves "
+            "the kept neurons only (width pruning)."
+        },
+    )
+    keep_neurons: int = field(
+        default=0,
+        metadata={
+            "help": "How many neurons of each such block stay nonlinear beside its linear map, >= 0. With "
+            "granularity='neuron' a patched block keeps those that are not ready instead."
+        },
+    )
+    neuron_choice: str = field(
+        default="greedy",
+        metadata={
+            "help": "Which neurons are kept: 'greedy', one by one the one that explains most of what is left of the "
+            "block's output, or 'variance', those with the most variance that a line does not explain."
+        },
+    )
+    sequential: bool = field(
+        default=False,
+        metadata={
+            "help": "Fit the blocks one after the other, each to the inputs it gets once those before it have "
+            "collapsed. One pass over the calibration data for each block."
+        },
+    )
+
     def __post_init__(self):
         self.blocks = _checked_blocks(self.blocks)
         for name, choices in _CHOICES.items():
@@ -138,6 +168,19 @@ class LayerCollapseConfig:
             if not check(value):
                 raise ValueError(f"`{name}` must be in {allowed}, got {value}.")
             setattr(self, name, float(value))
+
+        for name, allowed in (("rank", "an integer >= 0 or None"), ("keep_neurons", "an integer >= 0")):
+            value = getattr(self, name)
+            if value is None and name == "rank":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"`{name}` must be {allowed}, got {value!r}.")
+            if value < 0:
+                raise ValueError(f"`{name}` must be {allowed}, got {value}.")
+        if not isinstance(self.sequential, bool):
+            raise TypeError(f"`sequential` must be True or False, got {self.sequential!r}.")
+        if self.rank == 0 and not self.keep_neurons:
+            raise ValueError("rank=0 leaves the kept neurons only, so it needs `keep_neurons` > 0.")
 
     @classmethod
     def paper(cls, blocks="all", **kwargs):

@@ -10,7 +10,13 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from . import functional
-from .modeling_layercollapse import CollapsedBlock, CollapsibleActivation, linear_shape
+from .modeling_layercollapse import (
+    CollapsedBlock,
+    CollapsibleActivation,
+    NarrowActivation,
+    NarrowFeedForward,
+    linear_shape,
+)
 from .verification import DROPOUTS, NORMS, Refusal, Wiring, verify
 
 
@@ -109,17 +115,15 @@ LAYOUTS = [
     FeedForwardLayout(
         "split query", "intermediate_query.dense", "output_query.dense", "intermediate_query.intermediate_act_fn"
     ),
-    FeedForwardLayout("split inter", "inter.dense", "output.dense", "inter.intermediate_act_fn"),
     FeedForwardLayout("split language", "lang_inter.dense", "lang_output.dense", "lang_inter.intermediate_act_fn"),
     FeedForwardLayout("split vision", "visn_inter.dense", "visn_output.dense", "visn_inter.intermediate_act_fn"),
     FeedForwardLayout("dense.dense/output.dense", "dense.dense", "output.dense", "dense.act_fn"),  # Reformer
-    # T5, LongT5, Switch, UDOP; then gated: Llama, Mistral, Qwen, Gemma, OLMo, Cohere, ...; mT5, UMT5; LFM2; xLSTM
+    # T5, LongT5, Switch, UDOP; then gated: Llama, Mistral, Qwen, Gemma, OLMo, Cohere, ...; mT5, UMT5; LFM2
     FeedForwardLayout("wi/wo", "wi", "wo"),
     FeedForwardLayout("gate_proj/up_proj/down_proj", "up_proj", "down_proj", gate="gate_proj"),
     FeedForwardLayout("wi_0/wi_1/wo", "wi_1", "wo", gate="wi_0"),
     FeedForwardLayout("w1/w3/w2", "w3", "w2", gate="w1"),
     FeedForwardLayout("w_in/w_out", "w_in.w_1", "w_out", "w_in.act", gate="w_in.w_0"),  # CPM-Ant
-    FeedForwardLayout("proj_up_gate/proj_up/proj_down", "proj_up", "proj_down", gate="proj_up_gate"),
     # Gated, gate and up in one linear: Phi-3, GLM, Dia; ModernBERT; Moshi; Moonshine; GraniteMoeHybrid
     FeedForwardLayout("gate_up_proj/down_proj", "gate_up_proj", "down_proj", fused="gate,up"),
     FeedForwardLayout("gate_up_proj/down_proj (up first)", "gate_up_proj", "down_proj", fused="up,gate"),
@@ -128,7 +132,6 @@ LAYOUTS = [
     FeedForwardLayout("fc1/fc2 gated", "fc1", "fc2", fused="gate,up"),
     FeedForwardLayout("fc1/fc2 gated (up first)", "fc1", "fc2", fused="up,gate"),
     FeedForwardLayout("input_linear/output_linear", "input_linear", "output_linear", fused="gate,up"),
-    FeedForwardLayout("weights_in/weights_out", "weights_in", "weights_out", fused="gate,up"),
     # Plain
     FeedForwardLayout("lin1/lin2", "lin1", "lin2"),  # DistilBERT, SAM
     FeedForwardLayout("c_fc/c_proj", "c_fc", "c_proj"),  # GPT-2 (Conv1D), GPT-Neo, StarCoder2
@@ -136,17 +139,15 @@ LAYOUTS = [
     FeedForwardLayout("fc_in/fc_out", "fc_in", "fc_out"),  # GPT-J, CodeGen
     FeedForwardLayout("ffn/ffn_output", "ffn", "ffn_output"),  # ALBERT
     FeedForwardLayout("layer_1/layer_2", "layer_1", "layer_2"),  # XLNet
-    FeedForwardLayout("layer1/layer2", "layer1", "layer2"),  # SAM 3
     FeedForwardLayout("intermediate_dense/output_dense", "intermediate_dense", "output_dense"),  # wav2vec 2.0, HuBERT
     FeedForwardLayout("up_proj/down_proj", "up_proj", "down_proj"),  # MPT, Nemotron, Apertus, Arcee, DINOv3
     FeedForwardLayout("linear1/linear2", "linear1", "linear2"),  # Parakeet
-    FeedForwardLayout("linear_1/linear_2", "linear_1", "linear_2"),  # Funnel
+    FeedForwardLayout("linear_1/linear_2", "linear_1", "linear_2"),  # Funnel, projectors between equal widths
     FeedForwardLayout("linear_fc1/linear_fc2", "linear_fc1", "linear_fc2"),  # Qwen-VL's vision tower
     FeedForwardLayout("proj_in/proj_out", "proj_in", "proj_out"),  # SAM 2
     FeedForwardLayout("in_proj/out_proj", "in_proj", "out_proj"),  # Bark
     FeedForwardLayout("intermediate/output", "intermediate", "output"),  # ProphetNet
     FeedForwardLayout("dense1/dense2", "dense1", "dense2"),  # PVT, Perceiver
-    FeedForwardLayout("ffw_layer_1/ffw_layer_2", "ffw_layer_1", "ffw_layer_2"),  # Gemma 3n audio
     FeedForwardLayout("pointwise_conv1/pointwise_conv2", "pointwise_conv1", "pointwise_conv2"),  # DINOv3 ConvNeXt
     FeedForwardLayout("pwconv1/pwconv2", "pwconv1", "pwconv2"),  # ConvNeXt
     FeedForwardLayout("linear_up/linear_down", "linear_up.linear", "linear_down.linear"),  # LeViT, with batch norms
@@ -184,7 +185,8 @@ class FeedForwardBlock:
         kind (`str`): `"plain"` or `"gated"`.
         state (`str`): `"dense"`, `"patched"` or `"collapsed"`.
         layout (`FeedForwardLayout`): How it is spelled.
-        in_features, hidden_features, out_features (`int`): Widths; `hidden_features` is 0 once collapsed.
+        in_features, hidden_features, out_features (`int`): Widths; once collapsed `hidden_features` counts the neurons
+            that were kept.
         parameters (`int`): Weights and biases of its linears.
         macs (`int`): Multiply-accumulates per token.
         alpha (`float`, *optional*): Mean alpha if patched, else `None`.
@@ -374,7 +376,22 @@ def survey_blocks(model):
             found = True
         if reason and not found:
             refused[holder_name] = reason
-    return blocks, refused
+    return _in_forward_order(model, blocks), refused
+
+
+def _in_forward_order(model, blocks):
+    """Modules are registered in the order they run in, with one exception: a layer that holds a block itself comes
+    before the blocks inside its children (MobileBERT's further feed-forward networks), and runs it last."""
+    ordered = []
+    open_layers = []
+    for block in blocks:
+        while open_layers and not block.holder.startswith(f"{open_layers[-1].holder}."):
+            ordered.append(open_layers.pop())
+        holder = model.get_submodule(block.holder)
+        whole = isinstance(holder, (CollapsedBlock, nn.Sequential)) or (block.wiring and block.wiring.own_module)
+        (ordered if whole else open_layers).append(block)
+    ordered.extend(reversed(open_layers))
+    return [replace(block, index=index) for index, block in enumerate(ordered)]
 
 
 def _holds_experts(module):
@@ -423,6 +440,12 @@ def _match(holder, layout):
     """`(state, layout with one activation path)` if the holder's children are spelled like this, or `None`."""
     if isinstance(holder, CollapsedBlock):
         return ("collapsed", layout) if next(iter(holder._modules)) == layout.down else None
+    if isinstance(holder, NarrowFeedForward):
+        names = {"up": layout.up, "down": layout.down, "gate": layout.gate}
+        same = all(holder.names.get(part) == name for part, name in names.items())
+        if not same or holder.gated != layout.gated:
+            return None
+        return "collapsed", replace(layout, activation=holder.names["activation"])
     up, down = _descend(holder, layout.up), _descend(holder, layout.down)
     if up is None or not _is_linear(down) or (layout.gate and not _is_linear(_descend(holder, layout.gate))):
         return None
@@ -434,6 +457,10 @@ def _match(holder, layout):
         return ("collapsed", layout) if isinstance(activation, nn.Identity) and not layout.gated else None
     if not _is_linear(up):
         return None
+    if isinstance(activation, NarrowActivation):
+        return None if layout.gated else ("collapsed", layout)
+    if isinstance(activation, nn.Identity):  # two thin matrices: a linear map of low rank
+        return ("collapsed", layout) if not layout.gated and _linear_shape(up)[1] == _linear_shape(down)[0] else None
     up_out, down_in = _linear_shape(up)[1], _linear_shape(down)[0]
     if up_out != (2 if layout.fused else 1) * down_in:
         return None
@@ -505,6 +532,10 @@ def _describe(name, index, state, holder_name, holder, layout, wiring):
     linears = [linear for linear in linears if not isinstance(linear, nn.Identity)]
     shapes = [linear_shape(linear) for linear in linears]
     activation = _descend(holder, layout.activation) if isinstance(layout.activation, str) else None
+    hidden = shapes[-1][0]
+    if state == "collapsed":
+        narrow = holder if isinstance(holder, NarrowFeedForward) else activation
+        hidden = narrow.neurons if isinstance(narrow, (NarrowFeedForward, NarrowActivation)) else 0
     return FeedForwardBlock(
         name=name,
         index=index,
@@ -512,7 +543,7 @@ def _describe(name, index, state, holder_name, holder, layout, wiring):
         state=state,
         layout=layout,
         in_features=shapes[0][0],
-        hidden_features=0 if state == "collapsed" else shapes[-1][0],
+        hidden_features=hidden,
         out_features=shapes[-1][1],
         parameters=sum(parameter.numel() for linear in linears for parameter in linear.parameters()),
         macs=sum(features_in * features_out for features_in, features_out in shapes),

@@ -1,10 +1,18 @@
 """The mathematics: tensors in, tensors out; no modules, no logging.
 
-Shape suffixes: `n` rows of inputs, `i` input width, `m` hidden width, `o` output width. A weight `_oi` maps `i` to `o`
-and is stored as `nn.Linear` stores it. Everything is computed in float64 unless said otherwise.
+Shape suffixes: `n` rows of inputs, `i` input width, `m` hidden width, `o` output width, `k` kept neurons, `r` rank,
+`f` features of a fit. A weight `_oi` maps `i` to `o` and is stored as `nn.Linear` stores it. Everything is computed in
+float64 unless said otherwise.
 """
 
+import math
+from dataclasses import dataclass
+
 import torch
+
+
+# Ridge of the fits, relative to each feature's variance.
+RIDGE = 1e-6
 
 
 def merge_plain(up_weight_mi, up_bias_m, down_weight_om, down_bias_o, slope_m=1.0, offset_m=0.0):
@@ -68,47 +76,208 @@ def affine_target(count, sum_z_m, sum_zz_m, sum_a_m, sum_za_m):
     return slope, mean_a - slope * mean_z
 
 
-def least_squares_map(moments_ff, cross_fo, ridge=1e-6):
-    """`argmin sum |y - W x - b|^2` from second moments of `f = [x, 1]`.
+def second_moments(total, sum_f, sum_o, moments_ff, cross_fo, squares_o):
+    """Means and centred second moments from (weighted) sums over tokens.
 
     Args:
-        moments_ff: `sum f f^T`, shape `(i + 1, i + 1)`; the last feature is the constant 1.
-        cross_fo: `sum f y^T`, shape `(i + 1, o)`.
-        ridge (`float`): Added to the diagonal of every feature but the constant, relative to that feature's own
-            second moment.
+        total (`float`): Sum of the tokens' weights.
+        sum_f, sum_o, moments_ff, cross_fo, squares_o: Sums of `f`, `y`, `f f^T`, `f y^T` and `y * y`, all about one
+            and the same origin per feature, so that large means do not cost precision.
 
     Returns:
-        `(weight_oi, bias_o)` in float64.
+        `(mean_f, mean_o, cov_ff, cov_fo, var_o)`, float64.
     """
-    moments, cross = moments_ff.double(), cross_fo.double()
-    diagonal = moments.diagonal()
+    sum_f, sum_o = sum_f.double(), sum_o.double()
+    cov_ff = (moments_ff.double() - torch.outer(sum_f, sum_f) / total) / total
+    cov_fo = (cross_fo.double() - torch.outer(sum_f, sum_o) / total) / total
+    var_o = ((squares_o.double() - sum_o.square() / total) / total).clamp_min(0)
+    return sum_f / total, sum_o / total, cov_ff, cov_fo, var_o
+
+
+def regress(cov_ff, cov_fo, ridge=RIDGE):
+    """`argmin_A E |y - A^T f|^2` over centred features, shape `(f, o)`.
+
+    Args:
+        ridge (`float`): Relative to each feature's own variance. Two steps of refinement take back what it costs
+            where the data does determine the answer, so that a block which is linear is fitted exactly.
+    """
+    variance = cov_ff.diagonal()
+    varies = variance > 1e-12 * variance.max()
     # Unit diagonal first: massive activations make features differ by many orders of magnitude.
-    scale = diagonal.clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
-    scale = torch.where(diagonal > 0, scale, 0.0)
-    normal = moments * scale * scale[:, None]
-    penalty = torch.full_like(diagonal, ridge)
-    penalty[-1] = 0.0
-    penalty = penalty + (diagonal <= 0)
-    solution = torch.linalg.solve(normal + penalty.diag(), cross * scale[:, None]) * scale[:, None]
-    return solution[:-1].T.contiguous(), solution[-1].contiguous()
+    scale = torch.where(varies, torch.where(varies, variance, 1.0).rsqrt(), 0.0)
+    correlation = cov_ff * scale * scale[:, None]
+    target = cov_fo * scale[:, None]
+    damped = correlation + torch.diag(ridge + (~varies).double())
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        # Sums of float32 products are not exactly positive definite.
+        values, vectors = torch.linalg.eigh(damped)
+        factor = vectors * values.clamp_min(ridge)[None].sqrt()
+        factor = torch.linalg.qr(factor.T).R.T
+    solution = torch.cholesky_solve(target, factor)
+    for _ in range(2):
+        solution = solution + torch.cholesky_solve(target - correlation @ solution, factor)
+    return solution * scale[:, None]
 
 
-def fit_quality(moments_ff, cross_fo, sum_yy_o, weight_oi, bias_o):
-    """How well a map fits the data that the moments were taken from.
+def unexplained(cov_ff, cov_fo, var_o, solution_fo):
+    """Variance of `y - A^T f`, summed over outputs (float)."""
+    explained = 2 * (solution_fo * cov_fo).sum() - (solution_fo * (cov_ff @ solution_fo)).sum()
+    return float((var_o.sum() - explained).clamp_min(0))
+
+
+def reduced_rank(cov_ff, cov_fo, width, rank, ridge=RIDGE):
+    """The best `y = P V x + D h` with `rank(P V) <= rank`, for features `f = [x, h]` (Izenman 1975).
+
+    Args:
+        width (`int`): Size of `x`, the first features; the rest is `h` and unconstrained.
+        rank (`int`): From 0 to `width`.
 
     Returns:
-        `(r2, relative_error)`, floats: the share of the variance of `y` that is explained, 1 = all; and
-        `|W x + b - y| / |y|` over all tokens.
+        `(left_or, right_ri, down_fo)`: `P`, `V`, and `D^T` with one row per feature of `h`.
     """
-    count = moments_ff[-1, -1].double()
-    solution_fo = torch.cat([weight_oi.double().T, bias_o.double()[None]])
-    explained = 2 * (solution_fo * cross_fo.double()).sum() - (solution_fo * (moments_ff.double() @ solution_fo)).sum()
-    squares = sum_yy_o.double().sum()
-    residual = (squares - explained).clamp_min(0)
-    variance = squares - cross_fo[-1].double().square().sum() / count
-    if squares <= 0:
-        return 1.0, 0.0
-    return float(1 - residual / variance) if variance > 0 else 1.0, float((residual / squares).sqrt())
+    solution = regress(cov_ff, cov_fo, ridge)
+    weight_io = solution[:width]
+    xx, xh, hh = cov_ff[:width, :width], cov_ff[:width, width:], cov_ff[width:, width:]
+    kept = hh.shape[0] > 0
+    if kept and rank < width:
+        # What of x the neurons do not give already.
+        xx = xx - xh @ regress(hh, xh.T, ridge)
+    fitted_oo = weight_io.T @ xx @ weight_io
+    _, vectors = torch.linalg.eigh((fitted_oo + fitted_oo.T) / 2)
+    left = vectors[:, vectors.shape[1] - rank :].flip(1)
+    right = (weight_io @ left).T
+    if not kept:
+        return left, right, cov_fo.new_zeros(0, cov_fo.shape[1])
+    # The same product in a form whose channels are of one size: half-precision models need it.
+    rest = cov_fo[width:] - xh.T @ right.T @ left.T
+    return left, right, regress(hh, rest, ridge)
+
+
+def balance(left_or, right_ri):
+    """The same product with channels of one norm on both sides: what half precision represents best."""
+    left, right = left_or.norm(dim=0), right_ri.norm(dim=1)
+    factor = torch.where((left > 0) & (right > 0), (right / left.clamp_min(1e-300)).sqrt(), 1.0)
+    return left_or * factor, right_ri / factor[:, None]
+
+
+def line_residual(count, sum_z_m, sum_zz_m, sum_a_m, sum_aa_m, sum_za_m):
+    """Variance of each neuron's activation that the best line through its pre-activation leaves unexplained."""
+    slope, _ = affine_target(count, sum_z_m, sum_zz_m, sum_a_m, sum_za_m)
+    variance_a = sum_aa_m / count - (sum_a_m / count).square()
+    covariance = sum_za_m / count - sum_z_m * sum_a_m / count**2
+    return (variance_a - slope * covariance).clamp_min(0)
+
+
+def greedy_neurons(cov_ff, cov_fo, width, count, given=None, ridge=RIDGE):
+    """Neurons one by one, each the one whose addition explains most of what is left of `y` (orthogonal least squares).
+
+    Args:
+        cov_ff, cov_fo: Centred moments of `f = [x, h]` and `y`; the candidates are the features after the first
+            `width`.
+        count (`int`): How many to choose, at most the number of candidates.
+        given: Directions `(r, i)` of `x` that are features already; default: all of `x`. Shape `(0, i)`: none.
+
+    Returns:
+        Indices among the candidates, in order of choice.
+    """
+    xh, hh, ho = cov_ff[:width, width:], cov_ff[width:, width:], cov_fo[width:]
+    xx, xo = cov_ff[:width, :width], cov_fo[:width]
+    if given is not None:
+        xx, xh, xo = given @ xx @ given.T, given @ xh, given @ xo
+    variance = hh.diagonal().clone()
+    if xx.shape[0]:
+        # Features that are there already are taken out of candidates and target.
+        solution = regress(xx, torch.cat([xh, xo], dim=1), ridge)
+        of_h, of_o = solution[:, : xh.shape[1]], solution[:, xh.shape[1] :]
+        hh, ho = hh - xh.T @ of_h, ho - xh.T @ of_o
+    left = hh.diagonal().clone()
+    rest = ho.clone()
+    # Below this part of its own variance a neuron is a combination of what is there; noise would choose it.
+    floor = 1e-6 * variance.clamp_min(torch.finfo(torch.float64).tiny)
+    gains = rest.square().sum(1)
+    columns = hh.new_zeros(count, hh.shape[0])
+    taken = torch.zeros_like(left, dtype=torch.bool)
+    chosen = []
+    for step in range(count):
+        score = torch.where(left > floor, gains / left.clamp_min(1e-300), -1.0)
+        best = int(score.masked_fill(taken, -torch.inf).argmax())
+        pivot = torch.maximum(left[best], floor[best]).sqrt()
+        column = (hh[:, best] - columns[:step].T @ columns[:step, best]) / pivot
+        columns[step] = column
+        direction = rest[best] / pivot
+        rest = rest - torch.outer(column, direction)
+        gains = rest.square().sum(1)
+        left = left - column.square()
+        taken[best] = True
+        chosen.append(best)
+    return chosen
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a block becomes: `y = W x + b + D h_K`, or `P V x` in place of `W x`. All float64.
+
+    Args:
+        weight_oi: `W`, or `None` where it has a lower rank.
+        left_or, right_ri: `P` and `V`, or `None` at full rank.
+        down_ok: `D`.
+        bias_o: `b`.
+        neurons (`list[int]`): `K`, indices of hidden neurons, ascending.
+        r2 (`float`): Share of the output's (weighted) variance that is explained, 1 = all.
+        error (`float`): `|new - old| / |old|` over the (weighted) tokens.
+    """
+
+    weight_oi: torch.Tensor | None
+    left_or: torch.Tensor | None
+    right_ri: torch.Tensor | None
+    down_ok: torch.Tensor
+    bias_o: torch.Tensor
+    neurons: list[int]
+    r2: float | None = None
+    error: float | None = None
+
+    @property
+    def rank(self) -> int | None:
+        """Channels of the linear part, `None` at full rank."""
+        return None if self.left_or is None else self.left_or.shape[1]
+
+
+def fit_block(mean_f, mean_o, cov_ff, cov_fo, var_o, width, neurons=(), rank=None, ridge=RIDGE):
+    """The least-squares [`Fit`] of a block from the moments of its features `[x, h_K]`.
+
+    Args:
+        width (`int`): Input width: the first features.
+        neurons (`Sequence[int]`): Hidden indices of the other features, in their order.
+        rank (`int`, *optional*): Of the linear part; `None`: full.
+
+    Raises:
+        ValueError: `rank` is negative.
+    """
+    if rank is not None and rank < 0:
+        raise ValueError(f"`rank` must be at least 0 or None, got {rank}.")
+    weight = left = right = None
+    if rank is None:
+        solution = regress(cov_ff, cov_fo, ridge)
+        weight, down = solution[:width].T, solution[width:]
+    else:
+        left, right, down = reduced_rank(cov_ff, cov_fo, width, min(rank, width, cov_fo.shape[1]), ridge)
+        solution = torch.cat([(left @ right).T, down])
+        left, right = balance(left, right)
+    bias = mean_o - solution.T @ mean_f
+    residual = unexplained(cov_ff, cov_fo, var_o, solution)
+    variance, squares = float(var_o.sum()), float(var_o.sum() + mean_o.square().sum())
+    order = sorted(range(len(neurons)), key=lambda index: neurons[index])
+    return Fit(
+        weight_oi=None if weight is None else weight.contiguous(),
+        left_or=left,
+        right_ri=right,
+        down_ok=down[order].T.contiguous(),
+        bias_o=bias,
+        neurons=[int(neurons[index]) for index in order],
+        r2=1 - residual / variance if variance > 0 else 1.0,
+        error=math.sqrt(residual / squares) if squares > 0 else 0.0,
+    )
 
 
 def gaussian_inputs(width, rows=1024, seed=0):

@@ -294,6 +294,95 @@ class CollapsedBlock(nn.Module):
         return hidden_states
 
 
+class NarrowFeedForward(nn.Module):
+    """A feed-forward module in which some channels skip the activation: `down([V x ; act(U x)])`, or
+    `down([x ; act(U x)])` where the linear part has full rank. In a gated one only the neurons are gated.
+
+    The linears keep the names, and so the keys, that they had. `up` gives the linear channels first, then the neurons;
+    where gate and up were one linear, the gate's outputs come before both.
+
+    Args:
+        children (`dict[str, nn.Module]`): The parts under their native names, in order; those after `down` follow it.
+        names (`dict[str, str]`): `"up"`, `"activation"`, `"down"` and, where it is a linear of its own, `"gate"`.
+        linear_channels (`int`): Channels that skip the activation; the input width means the input itself.
+        neurons (`int`): Channels that do not.
+        gated (`bool`): Whether the neurons are `act(gate(x)) * up(x)`.
+    """
+
+    def __init__(self, children, names, in_features, linear_channels, neurons, gated, act="native"):
+        super().__init__()
+        for name, child in children.items():
+            self.add_module(name, child)
+        self.names, self.gated, self.act_name = names, gated, act
+        self.in_features, self.linear_channels, self.neurons = in_features, linear_channels, neurons
+        used = set(names.values())
+        self.then = [name for name in children if name not in used]
+
+    def forward(self, hidden_states):
+        modules, names = self._modules, self.names
+        linear = hidden_states
+        if self.neurons:
+            up = modules[names["up"]](hidden_states)
+            gate = None
+            if self.gated and "gate" in names:
+                gate = modules[names["gate"]](hidden_states)
+            elif self.gated:
+                gate, up = up[..., : self.neurons], up[..., self.neurons :]
+            if self.linear_channels < self.in_features:
+                linear, up = up[..., : self.linear_channels], up[..., self.linear_channels :]
+            activation = modules[names["activation"]]
+            neurons = activation(up) if gate is None else activation(gate) * up
+            linear = torch.cat([linear, neurons], dim=-1)
+        elif self.linear_channels < self.in_features:
+            linear = modules[names["up"]](hidden_states)
+        hidden_states = modules[names["down"]](linear)
+        for name in self.then:
+            hidden_states = modules[name](hidden_states)
+        return hidden_states
+
+    def extra_repr(self):
+        return f"linear_channels={self.linear_channels}, neurons={self.neurons}, gated={self.gated}"
+
+
+class NarrowActivation(nn.Module):
+    """The activation of a narrow feed-forward block whose code runs around it: the first channels pass.
+
+    Args:
+        native (`nn.Module`): The activation that stood here.
+        linear_channels, neurons (`int`): Channels that pass, and those that do not.
+        act (`str`): `"native"`, or the name of an activation in `transformers.activations.ACT2FN` to use instead.
+    """
+
+    def __init__(self, native, linear_channels, neurons, act="native"):
+        super().__init__()
+        self.native = native
+        self.replacement = None if act == "native" else ACT2FN[act]
+        self.act_name, self.linear_channels, self.neurons = act, linear_channels, neurons
+
+    def forward(self, pre_activation):
+        act = self.native if self.replacement is None else self.replacement
+        linear, neurons = pre_activation.split([self.linear_channels, self.neurons], dim=-1)
+        return torch.cat([linear, act(neurons)], dim=-1)
+
+    def extra_repr(self):
+        return f"linear_channels={self.linear_channels}, neurons={self.neurons}"
+
+
+class _PassOn:
+    """In front of a linear class: `[x ; linear(x)]`."""
+
+    def forward(self, hidden_states):
+        return torch.cat([hidden_states, super().forward(hidden_states)], dim=-1)
+
+
+class PassOnLinear(_PassOn, nn.Linear):
+    """The first linear of a narrow feed-forward block at full rank, whose code runs around it: `[x ; U x + u]`."""
+
+
+class PassOnConv1D(_PassOn, Conv1D):
+    """[`PassOnLinear`] with the weights of transformers' `Conv1D`."""
+
+
 # ----------------------------------------------------------------------------------------------------
 # The replacement table: data from a file that may be damaged or hostile
 # ----------------------------------------------------------------------------------------------------
@@ -303,6 +392,13 @@ _WIDTH = f"an integer from 1 to {MAX_WIDTH}"
 
 def _is_width(value):
     return type(value) is int and 1 <= value <= MAX_WIDTH
+
+
+_COUNT = f"an integer from 0 to {MAX_WIDTH}"
+
+
+def _is_count(value):
+    return type(value) is int and 0 <= value <= MAX_WIDTH
 
 
 # kind -> {key: (check, what is expected)}; "optional" keys are marked by a default in _DEFAULTS.
@@ -328,9 +424,35 @@ _SPECS = {
         "child": (lambda v: isinstance(v, str), "the name of a child module"),
         "then": (lambda v: isinstance(v, list) and all(isinstance(n, str) for n in v), "a list of names of children"),
     },
+    "narrow_ffn": {
+        "part": (lambda v: isinstance(v, str), "'block', 'up' or 'activation'"),
+        "linear_channels": (_is_count, _COUNT),
+        "neurons": (_is_count, _COUNT),
+        "gated": (lambda v: isinstance(v, bool), "true or false"),
+    },
+}
+_ACT = _SPECS["activation"]["act"]
+_CHILD = _SPECS["block"]["child"]
+_BIAS = _SPECS["linear"]["bias"]
+# What a `narrow_ffn` entry says beside that: the whole of an MLP module, or one part of a block that other code runs
+# around (the last linear is a `linear` or `conv1d` there, and so is the first below full rank).
+_NARROW_PARTS = {
+    "block": {
+        "in_features": (_is_width, _WIDTH),
+        "out_features": (_is_width, _WIDTH),
+        "up": _CHILD,
+        "activation": _CHILD,
+        "down": _CHILD,
+        "gate": (lambda v: v is None or isinstance(v, str), "the name of a child module, or null"),
+        "then": _SPECS["block"]["then"],
+        "up_bias": _BIAS,
+        "gate_bias": _BIAS,
+        "act": _ACT,
+    },
+    "up": {"in_features": (_is_width, _WIDTH), "bias": _BIAS},
+    "activation": {"act": _ACT},
 }
 _DEFAULTS = {"gate": False, "then": [], "scope": "base_model"}
-_NOT_IN_THIS_VERSION = {"narrow_ffn"}
 
 
 def validate_layer_collapse(layer_collapse):
@@ -371,20 +493,34 @@ def _validate_entry(path, spec):
     if not isinstance(spec, dict):
         raise ValueError(f"{entry}: expected an object, got {type(spec).__name__}.")
     kind = spec.get("type")
-    if isinstance(kind, str) and kind in _NOT_IN_THIS_VERSION:
-        raise ValueError(f"{entry}: {kind!r} is defined by the format but not supported by this version of the code.")
     if not isinstance(kind, str) or kind not in _SPECS:
         raise ValueError(f"{entry}: unknown type {kind!r}, expected one of {sorted(_SPECS)}.")
-    for key in spec.keys() - {"type", "scope"} - _SPECS[kind].keys():
+    keys = _SPECS[kind]
+    if kind == "narrow_ffn":
+        if spec.get("part") not in list(_NARROW_PARTS):
+            raise ValueError(f"{entry}: `part` of a narrow_ffn must be {keys['part'][1]}, got {spec.get('part')!r}.")
+        keys = {**keys, **_NARROW_PARTS[spec["part"]]}
+    for key in spec.keys() - {"type", "scope"} - keys.keys():
         raise ValueError(f"{entry}: unknown key {key!r} for type {kind!r}.")
     if spec.get("scope", "base_model") not in ("base_model", "model"):
         raise ValueError(f"{entry}: `scope` must be 'base_model' or 'model', got {spec['scope']!r}.")
-    for key, (check, expected) in _SPECS[kind].items():
-        value = spec.get(key, _DEFAULTS.get(key))
+    for key, (check, expected) in keys.items():
+        value = spec.get(key) if kind == "narrow_ffn" else spec.get(key, _DEFAULTS.get(key))
         if not check(value):
             raise ValueError(f"{entry}: `{key}` must be {expected}, got {value!r}.")
     if kind == "activation" and spec["alpha_shape"] not in ([1], [spec["width"]]):
         raise ValueError(f"{entry}: `alpha_shape` must be [1] or [{spec['width']}], got {spec['alpha_shape']}.")
+    if kind == "narrow_ffn":
+        channels, width = spec["linear_channels"], spec.get("in_features", MAX_WIDTH)
+        if channels + spec["neurons"] < 1 or channels > width:
+            raise ValueError(
+                f"{entry}: `linear_channels` and `neurons` must not both be 0, and `linear_channels` is at most the "
+                f"input width; got {channels} and {spec['neurons']}."
+            )
+        if spec["part"] != "block" and spec["gated"]:
+            raise ValueError(f"{entry}: a gated block is replaced as a whole, by a 'block' part.")
+        if spec["part"] == "up" and channels != width:
+            raise ValueError(f"{entry}: an 'up' part passes its input on, so `linear_channels` must be {width}.")
 
 
 def _child(module, name):
@@ -428,8 +564,10 @@ def resolve_table(model, table):
 
 
 def base_model_of(model):
-    """The module that table paths are relative to."""
-    return model.base_model if isinstance(model, PreTrainedModel) else model
+    """The module that table paths are relative to: the base model, also of a head on top of another head."""
+    while isinstance(model, PreTrainedModel) and model.base_model is not model:
+        model = model.base_model
+    return model
 
 
 def base_model_prefix_of(model):
@@ -458,11 +596,13 @@ def build_module(path, native, spec):
         if missing or len(set(names)) != len(names):
             raise ValueError(f"{entry}: {type(native).__name__} has no children {missing or names}.")
         return CollapsedBlock({name: native._modules[name] for name in names})
+    if kind == "narrow_ffn":
+        return _build_narrow(entry, native, spec)
     native_in, native_out = linear_shape(native, entry)
     # One stores the other's weights transposed, which no shape tells where both are square.
     if (kind == "conv1d") != isinstance(native, Conv1D):
         raise ValueError(f"{entry}: a {kind} does not fit in place of {type(native).__name__}.")
-    fits = spec["out_features"] == native_out
+    fits = spec["out_features"] == native_out or spec["in_features"] == native_in
     # A merged map is smaller than the two it came from, so it can be at most about twice its last linear.
     if not fits or spec["in_features"] * spec["out_features"] > 2 * native_in * native_out:
         raise ValueError(
@@ -472,6 +612,64 @@ def build_module(path, native, spec):
     if kind == "linear":
         return nn.Linear(spec["in_features"], spec["out_features"], bias=spec["bias"])
     return Conv1D(spec["out_features"], spec["in_features"])
+
+
+def _build_narrow(entry, native, spec):
+    channels, neurons, gated = spec["linear_channels"], spec["neurons"], spec["gated"]
+    if spec["part"] == "activation":
+        return NarrowActivation(native, channels, neurons, spec["act"])
+    if spec["part"] == "up":
+        native_in, native_out = linear_shape(native, entry)
+        if spec["in_features"] != native_in or neurons > native_out:
+            raise ValueError(
+                f"{entry}: {neurons} neurons on {spec['in_features']} inputs do not fit in place of {native_in} -> "
+                f"{native_out}."
+            )
+        if isinstance(native, Conv1D):
+            return PassOnConv1D(neurons, native_in)
+        return PassOnLinear(native_in, neurons, bias=spec["bias"])
+
+    names = {part: spec[part] for part in ("gate", "up", "activation", "down") if spec[part] is not None}
+    children = [*names.values(), *spec["then"]]
+    missing = [name for name in children if _child(native, name) is None]
+    if missing or len(set(children)) != len(children):
+        raise ValueError(f"{entry}: {type(native).__name__} has no children {missing or children}.")
+    width, out = spec["in_features"], spec["out_features"]
+    up_in, _ = linear_shape(native._modules[names["up"]], entry)
+    hidden, down_out = linear_shape(native._modules[names["down"]], entry)
+    if (width, out) != (up_in, down_out) or neurons > hidden or (spec["gate"] is not None and not gated):
+        raise ValueError(
+            f"{entry}: {channels} linear channels and {neurons} neurons, {width} -> {out}, do not fit in place of "
+            f"{up_in} -> {hidden} -> {down_out}."
+        )
+    modules = {name: native._modules[name] for name in children}
+    up_out, gate_out = narrow_widths(width, channels, neurons, gated, spec["gate"] is None)
+    kind = native._modules[names["down"]]
+    if up_out:
+        modules[names["up"]] = make_linear(kind, width, up_out, spec["up_bias"])
+    else:
+        del modules[names["up"]]
+    if gate_out:
+        modules[names["gate"]] = make_linear(kind, width, gate_out, spec["gate_bias"])
+    elif spec["gate"] is not None:
+        del modules[names["gate"]]
+    if spec["act"] != "native":
+        modules[names["activation"]] = ACT2FN[spec["act"]]
+    modules[names["down"]] = make_linear(kind, channels + neurons, out, True)
+    return NarrowFeedForward(modules, names, width, channels, neurons, gated, spec["act"])
+
+
+def narrow_widths(in_features, linear_channels, neurons, gated, fused):
+    """`(outputs of up, outputs of the gate's own linear)` in a narrow feed-forward block."""
+    linear = linear_channels if linear_channels < in_features else 0
+    return linear + neurons * (2 if gated and fused else 1), neurons if gated and not fused else 0
+
+
+def make_linear(like, in_features, out_features, bias):
+    """A layer of the class of `like`. Parameters are made on the current device; a `Conv1D` always has a bias."""
+    if isinstance(like, Conv1D):
+        return Conv1D(out_features, in_features)
+    return nn.Linear(in_features, out_features, bias=bias)
 
 
 def linear_shape(module, what="module"):

@@ -308,14 +308,18 @@ def test_only_ready_blocks_collapse(values, ready):
     assert [index for index, state in enumerate(states) if state == "patched"] == waiting
 
 
-def test_a_block_of_neurons_is_ready_when_all_of_them_are():
+def test_a_block_of_neurons_is_ready_when_merging_those_that_are_makes_it_smaller():
     case = BY_NAME["bert"]
     model = patched(case, LayerCollapseConfig(granularity="neuron"), 0.99)
     with torch.no_grad():
-        alphas(model)[0][7] = 0.9
+        alphas(model)[0][:7] = 0.9
+        # 16 x 16 and 2 x 16 for each neuron that stays: with 32 of 40 as large as before.
+        alphas(model)[1][:31] = 0.5
+        alphas(model)[2][:32] = 0.5
     report = collapse_model(model)
-    assert report.collapsed == case.blocks()[1:]
-    assert report.blocks[0].alpha == pytest.approx(0.9, abs=1e-6) or report.blocks[0].outcome == "kept"
+    assert report.collapsed == case.blocks()[:2] and report.blocks[2].outcome == "kept"
+    assert [block.kept_neurons for block in report.blocks] == [7, 31, 0]
+    assert report.blocks[1].macs_after == 16 * 16 + 31 * 32 < report.blocks[1].macs_before
 
 
 @every_model

@@ -85,74 +85,201 @@ def test_affine_target_of_neurons_that_do_not_vary():
     assert torch.isfinite(slope).all() and torch.isfinite(offset).all()
 
 
-def moments(x, y):
-    features = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-    return features.T @ features, features.T @ y, y.square().sum(0)
+def moments(f, y, weights=None):
+    weights = torch.ones(len(f), 1).double() if weights is None else weights[:, None]
+    total = float(weights.sum())
+    wf, wy = weights * f, weights * y
+    return functional.second_moments(total, wf.sum(0), wy.sum(0), f.T @ wf, f.T @ wy, (y * wy).sum(0))
 
 
-def test_least_squares_map_is_the_least_squares_map():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(300, IN, dtype=torch.float64, generator=generator) + 1
-    y = torch.randn(300, OUT, dtype=torch.float64, generator=generator) + x @ torch.randn(IN, OUT).double()
-    features, cross, _ = moments(x, y)
-    expected = torch.linalg.lstsq(torch.cat([x, torch.ones(300, 1).double()], dim=1), y).solution
-    weight, bias = functional.least_squares_map(features, cross, ridge=0.0)
-    torch.testing.assert_close(torch.cat([weight.T, bias[None]]), expected, rtol=1e-10, atol=1e-10)
-    weight, bias = functional.least_squares_map(features, cross)
-    torch.testing.assert_close(torch.cat([weight.T, bias[None]]), expected, rtol=1e-5, atol=1e-5)
+def lstsq(f, y):
+    """`(solution without the intercept, intercept)`."""
+    solution = torch.linalg.lstsq(torch.cat([f, torch.ones(len(f), 1).double()], dim=1), y).solution
+    return solution[:-1], solution[-1]
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def relu_block(rows=400, seed=0):
+    """`(x, h, y)` of a block of random weights with ReLU."""
+    x = random(rows, IN, seed=seed) + 0.5
+    h = torch.relu(x @ random(IN, HIDDEN, seed=seed + 1) + random(HIDDEN, seed=seed + 2))
+    return x, h, h @ random(HIDDEN, OUT, seed=seed + 3) + 1
+
+
+def features(x, h, neurons):
+    return torch.cat([x, h[:, neurons]], dim=1)
+
+
+def evaluate(fit, x, h):
+    linear_part = x @ (fit.weight_oi if fit.rank is None else fit.left_or @ fit.right_ri).T
+    return linear_part + h[:, fit.neurons] @ fit.down_ok.T + fit.bias_o
+
+
+def test_second_moments_are_centred_and_weighted():
+    f, y, weights = random(50, 3) + 4, random(50, 2, seed=1) - 2, random(50, seed=2).abs()
+    mean_f, mean_o, cov_ff, cov_fo, var_o = moments(f, y, weights)
+    share = (weights / weights.sum())[:, None]
+    expected_f, expected_o = (share * f).sum(0), (share * y).sum(0)
+    torch.testing.assert_close(mean_f, expected_f)
+    torch.testing.assert_close(mean_o, expected_o)
+    torch.testing.assert_close(cov_ff, (f - expected_f).T @ (share * (f - expected_f)))
+    torch.testing.assert_close(cov_fo, (f - expected_f).T @ (share * (y - expected_o)))
+    torch.testing.assert_close(var_o, (share * (y - expected_o).square()).sum(0))
+
+
+def test_the_full_fit_is_the_least_squares_map():
+    x = random(300, IN) + 1
+    y = random(300, OUT, seed=1) + x @ random(IN, OUT, seed=2)
+    weight, bias = lstsq(x, y)
+    fit = functional.fit_block(*moments(x, y), IN)
+    torch.testing.assert_close(fit.weight_oi, weight.T, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(fit.bias_o, bias, rtol=1e-10, atol=1e-10)
+    assert fit.neurons == [] and fit.rank is None
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-4, 1e6], ids="scale={}".format)
-def test_least_squares_map_is_exact_on_a_block_that_is_linear(scale):
-    generator = torch.Generator().manual_seed(0)
+def test_the_fit_is_exact_on_a_block_that_is_linear(scale):
     # One feature a thousand times the others, as massive activations are.
-    x = scale * torch.randn(300, IN, dtype=torch.float64, generator=generator) * torch.tensor([1e3, 1, 1, 1, 1])
-    weight, bias = torch.randn(OUT, IN).double(), torch.randn(OUT).double()
-    y = x @ weight.T + bias
-    features, cross, squares = moments(x, y)
-    fitted = functional.least_squares_map(features, cross, ridge=1e-12)
-    assert functional.relative_error(y, linear(x, *fitted)) < 1e-10
-    torch.testing.assert_close(fitted[0], weight, rtol=1e-6, atol=1e-6)
-    r2, error = functional.fit_quality(features, cross, squares, *functional.least_squares_map(features, cross))
-    assert r2 > 1 - 1e-9 and error < 1e-5
+    x = scale * random(300, IN) * torch.tensor([1e3, 1, 1, 1, 1])
+    weight, bias = random(OUT, IN, seed=1), random(OUT, seed=2)
+    fit = functional.fit_block(*moments(x, x @ weight.T + bias), IN)
+    torch.testing.assert_close(fit.weight_oi, weight, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(fit.bias_o, bias, rtol=1e-9, atol=1e-9 * scale)
+    assert fit.r2 == pytest.approx(1, abs=1e-9) and fit.error < 1e-5
 
 
-def test_least_squares_map_with_dead_and_repeated_features():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(300, IN, dtype=torch.float64, generator=generator)
+def test_the_fit_with_dead_and_repeated_features():
+    x = random(300, IN)
     x[:, 1] = 0.0
     x[:, 3] = x[:, 2]
-    y = torch.randn(300, OUT, dtype=torch.float64, generator=generator) + x[:, :1] - 3 * x[:, 3:4] + 2
-    features, cross, squares = moments(x, y)
-    weight, bias = functional.least_squares_map(features, cross)
-    assert torch.equal(weight[:, 1], torch.zeros(OUT).double())
-    assert weight.abs().max() < 10
-    keep = torch.cat([x[:, [0, 2, 4]], torch.ones(300, 1).double()], dim=1)
-    best = (y - keep @ torch.linalg.lstsq(keep, y).solution).norm()
-    assert (y - linear(x, weight, bias)).norm() <= best * (1 + 1e-6)
+    y = random(300, OUT, seed=1) + x[:, :1] - 3 * x[:, 3:4] + 2
+    fit = functional.fit_block(*moments(x, y), IN)
+    assert torch.equal(fit.weight_oi[:, 1], torch.zeros(OUT).double())
+    assert fit.weight_oi.abs().max() < 10
+    weight, bias = lstsq(x[:, [0, 2, 4]], y)
+    best = (y - x[:, [0, 2, 4]] @ weight - bias).norm()
+    assert (y - linear(x, fit.weight_oi, fit.bias_o)).norm() <= best * (1 + 1e-9)
 
 
-def test_fit_quality_is_that_of_the_map():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(300, IN, dtype=torch.float64, generator=generator)
-    y = torch.relu(x @ torch.randn(IN, OUT, generator=generator).double()) + 1
-    features, cross, squares = moments(x, y)
-    for weight, bias in (
-        functional.least_squares_map(features, cross),
-        (torch.randn(OUT, IN).double(), torch.randn(OUT).double()),
-        (torch.zeros(OUT, IN).double(), y.mean(0)),
-    ):
-        residual = y - linear(x, weight, bias)
-        r2, error = functional.fit_quality(features, cross, squares, weight, bias)
-        assert r2 == pytest.approx(float(1 - residual.square().sum() / (y - y.mean(0)).square().sum()), abs=1e-9)
-        assert error == pytest.approx(float(residual.norm() / y.norm()), abs=1e-9)
+@pytest.mark.parametrize("rank", [None, 0, 2])
+@pytest.mark.parametrize("neurons", [[], [7, 2, 5]], ids=["k=0", "k=3"])
+def test_the_quality_is_that_of_the_map(rank, neurons):
+    x, h, y = relu_block()
+    fit = functional.fit_block(*moments(features(x, h, neurons), y), IN, neurons, rank)
+    residual = y - evaluate(fit, x, h)
+    assert fit.neurons == sorted(neurons)
+    assert fit.r2 == pytest.approx(float(1 - residual.square().sum() / (y - y.mean(0)).square().sum()), abs=1e-9)
+    assert fit.error == pytest.approx(float(residual.norm() / y.norm()), abs=1e-9)
 
 
-def test_fit_quality_of_a_block_that_gives_zero():
-    x = torch.randn(30, IN).double()
-    y = torch.zeros(30, OUT).double()
-    features, cross, squares = moments(x, y)
-    assert functional.fit_quality(features, cross, squares, *functional.least_squares_map(features, cross)) == (1, 0)
+def test_the_quality_on_a_block_that_gives_zero():
+    x = random(30, IN)
+    fit = functional.fit_block(*moments(x, torch.zeros(30, OUT).double()), IN)
+    assert (fit.r2, fit.error) == (1, 0)
+
+
+def test_kept_neurons_are_fitted_jointly_with_the_map():
+    x, h, y = relu_block()
+    neurons = [1, 4, 9]
+    fit = functional.fit_block(*moments(features(x, h, neurons), y), IN, neurons)
+    solution, bias = lstsq(features(x, h, neurons), y)
+    torch.testing.assert_close(torch.cat([fit.weight_oi, fit.down_ok], dim=1), solution.T, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(fit.bias_o, bias, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("rank", [None, 0, 3])
+def test_keeping_all_neurons_reproduces_the_block(rank):
+    x, h, y = relu_block()
+    neurons = list(range(HIDDEN))
+    fit = functional.fit_block(*moments(features(x, h, neurons), y), IN, neurons, rank)
+    torch.testing.assert_close(evaluate(fit, x, h), y, rtol=1e-8, atol=1e-8)
+    if rank == 0:
+        torch.testing.assert_close(fit.down_ok, random(HIDDEN, OUT, seed=3).T, rtol=1e-8, atol=1e-8)
+
+
+def test_rank_zero_is_width_pruning():
+    x, h, y = relu_block()
+    neurons = [0, 3, 8]
+    fit = functional.fit_block(*moments(features(x, h, neurons), y), IN, neurons, rank=0)
+    solution, bias = lstsq(h[:, neurons], y)
+    assert fit.left_or.shape == (OUT, 0) and fit.right_ri.shape == (0, IN) and fit.rank == 0
+    torch.testing.assert_close(fit.down_ok, solution.T, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(fit.bias_o, bias, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("neurons", [[], [1, 4, 9]], ids=["k=0", "k=3"])
+def test_no_map_of_the_rank_is_better(neurons):
+    x, h, y = relu_block()
+    f = features(x, h, neurons)
+    data = moments(f, y)
+    fit = functional.fit_block(*data, IN, neurons, rank=2)
+    assert torch.linalg.matrix_rank(fit.left_or @ fit.right_ri) == 2
+    best = (y - evaluate(fit, x, h)).square().sum()
+    # Alternating least squares on the two factors, from there and from elsewhere, finds nothing better.
+    for left in (fit.left_or, random(OUT, 2, seed=5)):
+        for _ in range(40):
+            # y (left^+)^T on all features gives V, then left and the rest follow from V x.
+            right = lstsq(f, y @ torch.linalg.pinv(left).T)[0][:IN].T
+            narrow = torch.cat([x @ right.T, h[:, neurons]], dim=1)
+            solution, bias = lstsq(narrow, y)
+            left = solution[:2].T
+        assert (y - narrow @ solution - bias).square().sum() >= best * (1 - 1e-9)
+
+
+def test_a_rank_that_suffices_gives_the_full_map():
+    x = random(300, IN)
+    weight = random(OUT, 2, seed=1) @ random(2, IN, seed=2)
+    fit = functional.fit_block(*moments(x, x @ weight.T + 3), IN, rank=2)
+    torch.testing.assert_close(fit.left_or @ fit.right_ri, weight, rtol=1e-9, atol=1e-9)
+    # Channels of one size on both sides.
+    torch.testing.assert_close(fit.left_or.norm(dim=0), fit.right_ri.norm(dim=1))
+
+
+def test_a_negative_rank_is_refused():
+    x, _, y = relu_block()
+    with pytest.raises(ValueError, match="at least 0"):
+        functional.fit_block(*moments(x, y), IN, rank=-1)
+
+
+@pytest.mark.parametrize("given", [None, 0, 2], ids=["all-of-x", "nothing", "two-directions"])
+def test_greedy_neurons_takes_the_best_one_each_time(given):
+    x, h, y = relu_block()
+    directions = None if given is None else random(given, IN, seed=9)
+    chosen = functional.greedy_neurons(*moments(torch.cat([x, h], dim=1), y)[2:4], IN, 4, given=directions)
+    base = x if given is None else x @ directions.T
+
+    def residual(neurons):
+        solution, bias = lstsq(torch.cat([base, h[:, neurons]], dim=1), y)
+        return (y - torch.cat([base, h[:, neurons]], dim=1) @ solution - bias).square().sum()
+
+    for count in range(4):
+        before = chosen[:count]
+        others = [neuron for neuron in range(HIDDEN) if neuron not in before]
+        assert chosen[count] == min(others, key=lambda neuron: residual([*before, neuron]))
+
+
+def test_greedy_neurons_never_takes_one_twice():
+    x, h, y = relu_block()
+    h[:, 3] = h[:, 5]
+    h[:, 7] = 0
+    h[:, 8] = x @ random(IN, seed=4)
+    chosen = functional.greedy_neurons(*moments(torch.cat([x, h], dim=1), y)[2:4], IN, HIDDEN)
+    assert sorted(chosen) == list(range(HIDDEN))
+    # The dead, the linear and one of the equal ones explain nothing, and come last.
+    assert set(chosen[-3:]) in ({3, 7, 8}, {5, 7, 8})
+
+
+def test_line_residual_is_the_variance_around_the_line():
+    z = random(500, 4) * 2
+    a = torch.nn.functional.gelu(z)
+    sums = [z.sum(0), z.square().sum(0), a.sum(0), a.square().sum(0), (z * a).sum(0)]
+    for neuron in range(4):
+        slope, offset = lstsq(z[:, neuron : neuron + 1], a[:, neuron : neuron + 1])
+        expected = (a[:, neuron] - z[:, neuron] * slope[0, 0] - offset).square().mean()
+        torch.testing.assert_close(functional.line_residual(500, *sums)[neuron], expected, rtol=1e-9, atol=1e-12)
 
 
 def test_gaussian_inputs_are_always_the_same():

@@ -140,7 +140,7 @@ def test_every_auto_class_that_knows_the_native_class(case, life, tmp_path):
 
 
 @every_model
-@every_life
+@pytest.mark.parametrize("life", ["affine", "half"])
 def test_configs(case, life, tmp_path):
     model = in_life(case, life)
     model.save_pretrained(tmp_path)
@@ -164,7 +164,7 @@ def test_configs(case, life, tmp_path):
 
 
 @every_model
-@every_life
+@pytest.mark.parametrize("life", ["affine", "neurons", "half"])
 def test_from_config_has_the_structure_and_first_values(case, life, tmp_path):
     model = in_life(case, life)
     model.save_pretrained(tmp_path)

@@ -1,0 +1,294 @@
+"""`layercollapse`: look at a model's feed-forward blocks, and collapse them under a budget, from the shell."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import transformers
+from transformers import AutoConfig
+from transformers.models.auto import modeling_auto
+
+from .collapsing import collapse_model
+from .families import find_feed_forward_blocks, refused_blocks
+from .planning import CollapsePlan, linearity_map, plan_collapse, table
+
+
+try:
+    import typer
+except ImportError:
+    raise SystemExit('layercollapse needs typer: pip install "hf_layercollapse[cli]"') from None
+
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Makes transformers models smaller by collapsing feed-forward blocks into linear maps.",
+)
+
+# Tried in this order for the class that a config names.
+AUTO_CLASSES = (
+    "AutoModelForSequenceClassification",
+    "AutoModelForCausalLM",
+    "AutoModelForImageClassification",
+    "AutoModelForMaskedLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForMultipleChoice",
+    "AutoModel",
+)
+TABLES = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+
+Model = Annotated[str, typer.Argument(help="Name on the Hub, or folder, of a transformers model.", show_default=False)]
+DataConfig = Annotated[str | None, typer.Option(help="Configuration of a data set on the Hub.")]
+Split = Annotated[str, typer.Option(help="Split of the data to use. Not the one the result is tested on.")]
+Text = Annotated[str | None, typer.Option(help="Column of the text or image. Default: the first that holds any.")]
+Label = Annotated[str | None, typer.Option(help="Column of the class; with it the score is the model's loss.")]
+Samples = Annotated[int, typer.Option(min=8, help="Rows of the data to use.")]
+Batch = Annotated[int, typer.Option(min=1, help="Rows a batch.")]
+Length = Annotated[int, typer.Option(min=1, help="Tokens a text is cut to.")]
+Blocks = Annotated[str, typer.Option(help="'all', 'last:N', 'first:N', or a regular expression of block names.")]
+Device = Annotated[str, typer.Option(help="Device to compute on, as torch names it.")]
+Trust = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
+DATA_HELP = (
+    "Text or images: a name on the Hub, a .txt, .csv, .tsv, .json(l) or .parquet file, or a folder of images in "
+    "folders named after their classes."
+)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} Without it nothing is measured.")] = None,
+    data_config: DataConfig = None,
+    split: Split = "train",
+    column: Text = None,
+    label_column: Label = None,
+    samples: Samples = 512,
+    batch_size: Batch = 8,
+    max_length: Length = 256,
+    blocks: Blocks = "all",
+    json_file: Annotated[Path | None, typer.Option(help="Write the table as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot; .png or .svg.")] = None,
+    device: Device = "cpu",
+    trust_remote_code: Trust = False,
+):
+    """Lists a model's feed-forward blocks; with data, how linear each is and what collapsing it alone costs."""
+    _check_plot(plot)
+    live = load_model(model, trust_remote_code).to(device)
+    if data is None:
+        found = find_feed_forward_blocks(live)
+        if plot is not None:
+            raise ValueError("--plot shows what is measured on data: pass --data too.")
+        rows = [["block", "kind", "state", "widths", "parameters", "MACs/token"]]
+        for b in found:
+            widths = f"{b.in_features} -> {b.hidden_features} -> {b.out_features}"
+            rows.append([b.name, b.kind, b.state, widths, f"{b.parameters:,}", f"{b.macs:,}"])
+        typer.echo(table(rows))
+        total = sum(parameter.numel() for parameter in live.parameters())
+        inside = sum(block.parameters for block in found)
+        typer.echo(f"{len(found)} blocks hold {inside:,} of {total:,} parameters ({inside / total:.1%})")
+        for name, reason in refused_blocks(live).items():
+            typer.echo(f"refused: {name}: {reason}")
+        values = [{key: getattr(b, key) for key in _COLUMNS} for b in found]
+    else:
+        batches = load_batches(
+            live, model, data, data_config, split, column, label_column, samples, batch_size, max_length
+        )
+        result = linearity_map(live, batches, blocks)
+        typer.echo(str(result))
+        values = result.to_dict()
+        if plot is not None:
+            from .plotting import plot_linearity
+
+            plot_linearity(result, [plot])
+    if json_file is not None:
+        json_file.write_text(json.dumps(values, indent=1) + "\n")
+
+
+_COLUMNS = ("name", "index", "kind", "state", "in_features", "hidden_features", "out_features", "parameters", "macs")
+
+
+@app.command()
+def collapse(
+    model: Model,
+    data: Annotated[str, typer.Option(help=DATA_HELP, show_default=False)],
+    output: Annotated[Path, typer.Option(help="Folder for the collapsed model.", show_default=False)],
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="parameters=0.8 (share of the model's, or a count), macs=0.5 (share of the feed-forward blocks', or "
+            "a count a token), latency=0.8 (share of the dense model's time), or max_drop=0.02 (rise of the loss, in "
+            "nats)."
+        ),
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan that was made before, in place of --budget.")] = None,
+    save_plan: Annotated[Path | None, typer.Option(help="Write the plan, with the curve of all plans (JSON).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot of that curve; .png or .svg.")] = None,
+    data_config: DataConfig = None,
+    split: Split = "train",
+    column: Text = None,
+    label_column: Label = None,
+    samples: Samples = 512,
+    batch_size: Batch = 8,
+    max_length: Length = 256,
+    blocks: Blocks = "all",
+    device: Device = "cpu",
+    trust_remote_code: Trust = False,
+):
+    """Collapses a model under a budget, with no training, and saves it."""
+    _check_plot(plot)
+    if (budget is None) == (plan is None):
+        raise ValueError("Pass either --budget or --plan.")
+    wanted = parse_budget(budget) if budget is not None else None
+    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
+        raise ValueError(f"--output {output} exists and is not empty.")
+    made = CollapsePlan.load(plan) if plan is not None else None
+    live = load_model(model, trust_remote_code).to(device)
+    batches = load_batches(
+        live, model, data, data_config, split, column, label_column, samples, batch_size, max_length
+    )
+    if made is None:
+        made = plan_collapse(live, batches, **wanted, blocks=blocks)
+    typer.echo(str(made) + "\n")
+    if save_plan is not None:
+        made.save(save_plan)
+    if plot is not None:
+        from .plotting import plot_plan
+
+        plot_plan(made, [plot])
+    if not made.point.choices:
+        raise ValueError("No block can collapse within this budget; nothing was saved.")
+    report = collapse_model(live, plan=made, calibration_data=batches)
+    live.save_pretrained(output)
+    processor = _processor_of(live, model)
+    if processor is not None:
+        processor.save_pretrained(output)
+    typer.echo(str(report))
+    typer.echo(
+        f"\nSaved in {output}. Load it with\n\n    import hf_layercollapse\n"
+        f"    from transformers import {_auto_class_of(live.config)}\n\n"
+        f'    model = {_auto_class_of(live.config)}.from_pretrained("{output}")'
+    )
+
+
+def parse_budget(text) -> dict[str, float | int]:
+    """`"macs=0.5"` as `{"macs": 0.5}`.
+
+    Raises:
+        ValueError: It is no budget.
+    """
+    name, equals, value = text.partition("=")
+    names = ("parameters", "macs", "latency", "max_drop")
+    if not equals or name not in names:
+        raise ValueError(f"--budget must be {', '.join(f'{name}=...' for name in names)}; got {text!r}.")
+    try:
+        return {name: int(value) if value.isdigit() and int(value) > 1 else float(value)}
+    except ValueError:
+        raise ValueError(f"--budget {text!r}: {value!r} is not a number.") from None
+
+
+def _check_plot(plot):
+    if plot is None:
+        return
+    if plot.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot must end in .png, .svg or .pdf, got {plot}.")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ValueError('--plot needs matplotlib: pip install "hf_layercollapse[plot]".') from None
+
+
+def _auto_class_of(config):
+    """Name of the Auto class that loads what the config's `architectures` says."""
+    wanted = (config.architectures or [None])[0]
+    for name in AUTO_CLASSES:
+        mapping = modeling_auto.__dict__[name]._model_mapping
+        if type(config) not in mapping:
+            continue
+        classes = mapping[type(config)]
+        classes = classes if isinstance(classes, (list, tuple)) else (classes,)
+        if wanted is None or any(model.__name__ == wanted for model in classes):
+            return name
+    return "AutoModel"
+
+
+def load_model(name, trust_remote_code=False):
+    """The model that a folder or a Hub name holds, in the class that was saved."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    auto_class = getattr(transformers, _auto_class_of(config))
+    return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code).eval()
+
+
+def _processor_of(model, name):
+    if model.main_input_name == "pixel_values":
+        return transformers.AutoImageProcessor.from_pretrained(name)
+    return transformers.AutoTokenizer.from_pretrained(name)
+
+
+def load_batches(model, name, data, data_config, split, column, label_column, samples, batch_size, max_length):
+    """Batches of model inputs from a data set, on the CPU.
+
+    Raises:
+        ValueError: The data have no such column, or none that the model reads.
+    """
+    import datasets
+
+    suffix, path = Path(data).suffix, Path(data)
+    if suffix in TABLES and not path.exists():
+        raise ValueError(f"--data {data}: there is no such file.")
+    if path.is_dir():
+        rows = datasets.load_dataset("imagefolder", data_dir=data, split=split)
+    elif suffix in TABLES:
+        tabs = {"delimiter": "\t", "quoting": 3} if suffix == ".tsv" else {}
+        rows = datasets.load_dataset(TABLES[suffix], data_files={split: data}, split=split, **tabs)
+    else:
+        rows = datasets.load_dataset(data, data_config, split=split)
+    images = model.main_input_name == "pixel_values"
+    kinds = {key: feature for key, feature in rows.features.items()}
+    if column is None:
+        wanted = datasets.Image if images else datasets.Value
+        fitting = [
+            key
+            for key, feature in kinds.items()
+            if isinstance(feature, wanted) and (images or feature.dtype in ("string", "large_string"))
+        ]
+        if not fitting:
+            raise ValueError(f"--data {data} has no column of {'images' if images else 'text'}: {sorted(kinds)}.")
+        column = fitting[0]
+    for chosen in (column, label_column):
+        if chosen is not None and chosen not in kinds:
+            raise ValueError(f"--data {data} has no column {chosen!r}; it has {sorted(kinds)}.")
+    rows = rows.filter(lambda row: row[column] is not None and (images or row[column].strip() != ""))
+    rows = rows.shuffle(seed=0).select(range(min(samples, len(rows))))
+    processor = _processor_of(model, name)
+    batches = []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        if images:
+            batch = dict(processor([image.convert("RGB") for image in part[column]], return_tensors="pt"))
+        else:
+            if processor.pad_token is None:
+                processor.pad_token = processor.eos_token
+            batch = dict(
+                processor(part[column], padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+            )
+        if label_column is not None:
+            if not all(isinstance(value, int) for value in part[label_column]):
+                raise ValueError(f"Column {label_column!r} must hold class indices, got {part[label_column][0]!r}.")
+            batch["labels"] = torch.tensor(part[label_column])
+        batches.append(batch)
+    return batches
+
+
+def main():
+    """Console entry point: errors that the user can mend are one line."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError) as error:
+        message = " ".join(str(error).split())
+        print(f"layercollapse: {message}", file=sys.stderr)
+        raise SystemExit(1) from None

@@ -1,0 +1,57 @@
+"""What a calibration pass costs beside a plain forward over the same tokens, with all blocks measured.
+
+    python tests/benchmarks/calibration_pass.py
+
+A BERT-base layer stack of random weights, 8 x 128 tokens a batch; median of the ratios of neighbouring passes.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+from transformers import BertConfig, BertModel
+
+from hf_layercollapse import find_feed_forward_blocks
+from hf_layercollapse.calibration import collect_moments, run_over, score_neurons
+
+
+def main():
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4, help="of the model")
+    parser.add_argument("--width", type=int, default=768, help="of the model")
+    parser.add_argument("--batches", type=int, default=2, help="of 8 x 128 tokens, in a pass")
+    parser.add_argument("--rounds", type=int, default=5, help="of passes, in turn")
+    args = parser.parse_args()
+    heads = args.width // 64
+    model = BertModel(
+        BertConfig(
+            num_hidden_layers=args.layers,
+            hidden_size=args.width,
+            intermediate_size=4 * args.width,
+            num_attention_heads=heads,
+        )
+    ).eval()
+    blocks = find_feed_forward_blocks(model)
+    data = [{"input_ids": torch.randint(1000, 20000, (8, 128))} for _ in range(args.batches)]
+    kept = {block.name: list(range(args.width // 2)) for block in blocks}
+    passes = {
+        "plain forward": lambda: run_over(model, data, [], "plain"),
+        "moments, no kept neurons": lambda: collect_moments(model, model, blocks, data),
+        "moments, width / 2 candidates": lambda: collect_moments(model, model, blocks, data, kept),
+        "scores of all neurons": lambda: score_neurons(model, model, blocks, data),
+    }
+    seconds = {name: [] for name in passes}
+    for round_ in range(-1, args.rounds):
+        for name, run in passes.items():
+            start = time.perf_counter()
+            run()
+            if round_ >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    for name, times in seconds.items():
+        ratios = [a / b for a, b in zip(times, seconds["plain forward"], strict=True)]
+        print(f"{name:30}  {statistics.median(times):7.3f} s   {statistics.median(ratios):.2f} x")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""Passes over data: sums against the same sums of stored activations in float64."""
+
+import pytest
+import torch
+from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel, T5Config, T5Model
+
+from hf_layercollapse import find_feed_forward_blocks
+from hf_layercollapse.calibration import (
+    OUTLIER_LENGTH,
+    TokenFilter,
+    _MomentSums,
+    collect_moments,
+    reiterable,
+    score_neurons,
+)
+from hf_layercollapse.families import modules_of
+
+from .models import BY_NAME, HIDDEN, VOCABULARY, WIDTH, randomize, text_inputs
+
+
+def bert(**kwargs):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=40,
+        **kwargs,
+    )
+    return randomize(BertModel(config)).eval()
+
+
+def data(batches=8, length=7):
+    return [text_inputs(seed=seed, length=length) for seed in range(batches)]
+
+
+def stored(model, block, batches, neurons=()):
+    """`(f, y)` of every token, in float64."""
+    parts, xs, hs, ys = modules_of(model, block), [], [], []
+    handles = [
+        parts.up.register_forward_pre_hook(lambda module, args: xs.append(args[0].flatten(0, -2))),
+        parts.down.register_forward_pre_hook(lambda module, args: hs.append(args[0].flatten(0, -2))),
+        parts.down.register_forward_hook(lambda module, args, output: ys.append(output.flatten(0, -2))),
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for handle in handles:
+        handle.remove()
+    x, h, y = (torch.cat(parts).double() for parts in (xs, hs, ys))
+    return torch.cat([x, h[:, list(neurons)]], dim=1), y
+
+
+def assert_moments(moments, f, y, tolerance=1e-6):
+    assert moments.tokens == len(f)
+    f0, y0 = f - f.mean(0), y - y.mean(0)
+    for actual, expected in (
+        (moments.mean_f, f.mean(0)),
+        (moments.mean_o, y.mean(0)),
+        (moments.cov_ff, f0.T @ f0 / len(f)),
+        (moments.cov_fo, f0.T @ y0 / len(f)),
+        (moments.var_o, y0.square().mean(0)),
+    ):
+        assert actual.dtype == torch.float64
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("neurons", [[], [5, 0, 17]], ids=["x", "x-and-neurons"])
+def test_moments_are_those_of_the_stored_activations(neurons):
+    model = bert()
+    blocks = find_feed_forward_blocks(model)
+    moments = collect_moments(model, model, blocks, data(), {block.name: neurons for block in blocks})
+    for block in blocks:
+        assert moments[block.name].neurons == neurons and moments[block.name].width == WIDTH
+        assert_moments(moments[block.name], *stored(model, block, data(), neurons))
+
+
+def test_restricted_moments_are_those_of_the_neurons():
+    model = bert()
+    block = find_feed_forward_blocks(model)[0]
+    moments = collect_moments(model, model, [block], data(), {block.name: [1, 3, 9]})[block.name].restricted([2, 0])
+    assert moments.neurons == [9, 1]
+    assert_moments(moments, *stored(model, block, data(), [9, 1]))
+
+
+def test_a_chunked_block_is_called_several_times():
+    model, chunked = bert(), bert(chunk_size_feed_forward=2)
+    batches = data(length=6)
+    batches[0]["attention_mask"] = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    for block in find_feed_forward_blocks(model):
+        whole = collect_moments(model, model, [block], batches)[block.name]
+        parts = collect_moments(chunked, chunked, [block], batches)[block.name]
+        assert parts.tokens == whole.tokens == 8 * 12 - 3
+        torch.testing.assert_close(parts.cov_fo, whole.cov_fo, rtol=1e-5, atol=1e-6)
+
+
+def test_a_shared_block_gets_the_tokens_of_all_its_calls():
+    config = AlbertConfig(
+        vocab_size=VOCABULARY,
+        embedding_size=12,
+        hidden_size=WIDTH,
+        intermediate_size=HIDDEN,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=40,
+    )
+    model = randomize(AlbertModel(config)).eval()
+    (block,) = find_feed_forward_blocks(model)
+    moments = collect_moments(model, model, [block], data())[block.name]
+    assert moments.tokens == 3 * 8 * 14
+    assert_moments(moments, *stored(model, block, data()))
+
+
+def test_padding_is_left_out():
+    model = bert()
+    blocks = find_feed_forward_blocks(model)
+    plain = [text_inputs(batch=1, seed=seed, length=length) for seed, length in enumerate((7, 4, 5, 6) * 5)]
+    padded = []
+    for batch in plain:
+        ids = batch["input_ids"]
+        mask = torch.zeros(1, 9, dtype=torch.long)
+        mask[:, : ids.shape[1]] = 1
+        filled = torch.full((1, 9), 9)
+        filled[:, : ids.shape[1]] = ids
+        padded.append({"input_ids": filled, "attention_mask": mask})
+    expected = collect_moments(model, model, blocks, plain)
+    actual = collect_moments(model, model, blocks, padded)
+    for block in blocks:
+        assert actual[block.name].tokens == expected[block.name].tokens == 110
+        torch.testing.assert_close(actual[block.name].cov_fo, expected[block.name].cov_fo, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_of_a_decoder_use_its_mask():
+    config = T5Config(
+        vocab_size=VOCABULARY, d_model=WIDTH, d_ff=HIDDEN, d_kv=8, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    model = randomize(T5Model(config)).eval()
+    encoder, decoder = find_feed_forward_blocks(model)
+    batches = []
+    for seed in range(10):
+        batch = {"input_ids": text_inputs(seed=seed)["input_ids"], "attention_mask": torch.ones(2, 7)}
+        batch["decoder_input_ids"] = text_inputs(seed=seed + 50)["input_ids"]
+        batch["decoder_attention_mask"] = torch.ones(2, 7)
+        batch["attention_mask"][1, 5:] = 0
+        batch["decoder_attention_mask"][0, 2:] = 0
+        batches.append(batch)
+    moments = collect_moments(model, model, [encoder, decoder], batches)
+    assert moments[encoder.name].tokens == 120 and moments[decoder.name].tokens == 90
+    # Without one the labels say what is padding.
+    for batch in batches:
+        del batch["decoder_attention_mask"]
+    assert collect_moments(model, model, [decoder], batches)[decoder.name].tokens == 140
+
+
+def filter_of(mask, token_mask_fn=None):
+    model = bert()
+    tokens = TokenFilter(model, token_mask_fn)
+    tokens.start({"attention_mask": mask})
+    return tokens, find_feed_forward_blocks(model)[0]
+
+
+def test_a_mask_fits_flattened_tokens_too():
+    tokens, block = filter_of(torch.tensor([[1, 1, 0], [1, 0, 0]]))
+    (rows,) = tokens.select(block, torch.arange(6.0)[:, None])
+    assert rows.flatten().tolist() == [0, 1, 3]
+
+
+def test_padding_that_cannot_be_told_is_an_error():
+    tokens, block = filter_of(torch.tensor([[1, 1, 0]]))
+    with pytest.raises(ValueError, match="token_mask_fn"):
+        tokens.select(block, torch.zeros(1, 5, 4))
+    # No padding: nothing to tell.
+    tokens, block = filter_of(torch.ones(1, 3))
+    assert tokens.select(block, torch.zeros(1, 5, 4))[0].shape == (5, 4)
+
+
+def test_the_users_own_mask():
+    def last_two(name, batch, shape):
+        assert "attention_mask" in batch and shape == (1, 5) and name == "encoder.layer.0"
+        mask = torch.zeros(shape)
+        mask[:, 3:] = 1
+        return mask
+
+    tokens, block = filter_of(torch.tensor([[1, 1, 0]]), last_two)
+    assert tokens.select(block, torch.zeros(1, 5, 4))[0].shape == (2, 4)
+    tokens, block = filter_of(torch.tensor([[1, 1, 0]]), lambda name, batch, shape: torch.ones(2))
+    with pytest.raises(ValueError, match=r"shape \(2,\)"):
+        tokens.select(block, torch.zeros(1, 5, 4))
+
+
+def test_too_few_tokens():
+    model = bert()
+    block = find_feed_forward_blocks(model)[0]
+    one = [text_inputs(batch=1, length=16)]
+    with pytest.raises(ValueError, match="16 calibration tokens .* at least 17 tokens"):
+        collect_moments(model, model, [block], one)
+    collect_moments(model, model, [block], [text_inputs(batch=1, length=17)])
+    with pytest.raises(ValueError, match="at least 20 tokens"):
+        collect_moments(model, model, [block], one, {block.name: [0, 1, 2]})
+
+
+def test_data_that_are_not_finite():
+    model = bert()
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight[5] = float("nan")
+    batches = data()
+    batches[3]["input_ids"][0, 0] = 5
+    with pytest.raises(ValueError, match="not finite"):
+        collect_moments(model, model, find_feed_forward_blocks(model), batches)
+    with pytest.raises(ValueError, match="not finite"):
+        score_neurons(model, model, find_feed_forward_blocks(model), batches)
+
+
+def test_half_precision_models_are_summed_in_float32_or_better():
+    model = bert().bfloat16()
+    block = find_feed_forward_blocks(model)[0]
+    moments = collect_moments(model, model, [block], data(40))[block.name]
+    assert_moments(moments, *stored(model, block, data(40)))
+
+
+@pytest.mark.parametrize("width", [20, 300], ids=["float64", "float32"])
+def test_large_means_and_many_tokens_keep_their_precision(width):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9000, width, generator=generator) + 100
+    y = 3 * torch.randn(9000, 4, generator=generator) - 50 + x[:, :4]
+    sums = _MomentSums([])
+    for start in range(0, 9000, 700):
+        sums.add(x[start : start + 700], y[start : start + 700])
+    assert_moments(sums.finish(find_feed_forward_blocks(bert())[0]), x.double(), y.double(), 1e-5)
+
+
+def test_a_massive_token_does_not_decide_the_fit():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(4000, WIDTH, generator=generator), torch.randn(WIDTH, WIDTH, generator=generator)
+    y = x @ weight + 0.1 * torch.randn(4000, WIDTH, generator=generator)
+    x[7] *= 3
+    y[7] = 1e5
+    sums = _MomentSums([])
+    sums.add(x, y)
+    fit = sums.finish(find_feed_forward_blocks(bert())[0]).fit()
+    # Its squared error weighs as much as that of a token of this length.
+    ordinary = torch.arange(4000) != 7
+    residual = (x @ fit.weight_oi.T.float() + fit.bias_o.float() - y)[ordinary]
+    assert residual.square().mean() < 2 * 0.01
+    assert OUTLIER_LENGTH**2 / 4000 < 0.1
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_neurons_are_scored_by_what_a_line_leaves_times_their_column(name):
+    case = BY_NAME[name]
+    model = case.model()
+    blocks = find_feed_forward_blocks(model)
+    batches = [case.inputs(seed=seed) for seed in range(5)]
+    scores = score_neurons(model, model, blocks, batches)
+    for block in blocks:
+        parts, seen = modules_of(model, block), []
+        handle = parts.activation.register_forward_hook(
+            lambda module, args, output, seen=seen: seen.append((args[0].flatten(0, -2), output.flatten(0, -2)))
+        )
+        with torch.no_grad():
+            for batch in batches:
+                model(**batch)
+        handle.remove()
+        z, a = (torch.cat(parts).double() for parts in zip(*seen, strict=True))
+        z, a = z - z.mean(0), a - a.mean(0)
+        left = (a - z * ((z * a).sum(0) / (z * z).sum(0))).square().mean(0)
+        expected = left * parts.down_affine()[0].detach().double().square().sum(0)
+        torch.testing.assert_close(scores[block.name], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_data_that_can_be_read_only_once_are_kept():
+    batches = data(2)
+    assert reiterable(batches) is batches
+    assert reiterable(iter(batches)) == batches

@@ -1,0 +1,150 @@
+"""The command line, on tiny models and files."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+from typer.testing import CliRunner
+
+from hf_layercollapse import find_feed_forward_blocks
+from hf_layercollapse.cli import app, main, parse_budget
+
+from .models import BY_NAME, VOCABULARY
+
+
+WORDS = [f"w{index}" for index in range(VOCABULARY - 3)]
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    """Folders of a tiny BERT with a tokenizer, and a file of text."""
+    folder = tmp_path / "model"
+    BY_NAME["bert"].model().save_pretrained(folder)
+    words = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    lines = ["sentence\tlabel"]
+    for row in range(160):
+        chosen = torch.randint(0, len(WORDS), (int(3 + row % 9),), generator=generator).tolist()
+        lines.append(" ".join(WORDS[index] for index in chosen) + f"\t{row % 3}")
+    (tmp_path / "data.tsv").write_text("\n".join(lines) + "\n")
+    return folder, tmp_path / "data.tsv"
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def test_inspect_lists_the_blocks(classifier, tmp_path):
+    result = run("inspect", classifier[0], "--json-file", tmp_path / "blocks.json")
+    assert result.exit_code == 0
+    assert "bert.encoder.layer.2" in result.output and "16 -> 40 -> 16" in result.output
+    assert json.loads((tmp_path / "blocks.json").read_text())[0]["macs"] == 1280
+
+
+def test_inspect_measures_on_data(classifier, tmp_path):
+    folder, data = classifier
+    plot = tmp_path / "map.svg"
+    result = run(
+        "inspect",
+        folder,
+        "--data",
+        data,
+        "--label-column",
+        "label",
+        "--plot",
+        plot,
+        "--json-file",
+        tmp_path / "a.json",
+    )
+    assert "R^2" in result.output and "loss change" in result.output
+    assert plot.read_text().startswith("<?xml")
+    assert len(json.loads((tmp_path / "a.json").read_text())["blocks"]) == 3
+
+
+def test_collapse_saves_a_model_that_loads(classifier, tmp_path):
+    folder, data = classifier
+    output, plan, plot = tmp_path / "small", tmp_path / "plan.json", tmp_path / "plan.png"
+    arguments = ["--data", data, "--label-column", "label", "--output", output]
+    result = run("collapse", folder, *arguments, "--budget", "macs=0.4", "--save-plan", plan, "--plot", plot)
+    assert result.exit_code == 0, result.output
+    assert f'AutoModelForSequenceClassification.from_pretrained("{output}")' in result.output
+    assert plot.stat().st_size > 1000
+    loaded = AutoModelForSequenceClassification.from_pretrained(output)
+    assert sum(block.macs for block in find_feed_forward_blocks(loaded)) <= 0.4 * 3 * 1280
+    assert (output / "tokenizer.json").exists()
+    # The same plan again.
+    arguments[-1] = tmp_path / "again"
+    assert run("collapse", folder, *arguments, "--plan", plan).exit_code == 0
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")
+    for key, value in loaded.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[key], value)
+    assert "collapsed" in run("inspect", output).output
+
+
+def test_images(tmp_path):
+    folder = tmp_path / "model"
+    BY_NAME["vit"].model().save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
+    rng = np.random.default_rng(0)
+    for index in range(80):
+        place = tmp_path / "images" / f"class{index % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (9, 10, 3), dtype=np.uint8)).save(place / f"{index}.png")
+    output = tmp_path / "small"
+    result = run("collapse", folder, "--data", tmp_path / "images", "--budget", "macs=0.5", "--output", output)
+    assert result.exit_code == 0, result.output
+    assert "divergence" in result.output
+    AutoModelForImageClassification.from_pretrained(output)
+
+
+def fails(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["layercollapse", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 1
+    error = capsys.readouterr().err.strip().split("\n")[-1].split("\r")[-1]
+    assert error.startswith("layercollapse: ")
+    return error
+
+
+def test_errors_are_one_line(classifier, tmp_path, monkeypatch, capsys):
+    folder, data = classifier
+
+    def error(*arguments):
+        return fails(monkeypatch, capsys, *arguments)
+
+    out = ["--output", tmp_path / "out"]
+    assert "--budget" in error("collapse", folder, "--data", data, *out)
+    assert "--budget must be" in error("collapse", folder, "--data", data, *out, "--budget", "size=3")
+    assert "no such file" in error("collapse", folder, "--data", "gone.tsv", *out, "--budget", "macs=0.5")
+    assert "no column 'x'" in error("inspect", folder, "--data", data, "--column", "x")
+    assert "class indices" in error("inspect", folder, "--data", data, "--label-column", "sentence")
+    assert "cannot be met" in error("collapse", folder, "--data", data, *out, "--budget", "parameters=0.01")
+    assert "pass --data" in error("inspect", folder, "--plot", "a.png")
+    assert "must end in" in error("inspect", folder, "--plot", "a.bmp")
+    assert "not empty" in error("collapse", folder, "--data", data, "--output", folder, "--budget", "macs=0.5")
+    error("inspect", tmp_path / "nothing")
+    assert not (tmp_path / "out").exists()
+
+
+def test_budgets():
+    assert parse_budget("macs=0.5") == {"macs": 0.5}
+    assert parse_budget("parameters=1000000") == {"parameters": 1_000_000}
+    assert parse_budget("max_drop=1") == {"max_drop": 1.0}
+    with pytest.raises(ValueError, match="not a number"):
+        parse_budget("macs=half")
+
+
+@pytest.mark.parametrize("command", ["inspect", "collapse"])
+def test_help_says_the_defaults(command):
+    output = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
+    assert "512" in output and "default" in output and "--max-length" in output

@@ -1,0 +1,241 @@
+"""The linearity map and plans: what they measure, and that they can be kept, applied and refused."""
+
+import json
+
+import pytest
+import torch
+
+from hf_layercollapse import (
+    CollapsePlan,
+    LayerCollapseConfig,
+    apply_layer_collapse,
+    collapse_model,
+    find_feed_forward_blocks,
+    linearity_map,
+    plan_collapse,
+)
+from hf_layercollapse.planning import LEVELS, weights_fingerprint
+
+from .models import BY_NAME
+from .test_narrow import _MORE
+from .test_patching import logits
+
+
+def data_of(case, batches=24, labels=True):
+    return [case.batch(seed=seed) if labels else case.inputs(seed=seed) for seed in range(batches)]
+
+
+def plan_of(case, **budget):
+    model = case.model()
+    return model, plan_collapse(model, data_of(case), **budget)
+
+
+CASES = [BY_NAME["bert"], BY_NAME["vit"], BY_NAME["gpt2"], _MORE[0]]
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@every_case
+def test_the_linearity_map_measures_each_block_alone(case):
+    model, batches = case.model(), data_of(case)
+    before = logits(model, case.inputs())
+    result = linearity_map(model, batches)
+    assert torch.equal(logits(model, case.inputs()), before)
+    assert [block.name for block in result.blocks] == case.blocks() and result.score_name == "loss"
+
+    def loss(model):
+        with torch.no_grad():
+            return sum(float(model(**batch).loss) for batch in batches[3::4]) / 6
+
+    assert result.score == pytest.approx(loss(model), rel=1e-5)
+    collapsed = case.model()
+    report = collapse_model(
+        collapsed, LayerCollapseConfig(blocks=[1]), [batch for i, batch in enumerate(batches) if i % 4 != 3]
+    )
+    (block,) = report.blocks
+    row = result.blocks[1]
+    assert (row.r2, row.parameters, row.parameters_after) == (
+        pytest.approx(block.r2),
+        block.parameters_before,
+        block.parameters_after,
+    )
+    assert row.score_change == pytest.approx(loss(collapsed) - loss(model), abs=1e-5)
+    assert "R^2" in str(result) and json.dumps(result.to_dict())
+
+
+def test_without_labels_the_score_is_the_divergence():
+    case = BY_NAME["vit"]
+    result = linearity_map(case.model(), data_of(case, labels=False))
+    assert result.score_name == "divergence" and result.score == 0
+    assert all(block.score_change > 0 for block in result.blocks)
+
+
+def test_a_causal_model_needs_no_labels():
+    case = BY_NAME["gpt2"]
+    with_labels = linearity_map(case.model(), data_of(case))
+    without = linearity_map(case.model(), data_of(case, labels=False))
+    assert without.score_name == "loss" and without.score == pytest.approx(with_labels.score, rel=1e-5)
+
+
+@every_case
+@pytest.mark.parametrize("budget", [{"parameters": 0.7}, {"macs": 0.35}], ids=str)
+def test_a_plan_meets_its_budget_and_is_what_is_applied(case, budget, tmp_path):
+    model, plan = plan_of(case, **budget)
+    ((name, share),) = budget.items()
+    assert getattr(plan.point, name) <= share * getattr(plan.curve[0], name)
+    assert {block.state for block in find_feed_forward_blocks(model)} == {"dense"}
+    # On the way, every point is smaller than the one before.
+    sizes = [point.macs for point in plan.curve]
+    assert sizes == sorted(sizes, reverse=True) and plan.curve[0].choices == {}
+
+    plan.save(tmp_path / "plan.json")
+    loaded = CollapsePlan.load(tmp_path / "plan.json")
+    assert loaded == plan and str(loaded) == str(plan)
+    fitting = [batch for i, batch in enumerate(data_of(case)) if i % 4 != 3]
+    report = collapse_model(model, plan=loaded, calibration_data=fitting)
+    assert sum(parameter.numel() for parameter in model.parameters()) == plan.point.parameters
+    assert {b.name: (b.rank, b.kept_neurons) for b in report.blocks} == {
+        block: (rank, count) for block, (rank, count) in plan.point.choices.items()
+    }
+    macs = sum(block.macs for block in find_feed_forward_blocks(model))
+    assert macs == plan.point.macs
+    with torch.no_grad():
+        scored = [float(model(**batch).loss) for batch in data_of(case)[3::4]]
+    assert sum(scored) / len(scored) == pytest.approx(plan.point.score, rel=1e-4)
+
+
+def test_the_largest_drop():
+    case = BY_NAME["bert"]
+    _, plan = plan_of(case, macs=0.4)
+    drop = 1.5 * (plan.curve[1].score - plan.curve[0].score) + 0.02
+    model, chosen = plan_of(case, max_drop=drop)
+    assert chosen.point.score - chosen.curve[0].score <= drop
+    # A drop that is no drop: the model as it is, if every step costs something.
+    _, none = plan_of(case, max_drop=0.0)
+    assert none.point.score <= none.curve[0].score
+
+
+def test_a_metric_in_place_of_the_loss():
+    case = BY_NAME["bert"]
+    model = case.model()
+    batches = data_of(case)
+
+    def accuracy(model):
+        right = [(logits(model, b).argmax(-1) == b["labels"]).float().mean() for b in batches]
+        return float(sum(right) / len(right))
+
+    plan = plan_collapse(model, batches, macs=0.4, metric=accuracy)
+    assert plan.score_name == "metric" and plan.curve[0].score == pytest.approx(accuracy(model))
+    fitting = [batch for i, batch in enumerate(batches) if i % 4 != 3]
+    collapse_model(model, plan=plan, calibration_data=fitting)
+    assert accuracy(model) == pytest.approx(plan.point.score, abs=0.03)
+
+
+def test_a_latency_budget():
+    case = BY_NAME["bert"]
+    # Whatever this machine says of a toy: the smallest plan, or a refusal that names what was measured.
+    try:
+        _, plan = plan_of(case, latency=0.97)
+    except ValueError as error:
+        assert "of its time" in str(error)
+    else:
+        assert 0 < plan.latency <= 0.97
+
+
+def test_another_point_of_the_curve():
+    case = BY_NAME["bert"]
+    model, plan = plan_of(case, macs=0.2)
+    other = plan.at(macs=0.5)
+    assert other.chosen < plan.chosen and other.curve == plan.curve
+    assert other.point.macs <= 0.5 * plan.curve[0].macs
+    with pytest.raises(ValueError, match="No point"):
+        plan.at(macs=0.001)
+    with pytest.raises(ValueError, match="Exactly one budget"):
+        plan.at()
+
+
+def test_a_plan_is_refused_for_another_model():
+    case = BY_NAME["bert"]
+    model, plan = plan_of(case, macs=0.5)
+    other = case.model(seed=1)
+    with pytest.raises(ValueError, match="other weights"):
+        collapse_model(other, plan=plan, calibration_data=data_of(case))
+    with torch.no_grad():
+        model.bert.encoder.layer[2].output.dense.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="other weights"):
+        collapse_model(model, plan=plan, calibration_data=data_of(case))
+    assert {block.state for block in find_feed_forward_blocks(model)} == {"dense"}
+
+
+def test_the_fingerprint_is_of_the_weights():
+    case = BY_NAME["gpt2"]
+    assert weights_fingerprint(case.model()) == weights_fingerprint(case.model())
+    assert weights_fingerprint(case.model()) != weights_fingerprint(case.model(seed=1))
+
+
+def test_a_plan_needs_data_and_excludes_a_config():
+    case = BY_NAME["bert"]
+    model, plan = plan_of(case, macs=0.5)
+    with pytest.raises(ValueError, match="not both"):
+        collapse_model(model, LayerCollapseConfig(), data_of(case), plan=plan)
+    with pytest.raises(ValueError, match="calibration_data"):
+        collapse_model(model, plan=plan)
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({}, "Exactly one"),
+        ({"macs": 0.5, "parameters": 0.5}, "Exactly one"),
+        ({"macs": 1.5}, "macs"),
+        ({"latency": 2}, "latency"),
+        ({"max_drop": -1}, "max_drop"),
+        ({"parameters": "half"}, "number"),
+        ({"parameters": 0.01}, "cannot be met"),
+    ],
+    ids=str,
+)
+def test_budgets_that_are_none(budget, message):
+    case = BY_NAME["bert"]
+    model = case.model()
+    before = logits(model, case.inputs())
+    with pytest.raises(ValueError, match=message):
+        plan_collapse(model, data_of(case), **budget)
+    assert torch.equal(logits(model, case.inputs()), before)
+
+
+def test_too_few_batches_and_patched_models():
+    case = BY_NAME["bert"]
+    with pytest.raises(ValueError, match="fewer than four"):
+        plan_collapse(case.model(), data_of(case, 3), macs=0.5)
+    plan_collapse(case.model(), data_of(case, 6), macs=0.5, evaluation_data=data_of(case, 2), levels=(0.4,))
+    model = apply_layer_collapse(case.model())
+    with pytest.raises(ValueError, match="patched"):
+        plan_collapse(model, data_of(case), macs=0.5)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda plan: plan.pop("curve"),
+        lambda plan: plan.update(version=99),
+        lambda plan: plan.update(version="1"),
+        lambda plan: plan.update(chosen=999),
+        lambda plan: plan.update(extra=1),
+        lambda plan: plan.update(neurons={}),
+        lambda plan: plan["curve"][1].update(choices={"x": [None, 3]}),
+    ],
+)
+def test_damaged_plans(damage, tmp_path):
+    _, plan = plan_of(BY_NAME["bert"], macs=0.5)
+    values = json.loads(json.dumps(plan.to_dict()))
+    damage(values)
+    (tmp_path / "plan.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="plan"):
+        CollapsePlan.load(tmp_path / "plan.json")
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        CollapsePlan.load(tmp_path / "plan.json")
+
+
+def test_levels_fall():
+    assert list(LEVELS) == sorted(LEVELS, reverse=True)
