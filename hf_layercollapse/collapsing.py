@@ -308,7 +308,8 @@ def collapse_as(model, names):
     inner, holders = unwrap(model)
     blocks = [block for block in survey_blocks(inner)[0] if block.name in names]
     check_weights(inner, blocks, merging=True)
-    replaced = [entry for merge in _merge_all(inner, blocks, {}) for entry in _replace(inner, merge)]
+    merges = _merge_all(inner, blocks, {}, collapse_threshold=1.0)
+    replaced = [entry for merge in merges for entry in put_in_place(inner, merge)]
     refresh_layer_collapse(inner, None, holders, replaced)
 
 

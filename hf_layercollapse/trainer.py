@@ -123,7 +123,8 @@ class LayerCollapseTrainerMixin:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
                 "Alphas are not trained under FSDP or DeepSpeed in this version. Use several processes without "
-                "sharding (`accelerate launch --multi_gpu`), or one."
+                "sharding (`accelerate launch --multi_gpu`), or one; or `fully_shard` in a loop of your own, see "
+                "`optimization.replicate_alphas`."
             )
         reentrant = (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant", False)
         if self.args.activation_checkpointing and reentrant and self.args.world_size > 1:
@@ -243,16 +244,17 @@ class LayerCollapseTrainerMixin:
         # After what an evaluation found, and before the checkpoint of the same step.
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
         config = self.layer_collapse_config
-        if config is not None and config.progressive and any(map(self._is_ready, self._activations().values())):
+        ready = self._ready_names() if config is not None and config.progressive else []
+        if ready:
             with self._optimizer_follows():
-                # Of the blocks that wait none is restored before the end.
-                options = replace(layer_collapse_config_of(self.model), not_ready="keep", blocks=self._names())
+                options = replace(config, not_ready="keep", blocks=ready)
                 self._reports.append(collapse_model(self.model, options))
             logger.info(f"Step {self.state.global_step}: collapsed {self._reports[-1].collapsed}")
         return metrics
 
-    def _names(self):
-        return [block.name for block in find_feed_forward_blocks(self.model) if block.state == "patched"]
+    def _ready_names(self):
+        ready = [int(index) for index, activation in self._activations().items() if self._is_ready(activation)]
+        return [block.name for block in find_feed_forward_blocks(self.model) if block.index in ready]
 
     @contextlib.contextmanager
     def _optimizer_follows(self):

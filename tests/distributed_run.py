@@ -14,9 +14,11 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
+from transformers import Trainer  # noqa: E402
 
 import tests.conftest  # noqa: E402, F401  (offline, one thread)
 from hf_layercollapse import (  # noqa: E402
+    LayerCollapseCallback,
     LayerCollapseConfig,
     LayerCollapseTrainer,
     apply_layer_collapse,
@@ -25,7 +27,7 @@ from hf_layercollapse import (  # noqa: E402
 from hf_layercollapse.optimization import AlphaSteps, penalty_strength_at, replicate_alphas  # noqa: E402
 from hf_layercollapse.patching import alpha_parameters, penalty  # noqa: E402
 from tests.models import BY_NAME  # noqa: E402
-from tests.training import counted_cross_entropy, model_of, rows, state_of, trainer_for, trajectory  # noqa: E402
+from tests.training import alphas_of, counted_cross_entropy, model_of, rows, state_of, trainer_for, trajectory  # noqa: E402
 
 
 # name -> (case, options of `trajectory`)
@@ -136,6 +138,22 @@ def full_shard(folder, rank):
     return result
 
 
+def with_callback(folder, processes=1):
+    """The alphas of a plain Trainer with the callback, batches of eight."""
+    config = LayerCollapseConfig(alpha_learning_rate=0.05)
+    trainer = trainer_for(
+        "gpt2",
+        folder,
+        config=False,
+        trainer_class=Trainer,
+        batch=8 // processes,
+        callbacks=[LayerCollapseCallback(config)],
+        args={"max_steps": 8, "optim": "sgd", "train_sampling_strategy": "sequential"},
+    )
+    trainer.train()
+    return alphas_of(trainer.model)
+
+
 def main(folder):
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -144,6 +162,7 @@ def main(folder):
         for name, (case, options) in TRAJECTORIES.items()
     }
     results["counted twice"] = trajectory("gpt2", folder / "scratch", processes=2, trainer_class=CountedTwice)
+    results["callback"] = with_callback(folder / "scratch", processes=2)
     results["fsdp2"] = full_shard(folder, rank)
     results["run"] = train_save_collapse(folder, rank)
     torch.save(results, folder / f"results_{rank}.pt")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from tests.distributed_run import TRAJECTORIES, full_shard
+from tests.distributed_run import TRAJECTORIES, full_shard, with_callback
 from tests.models import LAYERS
 from tests.training import STEPS, assert_close, assert_same, state_of, trajectory
 
@@ -58,6 +58,15 @@ def test_a_penalty_counted_once_per_process_would_be_seen(results):
     assert float((twice[-1] - once[-1]).min()) > 0.05
     with pytest.raises(AssertionError):
         assert_close(first["counted twice"], first["causal"])
+
+
+def test_the_callback_counts_the_penalty_once(results, tmp_path):
+    _, (first, second) = results
+    whole = with_callback(tmp_path)
+    for name, alpha in whole.items():
+        assert torch.equal(first["callback"][name], second["callback"][name])
+        torch.testing.assert_close(first["callback"][name], alpha, rtol=1e-3, atol=1e-4)
+        assert 0.3 < float(alpha) < 0.9
 
 
 def test_it_is_distributed(results):
