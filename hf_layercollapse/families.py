@@ -345,6 +345,10 @@ def survey_blocks(model):
     model = unwrap(model)[0]
     blocks, refused, verified = [], {}, {}
     ups, downs, names = set(), set(), set()
+    native = isinstance(model, PreTrainedModel) and not any(
+        isinstance(module, PreTrainedModel) and module.config.__dict__.get("layer_collapse")
+        for module in model.modules()
+    )
     for holder_name, holder in model.named_modules():
         if _holds_experts(holder):
             refused[holder_name] = "MoE experts held as 3-D parameters"
@@ -356,6 +360,9 @@ def survey_blocks(model):
             if match is None:
                 continue
             state, layout = match
+            # Native models have identities for activations too.
+            if state == "collapsed" and native and not isinstance(holder, (CollapsedBlock, NarrowFeedForward)):
+                continue
             up, down = _descend(holder, layout.up), _descend(holder, layout.down)
             if id(up) in ups or id(down) in downs:
                 continue

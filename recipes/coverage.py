@@ -80,8 +80,8 @@ SMALL = {
     **dict.fromkeys("max_position_embeddings n_positions max_source_positions max_target_positions".split(), 64),
     **dict.fromkeys("image_size img_size".split(), 32),
     **dict.fromkeys("patch_size".split(), 8),
-    **dict.fromkeys("q_lora_rank kv_lora_rank mamba_d_state mamba_d_head".split(), 16),
-    **dict.fromkeys("rotary_dim mamba_n_heads".split(), 4),
+    **dict.fromkeys("q_lora_rank kv_lora_rank".split(), 16),
+    **dict.fromkeys("rotary_dim".split(), 4),
     **dict.fromkeys("qk_rope_head_dim qk_nope_head_dim".split(), WIDTH // HEADS // 2),
 }
 # Derived from other fields when they are not given.
