@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
@@ -503,4 +504,4 @@ def model_inputs(model, batch=BATCH, length=8):
 
 
 def _sub_configs(config):
-    return [value for value in config.__dict__.values() if hasattr(value, "to_dict") and hasattr(value, "model_type")]
+    return [value for value in config.__dict__.values() if isinstance(value, PreTrainedConfig)]
