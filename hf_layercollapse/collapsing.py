@@ -23,6 +23,7 @@ from .families import (
 )
 from .modeling_layercollapse import (
     CollapsedBlock,
+    CollapsedIdentity,
     CollapsibleActivation,
     NarrowActivation,
     NarrowFeedForward,
@@ -777,7 +778,7 @@ def put_in_place(inner, merge, originals=None):
         elif narrow:
             idle.append(layout.activation)
         for path in idle:
-            put(block.path(path), nn.Identity(), {"type": "identity"})
+            put(block.path(path), CollapsedIdentity(), {"type": "identity"})
     return entries
 
 

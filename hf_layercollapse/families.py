@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from . import functional
 from .modeling_layercollapse import (
     CollapsedBlock,
+    CollapsedIdentity,
     CollapsibleActivation,
     NarrowActivation,
     NarrowFeedForward,
@@ -345,10 +346,6 @@ def survey_blocks(model):
     model = unwrap(model)[0]
     blocks, refused, verified = [], {}, {}
     ups, downs, names = set(), set(), set()
-    native = isinstance(model, PreTrainedModel) and not any(
-        isinstance(module, PreTrainedModel) and module.config.__dict__.get("layer_collapse")
-        for module in model.modules()
-    )
     for holder_name, holder in model.named_modules():
         if _holds_experts(holder):
             refused[holder_name] = "MoE experts held as 3-D parameters"
@@ -360,9 +357,6 @@ def survey_blocks(model):
             if match is None:
                 continue
             state, layout = match
-            # Native models have identities for activations too.
-            if state == "collapsed" and native and not isinstance(holder, (CollapsedBlock, NarrowFeedForward)):
-                continue
             up, down = _descend(holder, layout.up), _descend(holder, layout.down)
             if id(up) in ups or id(down) in downs:
                 continue
@@ -460,13 +454,13 @@ def _match(holder, layout):
     path = next((path for path in paths if _descend(holder, path) is not None), None)
     layout = replace(layout, activation=path or paths[0])
     activation = _descend(holder, layout.activation)
-    if isinstance(up, nn.Identity):
-        return ("collapsed", layout) if isinstance(activation, nn.Identity) and not layout.gated else None
+    if isinstance(up, CollapsedIdentity):
+        return ("collapsed", layout) if isinstance(activation, CollapsedIdentity) and not layout.gated else None
     if not _is_linear(up):
         return None
     if isinstance(activation, NarrowActivation):
         return None if layout.gated else ("collapsed", layout)
-    if isinstance(activation, nn.Identity):  # two thin matrices: a linear map of low rank
+    if isinstance(activation, CollapsedIdentity):  # two thin matrices: a linear map of low rank
         return ("collapsed", layout) if not layout.gated and _linear_shape(up)[1] == _linear_shape(down)[0] else None
     up_out, down_in = _linear_shape(up)[1], _linear_shape(down)[0]
     if up_out != (2 if layout.fused else 1) * down_in:
@@ -536,7 +530,7 @@ def _wiring(model, holder_name, holder, layout, verified):
 
 def _describe(name, index, state, holder_name, holder, layout, wiring):
     linears = [_base_layer(module) for path in layout.linears if (module := _descend(holder, path)) is not None]
-    linears = [linear for linear in linears if not isinstance(linear, nn.Identity)]
+    linears = [linear for linear in linears if not isinstance(linear, CollapsedIdentity)]
     shapes = [linear_shape(linear) for linear in linears]
     activation = _descend(holder, layout.activation) if isinstance(layout.activation, str) else None
     hidden = shapes[-1][0]

@@ -276,6 +276,10 @@ def _out_of_place(activation, pre_activation):
     return activation(pre_activation.clone())
 
 
+class CollapsedIdentity(nn.Identity):
+    """Stands where a collapse took a linear or an activation away; native models have identities of their own."""
+
+
 class CollapsedBlock(nn.Module):
     """A feed-forward module that became one linear map: what is left of its children, applied in order.
 
@@ -580,7 +584,7 @@ def build_module(path, native, spec):
     """The module that a table entry asks for, in place of `native`. Parameters are made on the current device."""
     kind, entry = spec["type"], f"`layer_collapse.modules[{path!r}]`"
     if kind == "identity":
-        return nn.Identity()
+        return CollapsedIdentity()
     if kind == "activation":
         return CollapsibleActivation(
             native,

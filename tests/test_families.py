@@ -759,7 +759,7 @@ def test_collapsed_bert_inside_encoder_decoder(from_folders, tmp_path):
     ids = torch.randint(3, 64, (2, 5))
     inputs = {"input_ids": ids, "decoder_input_ids": ids}
     assert torch.equal(again(**inputs).logits, model(**inputs).logits)
-    assert type(again.encoder.encoder.layer[0].intermediate.dense) is nn.Identity
+    assert isinstance(again.encoder.encoder.layer[0].intermediate.dense, nn.Identity)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -922,7 +922,7 @@ def test_plain_torch(build, shape, names, target):
 def test_chain_one_at_a_time():
     model, x = vgg_classifier().eval(), torch.randn(6, 4, 4)
     collapse(model, ["4"])
-    assert model[4].__class__ is nn.Identity and model[7].in_features == 40
+    assert isinstance(model[4], nn.Identity) and model[7].in_features == 40
     before = model(x)
     assert [block.name for block in find_feed_forward_blocks(model)] == ["1"]
     apply_layer_collapse(model)
