@@ -1,0 +1,270 @@
+"""What the training recipes share: arguments from YAML and flags, a run from model to result, and its file."""
+
+import json
+import platform
+import sys
+import time
+from argparse import RawDescriptionHelpFormatter
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import accelerate
+import datasets
+import torch
+import transformers
+import yaml
+from controls import drop_blocks, feed_forward_share, prune_width
+from transformers import HfArgumentParser, TrainingArguments, set_seed
+
+from hf_layercollapse import LayerCollapseConfig, LayerCollapseTrainer, collapse_model, find_feed_forward_blocks
+from hf_layercollapse.collapsing import cost_of
+from hf_layercollapse.profiling import count_parameters
+
+
+METHODS = {
+    "dense": "nothing, the model trains as it is",
+    "layer_collapse": "blocks are patched, train with the penalty, and collapse at the end",
+    "fit": "blocks become their least-squares maps (`rank`, and neurons up to `share`) before training heals them",
+    "drop": "blocks give zero, before training",
+    "prune_width": "torch-pruning cuts the blocks' hidden width to `share` of their parameters, before training",
+}
+
+
+@dataclass
+class DataArguments:
+    """Which model, on which data."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Pretrained model: a name on the Hub or a folder."}
+    )
+    config_name: str | None = field(
+        default=None,
+        metadata={"help": "In place of it: a folder with the config of a new model, and its processor or tokenizer."},
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Data: a name on the Hub, or a folder."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "In place of --dataset_name: what to train on; see the script's head."}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "The same for the evaluation."})
+    train_split: str = field(default="train", metadata={"help": "Split of a data set to train on."})
+    validation_split: str = field(default="validation", metadata={"help": "Split of a data set to evaluate on."})
+    input_column: str | None = field(
+        default=None, metadata={"help": "Column of the text or image. Default: 'text' or 'image'."}
+    )
+    label_column: str = field(default="label", metadata={"help": "Column of the class."})
+    max_length: int = field(default=128, metadata={"help": "Tokens of a text, at most; or of each block of text."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Rows to train on: the first, shuffled."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Rows to evaluate on: the first."})
+    held_out: int = field(
+        default=0,
+        metadata={
+            "help": "Evaluate on this many rows of the training split, which are then not trained on, instead of on "
+            "the validation split: what options are chosen with."
+        },
+    )
+
+    def __post_init__(self):
+        if (self.model_name_or_path is None) == (self.config_name is None):
+            raise ValueError("Pass either --model_name_or_path or --config_name.")
+        if (self.dataset_name is None) == (self.train_file is None):
+            raise ValueError("Pass either --dataset_name or --train_file (and --validation_file).")
+
+    @property
+    def source(self):
+        """Where the processor, and the model or its config, are."""
+        return self.model_name_or_path or self.config_name
+
+
+@dataclass
+class MethodArguments:
+    """What happens to the feed-forward blocks."""
+
+    method: str = field(default="dense", metadata={"help": "; ".join(f"{k}: {v}" for k, v in METHODS.items())})
+    share: float | None = field(
+        default=None,
+        metadata={"help": "Share of the chosen blocks' weights that 'fit' and 'prune_width' leave, in (0, 1)."},
+    )
+    calibration_samples: int = field(default=512, metadata={"help": "Training rows that maps are fitted to."})
+    train_embeddings: bool = field(default=True, metadata={"help": "Whether token embeddings are trained."})
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"--method must be one of {', '.join(METHODS)}, got {self.method!r}.")
+        if self.method == "prune_width" and self.share is None:
+            raise ValueError("--method prune_width needs --share.")
+        if self.share is not None and not 0 < self.share < 1:
+            raise ValueError(f"--share must be in (0, 1), got {self.share}.")
+
+
+ALTERNATIVES = {
+    "train_file": ("dataset_name", "dataset_config_name"),
+    "dataset_name": ("train_file", "validation_file"),
+    "model_name_or_path": ("config_name",),
+    "config_name": ("model_name_or_path",),
+}
+
+
+def parse(kinds, description, arguments=None):
+    """One object of each dataclass from `[FILE.yaml] [--option value ...]`.
+
+    Options on the command line win over those of the file.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = HfArgumentParser(kinds, description=description, formatter_class=RawDescriptionHelpFormatter)
+    if arguments and arguments[0].endswith((".yaml", ".yml")):
+        path = arguments.pop(0)
+        values = yaml.safe_load(Path(path).read_text())
+        unknown = sorted(values.keys() - {f.name for kind in kinds for f in fields(kind)})
+        if unknown:
+            parser.error(f"{path} has options that do not exist: {', '.join(unknown)}")
+        # What the command line names in another way, the file does not name.
+        for one, others in ALTERNATIVES.items():
+            if f"--{one}" in arguments:
+                values = {name: value for name, value in values.items() if name not in others}
+        parser.set_defaults(**values)
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+def run(task, description):
+    """One run: data, model, method, training, collapse, evaluation; writes the model and `results.json`.
+
+    Args:
+        task: The class in the recipe that knows the data and the head.
+    """
+    kinds = [DataArguments, MethodArguments, LayerCollapseConfig, TrainingArguments]
+    data, recipe, config, arguments = parse(kinds, description)
+    started = time.perf_counter()
+    set_seed(arguments.seed)
+    # Images are turned into tensors when a batch needs them; the Trainer would remove the columns they come from.
+    arguments.remove_unused_columns = False
+    with arguments.main_process_first(desc="reading the data"):
+        task = task(data)
+    model = task.make_model()
+    if not recipe.train_embeddings:
+        model.get_input_embeddings().requires_grad_(False)
+    blocks = find_feed_forward_blocks(model)
+    dense_parameters, dense_macs = count_parameters(model), sum(block.macs for block in blocks)
+    report = prepare(task, model, recipe, config)
+    trainer = LayerCollapseTrainer(
+        model,
+        args=arguments,
+        layer_collapse_config=config if recipe.method == "layer_collapse" else None,
+        calibration_data=task.batches(recipe.calibration_samples),
+        train_dataset=task.train,
+        eval_dataset=task.validation,
+        processing_class=task.processor,
+        data_collator=task.collate,
+        compute_metrics=task.metrics,
+        preprocess_logits_for_metrics=task.shorten_logits,
+    )
+    results = {"before": trainer.evaluate()}
+    if arguments.num_train_epochs or arguments.max_steps > 0:
+        resume = arguments.resume_from_checkpoint
+        results["training"] = trainer.train(resume_from_checkpoint=resume if resume != "true" else True).metrics
+    if recipe.method == "layer_collapse":
+        report = trainer.collapse(allow_none=True)
+        print(report)
+    results["after"] = trainer.evaluate()
+    trainer.save_model()
+    results.update(
+        method=recipe.method,
+        feed_forward_share=feed_forward_share(model, dense_macs),
+        parameters=count_parameters(model),
+        dense_parameters=dense_parameters,
+        report=None if report is None else report.to_dict(),
+        data=asdict(data),
+        recipe=asdict(recipe),
+        layer_collapse_config=config.to_dict(),
+        seed=arguments.seed,
+        seconds=round(time.perf_counter() - started),
+        versions=versions(),
+        machine=machine(),
+    )
+    if trainer.is_world_process_zero():
+        (Path(arguments.output_dir) / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        shown = {name: value for name, value in results["after"].items() if isinstance(value, float)}
+        print(json.dumps({"method": recipe.method, "feed_forward_share": results["feed_forward_share"], **shown}))
+    return results
+
+
+def prepare(task, model, recipe, config):
+    """What a method does before training, in place; a report where something collapsed."""
+    if recipe.method == "fit":
+        if recipe.share is not None:
+            blocks = find_feed_forward_blocks(model)
+            # Blocks of one width each, as all but a few models have.
+            config.keep_neurons = int(
+                (recipe.share * blocks[0].macs - cost_of(blocks[0], config.rank, 0)) // cost_of(blocks[0], 0, 1)
+            )
+        report = collapse_model(model, config, calibration_data=task.batches(recipe.calibration_samples))
+        print(report)
+        return report
+    if recipe.method == "drop":
+        drop_blocks(model, config.blocks)
+    if recipe.method == "prune_width":
+        prune_width(model, config.blocks, recipe.share, task.batches(32)[0])
+    return None
+
+
+def load_rows(data, loaders, prepare=None):
+    """`(train, validation)` as data sets, from the Hub, a folder or files; `prepare` makes rows of what was read."""
+    if data.dataset_name is not None:
+        found = datasets.load_dataset(data.dataset_name, data.dataset_config_name)
+        train = found[data.train_split]
+        validation = None if data.held_out else found[data.validation_split]
+    else:
+        train = _load_file(data.train_file, loaders)
+        validation = None if data.held_out else _load_file(data.validation_file, loaders)
+    if prepare is not None:
+        train, validation = prepare(train), validation and prepare(validation)
+    train = train.shuffle(seed=0)
+    if data.held_out:
+        validation, train = train.select(range(data.held_out)), train.select(range(data.held_out, len(train)))
+    return first_rows(train, data.max_train_samples), first_rows(validation, data.max_eval_samples)
+
+
+def first_rows(rows, count):
+    return rows if count is None else rows.select(range(min(count, len(rows))))
+
+
+def _load_file(path, loaders):
+    if path is None:
+        raise ValueError("Pass --validation_file too, or --held_out.")
+    for endings, load in loaders.items():
+        if path.endswith(endings):
+            return load(path)
+    raise ValueError(f"{path} must end in one of {', '.join(e for endings in loaders for e in endings)}.")
+
+
+def load_table(path):
+    """Rows of a .csv, .tsv, .json(l) or .parquet file. Tab-separated files know no quotation marks, as GLUE's."""
+    kind = {".tsv": "csv", ".csv": "csv", ".parquet": "parquet"}.get(Path(path).suffix, "json")
+    options = {"sep": "\t", "quoting": 3} if path.endswith(".tsv") else {}
+    return datasets.load_dataset(kind, data_files=path, split="train", **options)
+
+
+TABLES = {(".csv", ".tsv", ".json", ".jsonl", ".parquet"): load_table}
+
+
+def versions():
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+    }
+
+
+def machine():
+    """The hardware in a few words."""
+    if torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+        return f"{torch.accelerator.device_count()} x {torch.get_device_module(device).get_device_name()}"
+    names = [line.partition(":")[2].strip() for line in _cpu_info() if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} thread(s)"
+
+
+def _cpu_info():
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
