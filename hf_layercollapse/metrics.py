@@ -125,13 +125,44 @@ def paired_difference(correct, baseline_correct, confidence=0.95, resamples=10_0
             "`correct` and `baseline_correct` must have the same shape, (examples,) or (runs, examples), got "
             f"{np.shape(correct)} and {np.shape(baseline_correct)}."
         )
-    _z(confidence)
     differences = (correct - baseline).mean(axis=0)
-    # Few different values: drawing how often each comes up is the same as drawing examples, and needs no large array.
-    values, counts = np.unique(differences, return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), size=resamples)
-    low, high = np.quantile(draws @ values / counts.sum(), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(differences.mean()), float(low), float(high)
+    return float(differences.mean()), *bootstrap_interval(differences, None, confidence, resamples, seed)
+
+
+def bootstrap_interval(values, transform=None, confidence=0.95, resamples=10_000, seed=0):
+    """The interval of a mean over examples, or of a function of it, from resampled examples (Efron 1979).
+
+    Args:
+        values (array of `float`): One number per example: whether it is right, its negative log-likelihood, or the
+            difference of two models on it. Shape `(examples,)`.
+        transform (`Callable`, *optional*): Of arrays of means, monotonous; `np.exp` makes perplexities of mean
+            negative log-likelihoods. Default: the mean itself.
+        confidence (`float`): In (0, 1).
+        resamples (`int`): Bootstrap samples.
+        seed (`int`): Of the samples.
+
+    Returns:
+        `(low, high)`, the percentile interval.
+
+    Raises:
+        ValueError: There is no example, or `confidence` is out of range.
+    """
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"`values` must have the shape (examples,) with at least one example, got {values.shape}.")
+    _z(confidence)
+    # How often each value comes up is the same as drawing examples, and cheap where the values are few.
+    values, counts = np.unique(values, return_counts=True)
+    rng, means = np.random.default_rng(seed), []
+    at_once = max(1, 2**22 // len(values))
+    for start in range(0, resamples, at_once):
+        size = min(at_once, resamples - start)
+        means.append(rng.multinomial(counts.sum(), counts / counts.sum(), size=size) @ values / counts.sum())
+    means = np.concatenate(means)
+    low, high = np.quantile(
+        means if transform is None else transform(means), [(1 - confidence) / 2, (1 + confidence) / 2]
+    )
+    return float(low), float(high)
 
 
 def _z(confidence):

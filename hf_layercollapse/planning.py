@@ -34,6 +34,9 @@ PLAN_FEATURES = 4096
 # Candidates for the next step that are measured before the best of them is taken.
 MEASURED_PER_STEP = 3
 
+# A measurement after several steps corrects what is expected of the blocks that moved by at most this factor.
+MOST_CORRECTED = 4.0
+
 PLAN_VERSION = 1
 
 
@@ -488,6 +491,7 @@ def plan_collapse(
     blocks="all",
     levels=LEVELS,
     rank_shares=RANK_SHARES,
+    points=None,
     whole_curve: bool = False,
     token_mask_fn=None,
 ) -> CollapsePlan:
@@ -515,12 +519,17 @@ def plan_collapse(
         blocks: As in [`LayerCollapseConfig`].
         levels (`Sequence[float]`): Shares of a block's weights to choose from.
         rank_shares (`Sequence[float | None]`): Ranks to choose from, as shares of the input width; `None`: full.
+        points (`Sequence[float]`, *optional*): Shares of the feed-forward MACs at which the curve is measured, each
+            in (0, 1); between them steps are taken on expectation, which each measurement corrects. For models with
+            many blocks, where every measurement costs. Default: every step is measured.
         whole_curve (`bool`): Go on below the budget, to the smallest plan, so that `plan.at` can reach it.
 
     Raises:
         ValueError: There is not exactly one budget, too little data, or the budget cannot be met.
     """
     budget = _one_budget(parameters=parameters, macs=macs, latency=latency, max_drop=max_drop)
+    if points is not None and (not points or not all(0 < share < 1 for share in points)):
+        raise ValueError(f"`points` must be shares in (0, 1), got {list(points)}.")
     inner, _ = unwrap(model)
     chosen = _candidates(inner, blocks)
     if any(block.state == "patched" for block in find_feed_forward_blocks(inner)):
@@ -531,7 +540,7 @@ def plan_collapse(
         model, inner, chosen, fitting, _plan_neurons(model, inner, chosen, fitting, token_mask_fn), token_mask_fn
     )
     total = sum(parameter.numel() for parameter in inner.parameters())
-    search = _Search(inner, chosen, moments, score, total, levels, rank_shares)
+    search = _Search(inner, chosen, moments, score, total, levels, rank_shares, points)
     del moments
     with search:
         for _ in search.steps():
@@ -604,7 +613,7 @@ def _plan_neurons(model, inner, blocks, data, token_mask_fn):
 class _Search:
     """The greedy walk from the dense model to the smallest plan; on exit the model is as it was."""
 
-    def __init__(self, inner, blocks, moments, score, total, levels, rank_shares):
+    def __init__(self, inner, blocks, moments, score, total, levels, rank_shares, points):
         self.inner, self.blocks, self.score, self.total = inner, {block.name: block for block in blocks}, score, total
         self.neurons, self.options, self.merges = {}, {}, {}
         for block in tqdm(blocks, desc="Fitting", leave=False):
@@ -614,6 +623,7 @@ class _Search:
         self.sensitivity = {}
         self.dense_macs = sum(block.macs for block in find_feed_forward_blocks(inner))
         self.curve = []
+        self.points = None if points is None else [share * self.dense_macs for share in sorted(points, reverse=True)]
 
     def __enter__(self):
         return self
@@ -704,8 +714,12 @@ class _Search:
                 self._set(name, option)
                 self.sensitivity[name] = self._rate(self.score() - base, option.residual)
                 self._set(name, None)
-        current = base
-        progress = tqdm(desc="Planning", leave=False)
+        with tqdm(total=self.points and len(self.points), desc="Planning", leave=False) as progress:
+            for _ in self._every_step(base) if self.points is None else self._to_points(base):
+                progress.update()
+                yield
+
+    def _every_step(self, current):
         while moves := self._moves():
             tried = []
             for rate, name, option in moves[:MEASURED_PER_STEP]:
@@ -724,9 +738,30 @@ class _Search:
             self.state[name] = option
             self._set(name, option)
             self._record(current)
-            progress.update()
             yield
-        progress.close()
+
+    def _to_points(self, current):
+        for point in self.points:
+            moved, expected = set(), 0.0
+            while self._macs() > point and (moves := self._moves()):
+                rate, name, option = moves[0]
+                expected += rate * (self._now(name)[0] - option.cost)
+                self.state[name] = option
+                moved.add(name)
+            if not moved:
+                continue
+            for name in moved:
+                self._set(name, self.state[name])
+            value = self.score()
+            ratio = self.score.sign * (value - current) / expected
+            for name in moved:
+                self.sensitivity[name] *= min(max(ratio, 1 / MOST_CORRECTED), MOST_CORRECTED)
+            current = value
+            self._record(current)
+            yield
+
+    def _macs(self):
+        return self.dense_macs - sum(block.macs - self._now(name)[0] for name, block in self.blocks.items())
 
     def _rate(self, change, residual):
         return max(self.score.sign * change, 1e-6) / max(residual, 1e-9)

@@ -58,7 +58,7 @@ def plot_curves(results, paths, metric, label):
     """
     figure, axes = pyplot.subplots(figsize=(6.5, 4.5), layout="constrained")
     for method in dict.fromkeys(result["method"] for result in results):
-        points = sorted((r["ffn_share"], r[metric], r.get("interval")) for r in results if r["method"] == method)
+        points = sorted((r["share"], r[metric], r.get("interval")) for r in results if r["method"] == method)
         shares = [100 * share for share, _, _ in points]
         if method == "dense":
             axes.axhline(points[0][1], color="black", linewidth=0.8, linestyle="--", label="dense")

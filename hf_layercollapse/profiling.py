@@ -163,24 +163,30 @@ def compare_latency(
     """
     if not models:
         raise ValueError("There is no model to measure.")
-    if rounds < 2 or warmup < 0:
-        raise ValueError(f"Need rounds >= 2 and warmup >= 0, got rounds={rounds}, warmup={warmup}.")
-    names = list(models)
-    seconds = {name: [] for name in names}
-    with ExitStack() as stack:
-        for model in models.values():
-            stack.enter_context(_evaluating(model))
-        for round_ in tqdm(range(-warmup, rounds), desc="Timing", leave=False, disable=not progress):
-            turn = round_ % len(names)
-            for name in names[turn:] + names[:turn]:
-                elapsed = _time_call(models[name], inputs)
-                if round_ >= 0:
-                    seconds[name].append(elapsed)
-    baseline = seconds[names[0]]
+    seconds = _in_turn({name: (model, inputs) for name, model in models.items()}, rounds, warmup, progress)
+    baseline = next(iter(seconds.values()))
     return {
         name: Latency(tuple(times), tuple(time_ / base for time_, base in zip(times, baseline, strict=True)))
         for name, times in seconds.items()
     }
+
+
+def _in_turn(calls, rounds, warmup, progress):
+    """Name -> seconds of each round, for `calls` name -> `(model, inputs)`."""
+    if rounds < 2 or warmup < 0:
+        raise ValueError(f"Need rounds >= 2 and warmup >= 0, got rounds={rounds}, warmup={warmup}.")
+    names = list(calls)
+    seconds = {name: [] for name in names}
+    with ExitStack() as stack:
+        for model, _ in calls.values():
+            stack.enter_context(_evaluating(model))
+        for round_ in tqdm(range(-warmup, rounds), desc="Timing", leave=False, disable=not progress):
+            turn = round_ % len(names)
+            for name in names[turn:] + names[:turn]:
+                elapsed = _time_call(*calls[name])
+                if round_ >= 0:
+                    seconds[name].append(elapsed)
+    return seconds
 
 
 def _time_call(model, inputs):
@@ -210,3 +216,163 @@ def _evaluating(model):
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@dataclass(frozen=True)
+class FixedCost:
+    """How much of a call does not depend on the batch, and why.
+
+    Args:
+        seconds (`float`): Median time of one call.
+        fixed (`float`): Seconds of it that a batch of half the rows takes as well.
+        reading (`float`): Seconds that it takes to read every weight from memory once.
+    """
+
+    seconds: float
+    fixed: float
+    reading: float
+
+    @property
+    def share(self) -> float:
+        """Of the call's time, in [0, 1]."""
+        return min(max(self.fixed / self.seconds, 0.0), 1.0)
+
+    @property
+    def bound_by(self) -> str:
+        """`"compute"`, or where most of the time is fixed `"memory"` (reading weights) or `"launches"` (starting
+        operations, in Python and on the device)."""
+        if self.share < 0.5:
+            return "compute"
+        return "memory" if self.reading > self.fixed / 2 else "launches"
+
+    def __str__(self):
+        told = f"{self.share:.0%} of the dense model's {1000 * self.seconds:.3g} ms do not depend on the batch"
+        if self.bound_by == "compute":
+            return f"{told}: it is bound by compute, where fewer MACs show."
+        why = {
+            "memory": "reading weights, so the time follows the weights' bytes and not the MACs",
+            "launches": "starting operations, so fewer MACs cannot show",
+        }[self.bound_by]
+        return f"{told}: it is bound by {self.bound_by} ({why}). Larger or more inputs a batch would."
+
+
+def fixed_cost(model, inputs, rounds: int = 10, warmup: int = 2, progress: bool = True) -> FixedCost:
+    """Measures what a call costs whatever the batch: with `t(n) = fixed + n * more`, from the batch and half of it.
+
+    A batch of one row is compared with that row twice.
+
+    Args:
+        model (`nn.Module`): Runs in evaluation mode without gradients; its modes are put back.
+        inputs (`dict[str, Tensor]`): On the model's device; tensors that are as long as the first one in their first
+            dimension are cut along it, others stay as they are.
+        rounds, warmup (`int`), progress (`bool`): As in [`compare_latency`].
+
+    Raises:
+        ValueError: There is no tensor among the inputs, or there are too few rounds.
+    """
+    tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor) and value.dim()]
+    if not tensors:
+        raise ValueError(f"`inputs` holds no tensor with a batch dimension, only {list(inputs)}.")
+    rows = tensors[0].shape[0]
+
+    def with_rows(index):
+        return {
+            key: value[index] if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == rows else value
+            for key, value in inputs.items()
+        }
+
+    smaller = max(1, rows // 2)
+    larger = rows if rows > 1 else 2
+    calls = {
+        "smaller": (model, with_rows(slice(0, smaller))),
+        "larger": (model, with_rows([0, 0] if rows == 1 else slice(0, rows))),
+        "weights": (_ReadWeights(model), {}),
+    }
+    seconds = _in_turn(calls, rounds, warmup, progress)
+    small, large, reading = (statistics.median(times) for times in seconds.values())
+    slope = (large - small) / (larger - smaller)
+    at_batch = large if rows > 1 else small
+    return FixedCost(at_batch, at_batch - rows * slope, reading)
+
+
+class _ReadWeights(nn.Module):
+    """Reads every parameter once."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.weights = [parameter.detach() for parameter in model.parameters()]
+
+    def forward(self):
+        # One number each, fetched at the end: the call is over when all are read.
+        return float(sum(weight.sum(dtype=torch.float32) for weight in self.weights))
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """A dense and a collapsed model, timed in turn.
+
+    Args:
+        mode (`str`): `"eager"` or `"compiled"`.
+        dense, collapsed ([`Latency`]): Their times.
+        promised (`float`): Dense MACs over collapsed MACs, as [`count_macs`] counts them: without attention scores,
+            norms and activations, so that it is more than arithmetic alone allows.
+        fixed_cost ([`FixedCost`]): Of the dense model.
+    """
+
+    mode: str
+    dense: Latency
+    collapsed: Latency
+    promised: float
+    fixed_cost: FixedCost
+
+    @property
+    def measured(self) -> float:
+        """How many times as fast the collapsed model is: the median over rounds."""
+        return 1 / self.collapsed.ratio
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """First and third quartile of it."""
+        low, high = self.collapsed.ratio_quartiles
+        return 1 / high, 1 / low
+
+    def __str__(self):
+        low, high = self.quartiles
+        return (
+            f"{self.mode}: {1000 * self.dense.median:.3g} -> {1000 * self.collapsed.median:.3g} ms, "
+            f"{self.measured:.2f} times as fast (quartiles {low:.2f} to {high:.2f}); the MACs promise "
+            f"{self.promised:.2f}, of which this is {self.measured / self.promised:.0%}. {self.fixed_cost}"
+        )
+
+
+def measure_speedup(
+    dense, collapsed, inputs, modes=("eager", "compiled"), rounds: int = 30, warmup: int = 5, progress: bool = True
+) -> list[Speedup]:
+    """What a collapse is worth at these inputs, with and without `torch.compile`.
+
+    Args:
+        dense, collapsed (`nn.Module`): Run in evaluation mode without gradients; their modes are put back.
+        inputs (`dict[str, Tensor]`): The batch and length that matter to the user, on the models' device.
+        modes (`Sequence[str]`): Of `"eager"` and `"compiled"`; the latter compiles both models in their default
+            mode, which takes some seconds to minutes and needs a C++ compiler on a CPU.
+        rounds, warmup (`int`), progress (`bool`): As in [`compare_latency`].
+
+    Returns:
+        One [`Speedup`] for each mode.
+
+    Raises:
+        ValueError: There is another mode, or there are too few rounds.
+    """
+    unknown = sorted(set(modes) - {"eager", "compiled"})
+    if unknown or not modes:
+        raise ValueError(f"`modes` must be of 'eager' and 'compiled', got {list(modes)}.")
+    promised = count_macs(dense, inputs) / count_macs(collapsed, inputs)
+    found = []
+    for mode in modes:
+        models = {"dense": dense, "collapsed": collapsed}
+        if mode == "compiled":
+            models = {name: torch.compile(model) for name, model in models.items()}
+        times = compare_latency(models, inputs, rounds, warmup, progress)
+        fixed = fixed_cost(models["dense"], inputs, max(2, rounds // 3), max(1, warmup // 2), progress)
+        found.append(Speedup(mode, times["dense"], times["collapsed"], promised, fixed))
+    return found

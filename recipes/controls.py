@@ -1,8 +1,10 @@
-"""What a user would do instead of collapsing: blocks that are dropped, and blocks whose hidden width is cut."""
+"""What a user would do instead: blocks dropped, their hidden width cut, whole layers replaced."""
 
+import torch
 from torch import nn
 
-from hf_layercollapse import find_feed_forward_blocks
+from hf_layercollapse import find_feed_forward_blocks, functional
+from hf_layercollapse.calibration import OUTLIER_LENGTH
 from hf_layercollapse.families import modules_of, select_blocks, survey_blocks
 
 
@@ -59,3 +61,69 @@ def prune_width(model, selector, share, example):
         group = graph.get_pruning_group(up, torch_pruning.prune_linear_out_channels, idxs=everything)
         least = importance(group).argsort()[:cut].tolist()
         graph.get_pruning_group(up, torch_pruning.prune_linear_out_channels, idxs=least).prune()
+
+
+def replaceable_layers(model):
+    """The decoder's list of layers, one feed-forward block each; empty if the model is not built so."""
+    if not model.can_generate():
+        return []
+    layers = getattr(model.get_decoder(), "layers", [])
+    return layers if len(layers) == len(find_feed_forward_blocks(model)) else []
+
+
+@torch.no_grad()
+def replace_layers(model, count, data):
+    """Removes `count` consecutive layers of a decoder in place; the block before them takes over with a linear map.
+
+    ReplaceMe (arXiv 2505.02819, section 2): the layers after which hidden states have turned least are cut, and with
+    `M` what the feed-forward block of the layer before them adds to the residual `Y`, the map is
+    `argmin_T sum |M T + Y - H|^2` for the hidden states `H` after the last of them. It merges into that block's last
+    linear. Here it has a bias too, and tokens with massive activations count less, as in the package's own fits.
+
+    Returns:
+        The index of the first layer that is gone.
+    """
+    layers, blocks = replaceable_layers(model), find_feed_forward_blocks(model)
+    states = list(_outputs(model, layers, data[: max(1, len(data) // 4)]).values())
+    similarity = [
+        torch.cosine_similarity(states[index], states[index + count], dim=-1).mean()
+        for index in range(len(layers) - count)
+    ]
+    del states
+    keeper = int(torch.stack(similarity).argmax())
+    down = modules_of(model, blocks[keeper]).down
+    modules = (down, layers[keeper], layers[keeper + count])
+    outputs = _outputs(model, modules, data)
+    m, before, after = (outputs[module] for module in modules)
+    target = after - (before - m)
+    lengths = target.norm(dim=1)
+    limit = OUTLIER_LENGTH * lengths.median()
+    weight = (limit / lengths.clamp_min(limit)).square()[:, None].double()
+    m, target = m.double(), target.double()
+    mean_m, mean_t = (weight * m).sum(0) / weight.sum(), (weight * target).sum(0) / weight.sum()
+    centred = m - mean_m
+    solution = functional.regress(centred.T @ (weight * centred), centred.T @ (weight * (target - mean_t)))
+    merged = nn.Linear(down.in_features, down.out_features, bias=True)
+    merged.weight.copy_(solution.T @ down.weight.double())
+    bias = mean_t - mean_m @ solution
+    merged.bias.copy_(bias if down.bias is None else bias + down.bias.double() @ solution)
+    names = {module: name for name, module in model.named_modules()}
+    model.set_submodule(names[down], merged.requires_grad_(False))
+    del layers[keeper + 1 : keeper + 1 + count]
+    return keeper + 1
+
+
+def _outputs(model, modules, data):
+    """Module -> its outputs over the data, `(tokens, width)`."""
+    found = {module: [] for module in modules}
+
+    def keep(module, args, output):
+        output = output[0] if isinstance(output, tuple) else output
+        found[module].append(output.flatten(0, -2))
+
+    handles = [module.register_forward_hook(keep) for module in found]
+    for batch in data:
+        model(**batch, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {module: torch.cat(outputs) for module, outputs in found.items()}

@@ -39,7 +39,6 @@ class ImageClassification:
     """Data, model and metric of one run."""
 
     metric = "accuracy"
-    higher_is_better = True
 
     def __init__(self, data):
         self.data = data

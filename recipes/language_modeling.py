@@ -26,7 +26,6 @@ class LanguageModeling:
     """Data, model and metric of one run."""
 
     metric = "perplexity"
-    higher_is_better = False
     collate = staticmethod(default_data_collator)
 
     def __init__(self, data):

@@ -22,7 +22,6 @@ class TextClassification:
     """Data, model and metric of one run."""
 
     metric = "accuracy"
-    higher_is_better = True
 
     def __init__(self, data):
         self.data = data

@@ -1,200 +1,335 @@
-"""Collapse a trained text classifier without training: accuracy over the feed-forward weights that are left.
+"""Collapse a trained model without training: quality over the feed-forward weights that are left, all methods.
 
-    python recipes/training_free.py --model textattack/bert-base-uncased-SST-2 --dataset stanfordnlp/sst2
-    python recipes/training_free.py --model runs/sst2 --train_file train.tsv --validation_file dev.tsv
+    python recipes/training_free.py text_classification --model_name_or_path textattack/bert-base-uncased-SST-2 \\
+        --dataset_name nyu-mll/glue --dataset_config_name sst2 --input_column sentence
+    python recipes/training_free.py recipes/language_modeling/smollm2_wikitext2/training_free.yaml
 
-Blocks, ranks and neurons are chosen, and maps fitted, on rows of the training split; the validation split is scored
-once for each point. The methods, at the same number of feed-forward weights:
+The first word, or `task` in the YAML file, is text_classification, image_classification or language_modeling; the data
+are given as to the script of that name. Blocks, ranks and neurons are chosen, and maps fitted, on rows of the training
+split; the validation split is scored once for each point. The methods, each at every size:
 
 - plan: what `plan_collapse` chooses for each block;
-- full rank + kept: every block a full linear map with as many neurons beside it as the size allows;
+- kept neurons: every block a full linear map with as many neurons beside it as the size allows;
 - width cut: no linear map, the best neurons only, output weights refitted by least squares;
-- dropped: whole blocks give zero, first those whose loss costs least;
-- identity, affine: every block the linear map that the two linear targets give at alpha = 1, without any fit.
+- least squares, identity, affine, dropped: as many whole blocks as it takes become one linear map (fitted, or as the
+  two linear targets give it at alpha = 1), or zero; first those whose loss costs least;
+- layers replaced: consecutive whole layers, attention included, become one linear map that merges into the block
+  before them (ReplaceMe, arXiv 2505.02819); for decoders.
 
-Needs an hour on one CPU core for a model of 20 M parameters with the default sizes. Writes `results.json` and, with
-matplotlib, `curve.png` and `curve.svg` into the output folder.
+Writes `results.json`, `plan.json`, `table.md` and, with matplotlib, `curve.png` and `curve.svg` into `--output_dir`.
 """
 
-import argparse
+import contextlib
+import itertools
 import json
-import platform
+import math
+import sys
 import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
-import transformers
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from common import DataArguments, machine, parse, versions
+from controls import chosen_blocks, replace_layers, replaceable_layers
+from image_classification import ImageClassification
+from language_modeling import LanguageModeling
+from text_classification import TextClassification
+from tqdm.auto import tqdm
 
-from hf_layercollapse import (
-    LayerCollapseConfig,
-    apply_layer_collapse,
-    collapse_model,
-    find_feed_forward_blocks,
-    plan_collapse,
-)
+from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model, plan_collapse
+from hf_layercollapse.calibration import collect_moments
+from hf_layercollapse.collapsing import Trial, cost_of, make_merge
 from hf_layercollapse.families import modules_of
-from hf_layercollapse.metrics import accuracy_interval, paired_difference
+from hf_layercollapse.metrics import bootstrap_interval
 from hf_layercollapse.patching import alpha_parameters
+from hf_layercollapse.profiling import count_parameters
 
 
-def parse():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+TASKS = {
+    "text_classification": TextClassification,
+    "image_classification": ImageClassification,
+    "language_modeling": LanguageModeling,
+}
+METHODS = ("plan", "kept neurons", "width cut", "least squares", "identity", "affine", "dropped", "layers replaced")
+
+
+@dataclass
+class TrainingFreeArguments:
+    """Which points are measured, and on how much data."""
+
+    task: str = field(default="text_classification", metadata={"help": f"One of {', '.join(TASKS)}."})
+    sizes: list[float] = field(
+        default_factory=lambda: [0.5, 0.375, 0.25, 0.2, 0.1875, 0.15625, 0.125],
+        metadata={"help": "Shares of the feed-forward weights that are left, or with --of parameters of all weights."},
     )
-    parser.add_argument("--model", required=True, help="a trained sequence classifier: Hub name or folder")
-    parser.add_argument("--dataset", help="Hub name of the data")
-    parser.add_argument("--dataset_config", help="configuration of the data")
-    parser.add_argument("--train_file", help="in place of --dataset: .csv, .tsv, .json")
-    parser.add_argument("--validation_file", help="in place of --dataset")
-    parser.add_argument("--text_column", default="sentence", help="column of the text")
-    parser.add_argument("--label_column", default="label", help="column of the class")
-    parser.add_argument("--fit_rows", type=int, default=1500, help="training rows that maps are fitted to")
-    parser.add_argument("--score_rows", type=int, default=500, help="training rows that plans are scored on")
-    parser.add_argument("--max_length", type=int, default=64, help="tokens a text is cut to")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.375, 0.25, 0.2, 0.1875, 0.15625, 0.125])
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of training rows")
-    parser.add_argument("--output_dir", default="runs/training_free", help="where the results go")
-    return parser.parse_args()
+    of: str = field(default="feed_forward", metadata={"help": "What sizes are shares of: feed_forward or parameters."})
+    fit_samples: int = field(default=2000, metadata={"help": "Training rows that maps are fitted to."})
+    score_samples: int = field(default=1000, metadata={"help": "Training rows that plans are scored on."})
+    order_samples: int = field(default=500, metadata={"help": "How many of these order whole blocks."})
+    every_step: bool = field(
+        default=False,
+        metadata={"help": "Whether the plan measures every step, instead of two between neighbouring sizes."},
+    )
+    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Methods to measure."})
+    output_dir: str = field(default="runs/training_free", metadata={"help": "Where the results go."})
+
+    def __post_init__(self):
+        if self.task not in TASKS:
+            raise ValueError(f"The task must be one of {', '.join(TASKS)}, got {self.task!r}.")
+        if self.of not in ("feed_forward", "parameters"):
+            raise ValueError(f"--of must be feed_forward or parameters, got {self.of!r}.")
+        unknown = sorted(set(self.methods) - set(METHODS))
+        if unknown:
+            raise ValueError(f"--methods must be of {', '.join(METHODS)}; got {', '.join(unknown)}.")
 
 
-def load(args):
-    if args.dataset:
-        return datasets.load_dataset(args.dataset, args.dataset_config)
-    files = {"train": args.train_file, "validation": args.validation_file}
-    if args.train_file.endswith((".csv", ".tsv")):
-        tabs = {"delimiter": "\t", "quoting": 3} if args.train_file.endswith(".tsv") else {}
-        return datasets.load_dataset("csv", data_files=files, **tabs)
-    return datasets.load_dataset("json", data_files=files)
+class Comparison:
+    """One model, its data, and the results so far."""
+
+    def __init__(self, arguments, data):
+        self.arguments, self.data = arguments, data
+        self.output = Path(arguments.output_dir)
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.started = time.perf_counter()
+        self.task = TASKS[arguments.task](data)
+        self.model = self.task.make_model().eval().requires_grad_(False)
+        self.fit = self.task.batches(arguments.fit_samples)
+        self.scoring = self.task.batches(arguments.score_samples, skip=arguments.fit_samples)
+        self.ordering = self.task.batches(
+            min(arguments.order_samples, arguments.score_samples), skip=arguments.fit_samples
+        )
+        self.test = self.task.batches(validation=True)
+        self.blocks = chosen_blocks(self.model, "all")
+        self.macs = sum(block.macs for block in self.blocks)
+        self.parameters = count_parameters(self.model)
+        self.results = []
+        self.add("dense", None, self.macs)
+
+    def limits(self):
+        """`(size, feed-forward weights that are left)` of each point."""
+        for size in sorted(self.arguments.sizes, reverse=True):
+            left = (
+                self.macs * size if self.arguments.of == "feed_forward" else self.macs - (1 - size) * self.parameters
+            )
+            if left < 0:
+                raise ValueError(f"Size {size} is smaller than the model without its feed-forward blocks.")
+            yield size, left
+
+    def add(self, method, size, weights, removed=None, **more):
+        """Scores the model as it is now; `removed`: weights outside the blocks that are gone too."""
+        values = self.task.score(self.model, self.test).double().numpy()
+        self.results.append(
+            {
+                "method": method,
+                "size": size,
+                "feed_forward_share": weights / self.macs,
+                "parameter_share": 1 - (self.macs - weights + (removed or 0)) / self.parameters,
+                "values": values,
+                **more,
+            }
+        )
+        result = self.results[-1]
+        result.update(self.summary(values))
+        done = f"{time.perf_counter() - self.started:6.0f} s  {method:16} {'' if size is None else size:<8}"
+        print(f"{done} {self.task.metric} {result[self.task.metric]:.4g}", flush=True)
+        self.write()
+
+    def summary(self, values):
+        """The metric with its 95 % interval over examples, and the same for the distance from the dense model."""
+        dense = self.results[0]["values"]
+        return {
+            self.task.metric: float(self.as_metric(values.mean())),
+            "interval": bootstrap_interval(values, self.as_metric),
+            "from_dense": float(self.as_metric((values - dense).mean())),
+            "from_dense_interval": bootstrap_interval(values - dense, self.as_metric),
+        }
+
+    def as_metric(self, mean):
+        """Mean negative log-likelihood -> perplexity; differences of it become ratios. An accuracy is a mean."""
+        return np.exp(mean) if self.task.metric == "perplexity" else mean
+
+    def write(self):
+        arguments = self.arguments
+        results = [{k: v for k, v in result.items() if k != "values"} for result in self.results]
+        content = {
+            "arguments": {**asdict(arguments), **asdict(self.data)},
+            "metric": self.task.metric,
+            "examples": len(self.results[0]["values"]),
+            "parameters": self.parameters,
+            "feed_forward_weights": self.macs,
+            "seconds": round(time.perf_counter() - self.started),
+            "versions": versions(),
+            "machine": machine(),
+            "results": results,
+        }
+        (self.output / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+        (self.output / "table.md").write_text(table(content))
+        with contextlib.suppress(ImportError):
+            from hf_layercollapse.plotting import plot_curves
+
+            share = "feed_forward_share" if arguments.of == "feed_forward" else "parameter_share"
+            label = "feed-forward weights left" if arguments.of == "feed_forward" else "parameters left"
+            rows = [{**result, "share": result[share]} for result in results]
+            plot_curves(rows, [self.output / f"curve.{kind}" for kind in ("png", "svg")], self.task.metric, label)
+
+    # Methods
+
+    def uniform(self, method, rank):
+        """Every block alike."""
+        for size, left in self.limits():
+            block = self.blocks[0]
+            keep = int((left / self.macs * block.macs - cost_of(block, rank, 0)) / cost_of(block, 0, 1) + 1e-6)
+            if keep < 0 or (rank == 0 and keep == 0):
+                continue
+            model, self.model = self.model, self.task.make_model().eval().requires_grad_(False)
+            collapse_model(self.model, LayerCollapseConfig(rank=rank, keep_neurons=keep), self.fit)
+            weights = sum(block.macs for block in chosen_blocks(self.model, "all"))
+            self.add(method, size, weights, kept_neurons=keep)
+            self.model = model
+
+    def whole(self, method, put, cost):
+        """As many blocks as it takes, in the order of what each costs alone; `put(block)` is a context."""
+        rising = {}
+        for block in tqdm(self.blocks, desc=f"Ordering ({method})", leave=False):
+            with put(block):
+                rising[block.name] = self.sign * float(self.task.score(self.model, self.ordering).double().mean())
+        # Accuracies of single blocks are often equal: then the later block first.
+        order = sorted(reversed(self.blocks), key=lambda block: rising[block.name])
+        for size, left in self.limits():
+            chosen, weights = [], self.macs
+            for block in order:
+                if weights <= left * (1 + 1e-9):
+                    break
+                chosen.append(block)
+                weights -= block.macs - cost(block)
+            if weights > left * (1 + 1e-9):
+                continue
+            with contextlib.ExitStack() as stack:
+                for block in chosen:
+                    stack.enter_context(put(block))
+                self.add(method, size, weights, blocks=[block.index for block in chosen])
+
+    @property
+    def sign(self):
+        return -1 if self.task.metric == "accuracy" else 1
+
+    def run(self, method):
+        if method == "kept neurons":
+            self.uniform(method, None)
+        elif method == "width cut":
+            self.uniform(method, 0)
+        elif method == "plan":
+            self.plan()
+        elif method == "dropped":
+            self.whole(method, self.dropped, lambda block: 0)
+        elif method == "least squares":
+            moments = collect_moments(self.model, self.model, self.blocks, self.fit)
+            merges = {
+                block.name: make_merge(block, modules_of(self.model, block), moments[block.name].fit(), refit=True)
+                for block in self.blocks
+            }
+            self.whole(method, lambda block: self.merged(merges[block.name]), lambda block: cost_of(block, None, 0))
+        elif method in ("identity", "affine"):
+            model, self.model = self.model, self.task.make_model().eval().requires_grad_(False)
+            apply_layer_collapse(self.model, LayerCollapseConfig(linear_target=method), self.fit)
+            alphas = alpha_parameters(self.model)
+            by_name = {block.name: alpha for block, alpha in zip(self.blocks, alphas, strict=True)}
+            self.whole(method, lambda block: self.linear(by_name[block.name]), lambda block: cost_of(block, None, 0))
+            self.model = model
+        elif method == "layers replaced":
+            self.replaced()
+
+    @contextlib.contextmanager
+    def merged(self, merge):
+        with Trial(self.model) as trial:
+            trial.put(merge)
+            yield
+
+    @contextlib.contextmanager
+    def linear(self, alpha):
+        """A block at alpha = 1 computes what it computes once collapsed."""
+        alpha.data.fill_(1)
+        yield
+        alpha.data.fill_(0)
+
+    @contextlib.contextmanager
+    def dropped(self, block):
+        handle = modules_of(self.model, block).down.register_forward_hook(lambda module, args, y: torch.zeros_like(y))
+        yield
+        handle.remove()
+
+    def plan(self):
+        limits = dict(self.limits())
+        shares = [1.0, *(left / self.macs for left in limits.values())]
+        points = [high + (low - high) * part / 3 for high, low in itertools.pairwise(shares) for part in (1, 2, 3)]
+        plan = plan_collapse(
+            self.model,
+            self.fit,
+            macs=shares[-1],
+            evaluation_data=self.scoring,
+            points=None if self.arguments.every_step else points,
+        )
+        plan.save(self.output / "plan.json")
+        for size, left in limits.items():
+            chosen = plan.at(macs=left / self.macs)
+            model, self.model = self.model, self.task.make_model().eval().requires_grad_(False)
+            collapse_model(self.model, plan=chosen, calibration_data=self.fit)
+            self.add("plan", size, chosen.point.macs, choices=chosen.point.choices)
+            self.model = model
+
+    def replaced(self):
+        if not replaceable_layers(self.model):
+            print("layers replaced: this model has no such layers", flush=True)
+            return
+        per_layer = sum(p.numel() for p in replaceable_layers(self.model)[0].parameters())
+        for size, left in self.limits():
+            count = math.ceil((self.macs - left) / per_layer - 1e-9)
+            model, self.model = self.model, self.task.make_model().eval().requires_grad_(False)
+            first = replace_layers(self.model, count, self.fit)
+            gone = count * self.blocks[0].macs
+            self.add(
+                "layers replaced", size, self.macs - gone, count * per_layer - gone, layers=[first, first + count]
+            )
+            self.model = model
 
 
-def batches(rows, tokenizer, args, size=32):
-    """Batches of texts of similar length, with labels."""
-    rows = sorted(zip(rows[args.text_column], rows[args.label_column], strict=True), key=lambda row: len(row[0]))
-    made = []
-    for start in range(0, len(rows), size):
-        texts, labels = zip(*rows[start : start + size], strict=True)
-        batch = tokenizer(list(texts), padding=True, truncation=True, max_length=args.max_length, return_tensors="pt")
-        made.append({**batch, "labels": torch.tensor(labels)})
-    return made
-
-
-@torch.no_grad()
-def right(model, data):
-    """Whether each example is right."""
-    model.eval()
-    return np.concatenate([(model(**batch).logits.argmax(-1) == batch["labels"]).cpu().numpy() for batch in data])
-
-
-def drop(model, blocks):
-    """Makes blocks give zero."""
-    for block in blocks:
-        down = modules_of(model, block).down
-        torch.nn.init.zeros_(down.weight)
-        if down.bias is not None:
-            torch.nn.init.zeros_(down.bias)
-
-
-@torch.no_grad()
-def loss(model, data):
-    counts = [len(batch["labels"]) for batch in data]
-    return sum(float(model(**batch).loss) * n for batch, n in zip(data, counts, strict=True)) / sum(counts)
+def table(content):
+    """The results as Markdown: sizes down, methods across."""
+    results, metric = content["results"], content["metric"]
+    methods = list(dict.fromkeys(result["method"] for result in results if result["method"] != "dense"))
+    shown = (lambda v: f"{v:.1f}") if metric == "perplexity" else (lambda v: f"{100 * v:.1f}")
+    of = "feed-forward weights" if content["arguments"]["of"] == "feed_forward" else "parameters"
+    lines = [f"| {of} left | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
+    for size in dict.fromkeys(result["size"] for result in results if result["size"] is not None):
+        cells = []
+        for method in methods:
+            found = [r for r in results if r["method"] == method and r["size"] == size]
+            cells.append(
+                f"{shown(found[0][metric])} ({shown(found[0]['interval'][0])} to {shown(found[0]['interval'][1])})"
+                if found
+                else ""
+            )
+        best = (min if metric == "perplexity" else max)(
+            (r[metric] for r in results if r["size"] == size), default=None
+        )
+        cells = [f"**{c}**" if c.startswith(f"{shown(best)} ") else c for c in cells]
+        lines.append(f"| {100 * size:.4g} % | " + " | ".join(cells) + " |")
+    dense = results[0]
+    low, high = (shown(value) for value in dense["interval"])
+    lines.append(f"\ndense: {metric} {shown(dense[metric])} ({low} to {high}), {content['examples']:,} examples")
+    return "\n".join(lines) + "\n"
 
 
 def main():
-    args = parse()
-    started = time.time()
-    output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    data = load(args)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    train = data["train"].shuffle(seed=args.seed)
-    fit = batches(train.select(range(args.fit_rows))[:], tokenizer, args)
-    score = batches(train.select(range(args.fit_rows, args.fit_rows + args.score_rows))[:], tokenizer, args)
-    test = batches(data["validation"][:], tokenizer, args)
-
-    def model():
-        return AutoModelForSequenceClassification.from_pretrained(args.model).eval()
-
-    dense = model()
-    blocks = find_feed_forward_blocks(dense)
-    macs = sum(block.macs for block in blocks)
-    dense_right = right(dense, test)
-    results = []
-
-    def add(method, made, plan=None):
-        correct = right(made, test)
-        left = sum(b.macs for b in find_feed_forward_blocks(made)) / macs if method != "dropped" else plan
-        difference = paired_difference(correct, dense_right)
-        results.append(
-            {
-                "method": method,
-                "ffn_share": left,
-                "accuracy": float(correct.mean()),
-                "interval": accuracy_interval(int(correct.sum()), len(correct)),
-                "difference_from_dense": difference,
-            }
-        )
-        if method == "plan":
-            results[-1]["choices"] = plan.point.choices
-        print(f"{time.time() - started:6.0f} s  {method:18}  {left:6.1%}  {100 * correct.mean():.2f}", flush=True)
-        write(args, output, results, started)
-
-    add("dense", dense)
-    for target in ("identity", "affine"):
-        made = model()
-        apply_layer_collapse(made, LayerCollapseConfig(linear_target=target), fit)
-        for alpha in alpha_parameters(made):
-            torch.nn.init.ones_(alpha)
-        collapse_model(made)
-        add(target, made)
-
-    for share in args.shares:
-        for method, rank in (("full rank + kept", None), ("width cut", 0)):
-            made, first = model(), blocks[0]
-            per_neuron = (first.in_features + first.out_features) + (first.kind == "gated") * first.in_features
-            base = 0 if rank == 0 else first.in_features * first.out_features
-            keep = round((share * first.macs - base) / per_neuron)
-            if keep < 0:
-                continue
-            collapse_model(made, LayerCollapseConfig(rank=rank, keep_neurons=keep), fit)
-            add(method, made)
-
-    rising = []
-    for block in blocks:
-        made = model()
-        drop(made, [block])
-        rising.append((loss(made, score), block))
-    order = [block for _, block in sorted(rising, key=lambda item: item[0])]
-    for count in range(1, len(blocks) + 1):
-        made = model()
-        drop(made, order[:count])
-        add("dropped", made, 1 - sum(block.macs for block in order[:count]) / macs)
-
-    plan = plan_collapse(dense, fit, macs=min(args.shares), evaluation_data=score, whole_curve=True)
-    plan.save(output / "plan.json")
-    for share in args.shares:
-        made, chosen = model(), plan.at(macs=share)
-        collapse_model(made, plan=chosen, calibration_data=fit)
-        add("plan", made, chosen)
-
-
-def write(args, output, results, started):
-    content = {
-        "arguments": vars(args),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} CPU thread(s)",
-        "seconds": round(time.time() - started),
-        "results": results,
-    }
-    (output / "results.json").write_text(json.dumps(content, indent=1) + "\n")
-    try:
-        from hf_layercollapse.plotting import plot_curves
-    except ImportError:
-        return
-    plot_curves(results, [output / "curve.png", output / "curve.svg"], "accuracy", "share of feed-forward weights")
+    words = sys.argv[1:]
+    if words and words[0] in TASKS:
+        words = ["--task", *words]
+    arguments, data = parse([TrainingFreeArguments, DataArguments], __doc__, words)
+    comparison = Comparison(arguments, data)
+    for method in arguments.methods:
+        comparison.run(method)
+    print("\n" + table(json.loads((comparison.output / "results.json").read_text())))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,14 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model
 from hf_layercollapse.profiling import (
+    FixedCost,
     Latency,
     compare_latency,
     count_macs,
     count_parameters,
+    fixed_cost,
     macs_per_token,
+    measure_speedup,
     weights_size,
 )
 
@@ -144,3 +147,63 @@ def test_latency_refuses_what_measures_nothing(kwargs):
     models = kwargs.pop("models", {"one": nn.Identity()})
     with pytest.raises(ValueError):
         compare_latency(models, {"input": torch.zeros(1)}, **kwargs)
+
+
+class Sleeps(nn.Module):
+    """Takes a fixed time and a time for each row."""
+
+    def __init__(self, fixed, per_row):
+        super().__init__()
+        self.fixed, self.per_row = fixed, per_row
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x, mask=None):
+        time.sleep(self.fixed + self.per_row * x.shape[0])
+        return x
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("fixed, per_row, bound", [(0.02, 0.0005, "launches"), (0.0, 0.01, "compute")])
+def test_what_a_call_costs_whatever_the_batch(rows, fixed, per_row, bound):
+    inputs = {"x": torch.ones(rows, 3), "mask": torch.ones(2)}
+    cost = fixed_cost(Sleeps(fixed, per_row), inputs, rounds=5, warmup=1, progress=False)
+    assert cost.bound_by == bound
+    assert cost.seconds >= fixed + per_row * rows
+    assert f"bound by {bound}" in str(cost)
+
+
+def test_a_call_that_only_reads_weights_is_bound_by_memory():
+    cost = FixedCost(seconds=0.010, fixed=0.009, reading=0.008)
+    assert cost.bound_by == "memory" and "weights' bytes" in str(cost)
+    assert FixedCost(seconds=0.010, fixed=0.009, reading=0.001).bound_by == "launches"
+    # Half the batch may measure slower than half the time: no share is negative.
+    assert FixedCost(seconds=0.010, fixed=-0.001, reading=0.001).share == 0
+
+
+def test_the_fixed_cost_needs_a_batch(bert):
+    with pytest.raises(ValueError, match="no tensor with a batch dimension"):
+        fixed_cost(bert, {"use_cache": False})
+
+
+def test_speedup_of_a_collapse(bert):
+    collapsed = BertForSequenceClassification(bert.config)
+    apply_layer_collapse(collapsed, LayerCollapseConfig(initial_alpha=1.0))
+    collapse_model(collapsed)
+    (eager,) = measure_speedup(bert, collapsed, INPUTS, modes=["eager"], rounds=2, warmup=0, progress=False)
+    assert eager.promised == count_macs(bert, INPUTS) / count_macs(collapsed, INPUTS) > 1.5
+    assert eager.measured == pytest.approx(1 / eager.collapsed.ratio)
+    low, high = eager.quartiles
+    assert low <= eager.measured <= high
+    assert "the MACs promise" in str(eager)
+    with pytest.raises(ValueError, match="'eager' and 'compiled'"):
+        measure_speedup(bert, collapsed, INPUTS, modes=["fast"])
+
+
+@pytest.mark.slow
+def test_speedup_when_compiled(bert):
+    collapsed = BertForSequenceClassification(bert.config)
+    apply_layer_collapse(collapsed, LayerCollapseConfig(initial_alpha=1.0))
+    collapse_model(collapsed)
+    eager, compiled = measure_speedup(bert, collapsed, INPUTS, rounds=3, warmup=1, progress=False)
+    assert (eager.mode, compiled.mode) == ("eager", "compiled")
+    assert compiled.promised == eager.promised
