@@ -126,14 +126,14 @@ def parse(kinds, description, arguments=None):
     return parser.parse_args_into_dataclasses(arguments)
 
 
-def run(task, description):
+def run(task, description, arguments=None):
     """One run: data, model, method, training, collapse, evaluation; writes the model and `results.json`.
 
     Args:
         task: The class in the recipe that knows the data and the head.
     """
     kinds = [DataArguments, MethodArguments, LayerCollapseConfig, TrainingArguments]
-    data, recipe, config, arguments = parse(kinds, description)
+    data, recipe, config, arguments = parse(kinds, description, arguments)
     started = time.perf_counter()
     set_seed(arguments.seed)
     # Images are turned into tensors when a batch needs them; the Trainer would remove the columns they come from.

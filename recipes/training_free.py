@@ -321,8 +321,8 @@ def table(content):
     return "\n".join(lines) + "\n"
 
 
-def main():
-    words = sys.argv[1:]
+def main(words=None):
+    words = sys.argv[1:] if words is None else list(words)
     if words and words[0] in TASKS:
         words = ["--task", *words]
     arguments, data = parse([TrainingFreeArguments, DataArguments], __doc__, words)

@@ -1,0 +1,285 @@
+"""The training recipes and the comparison without training, on tiny models and files."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from hf_layercollapse import find_feed_forward_blocks
+
+from .models import BY_NAME, VOCABULARY
+
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+WORDS = [f"w{index}" for index in range(VOCABULARY - 2)]
+VIT = {
+    "model_type": "vit",
+    "architectures": ["ViTForImageClassification"],
+    "image_size": 28,
+    "patch_size": 14,
+    "num_channels": 1,
+    "hidden_size": 16,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def recipes_on_the_path(monkeypatch):
+    """Recipes import each other as scripts in one folder do."""
+    monkeypatch.syspath_prepend(str(RECIPES))
+
+
+def tokenizer():
+    words = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    plain = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def sentences(rows, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for row in range(rows):
+        chosen = torch.randint(0, len(WORDS), (4 + row % 7,), generator=generator).tolist()
+        yield " ".join(WORDS[index] for index in chosen), row % 3
+
+
+@pytest.fixture
+def text(tmp_path):
+    """Options for a tiny BERT and tab-separated sentences, one of them with a quotation mark."""
+    folder = tmp_path / "model"
+    BY_NAME["bert"].model().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    for name, rows in (("train", 120), ("dev", 24)):
+        lines = [f'"{sentence}\t{label}' for sentence, label in sentences(rows)]
+        (tmp_path / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
+    return [
+        f"--model_name_or_path={folder}",
+        f"--train_file={tmp_path / 'train.tsv'}",
+        f"--validation_file={tmp_path / 'dev.tsv'}",
+        "--input_column=sentence",
+        "--max_length=16",
+    ]
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Options for a new ViT and images in MNIST's format."""
+    (tmp_path / "config.json").write_text(json.dumps(VIT))
+    (tmp_path / "preprocessor_config.json").write_text(
+        (RECIPES / "image_classification" / "vit_fashion_mnist" / "preprocessor_config.json").read_text()
+    )
+    random = np.random.default_rng(0)
+    for name, rows in (("train", 64), ("t10k", 20)):
+        with gzip.open(tmp_path / f"{name}-images-idx3-ubyte.gz", "wb") as file:
+            file.write(bytes(16) + random.integers(0, 256, (rows, 28, 28), dtype=np.uint8).tobytes())
+        with gzip.open(tmp_path / f"{name}-labels-idx1-ubyte.gz", "wb") as file:
+            file.write(bytes(8) + (np.arange(rows) % 10).astype(np.uint8).tobytes())
+    return [
+        f"--config_name={tmp_path}",
+        f"--train_file={tmp_path / 'train-images-idx3-ubyte.gz'}",
+        f"--validation_file={tmp_path / 't10k-images-idx3-ubyte.gz'}",
+    ]
+
+
+def llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def prose(tmp_path):
+    """Options for a tiny Llama and plain text."""
+    folder = tmp_path / "model"
+    llama().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    for name, rows in (("train", 300), ("test", 40)):
+        (tmp_path / f"{name}.txt").write_text("\n".join(sentence for sentence, _ in sentences(rows)) + "\n")
+    return [
+        f"--model_name_or_path={folder}",
+        f"--train_file={tmp_path / 'train.txt'}",
+        f"--validation_file={tmp_path / 'test.txt'}",
+        "--max_length=12",
+    ]
+
+
+def options(tmp_path, *more):
+    return [
+        f"--output_dir={tmp_path / 'out'}",
+        "--max_steps=3",
+        "--per_device_train_batch_size=8",
+        "--save_strategy=no",
+        "--report_to=none",
+        "--disable_tqdm=true",
+        "--dataloader_pin_memory=false",
+        "--calibration_samples=64",
+        *more,
+    ]
+
+
+def results(tmp_path):
+    return json.loads((tmp_path / "out" / "results.json").read_text())
+
+
+READY = ("--initial_alpha=0.96", "--blocks=last:2")
+
+
+@pytest.mark.parametrize(
+    "method, more, share",
+    [
+        ("dense", (), 1.0),
+        ("layer_collapse", READY, (1 + 2 * 256 / 1280) / 3),
+        ("fit", ("--share=0.5",), 0.5),
+        ("drop", ("--blocks=last:1",), 2 / 3),
+    ],
+)
+def test_text_classification(text, tmp_path, method, more, share):
+    from common import run
+    from text_classification import TextClassification
+
+    run(TextClassification, "", [*text, *options(tmp_path, f"--method={method}", *more)])
+    found = results(tmp_path)
+    assert found["feed_forward_share"] == pytest.approx(share, abs=0.02)
+    assert 0 <= found["after"]["eval_accuracy"] <= 1 and found["training"]["train_loss"] > 0
+    if method != "drop":  # which no library saves: what gives zero is no layer
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+        states = [block.state for block in find_feed_forward_blocks(model)]
+        assert states.count("collapsed") == {"dense": 0, "layer_collapse": 2, "fit": 3}[method]
+
+
+def test_image_classification(images, tmp_path):
+    from common import run
+    from image_classification import ImageClassification
+
+    run(ImageClassification, "", [*images, *options(tmp_path, "--method=layer_collapse", *READY)])
+    assert results(tmp_path)["feed_forward_share"] == pytest.approx((1 + 2 / 8) / 3)
+
+
+def test_language_modeling(prose, tmp_path):
+    from common import run
+    from language_modeling import LanguageModeling
+
+    run(LanguageModeling, "", [*prose, *options(tmp_path, "--method=layer_collapse", *READY)])
+    found = results(tmp_path)
+    assert found["after"]["eval_perplexity"] == pytest.approx(np.exp(found["after"]["eval_loss"]), rel=1e-4)
+
+
+def test_options_of_a_file_and_of_the_command_line(text, tmp_path):
+    from common import DataArguments, MethodArguments, parse
+
+    (tmp_path / "a.yaml").write_text("dataset_name: some/data\nmodel_name_or_path: some/model\nmethod: drop\n")
+    data, method = parse([DataArguments, MethodArguments], "", [str(tmp_path / "a.yaml"), "--train_file", "x.csv"])
+    assert (data.model_name_or_path, data.dataset_name, data.train_file) == ("some/model", None, "x.csv")
+    assert method.method == "drop"
+    (tmp_path / "b.yaml").write_text("modle: some/model\n")
+    with pytest.raises(SystemExit):
+        parse([DataArguments], "", [str(tmp_path / "b.yaml")])
+
+
+@pytest.mark.parametrize(
+    "path", sorted(RECIPES.glob("*_*/*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_every_yaml_file_is_understood(path):
+    from common import DataArguments, MethodArguments, parse
+    from training_free import TrainingFreeArguments
+    from transformers import TrainingArguments
+
+    from hf_layercollapse import LayerCollapseConfig
+
+    if "training_free" in path.stem:
+        kinds = [TrainingFreeArguments, DataArguments]
+    else:
+        kinds = [DataArguments, MethodArguments, LayerCollapseConfig, TrainingArguments]
+    # Half precision is checked against the hardware, which is not there.
+    assert parse(kinds, "", [str(path), *(["--bf16=false", "--fp16=false"] if len(kinds) == 4 else [])])
+    assert path.read_text().startswith("# "), "the launch line comes first"
+
+
+SMALL = ["--fit_samples=64", "--score_samples=32", "--order_samples=16", "--sizes", "0.5", "0.25"]
+
+
+def test_comparison_without_training(text, tmp_path):
+    from training_free import METHODS, main
+
+    main(["text_classification", *text, *SMALL, f"--output_dir={tmp_path / 'out'}"])
+    found = results(tmp_path)
+    rows = found["results"]
+    methods = [name for name in METHODS if name != "layers replaced"]  # for decoders
+    assert {row["method"] for row in rows} == {"dense", *methods}
+    for row in rows[1:]:
+        assert row["feed_forward_share"] <= row["size"] + 1e-9, row
+        low, high = row["interval"]
+        assert low <= row["accuracy"] <= high
+    assert found["examples"] == 24
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table.startswith("| feed-forward weights left | plan | kept neurons |") and "dense: accuracy" in table
+    assert (tmp_path / "out" / "curve.png").stat().st_size > 1000
+
+
+def test_comparison_without_training_of_a_decoder(prose, tmp_path):
+    from training_free import main
+
+    sizes = ["--sizes", "0.9", "--of=parameters", "--methods", "plan", "dropped", "layers replaced"]
+    main(["language_modeling", *prose, *SMALL[:3], *sizes, f"--output_dir={tmp_path / 'out'}"])
+    dense, *rows = results(tmp_path)["results"]
+    assert [row["method"] for row in rows] == ["plan", "dropped", "layers replaced"]
+    for row in rows:
+        assert row["parameter_share"] <= 0.9 and row["perplexity"] > 1
+        assert row["from_dense"] == pytest.approx(row["perplexity"] / dense["perplexity"])
+
+
+def test_replacing_no_layer_changes_nothing_and_linear_layers_are_replaced_exactly(prose):
+    """ReplaceMe's fit is exact where what the layers add is linear in what the block before them adds."""
+    from controls import replace_layers, replaceable_layers
+
+    model = llama()
+    layers = replaceable_layers(model)
+    count = len(layers)
+    # Layers that add nothing: the map is the identity.
+    for layer in layers[1:]:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    data = [{"input_ids": torch.randint(0, VOCABULARY, (16, 12), generator=torch.Generator().manual_seed(0))}]
+    expected = model(**data[0]).logits
+    replace_layers(model, count - 1, data)
+    assert len(model.get_decoder().layers) == 1
+    torch.testing.assert_close(model(**data[0], use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_width_is_cut_to_the_share(text):
+    torch_pruning = pytest.importorskip("torch_pruning", reason="torch-pruning is for the comparison only")
+    assert torch_pruning
+    from controls import feed_forward_share, prune_width
+
+    model = BY_NAME["bert"].model()
+    macs = sum(block.macs for block in find_feed_forward_blocks(model))
+    prune_width(model, "all", 0.5, {"input_ids": torch.arange(8)[None]})
+    assert feed_forward_share(model, macs) == 0.5
+
+
+def test_wrong_options_are_one_line():
+    from common import DataArguments
+
+    with pytest.raises(ValueError, match="either --dataset_name or --train_file"):
+        DataArguments(model_name_or_path="some/model")
+    assert "common" in sys.modules
