@@ -53,7 +53,7 @@ def prune_width(model, selector, share, example):
     import torch_pruning
 
     graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example)
-    importance = torch_pruning.importance.GroupNormImportance(p=2)
+    importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
     for block in chosen_blocks(model, selector):
         up = modules_of(model, block).up
         cut = round((1 - share) * block.hidden_features)

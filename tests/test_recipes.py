@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -266,9 +265,7 @@ def test_replacing_no_layer_changes_nothing_and_linear_layers_are_replaced_exact
     torch.testing.assert_close(model(**data[0], use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_width_is_cut_to_the_share(text):
-    torch_pruning = pytest.importorskip("torch_pruning", reason="torch-pruning is for the comparison only")
-    assert torch_pruning
+def test_width_is_cut_to_the_share():
     from controls import feed_forward_share, prune_width
 
     model = BY_NAME["bert"].model()
@@ -277,9 +274,15 @@ def test_width_is_cut_to_the_share(text):
     assert feed_forward_share(model, macs) == 0.5
 
 
-def test_wrong_options_are_one_line():
-    from common import DataArguments
+def test_wrong_options():
+    from common import DataArguments, MethodArguments
+    from training_free import TrainingFreeArguments
 
     with pytest.raises(ValueError, match="either --dataset_name or --train_file"):
         DataArguments(model_name_or_path="some/model")
-    assert "common" in sys.modules
+    with pytest.raises(ValueError, match="--method must be one of dense, layer_collapse"):
+        MethodArguments(method="magic")
+    with pytest.raises(ValueError, match="needs --share"):
+        MethodArguments(method="prune_width")
+    with pytest.raises(ValueError, match="--methods must be of plan"):
+        TrainingFreeArguments(methods=["magic"])
