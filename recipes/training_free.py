@@ -188,14 +188,18 @@ class Comparison:
             self.add(method, size, weights, kept_neurons=keep)
             self.model = model
 
-    def whole(self, method, put, cost):
-        """As many blocks as it takes, in the order of what each costs alone; `put(block)` is a context."""
+    def order(self, method, put):
+        """The blocks in the order of what each costs alone."""
         rising = {}
         for block in tqdm(self.blocks, desc=f"Ordering ({method})", leave=False):
             with put(block):
                 rising[block.name] = self.sign * float(self.task.score(self.model, self.ordering).double().mean())
         # Accuracies of single blocks are often equal: then the later block first.
-        order = sorted(reversed(self.blocks), key=lambda block: rising[block.name])
+        return sorted(reversed(self.blocks), key=lambda block: rising[block.name])
+
+    def whole(self, method, put, cost):
+        """As many blocks as it takes; `put(block)` is a context."""
+        order = self.order(method, put)
         for size, left in self.limits():
             chosen, weights = [], self.macs
             for block in order:
