@@ -647,8 +647,11 @@ def _shorten(names, limit=6):
     return names if len(names) <= limit else [*names[: limit - 1], "...", names[-1]]
 
 
-def unwrap(model):
+def unwrap(model, sharded=False):
     """`(the model itself, its wrappers)`: looks through PeftModel and `torch.compile`.
+
+    Args:
+        sharded (`bool`): Whether the model itself may be one that `fully_shard` has sharded in place.
 
     Raises:
         TypeError: It is no module, or it is wrapped or sharded for distributed training.
@@ -664,6 +667,8 @@ def unwrap(model):
         elif kind.__module__.startswith("peft.") and isinstance(model, _peft_model_class()):
             holders.append(model)
             model = model.get_base_model()
+        elif sharded and is_fully_sharded(model):
+            return model, holders
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or kind.__module__.startswith(
             ("deepspeed.", "torch.distributed.fsdp.")
         ):
@@ -678,6 +683,15 @@ def unwrap(model):
             )
         else:
             return model, holders
+
+
+def is_fully_sharded(model):
+    """Whether `fully_shard` (FSDP2) has sharded a model in place."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
 
 
 def _peft_model_class():

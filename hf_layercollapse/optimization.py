@@ -1,5 +1,6 @@
 """How alphas are driven: the strength of the penalty over time, and steps that no optimizer rescales."""
 
+import contextlib
 import math
 
 import torch
@@ -63,6 +64,27 @@ class AlphaSteps:
     def drives(self, alphas):
         """Whether these are the alphas, in any order."""
         return {id(alpha) for alpha in alphas} == {id(alpha) for alpha in self.alphas}
+
+    @contextlib.contextmanager
+    def aside(self):
+        """The optimizer without the alphas. torch's distributed state dicts want a state for each of its parameters,
+        and these have none.
+        """
+        ours = {id(alpha) for alpha in self.alphas}
+        groups = self.optimizer.param_groups
+        held = [[parameter for parameter in group["params"] if id(parameter) in ours] for group in groups]
+        for group in groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ours]
+        own = None if groups[-1]["params"] else groups.pop()
+        try:
+            yield
+        finally:
+            # Other dicts, if a state was loaded.
+            groups = self.optimizer.param_groups
+            if own is not None:
+                groups.append(own)
+            for group, parameters in zip(groups, held, strict=True):
+                group["params"].extend(parameters)
 
     @property
     def learning_rate(self) -> float:

@@ -30,10 +30,11 @@ from transformers.utils import CONFIG_NAME, logging
 from .callbacks import LayerCollapseCallback
 from .collapsing import CollapseReport, collapse_as, collapse_model, is_ready
 from .config import LayerCollapseConfig
-from .families import find_feed_forward_blocks, modules_of, unwrap
+from .families import find_feed_forward_blocks, is_fully_sharded, modules_of, unwrap
 from .modeling_layercollapse import CODE_FILE, SAVING_PREFIX, CollapsibleActivation, base_model_prefix_of
-from .optimization import AlphaSteps, TaskParameters, exchange_parameters, penalty_strength_at
+from .optimization import AlphaSteps, TaskParameters, exchange_parameters, penalty_strength_at, replicate_alphas
 from .patching import collapsible_activations, layer_collapse_config_of, patch_or_check, penalty, shorten
+from .sharding import gathered, in_turn, leave_out_of_sharding, refuse_fsdp_setup
 
 
 logger = logging.get_logger(__name__)
@@ -99,7 +100,7 @@ class LayerCollapseTrainerMixin:
         super().__init__(model, *args, **kwargs)
 
         if self.layer_collapse_config is None and collapsible_activations(self.model):
-            self.layer_collapse_config = layer_collapse_config_of(unwrap(self.model)[0])
+            self.layer_collapse_config = layer_collapse_config_of(unwrap(self.model, sharded=True)[0])
             if self.layer_collapse_config is None:
                 raise ValueError("The model is patched but carries no options: pass `layer_collapse_config`.")
         if any(isinstance(callback, LayerCollapseCallback) for callback in self.callback_handler.callbacks):
@@ -109,7 +110,7 @@ class LayerCollapseTrainerMixin:
             )
         # Most heads take the count of labels and ignore it, which makes gradients grow with the accumulated batches.
         own_loss = self.label_smoother is None and self.compute_loss_func is None
-        if own_loss and self.model_accepts_loss_kwargs and not counts_items(unwrap(self.model)[0]):
+        if own_loss and self.model_accepts_loss_kwargs and not counts_items(unwrap(self.model, sharded=True)[0]):
             self.model_accepts_loss_kwargs = False
         if self.layer_collapse_config is not None:
             self._refuse_setup()
@@ -120,12 +121,13 @@ class LayerCollapseTrainerMixin:
             )
 
     def _refuse_setup(self):
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:
             raise ValueError(
-                "Alphas are not trained under FSDP or DeepSpeed in this version. Use several processes without "
-                "sharding (`accelerate launch --multi_gpu`), or one; or `fully_shard` in a loop of your own, see "
-                "`optimization.replicate_alphas`."
+                "Alphas are not trained under DeepSpeed in this version. Use several processes without "
+                "sharding (`accelerate launch --multi_gpu`), FSDP2, or one process."
             )
+        if self.is_fsdp_enabled:
+            refuse_fsdp_setup(self.accelerator.state.fsdp_plugin, self.model)
         reentrant = (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant", False)
         if self.args.activation_checkpointing and reentrant and self.args.world_size > 1:
             raise ValueError(
@@ -147,7 +149,7 @@ class LayerCollapseTrainerMixin:
                 "`progressive` is not supported on several processes: DistributedDataParallel cannot exchange "
                 "parameters while it trains. Collapse once training has ended, or train in one process."
             )
-        if unwrap(self.model)[1]:
+        if unwrap(self.model, sharded=True)[1]:
             raise ValueError(
                 "`progressive` is not supported under an adapter or `torch.compile`. Collapse once training has ended."
             )
@@ -170,7 +172,7 @@ class LayerCollapseTrainerMixin:
         """Block index, as in [`find_feed_forward_blocks`], -> the activation in use."""
         activations = collapsible_activations(self.model).values()
         if not all(module in self._block_indices for module in activations):
-            inner = unwrap(self.model)[0]
+            inner = unwrap(self.model, sharded=True)[0]
             for block in find_feed_forward_blocks(inner):
                 if block.state != "collapsed":
                     # Looks into peft's wrappers.
@@ -224,20 +226,29 @@ class LayerCollapseTrainerMixin:
         config = self.layer_collapse_config
         if self._reports and not self._activations():
             return _joined(self._reports)
-        if config == layer_collapse_config_of(unwrap(self.model)[0]):
+        if config == layer_collapse_config_of(unwrap(self.model, sharded=True)[0]):
             config = None  # the model's own: its blocks are those that are patched, however it names them
-        report = collapse_model(self.model, config, calibration_data, max_error=max_error, allow_none=allow_none)
+        model, options = self.model, {"max_error": max_error, "allow_none": allow_none}
+        if is_fully_sharded(model):
+            model = gathered(model, self._whole_class, self.args.device)
         if self.args.parallel_mode == ParallelMode.DISTRIBUTED:
+            report = in_turn(lambda: collapse_model(model, config, calibration_data, **options))
             # Fitted to data, which may differ between processes.
-            for tensor in self.model.state_dict().values():
+            for tensor in model.state_dict().values():
                 torch.distributed.broadcast(tensor, src=0)
-        inner, holders = unwrap(self.model)
+        else:
+            report = collapse_model(model, config, calibration_data, **options)
+        inner, holders = unwrap(model)
         if holders and not _has_adapters(inner):
             # They were merged, and what is left of the PeftModel would save an empty adapter.
-            self.model = self.callback_handler.model = inner
+            model = inner
+        if is_fully_sharded(self.model):
+            self.accelerator.free_memory()
+            # Or `evaluate` would have it sharded, which accelerate does together with an optimizer only.
+            self.accelerator._models.append(model)
         # They hold parameters that are gone.
         self.optimizer = self.lr_scheduler = self._alpha_steps = None
-        self.model_wrapped = self.model
+        self.model = self.model_wrapped = self.callback_handler.model = model
         return _joined([*self._reports, report])
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
@@ -316,6 +327,11 @@ class LayerCollapseTrainerMixin:
         return [name for name in super().get_decay_parameter_names(model) if name not in alphas]
 
     def create_optimizer(self, model=None):
+        if self.is_fsdp_enabled and self._activations() and not is_fully_sharded(self.model):
+            # Before accelerate gets both, as it will.
+            self._whole_class = type(self.model)
+            leave_out_of_sharding(self.accelerator.state.fsdp_plugin, self.model, self.args.device)
+            replicate_alphas(self._trainable_alphas())
         # Adam normalises a gradient's size away, and with it the strength of the penalty.
         super().create_optimizer(model)
         optimizer = self.optimizer
@@ -568,11 +584,20 @@ class LayerCollapseTrainerMixin:
                     _remove(folder)
         return super()._finalize_training(trial, num_train_samples, start_time)
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        if not self.is_fsdp_enabled or (is_fully_sharded(self.model) and _internal_call):
+            return super().save_model(output_dir, _internal_call)
+        # Upstream saves nothing where the state dict is sharded, be it only for checkpoints.
+        state_dict = self.accelerator.get_state_dict(self.model) if is_fully_sharded(self.model) else None
+        self._save(output_dir, state_dict)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir=None, state_dict=None):
         # A checkpoint is loaded into the live model as it is, so it must hold live names, not those that
         # `from_pretrained` would convert. It does not name the model: only a save by the user does.
         model = self.model
-        inner, holders = unwrap(model)
+        inner, holders = unwrap(model, sharded=True)
         if not (self._writing_checkpoint and isinstance(inner, PreTrainedModel)):
             return super()._save(output_dir, state_dict)
         names = inner.name_or_path, inner.config._name_or_path
@@ -596,7 +621,7 @@ class LayerCollapseTrainerMixin:
 
     def _alphas_beside_adapters(self):
         """Name -> alpha, for those that train under a PeftModel that does not save them."""
-        if not unwrap(self.model)[1]:
+        if not unwrap(self.model, sharded=True)[1]:
             return {}
         activations = collapsible_activations(self.model).items()
         return {
@@ -636,6 +661,21 @@ class LayerCollapseTrainerMixin:
         self._refuse_other_life(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_alphas(resume_from_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        with self._optimizer_as_sharded():
+            super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_fsdp_enabled and self.args.should_save and isinstance(self.model, PreTrainedModel):
+            # Beside a state dict that is sharded upstream leaves none, and with it no trace of which model it is of.
+            self.model.config.save_pretrained(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with self._optimizer_as_sharded():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _optimizer_as_sharded(self):
+        alone = self.is_fsdp_enabled and self._alpha_steps is not None
+        return self._alpha_steps.aside() if alone else contextlib.nullcontext()
 
     def _load_best_model(self):
         # As above.
@@ -685,7 +725,7 @@ class LayerCollapseTrainerMixin:
 
     def _refuse_other_adapter(self, folder):
         file = os.path.join(folder, "adapter_model.safetensors")
-        if not os.path.isfile(file) or not unwrap(self.model)[1]:
+        if not os.path.isfile(file) or not unwrap(self.model, sharded=True)[1]:
             return
         with safetensors.safe_open(file, "pt") as adapter:
             stored = sum(key.endswith(".alpha") for key in adapter.keys())
@@ -753,7 +793,7 @@ def _has_adapters(inner):
 
 def _forget_base(model, only=None):
     """Adapters name their base once they are saved; that base is not what they are on."""
-    inner, holders = unwrap(model)
+    inner, holders = unwrap(model, sharded=True)
     if only is None:
         inner.name_or_path = inner.config._name_or_path = ""
     for holder in holders:

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "recipes" / "accelerate_configs"
 
 
-def launch(config, script, *arguments):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
+def launch(config, script, *arguments, options=()):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config), *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command += [str(script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
@@ -109,7 +109,7 @@ def test_collapsed_and_saved_by_the_main_process_only(results):
 
 
 def test_fsdp2(results, tmp_path):
-    """`fully_shard` itself: accelerate has no FSDP on a CPU, and the Trainer refuses it for a patched model."""
+    """`fully_shard` itself, in a loop of one's own; through the Trainer: test_sharded.py."""
     folder, (first, second) = results
     sharded, whole = first["fsdp2"], full_shard(tmp_path, None)
     assert sharded["weight"] == second["fsdp2"]["weight"] == "DTensor" and sharded["alpha"] == "Tensor"

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_layercollapse import LayerCollapseConfig, LayerCollapseTrainer
@@ -96,7 +97,9 @@ def set_alphas(model, *values):
 
 
 def state_of(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
+    """A copy; of a sharded model, whole."""
+    state = model.state_dict()
+    return {n: (v.full_tensor() if isinstance(v, DTensor) else v).clone() for n, v in state.items()}
 
 
 def assert_same(left, right):

@@ -1,0 +1,100 @@
+"""Models that are sharded over processes while a Trainer runs: alphas stay whole, and a collapse gathers the rest."""
+
+import copy
+import re
+
+import torch
+import torch.distributed as dist
+from transformers.modeling_utils import PreTrainedModel
+
+from .patching import collapsible_activations
+
+
+def refuse_fsdp_setup(plugin, model):
+    """Raises if alphas cannot be left out of what accelerate's FSDP is about to shard.
+
+    Args:
+        plugin (`accelerate.FullyShardedDataParallelPlugin`): As the Trainer made it.
+        model (`nn.Module`): Patched, not sharded yet.
+
+    Raises:
+        ValueError: It is FSDP1, is to load on the first process only, or the model cannot be gathered again.
+    """
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            "Alphas are not trained under FSDP1, which flattens parameters of one dtype into one. Use FSDP2: "
+            '`fsdp_version: 2` in the accelerate config, or `TrainingArguments(fsdp_config={"version": 2})`.'
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "With `cpu_ram_efficient_loading` accelerate takes every tensor of the model for sharded, and alphas are "
+            "not. Set `fsdp_cpu_ram_efficient_loading: false` in the accelerate config, or "
+            '`TrainingArguments(fsdp_config={"cpu_ram_efficient_loading": False})`.'
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"A patched {type(model).__name__} cannot be trained under FSDP: to collapse it, it has to be gathered "
+            "into a new model, which takes a `PreTrainedModel` without adapters and `torch.compile`. Train in DDP."
+        )
+
+
+def leave_out_of_sharding(plugin, model, device):
+    """Makes accelerate's FSDP2 leave the activations with alphas whole, in float32 beside parameters of any dtype.
+
+    Args:
+        plugin (`accelerate.FullyShardedDataParallelPlugin`): Changed in place; what it ignored before, it still does.
+        model (`nn.Module`): Patched, not sharded yet.
+        device (`torch.device`): Where training will be: what is ignored is not moved there with the rest.
+    """
+    ours = list(collapsible_activations(model).values())
+    ignored = plugin.ignored_modules or []
+    if isinstance(ignored, str):
+        ignored = [module for name, module in model.named_modules() if re.fullmatch(ignored, name)]
+    for module in ours:
+        module.to(device)
+    plugin.ignored_modules = [*(module for module in ignored if module not in ours), *ours]
+
+
+def gathered(model, model_class, device):
+    """A model that `fully_shard` sharded, whole again on every process: a new one, with all that it was trained to.
+
+    Args:
+        model (`PreTrainedModel`): Sharded. Its config tells what its modules are.
+        model_class (`type`): What it was before that.
+        device (`torch.device`): Where the new one goes.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    state_dict = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    with torch.random.fork_rng():
+        whole = model_class(copy.deepcopy(model.config))
+    whole.load_state_dict(state_dict, assign=True)
+    whole.tie_weights()
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, parameter in whole.named_parameters():
+        parameter.requires_grad_(trainable[name])
+    if model.can_generate():
+        whole.generation_config = model.generation_config
+    return whole.to(device).train(model.training)
+
+
+def in_turn(work):
+    """Runs `work` on the first process and, unless it raises there, on the others; what it raises, all raise.
+
+    Returns:
+        What it returned on this process.
+    """
+    result, error = None, None
+    for main in (True, False):
+        if main == (dist.get_rank() == 0):
+            try:
+                result = work()
+            except (TypeError, ValueError) as raised:
+                error = raised
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error and f"{type(error).__name__} on process {dist.get_rank()}: {error}")
+        if error is not None:
+            raise error
+        if any(errors):
+            raise ValueError("\n".join(filter(None, errors)))
+    return result

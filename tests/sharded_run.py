@@ -1,0 +1,136 @@
+"""What tests/test_sharded.py has two processes do under FSDP2, through accelerate and the Trainer, over gloo.
+
+accelerate has no FSDP on a CPU: it would run DDP, without a word. So its state is told that these processes are some
+that it shards for. From there on everything is its own, and the results say what was sharded.
+"""
+
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from accelerate import PartialState  # noqa: E402
+from accelerate.utils import DistributedType  # noqa: E402
+
+import tests.conftest  # noqa: E402, F401  (offline, one thread)
+from hf_layercollapse import LayerCollapseConfig, LayerCollapseTrainer, apply_layer_collapse  # noqa: E402
+from tests.models import BY_NAME  # noqa: E402
+from tests.training import model_of, state_of, trainer_for, trajectory  # noqa: E402
+
+
+# name -> options of `trajectory`, of gpt2
+TRAJECTORIES = {"plain": {"uneven": True}, "clipping": {"clip": 0.5}}
+# transformers names BertEmbeddings among the classes to shard, and accelerate 1.15 then shards what is in it twice.
+FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]}
+# name -> (config, training arguments), of bert
+RUNS = {
+    "full": ({}, {"fsdp": True, "fsdp_config": {**FSDP, "state_dict_type": "FULL_STATE_DICT"}}),
+    "sharded": (
+        {"linear_target": "affine", "granularity": "neuron"},
+        {"fsdp": True, "fsdp_config": {**FSDP, "state_dict_type": "SHARDED_STATE_DICT"}, "bf16": True},
+    ),
+}
+
+
+class Sharding(LayerCollapseTrainer):
+    def create_accelerator_and_postprocess(self):
+        PartialState().distributed_type = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
+
+
+def sharding(*args, **kwargs):
+    return trainer_for(*args, trainer_class=Sharding, **kwargs)
+
+
+def kinds_of(model):
+    """What the parameters are: (whether an alpha, class, dtype) in order."""
+    kinds = {(n.endswith(".alpha"), type(p.data).__name__, str(p.dtype)) for n, p in model.named_parameters()}
+    return sorted(kinds)
+
+
+def train_save_collapse(folder, rank, name):
+    """Train with checkpoints, resume, collapse, save, train on."""
+    options, fsdp = RUNS[name]
+    config = {"alpha_learning_rate": 0.2, **options}
+    data = [BY_NAME["bert"].inputs(batch=16, seed=i) for i in range(3)]
+    if config.get("granularity") == "neuron":
+        config["alpha_learning_rate"] *= 40  # the penalty is a mean over neurons
+    args = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "linear", **fsdp}
+    best = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
+    run = folder / name
+
+    def trainer(**more):
+        needs = {"calibration_data": data} if "linear_target" in config else {}
+        return sharding("bert", run, config=config, batch=4, args={**args, **more}, **needs)
+
+    whole = trainer(**best)
+    whole.train()
+    resumed = trainer(save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(run / "checkpoint-3"))
+    result = {
+        "distributed_type": resumed.accelerator.distributed_type.value,
+        "backend": dist.get_backend(),
+        "kinds": kinds_of(resumed.model),
+        "whole": state_of(whole.model),
+        "resumed": state_of(resumed.model),
+        "files": sorted(path.name for path in (run / "checkpoint-3").iterdir()),
+        "logs": whole.state.log_history,
+        "metrics": resumed.evaluate(),
+    }
+    with pytest.raises(ValueError, match="holds a model that is patched"):
+        dense = sharding("bert", run, config=False, batch=4, args={**args, "save_strategy": "no"})
+        dense.train(resume_from_checkpoint=str(run / "checkpoint-3"))
+    resumed.save_model(str(folder / f"{name}_patched"))
+    # Refused: nothing is gathered, and all say so. Their data differ, so only some would have.
+    data = [BY_NAME["bert"].inputs(batch=16, seed=10 * rank + i) for i in range(3)]
+    with pytest.raises(ValueError, match="is above max_error"):
+        resumed.collapse(data, max_error=0.0 if rank == 0 else None)
+    assert kinds_of(resumed.model) == result["kinds"]
+    result["report"] = resumed.collapse(data).to_dict()
+    result["metrics_collapsed"] = resumed.evaluate()
+    result["collapsed"] = state_of(resumed.model)
+    result["kinds_collapsed"] = kinds_of(resumed.model)
+    resumed.save_model(str(folder / f"{name}_collapsed_by_{rank}"))
+    resumed.train()
+    result["kinds_healed"] = kinds_of(resumed.model)
+    result["healed"] = state_of(resumed.model)
+    return result
+
+
+def refused(folder):
+    """The messages of what cannot be."""
+    from peft import LoraConfig, get_peft_model
+
+    messages = []
+    for config in ({"version": 1, "sync_module_states": False}, {**FSDP, "cpu_ram_efficient_loading": True}):
+        with pytest.raises(ValueError) as caught:
+            sharding("bert", folder, args={"fsdp": True, "fsdp_config": config})
+        messages.append(str(caught.value))
+    model = apply_layer_collapse(model_of(BY_NAME["bert"]), LayerCollapseConfig())
+    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    with pytest.raises(ValueError) as caught:
+        sharding("bert", folder, config=False, model=model, args={"fsdp": True, "fsdp_config": FSDP})
+    return [*messages, str(caught.value)]
+
+
+def main(folder):
+    rank = PartialState(cpu=True, backend="gloo").process_index
+    results = {
+        name: trajectory("gpt2", folder / "scratch", processes=2, trainer_class=Sharding, **options)
+        for name, options in TRAJECTORIES.items()
+    }
+    results["accumulated"] = trajectory("gpt2", folder / "scratch", 2, processes=2, trainer_class=Sharding)
+    for name in RUNS:
+        results[name] = train_save_collapse(folder, rank, name)
+    results["refused"] = refused(folder)
+    torch.save(results, folder / f"results_{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,89 @@
+"""FSDP2 through accelerate and the Trainer: two processes over gloo, started once; see sharded_run.py."""
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from tests.models import LAYERS
+from tests.sharded_run import RUNS, TRAJECTORIES
+from tests.test_distributed import ROOT, launch
+from tests.training import assert_close, assert_same, state_of, trajectory
+
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """`(folder, what each process saw)`."""
+    folder = tmp_path_factory.mktemp("sharded")
+    launch("fsdp2.yaml", ROOT / "tests" / "sharded_run.py", folder, options=["--mixed_precision", "no"])
+    return folder, [torch.load(folder / f"results_{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", [*TRAJECTORIES, "accumulated"])
+def test_batch_8_is_2_shards_by_4(name, results, tmp_path):
+    _, (first, second) = results
+    whole = trajectory("gpt2", tmp_path, **TRAJECTORIES.get(name, {}))
+    assert_close(first[name], whole)
+    assert_same(first[name], second[name])
+    assert 0.1 < float(whole["alphas"][-1].min()) < float(whole["alphas"][-1].max()) < 0.9
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_is_sharded_and_alphas_are_not(name, results):
+    _, both = results
+    alpha, other = (True, "Tensor", "torch.float32"), (False, "DTensor", "torch.float32")
+    for result in both:
+        run = result[name]
+        assert (run["distributed_type"], run["backend"]) == ("FSDP", "gloo")
+        assert run["kinds"] == [other, alpha]
+        assert run["kinds_collapsed"] == [(False, "Tensor", "torch.float32")]
+        # Training goes on with the collapsed model, sharded again.
+        assert run["kinds_healed"] == [other]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_both_processes_hold_and_log_the_same(name, results):
+    _, (first, second) = (results[0], [result[name] for result in results[1]])
+    for state in ("whole", "resumed", "collapsed", "healed"):
+        assert_same(first[state], second[state])
+    logs = [
+        [{k: v for k, v in log.items() if k.startswith("layer_collapse/")} for log in run["logs"]]
+        for run in (first, second)
+    ]
+    assert logs[0] == logs[1]
+    assert {f"layer_collapse/alpha/{i}" for i in range(LAYERS)} < logs[0][0].keys()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_resumed_equals_uninterrupted(name, results):
+    _, (first, _) = results
+    run = first[name]
+    assert_same(run["resumed"], run["whole"])
+    weights = "pytorch_model_fsdp.bin" if name == "full" else "pytorch_model_fsdp_0"
+    assert {weights, "config.json"} < set(run["files"])
+    assert ("model.safetensors" in run["files"]) == (name == "full")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_gathered_collapsed_and_saved_by_the_main_process_only(name, results):
+    folder, (first, second) = results
+    run = first[name]
+    assert [block["outcome"] for block in run["report"]["blocks"]] == ["collapsed"] * LAYERS
+    assert not (folder / f"{name}_collapsed_by_1").exists()
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder / f"{name}_collapsed_by_0")
+    assert_same(state_of(loaded), run["collapsed"])
+    assert run["metrics_collapsed"]["eval_loss"] == second[name]["metrics_collapsed"]["eval_loss"]
+    assert run["metrics"]["eval_collapsed_loss"] == pytest.approx(run["metrics_collapsed"]["eval_loss"], rel=0.02)
+    # And before that, as it was trained.
+    patched = AutoModelForSequenceClassification.from_pretrained(folder / f"{name}_patched")
+    assert_same(state_of(patched), run["resumed"])
+
+
+def test_what_is_refused(results):
+    _, (first, _) = results
+    one, lazy, adapter = first["refused"]
+    assert "Use FSDP2" in one and "fsdp_version: 2" in one
+    assert "fsdp_cpu_ram_efficient_loading: false" in lazy
+    assert "without adapters" in adapter
