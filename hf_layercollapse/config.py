@@ -111,6 +111,14 @@ class LayerCollapseConfig:
             "trains on with what is left. Otherwise blocks collapse when `collapse` is called."
         },
     )
+    progressive_order: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "With `progressive`: names of blocks, in the order in which they may collapse, as "
+            "`CollapsePlan.order` gives them. Each waits until those before it have collapsed, and blocks that are "
+            "not named wait for all of these. None: each as soon as it is ready."
+        },
+    )
     adapters: str = field(
         default="merge",
         metadata={
@@ -155,6 +163,15 @@ class LayerCollapseConfig:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
         if not isinstance(self.progressive, bool):
             raise TypeError(f"`progressive` must be True or False, got {self.progressive!r}.")
+        order = self.progressive_order
+        if order is not None:
+            if not isinstance(order, (list, tuple)) or not all(isinstance(name, str) for name in order):
+                raise TypeError(f"`progressive_order` must be a list of block names or None, got {order!r}.")
+            if len(set(order)) != len(order):
+                raise ValueError(f"`progressive_order` must name each block once, got {order!r}.")
+            if not self.progressive:
+                raise ValueError("`progressive_order` says when blocks collapse in training: set `progressive=True`.")
+            self.progressive_order = list(order)
         for name, allowed, check in (
             ("initial_alpha", "[0, 1]", lambda value: 0 <= value <= 1),
             ("penalty_strength", "[0, inf)", lambda value: 0 <= value < float("inf")),

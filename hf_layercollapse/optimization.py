@@ -37,29 +37,39 @@ class AlphaSteps:
         alphas (`list[nn.Parameter]`): Taken out of the optimizer's other groups.
         config ([`LayerCollapseConfig`]): `alpha_learning_rate` and `alpha_lr_schedule` are used.
         scheduled (`bool`): Whether a learning rate schedule is attached.
+        apart (`bool`): Whether alphas are in none of the groups, and take their steps when `step` is called.
     """
 
-    def __init__(self, optimizer, alphas, config, scheduled=False):
-        self.optimizer, self.alphas, self.config = optimizer, alphas, config
+    def __init__(self, optimizer, alphas, config, scheduled=False, apart=False):
+        self.optimizer, self.alphas, self.config, self.apart = optimizer, alphas, config, apart
         self._hidden = []
         self._not_finite = torch.zeros((), dtype=torch.bool, device=alphas[0].device)
         self._warned = False
 
         ours = {id(alpha) for alpha in alphas}
-        if scheduled:
+        if scheduled and not apart:
             found = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             optimizer.param_groups[-1]["params"].extend(alpha for alpha in alphas if id(alpha) not in found)
         else:
             for group in optimizer.param_groups:
                 group["params"][:] = [parameter for parameter in group["params"] if id(parameter) not in ours]
-            optimizer.add_param_group({"params": alphas, "lr": config.alpha_learning_rate, "weight_decay": 0.0})
         # What `alpha_lr_schedule="same"` compares with; a schedule sets it too.
         optimizer.param_groups[0].setdefault("initial_lr", optimizer.param_groups[0]["lr"])
+        self._values = [alpha.detach().clone() for alpha in alphas] if apart else None
+        if apart:
+            return
+        if not scheduled:
+            optimizer.add_param_group({"params": alphas, "lr": config.alpha_learning_rate, "weight_decay": 0.0})
         # Fused optimizers unscale gradients inside their kernel, so that the GradScaler does not.
         if vars(optimizer).get("_step_supports_amp_scaling"):
             optimizer._step_supports_amp_scaling = False
         optimizer.register_step_pre_hook(self._hide)
-        optimizer.register_step_post_hook(self._step)
+        optimizer.register_step_post_hook(self._show_and_step)
+
+    def restore(self):
+        """Gives alphas that are apart the values and the dtype that they had when this was made."""
+        for alpha, value in zip(self.alphas, self._values, strict=True):
+            alpha.data = value.to(alpha.device, copy=True)
 
     def drives(self, alphas):
         """Whether these are the alphas, in any order."""
@@ -104,15 +114,25 @@ class AlphaSteps:
         for alpha, _ in hidden:
             alpha.grad = None
 
-    @torch.no_grad()
-    def _step(self, optimizer, args, kwargs):
+    def _show_and_step(self, optimizer, args, kwargs):
         hidden, self._hidden = self._hidden, []
-        rate = self.learning_rate
         for alpha, gradient in hidden:
-            finite = gradient.isfinite()
-            alpha.copy_(torch.where(finite, (alpha - rate * gradient).clamp(0, 1), alpha))
             alpha.grad = gradient
-            self._not_finite |= ~finite.all().to(self._not_finite.device)
+            self._step(alpha)
+
+    def step(self):
+        """One step of all alphas, which uses their gradients up. For alphas that are apart from the optimizer."""
+        for alpha in self.alphas:
+            if alpha.grad is not None:
+                self._step(alpha)
+                alpha.grad = None
+
+    @torch.no_grad()
+    def _step(self, alpha):
+        finite = alpha.grad.isfinite()
+        stepped = (alpha - self.learning_rate * alpha.grad).clamp(0, 1)
+        alpha.copy_(torch.where(finite, stepped, alpha))
+        self._not_finite |= ~finite.all().to(self._not_finite.device)
 
     def warn_if_not_finite(self):
         """Once; waits for the device, so not at every step."""
@@ -168,12 +188,15 @@ def replicate_alphas(alphas):
 
     Args:
         alphas (`list[nn.Parameter]`): As `alpha_parameters(model)` gives them before the model is sharded.
+
+    Returns:
+        A list of handles; `handle.remove()` takes the hook of one alpha away.
     """
     for alpha in alphas:
         refuse_sharded(alpha)
         dist.broadcast(alpha.data, src=0)
-        # After every backward: the mean of what is accumulated, of which all but the last part is the same everywhere.
-        alpha.register_post_accumulate_grad_hook(_average_gradient)
+    # After every backward: the mean of what is accumulated, of which all but the last part is the same everywhere.
+    return [alpha.register_post_accumulate_grad_hook(_average_gradient) for alpha in alphas]
 
 
 def _average_gradient(alpha):

@@ -157,6 +157,12 @@ class CollapsePlan:
         """The chosen point of the curve."""
         return self.curve[self.chosen]
 
+    @property
+    def order(self) -> list[str]:
+        """The blocks that the chosen point names, in the order in which the curve came to them: the cheapest first."""
+        met = [name for point in self.curve[: self.chosen + 1] for name in point.choices]
+        return [name for name in dict.fromkeys(met) if name in self.point.choices]
+
     def at(self, parameters=None, macs=None, max_drop=None) -> "CollapsePlan":
         """The same plan at another point of its curve, without measuring anything again.
 

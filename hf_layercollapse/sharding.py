@@ -38,6 +38,33 @@ def refuse_fsdp_setup(plugin, model):
         )
 
 
+def refuse_deepspeed_setup(plugin):
+    """Raises if alphas cannot be kept out of what DeepSpeed is about to shard.
+
+    Args:
+        plugin (`accelerate.DeepSpeedPlugin`): As the Trainer made it.
+
+    Raises:
+        ValueError: It shards parameters (ZeRO-3), makes the optimizer itself, or scales the loss.
+    """
+    config = plugin.deepspeed_config
+    if plugin.zero_stage == 3:
+        raise ValueError(
+            "Alphas are not trained under ZeRO-3, which shards every parameter and can leave none out. Use FSDP2, "
+            "which shards the same, or ZeRO-2. After the collapse the model trains under ZeRO-3 like any other."
+        )
+    if "optimizer" in config:
+        raise ValueError(
+            "DeepSpeed is configured to make the optimizer, in which alphas could not take steps of their own. Leave "
+            '`"optimizer"` out of its config; the Trainer makes the one that `optim` names.'
+        )
+    if config.get("fp16", {}).get("enabled") is True:
+        raise ValueError(
+            "Alphas are not trained under DeepSpeed's fp16: it scales the loss, and unscales only the gradients that "
+            "it shards. Use bf16."
+        )
+
+
 def leave_out_of_sharding(plugin, model, device):
     """Makes accelerate's FSDP2 leave the activations with alphas whole, in float32 beside parameters of any dtype.
 

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -34,7 +35,7 @@ from .families import find_feed_forward_blocks, is_fully_sharded, modules_of, un
 from .modeling_layercollapse import CODE_FILE, SAVING_PREFIX, CollapsibleActivation, base_model_prefix_of
 from .optimization import AlphaSteps, TaskParameters, exchange_parameters, penalty_strength_at, replicate_alphas
 from .patching import collapsible_activations, layer_collapse_config_of, patch_or_check, penalty, shorten
-from .sharding import gathered, in_turn, leave_out_of_sharding, refuse_fsdp_setup
+from .sharding import gathered, in_turn, leave_out_of_sharding, refuse_deepspeed_setup, refuse_fsdp_setup
 
 
 logger = logging.get_logger(__name__)
@@ -90,6 +91,7 @@ class LayerCollapseTrainerMixin:
         self.layer_collapse_config = layer_collapse_config
         self._calibration_data = calibration_data
         self._alpha_steps = None
+        self._replicating = []  # hooks on alphas that nothing else keeps the same on all processes
         self._penalty_sum, self._penalty_count = 0.0, 0  # since the last log
         self._block_indices = weakref.WeakKeyDictionary()  # activation -> index of its block
         self._collapsed_names = {}  # metric -> its name with the ready blocks collapsed
@@ -122,10 +124,7 @@ class LayerCollapseTrainerMixin:
 
     def _refuse_setup(self):
         if self.is_deepspeed_enabled:
-            raise ValueError(
-                "Alphas are not trained under DeepSpeed in this version. Use several processes without "
-                "sharding (`accelerate launch --multi_gpu`), FSDP2, or one process."
-            )
+            refuse_deepspeed_setup(self.accelerator.state.deepspeed_plugin)
         if self.is_fsdp_enabled:
             refuse_fsdp_setup(self.accelerator.state.fsdp_plugin, self.model)
         reentrant = (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant", False)
@@ -144,14 +143,29 @@ class LayerCollapseTrainerMixin:
             self._refuse_progressive()
 
     def _refuse_progressive(self):
-        if self.args.world_size > 1:
+        holders = unwrap(self.model)[1]
+        compiled = any(isinstance(holder, torch._dynamo.OptimizedModule) for holder in holders)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
-                "`progressive` is not supported on several processes: DistributedDataParallel cannot exchange "
-                "parameters while it trains. Collapse once training has ended, or train in one process."
+                "`progressive` is not supported under FSDP and DeepSpeed, which cannot exchange parameters while they "
+                "train. Collapse once training has ended, or train in DDP."
             )
-        if unwrap(self.model, sharded=True)[1]:
+        if compiled or (self.args.torch_compile and self.args.world_size > 1):
             raise ValueError(
-                "`progressive` is not supported under an adapter or `torch.compile`. Collapse once training has ended."
+                "`progressive` is not supported with a model that was compiled before, nor with `torch_compile` on "
+                "several processes. Collapse once training has ended."
+            )
+        if holders:
+            raise ValueError(
+                "`progressive` is not supported under an adapter: checkpoints hold the adapter alone, and not the "
+                "base that was collapsed under it. Collapse once training has ended."
+            )
+        names = {block.name for block in find_feed_forward_blocks(self.model)}
+        unknown = [name for name in self.layer_collapse_config.progressive_order or () if name not in names]
+        if unknown:
+            raise ValueError(
+                f"`progressive_order` names what is no block of this model: {shorten(unknown)}. Its blocks are "
+                f"{shorten(sorted(names))}."
             )
 
     # ---- The model ----
@@ -242,10 +256,11 @@ class LayerCollapseTrainerMixin:
         if holders and not _has_adapters(inner):
             # They were merged, and what is left of the PeftModel would save an empty adapter.
             model = inner
-        if is_fully_sharded(self.model):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            # The sharded one is let go; from here on this one is evaluated, as it is.
             self.accelerator.free_memory()
-            # Or `evaluate` would have it sharded, which accelerate does together with an optimizer only.
             self.accelerator._models.append(model)
+            self.deepspeed = model if self.is_deepspeed_enabled else None
         # They hold parameters that are gone.
         self.optimizer = self.lr_scheduler = self._alpha_steps = None
         self.model = self.model_wrapped = self.callback_handler.model = model
@@ -264,8 +279,14 @@ class LayerCollapseTrainerMixin:
         return metrics
 
     def _ready_names(self):
-        ready = [int(index) for index, activation in self._activations().items() if self._is_ready(activation)]
-        return [block.name for block in find_feed_forward_blocks(self.model) if block.index in ready]
+        """The patched blocks whose turn it is."""
+        indices = [int(index) for index, activation in self._activations().items() if self._is_ready(activation)]
+        blocks = find_feed_forward_blocks(self.model)
+        ready = [block.name for block in blocks if block.index in indices]
+        collapsed = [block.name for block in blocks if block.state == "collapsed"]
+        order = self.layer_collapse_config.progressive_order or []
+        turn = list(itertools.takewhile(lambda name: name in ready or name in collapsed, order))
+        return [name for name in ready if name in turn or len(turn) == len(order)]
 
     @contextlib.contextmanager
     def _optimizer_follows(self):
@@ -279,6 +300,11 @@ class LayerCollapseTrainerMixin:
             exchange_parameters(optimizer, before, dict(self.model.named_parameters()))
         if self._alpha_steps is not None:
             self._alpha_steps.alphas = self._trainable_alphas()
+        if isinstance(self.model_wrapped, nn.parallel.DistributedDataParallel):
+            # It reduces the parameters that it was made with. A new one takes its place, in `training_step`.
+            self.accelerator._models.remove(self.model)
+            self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+            self.model_wrapped = self.accelerator.prepare_model(self.model)
 
     # ---- Loss ----
 
@@ -331,7 +357,7 @@ class LayerCollapseTrainerMixin:
             # Before accelerate gets both, as it will.
             self._whole_class = type(self.model)
             leave_out_of_sharding(self.accelerator.state.fsdp_plugin, self.model, self.args.device)
-            replicate_alphas(self._trainable_alphas())
+            self._replicate(self._trainable_alphas())
         # Adam normalises a gradient's size away, and with it the strength of the penalty.
         super().create_optimizer(model)
         optimizer = self.optimizer
@@ -346,11 +372,38 @@ class LayerCollapseTrainerMixin:
                 optimizer.add_param_group({"params": [], "lr": config.alpha_learning_rate, "weight_decay": 0.0})
         elif self._alpha_steps is None or self._alpha_steps.optimizer is not optimizer:
             scheduled = self.lr_scheduler is not None
-            self._alpha_steps = AlphaSteps(optimizer, alphas, self.layer_collapse_config, scheduled)
+            # DeepSpeed flattens what is in the optimizer into parts, in the model's dtype.
+            apart = self.is_deepspeed_enabled
+            if apart:
+                self._replicate(alphas)
+            self._alpha_steps = AlphaSteps(optimizer, alphas, self.layer_collapse_config, scheduled, apart)
             if self._alphas_beside_adapters():
                 # The base is about to change, so it is not the saved one any more.
                 _forget_base(self.model)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        # By now DeepSpeed has the model, and has cast every parameter to one dtype.
+        if self._alpha_steps is not None and self._alpha_steps.apart:
+            self._alpha_steps.restore()
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _replicate(self, alphas):
+        for handle in self._replicating:
+            handle.remove()
+        self._replicating = replicate_alphas(alphas)
+
+    def training_step(self, model, *args, **kwargs):
+        waits = contextlib.nullcontext()
+        if isinstance(model, nn.parallel.DistributedDataParallel) and model is not self.model_wrapped:
+            model = self.model_wrapped
+            waits = waits if self.accelerator.sync_gradients else model.no_sync()
+        with waits:
+            loss = super().training_step(model, *args, **kwargs)
+        # DeepSpeed has taken its step by now.
+        if self._alpha_steps is not None and self._alpha_steps.apart and self.accelerator.sync_gradients:
+            self._alpha_steps.step()
+        return loss
 
     def _clip_grad_norm(self, model):
         # Twelve alphas at 0 have a gradient of norm 6.9, for which the task's would be scaled down.
@@ -361,7 +414,9 @@ class LayerCollapseTrainerMixin:
         return super()._get_grad_norm(self._task_parameters(model), grad_norm=grad_norm)
 
     def _task_parameters(self, model):
-        return TaskParameters(model, self._trainable_alphas()) if self._alpha_steps is not None else model
+        if self._alpha_steps is None or self._alpha_steps.apart:
+            return model
+        return TaskParameters(model, self._trainable_alphas())
 
     # ---- Evaluation ----
 
@@ -585,10 +640,16 @@ class LayerCollapseTrainerMixin:
         return super()._finalize_training(trial, num_train_samples, start_time)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        if not self.is_fsdp_enabled or (is_fully_sharded(self.model) and _internal_call):
+        whole = self.model_wrapped is self.model and not is_fully_sharded(self.model)
+        if self.is_fsdp_enabled:
+            # Where checkpoints are sharded, upstream would save nothing at all.
+            ours = whole or not _internal_call
+        else:
+            # Upstream asks the engine, which is none before training and after a collapse.
+            ours = whole and self.is_deepspeed_enabled
+        if not ours:
             return super().save_model(output_dir, _internal_call)
-        # Upstream saves nothing where the state dict is sharded, be it only for checkpoints.
-        state_dict = self.accelerator.get_state_dict(self.model) if is_fully_sharded(self.model) else None
+        state_dict = None if whole else self.accelerator.get_state_dict(self.model)
         self._save(output_dir, state_dict)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

@@ -27,7 +27,17 @@ from hf_layercollapse import (  # noqa: E402
 from hf_layercollapse.optimization import AlphaSteps, penalty_strength_at, replicate_alphas  # noqa: E402
 from hf_layercollapse.patching import alpha_parameters, penalty  # noqa: E402
 from tests.models import BY_NAME  # noqa: E402
-from tests.training import alphas_of, counted_cross_entropy, model_of, rows, state_of, trainer_for, trajectory  # noqa: E402
+from tests.test_progressive import ARGS, PROGRESSIVE, SCHEDULE, Watch  # noqa: E402
+from tests.training import (
+    SetAlphas,
+    alphas_of,
+    counted_cross_entropy,
+    model_of,
+    rows,
+    state_of,
+    trainer_for,
+    trajectory,
+)  # noqa: E402
 
 
 # name -> (case, options of `trajectory`)
@@ -154,6 +164,30 @@ def with_callback(folder, processes=1):
     return alphas_of(trainer.model)
 
 
+def progressive(folder, processes=1, accumulate=1, resume=None):
+    """Blocks that collapse while training goes on: what it ends with, and what was collapsed after each step."""
+    watch = Watch()
+    trainer = trainer_for(
+        "bert",
+        folder,
+        config=PROGRESSIVE,
+        batch=8 // accumulate // processes,
+        accumulate=accumulate,
+        callbacks=[SetAlphas(SCHEDULE), watch],
+        args={**ARGS, "optim": "sgd", "train_sampling_strategy": "sequential"},
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return {
+        "state": state_of(trainer.model),
+        "states": watch.states,
+        "rates": watch.rates,
+        "collapsed": [log.get("layer_collapse/collapsed_blocks") for log in trainer.state.log_history],
+        "report": trainer._reports[-1].collapsed if trainer._reports else None,
+        "reducer": sum(parameter.numel() for parameter in trainer.model_wrapped.parameters()),
+        "wrapped": type(trainer.model_wrapped).__name__,
+    }
+
+
 def main(folder):
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -163,6 +197,11 @@ def main(folder):
     }
     results["counted twice"] = trajectory("gpt2", folder / "scratch", processes=2, trainer_class=CountedTwice)
     results["callback"] = with_callback(folder / "scratch", processes=2)
+    results["progressive"] = progressive(folder / "progressive", processes=2)
+    results["progressive, accumulated"] = progressive(folder / "scratch" / "progressive", processes=2, accumulate=2)
+    for step in (2, 4, 6):
+        checkpoint = str(folder / "progressive" / f"checkpoint-{step}")
+        results[f"progressive, resumed from {step}"] = progressive(folder / "resumed", processes=2, resume=checkpoint)
     results["fsdp2"] = full_shard(folder, rank)
     results["run"] = train_save_collapse(folder, rank)
     torch.save(results, folder / f"results_{rank}.pt")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from tests.distributed_run import TRAJECTORIES, full_shard, with_callback
+from tests.distributed_run import TRAJECTORIES, full_shard, progressive, with_callback
 from tests.models import LAYERS
 from tests.training import STEPS, assert_close, assert_same, state_of, trajectory
 
@@ -67,6 +67,25 @@ def test_the_callback_counts_the_penalty_once(results, tmp_path):
         assert torch.equal(first["callback"][name], second["callback"][name])
         torch.testing.assert_close(first["callback"][name], alpha, rtol=1e-3, atol=1e-4)
         assert 0.3 < float(alpha) < 0.9
+
+
+def test_blocks_collapse_while_two_processes_train(results, tmp_path):
+    _, (first, second) = results
+    whole = progressive(tmp_path)
+    for name in ("progressive", "progressive, accumulated"):
+        assert_same(first[name]["state"], second[name]["state"])
+        assert_close(first[name]["state"], whole["state"])
+        for key in ("states", "rates", "collapsed"):
+            assert first[name][key] == second[name][key] == whole[key]
+        # What is reduced is what is left.
+        assert first[name]["wrapped"] == "DistributedDataParallel" and first[name]["reducer"] == whole["reducer"]
+    assert whole["states"][-1] == ["collapsed", "patched", "collapsed"]
+
+
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_two_processes_resume_from_before_and_after_a_collapse(step, results):
+    _, (first, _) = results
+    assert_same(first[f"progressive, resumed from {step}"]["state"], first["progressive"]["state"])
 
 
 def test_it_is_distributed(results):

@@ -1,5 +1,6 @@
 """Blocks that collapse while training goes on."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, find_feed_forward_blocks
+from hf_layercollapse import CollapsePlan, LayerCollapseConfig, apply_layer_collapse, find_feed_forward_blocks
 from hf_layercollapse.optimization import exchange_parameters
+from hf_layercollapse.planning import PlanPoint
 from tests.models import BY_NAME, LAYERS
 from tests.training import SetAlphas, alphas_of, assert_same, model_of, state_of, trainer_for
 
@@ -130,14 +132,73 @@ def test_nothing_is_ready(tmp_path):
     run("bert", tmp_path, schedule=[(0.5,) * LAYERS] * 8)
 
 
+class Converge(TrainerCallback):
+    """Block 0 is ready from step 1 on, block 2 from step 3, block 1 from step 5."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        for name, alpha in model.named_parameters():
+            if name.endswith(".alpha"):
+                block = int(name.split(".layer.")[1].split(".")[0])
+                alpha.data.fill_(0.97 if state.global_step >= {0: 1, 2: 3, 1: 5}[block] else 0.5)
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        (None, [[0], [0, 2], [0, 1, 2], [0, 1, 2]]),
+        # 0 waits for 2.
+        ([2, 0], [[], [0, 2], [0, 1, 2], [0, 1, 2]]),
+        ([0, 1, 2], [[0], [0], [0, 1, 2], [0, 1, 2]]),
+        # What is not named waits for all that are.
+        ([1], [[], [], [0, 1, 2], [0, 1, 2]]),
+        ([2], [[], [0, 2], [0, 1, 2], [0, 1, 2]]),
+    ],
+)
+def test_the_order_is_kept(order, expected, tmp_path):
+    names = None if order is None else [f"bert.encoder.layer.{index}" for index in order]
+    watch = Watch()
+    trainer = trainer_for(
+        "bert",
+        tmp_path,
+        config={**PROGRESSIVE, "progressive_order": names},
+        args=ARGS,
+        callbacks=[Converge(), watch],
+    )
+    trainer.train()
+    after = [watch.states[step] for step in (2, 4, 6, 7)]
+    assert [[i for i, state in enumerate(states) if state == "collapsed"] for states in after] == expected
+
+
+def test_the_order_of_a_plan():
+    points = [
+        PlanPoint(choices, 1, 1, 0.0)
+        for choices in ({}, {"b": (None, 4)}, {"b": (None, 0), "a": (2, 0)}, {"a": (2, 0), "c": (None, 0)})
+    ]
+    plan = CollapsePlan("", "loss", {}, {}, points, chosen=2)
+    assert plan.order == ["b", "a"]
+    assert dataclasses.replace(plan, chosen=3).order == ["a", "c"]
+    assert dataclasses.replace(plan, chosen=0).order == []
+    assert LayerCollapseConfig(progressive=True, progressive_order=plan.order).progressive_order == ["b", "a"]
+
+
 def test_what_is_refused(tmp_path, monkeypatch):
     from peft import LoraConfig, get_peft_model
 
     with pytest.raises(TypeError, match="`progressive` must be True or False, got 1"):
         LayerCollapseConfig(progressive=1)
+    with pytest.raises(TypeError, match="must be a list of block names or None, got 'all'"):
+        LayerCollapseConfig(progressive=True, progressive_order="all")
+    with pytest.raises(ValueError, match="must name each block once"):
+        LayerCollapseConfig(progressive=True, progressive_order=["a", "a"])
+    with pytest.raises(ValueError, match="set `progressive=True`"):
+        LayerCollapseConfig(progressive_order=["a"])
+    with pytest.raises(ValueError, match=r"no block of this model: \['a'\]"):
+        trainer_for("bert", tmp_path, config={**PROGRESSIVE, "progressive_order": ["a"]})
     trainer = trainer_for("bert", tmp_path, config=PROGRESSIVE)
     monkeypatch.setattr(type(trainer.args), "world_size", property(lambda self: 2))
-    with pytest.raises(ValueError, match="not supported on several processes"):
+    trainer._refuse_setup()
+    trainer.args.torch_compile = True
+    with pytest.raises(ValueError, match="nor with `torch_compile` on several processes"):
         trainer._refuse_setup()
     monkeypatch.undo()
     model = apply_layer_collapse(model_of(BY_NAME["bert"]), LayerCollapseConfig(**PROGRESSIVE))
