@@ -1,5 +1,7 @@
 """Merging blocks and replacing them; what that did, as a [`CollapseReport`]."""
 
+import contextlib
+import copy
 import dataclasses
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -232,7 +234,7 @@ def collapse_model(
     Raises:
         TypeError: `model` or `config` is of a wrong type, or the model is wrapped or sharded.
         ValueError: No block is ready, a dense model comes without data, weights cannot be merged, or an error is above
-            `max_error`. Nothing has been changed then, except that adapters may be merged.
+            `max_error`. Nothing has been changed then.
     """
     if config is not None and not isinstance(config, LayerCollapseConfig):
         raise TypeError(f"`config` must be a LayerCollapseConfig, got {type(config).__name__}.")
@@ -246,7 +248,32 @@ def collapse_model(
     if plan is not None and config is not None:
         raise ValueError("Pass `plan` or `config`, not both: each says which blocks collapse, and how.")
     options = config or layer_collapse_config_of(inner) or LayerCollapseConfig()
-    inner = _without_adapters(model, inner, options, allow_none)
+    with _adapters_merged(model, inner, options, allow_none):
+        merges, waiting, kept_batches, logits = _checked_merges(
+            model, inner, config, options, calibration_data, plan, max_error, allow_none, token_mask_fn
+        )
+
+    parameters_before = _count_parameters(inner)
+    replaced = [entry for merge in merges for entry in put_in_place(inner, merge)]
+    if options.not_ready == "restore":
+        restore_blocks(inner, waiting)
+    # What the model was patched with describes the blocks that still are.
+    refresh_layer_collapse(inner, None if layer_collapse_config_of(inner) else config, holders, replaced)
+
+    reports = [merge.report for merge in merges] + [_waiting_report(inner, block, options) for block in waiting]
+    difference = None
+    if logits is not None:
+        after = logits_of(model, kept_batches)
+        difference = max(float((a - b).abs().max()) for a, b in zip(logits, after, strict=True))
+    return CollapseReport(
+        sorted(reports, key=lambda report: report.index), parameters_before, _count_parameters(inner), difference
+    )
+
+
+def _checked_merges(model, inner, config, options, calibration_data, plan, max_error, allow_none, token_mask_fn):
+    """Everything that a collapse does before it changes anything: `(merges, patched blocks that are not ready, first
+    calibration batches, logits on them)`.
+    """
     blocks, refused = survey_blocks(inner)
     patched = [block for block in blocks if block.state == "patched"]
 
@@ -286,22 +313,7 @@ def collapse_model(
     logits = None if kept_batches is None else logits_of(model, kept_batches)
     if logits is not None and not all(output.isfinite().all() for output in logits):
         raise ValueError("The calibration data gives outputs that are not finite.")
-
-    parameters_before = _count_parameters(inner)
-    replaced = [entry for merge in merges for entry in put_in_place(inner, merge)]
-    if options.not_ready == "restore":
-        restore_blocks(inner, waiting)
-    # What the model was patched with describes the blocks that still are.
-    refresh_layer_collapse(inner, None if layer_collapse_config_of(inner) else config, holders, replaced)
-
-    reports = [merge.report for merge in merges] + [_waiting_report(inner, block, options) for block in waiting]
-    difference = None
-    if logits is not None:
-        after = logits_of(model, kept_batches)
-        difference = max(float((a - b).abs().max()) for a, b in zip(logits, after, strict=True))
-    return CollapseReport(
-        sorted(reports, key=lambda report: report.index), parameters_before, _count_parameters(inner), difference
-    )
+    return merges, waiting, kept_batches, logits
 
 
 def collapse_as(model, names):
@@ -314,8 +326,11 @@ def collapse_as(model, names):
     refresh_layer_collapse(inner, None, holders, replaced)
 
 
-def _without_adapters(model, inner, options, allow_none):
-    """The model with adapters merged into its weights, if there are any on its blocks or alphas."""
+@contextlib.contextmanager
+def _adapters_merged(model, inner, options, allow_none):
+    """The model with adapters merged into its weights, if there are any on its blocks or alphas; if what is done
+    inside raises, as it was.
+    """
     blocks = survey_blocks(inner)[0]
     alphas = [name for name in collapsible_activations(inner) if ".modules_to_save." in name]
     linears = [
@@ -325,7 +340,8 @@ def _without_adapters(model, inner, options, allow_none):
         if block.state != "collapsed" and is_adapted(inner.get_submodule(block.path(path)))
     ]
     if not alphas and not linears:
-        return inner
+        yield
+        return
     where = f"The alpha of `{alphas[0]}`" if alphas else f"`{linears[0]}`"
     # `torch.compile` may be around the PeftModel.
     while isinstance(model, torch._dynamo.OptimizedModule):
@@ -342,7 +358,41 @@ def _without_adapters(model, inner, options, allow_none):
     ready = [alpha for alpha in in_use.values() if is_ready(alpha, options.collapse_threshold)]
     if in_use and not ready and not allow_none:
         _refuse_none_ready(in_use, options)
-    return model.merge_and_unload(safe_merge=True)
+    before = _Snapshot(model)
+    try:
+        model.merge_and_unload(safe_merge=True)
+        yield
+    except BaseException:
+        before.restore()
+        raise
+
+
+class _Snapshot:
+    """What peft changes of a model when it merges adapters: modules and their attributes, and weights under adapters.
+
+    Weights are copied, since to subtract what was added leaves a rounding error.
+    """
+
+    def __init__(self, model):
+        self._attributes = [
+            (module, {name: _copy_if_plain(value) for name, value in vars(module).items()})
+            for module in model.modules()
+        ]
+        adapted = (module for module in model.modules() if type(module).__module__.startswith("peft.tuners."))
+        layers = (module for module in adapted if "base_layer" in module._modules)
+        parameters = {id(p): p for layer in layers for p in layer.base_layer.parameters()}
+        self._weights = [(parameter, parameter.detach().clone()) for parameter in parameters.values()]
+
+    def restore(self):
+        for module, attributes in self._attributes:
+            vars(module).clear()
+            vars(module).update(attributes)
+        for parameter, weight in self._weights:
+            parameter.data = weight
+
+
+def _copy_if_plain(value):
+    return copy.copy(value) if isinstance(value, (dict, list, set)) else value
 
 
 def _is_copied(name):

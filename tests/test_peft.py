@@ -153,6 +153,33 @@ def test_adapters_refused_by_the_config():
     assert_same(state_of(model), before)
 
 
+@pytest.mark.parametrize("how", ["saved", "unfrozen"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_collapse_that_is_refused_leaves_the_adapter(how, dora, tmp_path):
+    """Which had to be merged to tell, bit for bit and able to train on."""
+    model = apply_layer_collapse(model_of(CASE), LayerCollapseConfig(**FAST))
+    model = with_adapter(model, how, init_lora_weights=False, use_dora=dora)
+    names = [name for name, _ in model.named_modules()]
+    set_alphas(model, *[0.97] * (2 * LAYERS if how == "saved" else LAYERS))
+    before, expected = state_of(model), logits(model)
+    with pytest.raises(ValueError, match="above max_error=0.0; nothing was changed"):
+        collapse_model(model, max_error=0.0)
+    assert isinstance(model, PeftModel) and [name for name, _ in model.named_modules()] == names
+    assert_same(state_of(model), before)
+    assert torch.equal(logits(model), expected)
+    trainer = trainer_for("bert", tmp_path, config=False, model=model, args={"max_steps": 2, "learning_rate": 1e-2})
+    trainer.train()
+    trained = state_of(model)
+    assert not torch.equal(logits(model), expected)
+    assert {name for name in before if not torch.equal(before[name], trained[name])} > {
+        name for name in before if "lora_A" in name
+    }
+    with model.disable_adapter():  # no longer merged in
+        bare = logits(model)
+    assert not torch.equal(bare, logits(model))
+    assert len(collapse_model(model).collapsed) == LAYERS
+
+
 def test_a_quantized_base_is_refused_before_its_adapter_is_merged():
     model = with_adapter(apply_layer_collapse(model_of(CASE), LayerCollapseConfig()))
     set_alphas(model, *[1.0] * 2 * LAYERS)
