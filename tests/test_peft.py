@@ -279,6 +279,19 @@ def test_a_checkpoint_over_what_is_only_in_memory_does_not_load_without_it(tmp_p
     assert model.get_base_model().name_or_path == ""
 
 
+def test_on_a_dense_base_that_is_passed_by_hand_peft_drops_alphas(tmp_path):
+    """Not ours to refuse: peft ignores keys that have no place. The adapter names the base that it belongs to."""
+    model = with_adapter(patched_on_disk(tmp_path / "base"))
+    set_alphas(model, *[0.5] * 2 * LAYERS)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(model_of(CASE), tmp_path / "adapter")
+    assert loaded.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
+    assert not alphas_of(loaded) and not torch.equal(logits(loaded), logits(model))
+    # What it names is right.
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "adapter")), logits(model))
+
+
 def test_without_a_task_type_peft_refuses(tmp_path):
     """Third case: it would have to import the class from this package."""
     model = with_adapter(patched_on_disk(tmp_path / "base"), task_type=None)

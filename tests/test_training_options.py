@@ -1,5 +1,7 @@
 """Training arguments that change how a step is taken: each works with alphas, or is refused."""
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
@@ -219,6 +221,26 @@ def test_data_parallel(accumulate, tmp_path, monkeypatch):
     assert isinstance(trainer.model_wrapped, TwoDevices)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler for CPUs")
+def test_inductor_goes_where_no_compiler_goes(tmp_path):
+    runs = [
+        trainer_for(
+            "gpt2",
+            tmp_path,
+            config={"alpha_learning_rate": 0.1},
+            args={"max_steps": 4, "optim": "sgd", "learning_rate": 0.02, "torch_compile": compiled},
+        )
+        for compiled in (True, False)
+    ]
+    assert runs[0].args.torch_compile_backend == "inductor"
+    for trainer in runs:
+        trainer.train()
+    expected = state_of(runs[1].model)
+    for name, value in state_of(runs[0].model).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
 
 
 def test_collapse_after_compiled_training_in_bf16(tmp_path):
