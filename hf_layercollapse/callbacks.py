@@ -2,6 +2,8 @@
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 from transformers.utils import logging
 
@@ -66,8 +68,11 @@ class LayerCollapseCallback(TrainerCallback):
             self.config = layer_collapse_config_of(unwrap(model)[0])
             if self.config is None:
                 raise ValueError("The model is patched but carries no options: pass a config to the callback.")
-        if args.deepspeed is not None or args.fsdp_plugin_args is not None:
-            raise ValueError("Alphas are not trained under FSDP or DeepSpeed in this version.")
+        if AcceleratorState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                "A callback comes too late to keep alphas out of what FSDP and DeepSpeed shard. Put "
+                "LayerCollapseTrainerMixin in front of the Trainer's class, or train in DDP."
+            )
         if "lomo" in args.optim or "layerwise" in args.optim:
             raise ValueError(f"optim={args.optim.value!r} updates parameters during the backward pass.")
         while isinstance(optimizer, AcceleratedOptimizer):

@@ -10,12 +10,13 @@ from transformers.modeling_utils import PreTrainedModel
 from .patching import collapsible_activations
 
 
-def refuse_fsdp_setup(plugin, model):
+def refuse_fsdp_setup(plugin, model, compiles):
     """Raises if alphas cannot be left out of what accelerate's FSDP is about to shard.
 
     Args:
         plugin (`accelerate.FullyShardedDataParallelPlugin`): As the Trainer made it.
         model (`nn.Module`): Patched, not sharded yet.
+        compiles (`bool`): Whether it is to be compiled first.
 
     Raises:
         ValueError: It is FSDP1, is to load on the first process only, or the model cannot be gathered again.
@@ -31,10 +32,11 @@ def refuse_fsdp_setup(plugin, model):
             "not. Set `fsdp_cpu_ram_efficient_loading: false` in the accelerate config, or "
             '`TrainingArguments(fsdp_config={"cpu_ram_efficient_loading": False})`.'
         )
-    if not isinstance(model, PreTrainedModel):
+    if compiles or not isinstance(model, PreTrainedModel):
+        what = "under `torch_compile`" if compiles else type(model).__name__
         raise ValueError(
-            f"A patched {type(model).__name__} cannot be trained under FSDP: to collapse it, it has to be gathered "
-            "into a new model, which takes a `PreTrainedModel` without adapters and `torch.compile`. Train in DDP."
+            f"A patched model ({what}) cannot be trained under FSDP: to collapse it, it has to be gathered into a new "
+            "one, which takes a `PreTrainedModel` without adapters and `torch.compile`. Train in DDP."
         )
 
 

@@ -79,8 +79,8 @@ class LayerCollapseTrainerMixin:
     Raises:
         TypeError: `layer_collapse_config` or `model` is of a wrong type, or the model is wrapped or sharded.
         ValueError: The model is patched in another way or only collapsed, calibration data is missing, or training is
-            to run under FSDP, DeepSpeed, an optimizer that steps during backward, or, on several processes, reentrant
-            checkpointing.
+            to run under FSDP1, ZeRO-3, an optimizer that steps during backward, or, on several processes, reentrant
+            checkpointing. Under FSDP2 and ZeRO-2, further settings are refused that shard alphas.
     """
 
     def __init__(self, model=None, *args, layer_collapse_config=None, calibration_data=None, **kwargs):
@@ -91,6 +91,7 @@ class LayerCollapseTrainerMixin:
         self.layer_collapse_config = layer_collapse_config
         self._calibration_data = calibration_data
         self._alpha_steps = None
+        self._whole_class = None  # of the model, before FSDP2 exchanged it
         self._replicating = []  # hooks on alphas that nothing else keeps the same on all processes
         self._penalty_sum, self._penalty_count = 0.0, 0  # since the last log
         self._block_indices = weakref.WeakKeyDictionary()  # activation -> index of its block
@@ -126,7 +127,7 @@ class LayerCollapseTrainerMixin:
         if self.is_deepspeed_enabled:
             refuse_deepspeed_setup(self.accelerator.state.deepspeed_plugin)
         if self.is_fsdp_enabled:
-            refuse_fsdp_setup(self.accelerator.state.fsdp_plugin, self.model)
+            refuse_fsdp_setup(self.accelerator.state.fsdp_plugin, self.model, self.args.torch_compile)
         reentrant = (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant", False)
         if self.args.activation_checkpointing and reentrant and self.args.world_size > 1:
             raise ValueError(
@@ -218,6 +219,9 @@ class LayerCollapseTrainerMixin:
 
         Blocks that are not ready stay patched or go back to dense, as `layer_collapse_config.not_ready` says. The
         trainer can go on to evaluate, predict and save; `train` starts with a new optimizer made from `args`.
+
+        On several processes all must call this, and all hold what the first one found. A model that FSDP2 shards is
+        gathered: from here on each process holds it whole, as a new `trainer.model`, until `train` shards it again.
 
         Args:
             calibration_data (iterable of `dict[str, Tensor]`, *optional*): Model inputs; blocks that are not exactly
@@ -353,11 +357,12 @@ class LayerCollapseTrainerMixin:
         return [name for name in super().get_decay_parameter_names(model) if name not in alphas]
 
     def create_optimizer(self, model=None):
-        if self.is_fsdp_enabled and self._activations() and not is_fully_sharded(self.model):
+        if self.is_fsdp_enabled and not is_fully_sharded(self.model):
             # Before accelerate gets both, as it will.
             self._whole_class = type(self.model)
-            leave_out_of_sharding(self.accelerator.state.fsdp_plugin, self.model, self.args.device)
-            self._replicate(self._trainable_alphas())
+            if self._trainable_alphas():
+                leave_out_of_sharding(self.accelerator.state.fsdp_plugin, self.model, self.args.device)
+                self._replicate(self._trainable_alphas())
         # Adam normalises a gradient's size away, and with it the strength of the penalty.
         super().create_optimizer(model)
         optimizer = self.optimizer
@@ -640,11 +645,12 @@ class LayerCollapseTrainerMixin:
         return super()._finalize_training(trial, num_train_samples, start_time)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        whole = self.model_wrapped is self.model and not is_fully_sharded(self.model)
         if self.is_fsdp_enabled:
-            # Where checkpoints are sharded, upstream would save nothing at all.
-            ours = whole or not _internal_call
+            whole = not is_fully_sharded(self.model)
+            # Where checkpoints are sharded, upstream would save nothing at all. FSDP1 wraps instead.
+            ours = self.accelerator.state.fsdp_plugin.fsdp_version == 2 and (whole or not _internal_call)
         else:
+            whole = self.model_wrapped is self.model
             # Upstream asks the engine, which is none before training and after a collapse.
             ours = whole and self.is_deepspeed_enabled
         if not ours:

@@ -15,9 +15,15 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
+from transformers import Trainer  # noqa: E402
 
 import tests.conftest  # noqa: E402, F401  (offline, one thread)
-from hf_layercollapse import LayerCollapseConfig, LayerCollapseTrainer, apply_layer_collapse  # noqa: E402
+from hf_layercollapse import (  # noqa: E402
+    LayerCollapseCallback,
+    LayerCollapseConfig,
+    LayerCollapseTrainer,
+    apply_layer_collapse,
+)
 from tests.models import BY_NAME  # noqa: E402
 from tests.training import model_of, state_of, trainer_for, trajectory  # noqa: E402
 
@@ -36,10 +42,18 @@ RUNS = {
 }
 
 
-class Sharding(LayerCollapseTrainer):
+class ShardsOnCPU:
     def create_accelerator_and_postprocess(self):
         PartialState().distributed_type = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()
+
+
+class Sharding(ShardsOnCPU, LayerCollapseTrainer):
+    pass
+
+
+class PlainSharding(ShardsOnCPU, Trainer):
+    pass
 
 
 def sharding(*args, **kwargs):
@@ -109,14 +123,28 @@ def refused(folder):
     from peft import LoraConfig, get_peft_model
 
     messages = []
-    for config in ({"version": 1, "sync_module_states": False}, {**FSDP, "cpu_ram_efficient_loading": True}):
+    for config, args in (
+        ({"version": 1, "sync_module_states": False}, {}),
+        ({**FSDP, "cpu_ram_efficient_loading": True}, {}),
+        (FSDP, {"torch_compile": True}),
+    ):
         with pytest.raises(ValueError) as caught:
-            sharding("bert", folder, args={"fsdp": True, "fsdp_config": config})
+            sharding("bert", folder, args={"fsdp": True, "fsdp_config": config, **args})
         messages.append(str(caught.value))
+    options = {
+        "args": {"fsdp": True, "fsdp_config": FSDP},
+        "callbacks": [LayerCollapseCallback(LayerCollapseConfig())],
+    }
+    with pytest.raises(ValueError) as caught:
+        trainer_for("bert", folder, config=False, trainer_class=PlainSharding, **options).train()
+    messages.append(str(caught.value))
+    with pytest.raises(ValueError) as caught:
+        sharding("bert", folder, config={"progressive": True}, args=options["args"])
+    messages.append(str(caught.value))
     model = apply_layer_collapse(model_of(BY_NAME["bert"]), LayerCollapseConfig())
     model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
     with pytest.raises(ValueError) as caught:
-        sharding("bert", folder, config=False, model=model, args={"fsdp": True, "fsdp_config": FSDP})
+        sharding("bert", folder, config=False, model=model, args=args)
     return [*messages, str(caught.value)]
 
 
