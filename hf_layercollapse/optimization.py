@@ -85,14 +85,15 @@ class AlphaSteps:
         held = [[parameter for parameter in group["params"] if id(parameter) in ours] for group in groups]
         for group in groups:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ours]
-        own = None if groups[-1]["params"] else groups.pop()
+        empty = {i: group for i, group in enumerate(groups) if not group["params"]}
+        groups[:] = [group for group in groups if group["params"]]
         try:
             yield
         finally:
             # Other dicts, if a state was loaded.
             groups = self.optimizer.param_groups
-            if own is not None:
-                groups.append(own)
+            for i, group in empty.items():
+                groups.insert(i, group)
             for group, parameters in zip(groups, held, strict=True):
                 group["params"].extend(parameters)
 

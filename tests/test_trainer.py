@@ -479,14 +479,6 @@ def test_reentrant_checkpointing_on_several_processes_is_refused(tmp_path, monke
         trainer._refuse_setup()
 
 
-@pytest.mark.parametrize("plugin", ["is_fsdp_enabled", "is_deepspeed_enabled"])
-def test_sharded_training_is_refused(plugin, tmp_path):
-    trainer = trainer_for("bert", tmp_path)
-    setattr(trainer, plugin, True)
-    with pytest.raises(ValueError, match="not trained under FSDP or DeepSpeed"):
-        trainer._refuse_setup()
-
-
 # ---- Schedule and logs ----
 
 

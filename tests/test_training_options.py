@@ -223,6 +223,17 @@ def test_data_parallel(accumulate, tmp_path, monkeypatch):
         torch.testing.assert_close(found[name], gradient, rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.gpu
+def test_fp16_on_a_gpu(tmp_path):
+    args = {"fp16": True, "use_cpu": False, "max_steps": 3}
+    trainer = trainer_for(
+        "bert", tmp_path, config={"alpha_learning_rate": 0.1}, args=args, compute_loss_func=zero_loss
+    )
+    trainer.train()
+    assert trainer.accelerator.scaler is not None
+    assert values(trainer.model) == after(3)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler for CPUs")
 def test_inductor_goes_where_no_compiler_goes(tmp_path):
