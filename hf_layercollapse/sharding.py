@@ -10,13 +10,14 @@ from transformers.modeling_utils import PreTrainedModel
 from .patching import collapsible_activations
 
 
-def refuse_fsdp_setup(plugin, model, compiles):
+def refuse_fsdp_setup(plugin, model, compiles=False, mixed_precision="no"):
     """Raises if alphas cannot be left out of what accelerate's FSDP is about to shard.
 
     Args:
         plugin (`accelerate.FullyShardedDataParallelPlugin`): As the Trainer made it.
         model (`nn.Module`): Patched, not sharded yet.
         compiles (`bool`): Whether it is to be compiled first.
+        mixed_precision (`str`): `"no"`, `"bf16"` or `"fp16"`.
 
     Raises:
         ValueError: It is FSDP1, is to load on the first process only, or the model cannot be gathered again.
@@ -31,6 +32,11 @@ def refuse_fsdp_setup(plugin, model, compiles):
             "With `cpu_ram_efficient_loading` accelerate takes every tensor of the model for sharded, and alphas are "
             "not. Set `fsdp_cpu_ram_efficient_loading: false` in the accelerate config, or "
             '`TrainingArguments(fsdp_config={"cpu_ram_efficient_loading": False})`.'
+        )
+    if mixed_precision == "fp16":
+        raise ValueError(
+            "Alphas are not trained under FSDP's fp16: its loss scaling cannot unscale gradients of which some are "
+            "sharded and some are not. Use bf16."
         )
     if compiles or not isinstance(model, PreTrainedModel):
         what = "under `torch_compile`" if compiles else type(model).__name__

@@ -127,7 +127,8 @@ class LayerCollapseTrainerMixin:
         if self.is_deepspeed_enabled:
             refuse_deepspeed_setup(self.accelerator.state.deepspeed_plugin)
         if self.is_fsdp_enabled:
-            refuse_fsdp_setup(self.accelerator.state.fsdp_plugin, self.model, self.args.torch_compile)
+            plugin, precision = self.accelerator.state.fsdp_plugin, self.accelerator.mixed_precision
+            refuse_fsdp_setup(plugin, self.model, self.args.torch_compile, precision)
         reentrant = (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant", False)
         if self.args.activation_checkpointing and reentrant and self.args.world_size > 1:
             raise ValueError(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoModelForSequenceClassification
 
 from tests.distributed_run import TRAJECTORIES, full_shard, progressive, with_callback
@@ -29,12 +30,21 @@ def launch(config, script, *arguments, options=()):
     return done
 
 
+def launched_once(tmp_path_factory, name, start):
+    """`(folder, what each process saw)` of `start(folder)`, which one of pytest-xdist's workers does for all."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "results_1.pt").exists():
+            folder.mkdir()
+            start(folder)
+    return folder, [torch.load(folder / f"results_{rank}.pt") for rank in range(2)]
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """`(folder, what each process saw)`."""
-    folder = tmp_path_factory.mktemp("distributed")
-    launch("ddp.yaml", ROOT / "tests" / "distributed_run.py", folder)
-    return folder, [torch.load(folder / f"results_{rank}.pt") for rank in range(2)]
+    script = ROOT / "tests" / "distributed_run.py"
+    return launched_once(tmp_path_factory, "distributed", lambda folder: launch("ddp.yaml", script, folder))
 
 
 @pytest.mark.parametrize("name", TRAJECTORIES)

@@ -1,12 +1,13 @@
 """FSDP2 through accelerate and the Trainer: two processes over gloo, started once; see sharded_run.py."""
 
+import functools
+
 import pytest
-import torch
 from transformers import AutoModelForSequenceClassification
 
 from tests.models import LAYERS
 from tests.sharded_run import RUNS, TRAJECTORIES
-from tests.test_distributed import ROOT, launch
+from tests.test_distributed import ROOT, launch, launched_once
 from tests.training import assert_close, assert_same, state_of, trajectory
 
 
@@ -15,10 +16,9 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """`(folder, what each process saw)`."""
-    folder = tmp_path_factory.mktemp("sharded")
-    launch("fsdp2.yaml", ROOT / "tests" / "sharded_run.py", folder, options=["--mixed_precision", "no"])
-    return folder, [torch.load(folder / f"results_{rank}.pt") for rank in range(2)]
+    script, options = ROOT / "tests" / "sharded_run.py", ["--mixed_precision", "no"]
+    start = functools.partial(launch, "fsdp2.yaml", script, options=options)
+    return launched_once(tmp_path_factory, "sharded", start)
 
 
 @pytest.mark.parametrize("name", [*TRAJECTORIES, "accumulated"])

@@ -17,22 +17,23 @@ CONFIG = LayerCollapseConfig(alpha_learning_rate=0.5)
 
 
 @pytest.mark.parametrize(
-    ("options", "compiles", "message"),
+    ("options", "more", "message"),
     [
-        ({"fsdp_version": 1}, False, "Use FSDP2: `fsdp_version: 2`"),
-        ({"fsdp_version": 2, "cpu_ram_efficient_loading": True}, False, "fsdp_cpu_ram_efficient_loading: false"),
-        ({"fsdp_version": 2}, True, "without adapters and `torch.compile`"),
-        ({"fsdp_version": 2}, False, None),
+        ({"fsdp_version": 1}, {}, "Use FSDP2: `fsdp_version: 2`"),
+        ({"fsdp_version": 2, "cpu_ram_efficient_loading": True}, {}, "fsdp_cpu_ram_efficient_loading: false"),
+        ({"fsdp_version": 2}, {"compiles": True}, "without adapters and `torch.compile`"),
+        ({"fsdp_version": 2}, {"mixed_precision": "fp16"}, "Use bf16"),
+        ({"fsdp_version": 2}, {"mixed_precision": "bf16"}, None),
     ],
 )
-def test_fsdp_setups(options, compiles, message, monkeypatch):
+def test_fsdp_setups(options, more, message, monkeypatch):
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # the plugin sets it
     model = apply_layer_collapse(model_of(BY_NAME["bert"]))
     plugin = FullyShardedDataParallelPlugin(**options)
     if message is None:
-        return refuse_fsdp_setup(plugin, model, compiles)
+        return refuse_fsdp_setup(plugin, model, **more)
     with pytest.raises(ValueError, match=message):
-        refuse_fsdp_setup(plugin, model, compiles)
+        refuse_fsdp_setup(plugin, model, **more)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """DeepSpeed through accelerate and the Trainer: two processes over gloo; see zero_run.py."""
 
+import functools
 import importlib.util
 import os
 
@@ -8,7 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from tests.models import BY_NAME, LAYERS
-from tests.test_distributed import ROOT, launch
+from tests.test_distributed import ROOT, launch, launched_once
 from tests.training import assert_close, assert_same, model_of, state_of, trajectory
 from tests.zero_run import RUNS, TRAJECTORIES
 
@@ -22,19 +23,16 @@ pytestmark = [
 ]
 
 
-def run(stage, folder):
+def start(stage, folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(os.environ, "DS_ACCELERATOR", "cpu")
         script = ROOT / "tests" / "zero_run.py"
         launch(f"zero{stage}.yaml", script, stage, folder, options=["--mixed_precision", "no"])
-    return [torch.load(folder / f"results_{rank}.pt") for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """`(folder, what each process saw)` under ZeRO-2."""
-    folder = tmp_path_factory.mktemp("zero_2")
-    return folder, run("2", folder)
+    return launched_once(tmp_path_factory, "zero_2", functools.partial(start, "2"))
 
 
 @pytest.mark.parametrize("name", [*TRAJECTORIES, "accumulated"])
@@ -88,11 +86,11 @@ def test_what_is_refused(results):
     assert "Use bf16" in scaled
 
 
-def test_zero_3_after_the_collapse(tmp_path):
-    first, _ = run("3", tmp_path)
+def test_zero_3_after_the_collapse(tmp_path_factory):
+    folder, (first, _) = launched_once(tmp_path_factory, "zero_3", functools.partial(start, "3"))
     assert "Use FSDP2" in first["refused"]
     assert first["stage"] == 3 and first["sharded"] and len(set(first["losses"])) == 3
-    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "zero_3")
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder / "zero_3")
     assert_same(state_of(loaded), first["state"])
     assert sum(map(torch.numel, first["state"].values())) < sum(
         p.numel() for p in model_of(BY_NAME["bert"]).parameters()
