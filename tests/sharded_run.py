@@ -144,7 +144,7 @@ def refused(folder):
     model = apply_layer_collapse(model_of(BY_NAME["bert"]), LayerCollapseConfig())
     model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
     with pytest.raises(ValueError) as caught:
-        sharding("bert", folder, config=False, model=model, args=args)
+        sharding("bert", folder, config=False, model=model, args=options["args"])
     return [*messages, str(caught.value)]
 
 
