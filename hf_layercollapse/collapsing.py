@@ -331,8 +331,11 @@ def _adapters_merged(model, inner, options, allow_none):
     """The model with adapters merged into its weights, if there are any on its blocks or alphas; if what is done
     inside raises, as it was.
     """
-    blocks = survey_blocks(inner)[0]
     alphas = [name for name in collapsible_activations(inner) if ".modules_to_save." in name]
+    if not alphas and not any(is_adapted(module) for module in inner.modules()):
+        yield
+        return
+    blocks = survey_blocks(inner)[0]
     linears = [
         block.path(path)
         for block in blocks

@@ -750,6 +750,14 @@ PreTrainedModel._finalize_model_loading  # noqa: B018
 class LayerCollapseConfigMixin:
     """In front of a native config class: writes the format, and the code that reads it, into every saved folder."""
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        # `type(model).from_pretrained(folder)` comes here, past `AutoConfig` and `StoredConfig`.
+        content, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if content.get("model_type") == MODEL_TYPE:
+            content = _in_memory(content)
+        return content, unused
+
     def to_json_string(self, use_diff=True):
         # Only the file says "layercollapse": in memory `model_type` stays native, since peft, pipelines and weight
         # conversions are keyed on it.
@@ -787,6 +795,9 @@ class LayerCollapseConfigMixin:
         # there already: the outer config rebuilds this one from what it finds, and a native type would give it a
         # native model without a word. The outer classes are native, so only the caller tells.
         if _is_nested(self, caller):
+            outer = caller.f_locals.get("self")
+            if isinstance(outer, PreTrainedConfig):
+                _refuse_fixed_part(outer, self)
             content["base_model_type"] = content["model_type"]
             content["model_type"] = MODEL_TYPE
         return content
@@ -807,6 +818,36 @@ def _is_nested(config, caller):
     if module != PreTrainedConfig.__module__ and not module.startswith("transformers.models."):
         return False
     return not isinstance(caller.f_locals.get("self"), type(config))
+
+
+def _parts_of(config, within=""):
+    """`[(name, config of a part, whether any model may stand there)]`, of parts of parts too."""
+    parts = []
+    for name, part in config.__dict__.items():
+        if isinstance(part, PreTrainedConfig):
+            # Not declared: made from its own model type.
+            free = config.sub_configs.get(name, AutoConfig) is AutoConfig
+            parts.append((f"{within}{name}", part, free))
+            parts += [(inner, inside, free and also) for inner, inside, also in _parts_of(part, f"{within}{name}.")]
+    return parts
+
+
+def _refuse_fixed_part(outer, config):
+    """Raises if a config says of its part that it is patched or collapsed, and its model does not look at that."""
+    for name, part, free in _parts_of(outer):
+        if not free and type(part) is type(config) and part.layer_collapse == config.layer_collapse:
+            raise ValueError(
+                f"`{name}` of this {type(outer).__name__} describes a patched or collapsed model, and the model of a "
+                f"{type(outer).__name__} has a native {type(config).native_class.__name__} model there whatever it "
+                "says. " + PATCH_THE_WHOLE
+            )
+
+
+PATCH_THE_WHOLE = (
+    'Patch or collapse the whole, naming the part: `LayerCollapseConfig(blocks="vision_model")`. Or, if the part is '
+    "patched or collapsed already, put it in its place in the whole model, give the whole its native config, and call "
+    "`hf_layercollapse.patching.refresh_layer_collapse(model)`: then the whole carries its table."
+)
 
 
 # Tables of the models whose constructor is running, outermost first.
@@ -846,7 +887,10 @@ class LayerCollapseModelMixin:
         return cls.native_class._can_set_experts_implementation()
 
     def _init_weights(self, module):
-        if isinstance(module, CollapsibleActivation):
+        if module is self:
+            # Comes last, and also where this model is loaded as a part of another, whose native class does not check.
+            refuse_uninitialised(self)
+        elif isinstance(module, CollapsibleActivation):
             module.init_weights()
         else:
             super()._init_weights(module)
@@ -855,6 +899,12 @@ class LayerCollapseModelMixin:
     def _finalize_model_loading(model, load_config, loading_info):
         refuse_incomplete(model, loading_info)
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+
+    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
+        # Inside another model that is being saved: its native class asks nothing else of its parts.
+        if prefix:
+            _refuse_uncarried_part(self, prefix)
+        return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
 
     def save_pretrained(
         self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, max_shard_size="50GB", **kwargs
@@ -902,6 +952,24 @@ class LayerCollapseModelMixin:
 
     def __reduce_ex__(self, protocol):
         return _empty_model, (type(self).native_class, type(self).config_class.native_class), self.__dict__
+
+
+def _refuse_uncarried_part(model, prefix):
+    """Raises if a larger model is being saved with this one in it, and its config does not say so: it would come back
+    with a native part, and the weights of that part lost or misread."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not PreTrainedModel.save_pretrained.__code__:
+        frame = frame.f_back
+    if frame is None:
+        return
+    outer = frame.f_locals["self"]
+    wanted = model.config.layer_collapse
+    carried = [part.__dict__.get("layer_collapse") for _, part, free in _parts_of(outer.config) if free]
+    if outer is not model and wanted not in carried:
+        raise ValueError(
+            f"`{prefix.removesuffix('.')}` of this {type(outer).__name__} is patched or collapsed, and the config of "
+            f"the whole does not say so: what is saved would come back as a native model. {PATCH_THE_WHOLE}"
+        )
 
 
 def state_dict_without_adapters(model):
@@ -961,12 +1029,48 @@ def refuse_incomplete(model, loading_info):
         for key, found, expected in sorted(loading_info.mismatched_keys)
         if key.startswith(prefixes)
     ]
+    _refuse_checkpoint(model, problems)
+
+
+def refuse_uninitialised(model):
+    """Raises if a model that is being loaded has tensors below the paths of its table that no checkpoint gave.
+
+    What is loaded carries transformers' mark for it, and a model that is only built has none.
+    """
+    if not any(_is_loaded(tensor) for tensor in model.state_dict(keep_vars=True).values()):
+        return
+    prefixes = tuple(f"{name}." for _, name, _, _ in resolve_table(model, model.config.layer_collapse["modules"]))
+    tensors = model.state_dict(keep_vars=True)
+    missing = [key for key, tensor in tensors.items() if key.startswith(prefixes) and not _is_loaded(tensor)]
+    _refuse_checkpoint(model, [f"missing: {key}" for key in missing])
+
+
+def _is_loaded(tensor):
+    return tensor.__dict__.get("_is_hf_initialized", False)
+
+
+def _refuse_checkpoint(model, problems):
     if problems:
         shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise ValueError(
             f"The checkpoint of this {type(model).__name__} does not hold what its layer_collapse table describes:\n"
             f"  {shown}\nThe folder is damaged or mixed from two models; load a complete copy."
         )
+
+
+def _in_memory(content):
+    """What a config.json of the format holds, with the native model type, checked."""
+    content = {key: value for key, value in content.items() if key != "auto_map"}
+    base_model_type = content.pop("base_model_type", None)
+    known = isinstance(base_model_type, str) and base_model_type in CONFIG_MAPPING
+    if not known or base_model_type == MODEL_TYPE:
+        raise ValueError(
+            f"`base_model_type` in config.json must name a model type that transformers knows, got "
+            f"{base_model_type!r}. If it is newer than this transformers, upgrade with "
+            "`pip install -U transformers`."
+        )
+    validate_layer_collapse(content.get("layer_collapse"))
+    return {**content, "model_type": base_model_type}
 
 
 class StoredConfig(PreTrainedConfig):
@@ -980,18 +1084,8 @@ class StoredConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
-        base_model_type = config_dict.pop("base_model_type", None)
-        known = isinstance(base_model_type, str) and base_model_type in CONFIG_MAPPING
-        if not known or base_model_type == MODEL_TYPE:
-            raise ValueError(
-                f"`base_model_type` in config.json must name a model type that transformers knows, got "
-                f"{base_model_type!r}. If it is newer than this transformers, upgrade with "
-                "`pip install -U transformers`."
-            )
-        validate_layer_collapse(config_dict.get("layer_collapse"))
-        config_dict["model_type"] = base_model_type
-        native_class = CONFIG_MAPPING[base_model_type]
+        config_dict = _in_memory(config_dict)
+        native_class = CONFIG_MAPPING[config_dict["model_type"]]
         built = config_class_for(native_class)
         if not native_class.__module__.startswith("transformers."):
             _register(native_class, built)  # again: a user may have registered models since
@@ -1046,7 +1140,10 @@ def _register(native_config, built_config):
         mapping = auto_class._model_mapping
         if mapping is None or native_config not in mapping:
             continue
-        native_models = mapping[native_config]
+        try:
+            native_models = mapping[native_config]
+        except ValueError:  # transformers names a class there that it does not have
+            continue
         several = isinstance(native_models, (list, tuple))
         # A class that is made from a part's config (Mllama's text model) is not made from this one.
         built_models = tuple(
@@ -1077,20 +1174,31 @@ def _empty_model(native_class, native_config_class):
     return built.__new__(built)
 
 
+def _make_native(config):
+    if isinstance(config, LayerCollapseConfigMixin):
+        config.__class__ = type(config).native_class
+        config.__dict__.pop("layer_collapse", None)
+
+
 def set_layer_collapse(model, layer_collapse, holders=()):
     """Gives a live model its patched or collapsed classes, or, with `None`, the native ones back.
 
     The config is copied first: another model made from the same config object must not change. `holders` are further
     modules (a PeftModel around the model) whose `config` is the same object.
     """
+    # The whole carries the table of all its parts.
+    for part in model.modules():
+        if part is not model and isinstance(part, LayerCollapseModelMixin):
+            set_layer_collapse(part, None)
     old = model.config
     native_config = type(old).native_class if isinstance(old, LayerCollapseConfigMixin) else type(old)
     native_model = type(model).native_class if isinstance(model, LayerCollapseModelMixin) else type(model)
     copies = {}  # id of the old config and of each part of it -> its copy
     config = copy.deepcopy(old, copies)
+    for _, part, _ in _parts_of(config):
+        _make_native(part)
     if layer_collapse is None:
-        config.__class__ = native_config
-        config.__dict__.pop("layer_collapse", None)
+        _make_native(config)
         model.__class__ = native_model
     else:
         config.__class__ = config_class_for(native_config)

@@ -17,7 +17,9 @@ from .families import (
 from .modeling_layercollapse import (
     FORMAT_VERSION,
     CollapsibleActivation,
+    LayerCollapseModelMixin,
     base_model_prefix_of,
+    resolve_table,
     set_layer_collapse,
 )
 
@@ -96,7 +98,7 @@ def patch_or_check(model, config, calibration_data):
         TypeError: The model is no module, wrapped or sharded.
         ValueError: It is patched in another way, or collapsed and not patched.
     """
-    inner, _ = unwrap(model)
+    inner, holders = unwrap(model)
     blocks = find_feed_forward_blocks(inner)
     patched = collapsible_activations(model)
     collapsed = [block.name for block in blocks if block.state == "collapsed"]
@@ -117,8 +119,10 @@ def patch_or_check(model, config, calibration_data):
             + "\nLeave `layer_collapse_config` out to train the model as it is patched, or take it back to dense "
             "first: `remove_layer_collapse(model)`."
         )
-    if isinstance(inner, PreTrainedModel):
+    if isinstance(inner, LayerCollapseModelMixin):
         inner.config.layer_collapse = {**inner.config.layer_collapse, "options": config.to_dict()}
+    elif isinstance(inner, PreTrainedModel):  # a part of it was patched
+        refresh_layer_collapse(inner, config, holders)
 
 
 def _patch_differences(inner, blocks, activations, config):
@@ -210,19 +214,28 @@ def layer_collapse_config_of(model) -> LayerCollapseConfig | None:
     return LayerCollapseConfig.from_dict(stored["options"]) if stored and stored.get("options") else None
 
 
-def refresh_layer_collapse(inner, config, holders=(), replaced=()):
-    """Writes what the modules now are into the model's config, and gives it the classes that belong to that.
+def refresh_layer_collapse(inner, config=None, holders=(), replaced=()):
+    """Writes what the modules now are into the model's config in place, and gives it the classes that belong to that.
+
+    A part that is a patched or collapsed model of its own becomes a part of this one: its table is taken over.
 
     Args:
-        config ([`LayerCollapseConfig`] or `None`): Options to record; `None` keeps those that are there.
+        config ([`LayerCollapseConfig`], *optional*): Options to record. Default: those that are there.
         replaced (`Sequence[tuple[str, dict]]`): Qualified names and specs of modules that a collapse replaced.
     """
     if not isinstance(inner, PreTrainedModel):
         return
     stored = inner.config.__dict__.get("layer_collapse") or {}
-    options = config.to_dict() if config is not None else stored.get("options", {})
+    options = stored.get("options", {})
     prefix = base_model_prefix_of(inner)
     table = {path: spec for path, spec in stored.get("modules", {}).items() if spec["type"] != "activation"}
+    from_parts = []
+    for name, part in inner.named_modules():
+        if part is not inner and isinstance(part, LayerCollapseModelMixin):
+            options = options or part.config.layer_collapse.get("options", {})
+            from_parts += [(f"{name}.{path}", spec) for path, spec in replaced_modules(part)]
+    if config is not None:
+        options = config.to_dict()
 
     def add(name, spec):
         if name.startswith(prefix):
@@ -230,12 +243,21 @@ def refresh_layer_collapse(inner, config, holders=(), replaced=()):
         else:
             table[name] = {**spec, "scope": "model"}
 
+    for name, spec in from_parts:
+        add(name, {key: value for key, value in spec.items() if key != "scope"})
     for name, activation in collapsible_activations(inner).items():
         add(name, activation.spec)
     for name, spec in replaced:
         add(name, spec)
     layer_collapse = {"version": FORMAT_VERSION, "options": options, "modules": table} if table else None
     set_layer_collapse(inner, layer_collapse, holders)
+
+
+def replaced_modules(model):
+    """`[(qualified name, spec)]` of what a collapse replaced in a model, as its own table says."""
+    table = model.config.layer_collapse["modules"]
+    table = {path: spec for path, spec in table.items() if spec["type"] != "activation"}
+    return [(name, spec) for _, name, _, spec in resolve_table(model, table)] if table else []
 
 
 def alpha_parameters(model) -> list[nn.Parameter]:

@@ -1,14 +1,13 @@
-"""Every layout, on a model type that has it; look-alikes refused with the reason; parts of a model; plain torch."""
+"""Blocks verified and look-alikes refused with the reason; parts of a model; models in others; plain torch."""
 
-import importlib.util
 import inspect
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -17,12 +16,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     AutoModelForTextEncoding,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
     BertLMHeadModel,
     BertModel,
+    BlipConfig,
+    BlipModel,
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
@@ -38,9 +40,12 @@ from transformers import (
     LlavaForConditionalGeneration,
     MixtralConfig,
     MixtralModel,
+    PreTrainedModel,
     Qwen2MoeConfig,
     SegformerConfig,
     SegformerModel,
+    SiglipConfig,
+    SiglipModel,
     T5Config,
     T5ForConditionalGeneration,
     WhisperConfig,
@@ -58,55 +63,9 @@ from hf_layercollapse import (
 )
 from hf_layercollapse import families as families_module
 from hf_layercollapse.families import LAYOUTS, refused_blocks
-from hf_layercollapse.patching import alpha_parameters
+from hf_layercollapse.patching import alpha_parameters, refresh_layer_collapse
 
-
-def _load_coverage():
-    path = Path(__file__).resolve().parent.parent / "recipes" / "coverage.py"
-    spec = importlib.util.spec_from_file_location("coverage_recipe", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-coverage = _load_coverage()
-
-# One model type for every row of the table; adding a row means adding a case.
-CASES = {
-    "split": "bert",
-    "split query": "blip-2",
-    "split language": "lxmert",
-    "split vision": "lxmert",
-    "dense.dense/output.dense": "reformer",
-    "wi/wo": "t5",
-    "gate_proj/up_proj/down_proj": "llama",
-    "wi_0/wi_1/wo": "pix2struct",
-    "w_in/w_out": "cpmant",
-    "gate_up_proj/down_proj": "phi3",
-    "Wi/Wo": "modernbert",
-    "fc1/fc2": "opt",
-    "fc1/fc2 gated": "moshi",
-    "fc1/fc2 gated (up first)": "moonshine",
-    "lin1/lin2": "distilbert",
-    "c_fc/c_proj": "imagegpt",
-    "dense_h_to_4h/dense_4h_to_h": "bloom",
-    "fc_in/fc_out": "gptj",
-    "ffn/ffn_output": "albert",
-    "layer_1/layer_2": "xlnet",
-    "intermediate_dense/output_dense": "sew",
-    "up_proj/down_proj": "arcee",
-    "linear1/linear2": "lasr_encoder",
-    "linear_1/linear_2": "audioflamingo3",
-    "linear_fc1/linear_fc2": "qwen3_vl",
-    "proj_in/proj_out": "sam3_tracker",
-    "in_proj/out_proj": "bark",
-    "intermediate/output": "prophetnet",
-    "dense1/dense2": "pvt",
-    "pointwise_conv1/pointwise_conv2": "dinov3_convnext",
-    "pwconv1/pwconv2": "convnext",
-    "linear_up/linear_down": "levit",
-    "sequential": "ctrl",
-}
+from .models import randomize
 
 
 def set_alphas(model, value=1.0):
@@ -122,48 +81,7 @@ def collapse(model, blocks="all"):
 
 
 def randomised(model):
-    coverage.randomise(model)
-    return model.eval()
-
-
-# ----------------------------------------------------------------------------------------------------
-# Every layout
-# ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", CASES)
-def test_layout(layout):
-    result = coverage.examine(CASES[layout])
-    assert result["status"] == "passed", result
-    assert result["blocks"][layout] >= 1
-    assert result["difference"] <= coverage.TOLERANCE["float32"]
-
-
-def test_every_row_has_a_case():
-    assert {row.name for row in LAYOUTS} <= CASES.keys() | NO_SUCH_MODEL
-
-
-# Rows whose only model types cannot be built small or have no package here; each with its reason.
-NO_SUCH_MODEL = {
-    "gate_up_proj/down_proj (up first)",  # none in transformers; a module of this kind is below
-    "input_linear/output_linear",  # GraniteMoeHybrid, whose small default has no attention layer and does not run
-    "w1/w3/w2",  # LFM2 calls its activation as a function, which is refused with that reason
-}
-
-
-@pytest.mark.slow
-def test_committed_list_does_not_shrink():
-    expected = json.loads(coverage.LIST.read_text())
-    passing = coverage.passing_list(coverage.examine_all(sorted(expected)))
-    assert not expected.keys() - passing.keys()
-    for model_type, entry in expected.items():
-        assert passing[model_type] == entry
-
-
-def test_the_committed_list_is_long_enough():
-    expected = json.loads(coverage.LIST.read_text())
-    assert len(expected) >= 200
-    assert all(sum(entry["blocks"].values()) >= 1 for entry in expected.values())
+    return randomize(model).eval()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -760,6 +678,162 @@ def test_collapsed_bert_inside_encoder_decoder(from_folders, tmp_path):
     inputs = {"input_ids": ids, "decoder_input_ids": ids}
     assert torch.equal(again(**inputs).logits, model(**inputs).logits)
     assert isinstance(again.encoder.encoder.layer[0].intermediate.dense, nn.Identity)
+
+
+def llava_around(inner):
+    outer = LlavaForConditionalGeneration(
+        LlavaConfig(text_config=inner.config, vision_config=vision_config(), image_token_index=63)
+    ).eval()
+    outer.model.language_model.load_state_dict(inner.state_dict())
+    return outer
+
+
+def encoder_decoder_around(inner):
+    decoder = BertLMHeadModel(bert_config(is_decoder=True, add_cross_attention=True))
+    return EncoderDecoderModel(encoder=inner, decoder=decoder).eval()
+
+
+def without(folder, *endings):
+    """Takes tensors out of a saved folder."""
+    state = load_file(folder / "model.safetensors")
+    kept = {key: value for key, value in state.items() if not key.endswith(endings)}
+    assert len(kept) < len(state)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "build, around, auto_class, activation, down",
+    [
+        (
+            lambda: LlamaModel(llama_config()),
+            llava_around,
+            AutoModelForImageTextToText,
+            "mlp.act_fn",
+            "mlp.down_proj",
+        ),
+        (
+            lambda: BertModel(bert_config()),
+            encoder_decoder_around,
+            AutoModelForSeq2SeqLM,
+            "intermediate.intermediate_act_fn",
+            "output.dense",
+        ),
+    ],
+    ids=["llava", "encoder-decoder"],
+)
+@pytest.mark.parametrize("life", ["patched", "affine", "collapsed"])
+def test_incomplete_weights_of_a_model_inside_another(build, around, auto_class, activation, down, life, tmp_path):
+    inner = randomised(build())
+    if life == "collapsed":
+        collapse(inner)
+        lost = f"1.{down}.bias"
+    else:
+        data = [{"input_ids": torch.randint(3, 60, (4, 9))}]
+        apply_layer_collapse(inner, LayerCollapseConfig(linear_target="affine"), data)
+        lost = f"1.{activation}.{'alpha' if life == 'patched' else 'offset'}"
+    outer = around(inner)
+    outer.save_pretrained(tmp_path)
+    again = auto_class.from_pretrained(tmp_path)
+    assert all(torch.equal(again.state_dict()[key], value) for key, value in outer.state_dict().items())
+    without(tmp_path, lost)
+    with pytest.raises(ValueError, match="does not hold what its layer_collapse table describes") as caught:
+        auto_class.from_pretrained(tmp_path)
+    assert lost in str(caught.value)
+    # Built from the config alone it has first values, and nothing is missing.
+    auto_class.from_config(again.config)
+
+
+def tiny_towers(config_class, model_class):
+    """Two towers whose configs are of fixed classes."""
+    text = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2}
+    vision = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "image_size": 16, "patch_size": 8}
+    heads = {"num_attention_heads": 2, "projection_dim": 16}
+    config = config_class(
+        text_config={**text, **heads, "max_position_embeddings": 16, "eos_token_id": 2, "bos_token_id": 0},
+        vision_config={**vision, **heads},
+    )
+    return lambda: randomised(model_class(config))
+
+
+def tiny_llava():
+    return randomised(
+        LlavaForConditionalGeneration(
+            LlavaConfig(text_config=llama_config(), vision_config=vision_config(), image_token_index=63)
+        )
+    )
+
+
+PARTS = {
+    "clip": (tiny_towers(CLIPConfig, CLIPModel), "vision_model", "text_model"),
+    "siglip": (tiny_towers(SiglipConfig, SiglipModel), "text_model", "vision_model"),
+    "blip": (tiny_towers(BlipConfig, BlipModel), "vision_model", "text_model"),
+    "llava": (tiny_llava, "model.language_model", "model.vision_tower"),
+    "bart": (tiny_bart, "model", None),
+}
+
+
+def part_in_life(model, part, life):
+    """Patches or collapses a part of a live model, as a model of its own."""
+    tower = apply_layer_collapse(model.get_submodule(part))
+    set_alphas(tower, 0.375)
+    if life == "collapsed":
+        set_alphas(tower)
+        collapse_model(tower)
+    return tower
+
+
+@pytest.mark.parametrize("case", PARTS)
+@pytest.mark.parametrize("life", ["patched", "collapsed"])
+def test_a_part_of_a_live_model(case, life, tmp_path):
+    build, part, _ = PARTS[case]
+    model = build()
+    part_in_life(model, part, life)
+    # The class of the whole is native, and writes a config that knows nothing of it.
+    with pytest.raises(ValueError, match=f"`{part}` of this {type(model).__name__} is patched or collapsed"):
+        model.save_pretrained(tmp_path / "refused")
+    assert len(model.state_dict()) > 10
+    refresh_layer_collapse(model)
+    assert_comes_back(model, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("case", [case for case in PARTS if PARTS[case][2]])
+@pytest.mark.parametrize("life", ["patched", "collapsed"])
+def test_a_part_and_then_another(case, life, tmp_path):
+    build, part, other = PARTS[case]
+    model = build()
+    tower = part_in_life(model, part, life)
+    native = [type(module) for module in build().modules() if isinstance(module, PreTrainedModel)]
+    if life == "collapsed":
+        collapse(model, other)
+    else:
+        set_alphas(tower)
+        collapse_model(model)
+    # One table, that of the whole; its parts are native again.
+    assert [type(m) for m in model.modules() if isinstance(m, PreTrainedModel)][1:] == native[1:]
+    assert_comes_back(model, tmp_path)
+
+
+def assert_comes_back(model, folder):
+    model.save_pretrained(folder)
+    again = AutoModel if type(model).__name__ in ("CLIPModel", "SiglipModel", "BlipModel") else type(model)
+    again = again.from_pretrained(folder).eval()
+    assert type(again) is type(model)
+    state, expected = again.state_dict(), model.state_dict()
+    assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in expected)
+    states = [block.state for block in find_feed_forward_blocks(model)]
+    assert [block.state for block in find_feed_forward_blocks(again)] == states
+
+
+@pytest.mark.parametrize("config_class", [CLIPConfig, SiglipConfig, BlipConfig])
+@pytest.mark.parametrize("life", ["patched", "collapsed"])
+def test_a_config_whose_parts_are_fixed_is_not_saved(config_class, life, tmp_path):
+    case = config_class.model_type
+    tower = part_in_life(PARTS[case][0](), "text_model", life)
+    config = config_class(text_config=tower.config)
+    with pytest.raises(ValueError, match=f"`text_config` of this {config_class.__name__} describes a patched or"):
+        config.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="not a valid JSON"):
+        config_class.from_pretrained(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -140,6 +140,18 @@ def test_every_auto_class_that_knows_the_native_class(case, life, tmp_path):
 
 
 @every_model
+def test_the_class_of_a_live_model_loads_too(case, tmp_path):
+    model = in_life(case, "half")
+    model.save_pretrained(tmp_path)
+    for again in (type(model).from_pretrained(tmp_path), case.auto_class.from_pretrained(tmp_path)):
+        assert again.config.to_dict() == {**model.config.to_dict(), "_name_or_path": str(tmp_path)}
+        assert again.config.model_type == case.config().model_type
+        assert_same_weights(again, model)
+    again.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["base_model_type"] == model.config.model_type
+
+
+@every_model
 @pytest.mark.parametrize("life", ["affine", "half"])
 def test_configs(case, life, tmp_path):
     model = in_life(case, life)
