@@ -77,11 +77,13 @@ def calibrate_affine_targets(model, inner, blocks, activations, calibration_data
         ValueError: The data is empty or what reaches a block is not finite. The activations are unchanged then.
     """
 
+    turns = _Turns()
+
     def observe(block, add):
         # Not through `activation.act`: the native module would call this hook again.
         replacement = activations[block.name].replacement
 
-        return _around_activation(modules_of(inner, block).activation, add, replacement)
+        return _around_activation(block, modules_of(inner, block), turns, add, replacement)
 
     sums = _neuron_sums(model, inner, blocks, calibration_data, token_mask_fn, observe)
     fitted = {}
@@ -107,11 +109,13 @@ def score_neurons(model, inner, blocks, calibration_data, token_mask_fn=None):
         Block name -> scores `(m,)`, float64.
     """
 
+    turns = _Turns()
+
     def observe(block, add):
         parts = modules_of(inner, block)
         if block.kind == "gated":
             return [parts.down.register_forward_pre_hook(lambda module, args: add(args[0], args[0]))]
-        return _around_activation(parts.activation, add)
+        return _around_activation(block, parts, turns, add)
 
     sums = _neuron_sums(model, inner, blocks, calibration_data, token_mask_fn, observe)
     scores = {}
@@ -125,18 +129,56 @@ def score_neurons(model, inner, blocks, calibration_data, token_mask_fn=None):
     return scores
 
 
-def _around_activation(activation, add, replacement=None):
-    """Hooks that call `add(input, output)`."""
+class _Turns:
+    """Whose call of an activation it is, where one activation module serves several blocks: that of the block whose
+    first linear ran last."""
+
+    def __init__(self):
+        self.begun = {}  # activation -> names of blocks whose first linear ran and whose activation did not yet
+
+    def announce(self, block, parts):
+        """A hook that notes when the block's first linear has run."""
+        begun = self.begun.setdefault(parts.activation, [])
+        first = parts.up if parts.gate is None else parts.gate
+        return first.register_forward_hook(lambda *_: begun.append(block.name))
+
+    def is_of(self, block, activation):
+        """Whether the call that runs now belongs to the block.
+
+        Raises:
+            ValueError: It may belong to several.
+        """
+        names = sorted(set(self.begun[activation]))
+        if len(names) > 1:
+            raise ValueError(
+                f"Blocks {', '.join(names)} share one activation module and run at the same time, so that its calls "
+                "cannot be told apart. Give each block an activation module of its own."
+            )
+        return names == [block.name]
+
+    def done(self, activation):
+        self.begun[activation].clear()
+
+
+def _around_activation(block, parts, turns, add, replacement=None):
+    """Hooks that call `add(input, output)` for the block's own calls of its activation."""
     inputs = []
 
     def before(module, args):
-        inputs.append(args[0].clone() if is_inplace(module) else args[0])
+        if turns.is_of(block, module):
+            inputs.append(args[0].clone() if is_inplace(module) else args[0])
 
     def after(module, args, output):
-        z = inputs.pop()
-        add(z, output if replacement is None else replacement(z))
+        if inputs:
+            turns.done(module)
+            z = inputs.pop()
+            add(z, output if replacement is None else replacement(z))
 
-    return [activation.register_forward_pre_hook(before), activation.register_forward_hook(after)]
+    return [
+        turns.announce(block, parts),
+        parts.activation.register_forward_pre_hook(before),
+        parts.activation.register_forward_hook(after),
+    ]
 
 
 def _neuron_sums(model, inner, blocks, calibration_data, token_mask_fn, observe):
@@ -193,6 +235,7 @@ def collect_moments(model, inner, blocks, calibration_data, neurons=None, token_
     sums = {block.name: _MomentSums(neurons.get(block.name, [])) for block in blocks}
     # A block that is called again before its last linear ran (none known) would be mixed up: a stack, not a slot.
     inputs = {block.name: [] for block in blocks}
+    turns = _Turns()
 
     def observe(block):
         parts, wanted = modules_of(inner, block), neurons.get(block.name)
@@ -202,6 +245,9 @@ def collect_moments(model, inner, blocks, calibration_data, neurons=None, token_
         index = torch.as_tensor(wanted or [], dtype=torch.long, device=parts.down.weight.device)
 
         def activated(module, args, output):
+            if not turns.is_of(block, module):
+                return
+            turns.done(module)
             # Kept neurons keep the native activation: what alpha adds to it is linear.
             if isinstance(module, CollapsibleActivation):
                 output = module.act(args[0].clone() if is_inplace(module.act) else args[0])
@@ -226,6 +272,7 @@ def collect_moments(model, inner, blocks, calibration_data, neurons=None, token_
         first = parts.up if parts.gate is None else parts.gate
         handles = [first.register_forward_pre_hook(before), parts.down.register_forward_hook(after)]
         if wanted:
+            handles.append(turns.announce(block, parts))
             handles.append(parts.activation.register_forward_hook(activated))
         if wanted and block.layout.gated:
             handles.append(parts.up.register_forward_hook(multiplied))

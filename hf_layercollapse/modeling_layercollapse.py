@@ -890,7 +890,7 @@ class LayerCollapseModelMixin:
         if module is self:
             # Comes last, and also where this model is loaded as a part of another, whose native class does not check.
             refuse_uninitialised(self)
-        elif isinstance(module, CollapsibleActivation):
+        if isinstance(module, CollapsibleActivation):
             module.init_weights()
         else:
             super()._init_weights(module)

@@ -78,7 +78,12 @@ SMALL = {
         "num_key_value_heads encoder_num_key_value_heads decoder_num_key_value_heads num_kv_heads".split(), HEADS
     ),
     **dict.fromkeys("head_dim d_kv attention_head_dim attention_head_size v_head_dim".split(), WIDTH // HEADS),
-    **dict.fromkeys("vocab_size text_vocab_size".split(), VOCABULARY),
+    **dict.fromkeys(
+        "vocab_size text_vocab_size entity_vocab_size vocab_size_per_layer_input".split(),
+        VOCABULARY,
+    ),
+    **dict.fromkeys("full_attention_interval attn_layer_period expert_layer_period".split(), 2),
+    **dict.fromkeys("attn_layer_offset expert_layer_offset".split(), 1),
     **dict.fromkeys("num_experts n_routed_experts num_local_experts moe_num_experts num_routed_experts".split(), 4),
     **dict.fromkeys("num_experts_per_tok moe_topk moe_k moe_top_k".split(), 2),
     **dict.fromkeys("max_position_embeddings n_positions max_source_positions max_target_positions".split(), 64),
@@ -93,9 +98,29 @@ SMALL = {
 SMALL_LISTS = {
     "image_size": lambda stages: [64] * stages,
     "num_heads": lambda stages: [HEADS] * stages,
-    "num_attention_heads_per_stage": lambda stages: [HEADS] * stages,
-    "embed_dim_per_stage": lambda stages: [WIDTH * 2**stage for stage in range(stages)],
-    "backbone_channel_list": lambda stages: [WIDTH * 2**stage for stage in reversed(range(stages))],
+}
+# model type -> fields that its own rules demand beside the small ones.
+OWN_FIELDS = {
+    "sam2_hiera_det_model": {"hidden_size": 96, "image_size": [128, 128]},
+    "deepseek_v3": {"head_dim": 4},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1]},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "layer_types": ["mamba", "attention"]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
+    "gemma3n_text": {"intermediate_size": 64, "num_kv_shared_layers": 0, "activation_sparsity_pattern": None},
+    "nemotron": {"num_key_value_heads": HEADS},
+    "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    **dict.fromkeys("hunyuan_v1_dense hunyuan_v1_moe ministral".split(), {"head_dim": 8}),
+    **dict.fromkeys(
+        "qwen3_next qwen3_5_text qwen3_5_moe_text lfm3".split(),
+        {"layer_types": ["linear_attention", "full_attention"]},
+    ),
+    "qwen2_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+    "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+    "glm4v_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+    "glm_ocr_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+    "glm_image_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
 }
 # Derived from other fields when they are not given.
 DERIVED = {"layer_types", "mlp_layer_types", "layers_block_type", "hybrid_layer_ids", "torch_dtype", "dtype"}
@@ -106,6 +131,7 @@ def shrink(values, level):
     """The fields of a config as constructor arguments, made small. Level 0 shrinks what it can, 1 leaves images and
     positions as they are, 2 only takes fewer layers and tokens."""
     small = {}
+    own = OWN_FIELDS.get(values.get("model_type"), {}) if level == 0 else {}
     for name, value in values.items():
         if name in DERIVED or name.startswith("_") or name in ("transformers_version", "architectures"):
             continue
@@ -125,10 +151,10 @@ def shrink(values, level):
                 value = VOCABULARY - 1 - sum(name.encode()) % 60
         elif isinstance(value, list) and name in SMALL_LISTS and level == 0:
             value = SMALL_LISTS[name](len(value))
-        elif isinstance(value, list) and name in ("depths", "num_layers_per_stage", "layers", "blocks_per_stage"):
+        elif isinstance(value, list) and name in ("depths", "num_layers_per_stage", "layers"):
             value = [min(LAYERS, item) if isinstance(item, int) else item for item in value]
         small[name] = value
-    return small
+    return {**small, **own}
 
 
 def _allowed(target, level):

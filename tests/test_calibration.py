@@ -1,10 +1,13 @@
 """Passes over data: sums against the same sums of stored activations in float64."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel, T5Config, T5Model
 
-from hf_layercollapse import find_feed_forward_blocks
+from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, find_feed_forward_blocks
 from hf_layercollapse.calibration import (
     OUTLIER_LENGTH,
     TokenFilter,
@@ -274,3 +277,89 @@ def test_data_that_can_be_read_only_once_are_kept():
     batches = data(2)
     assert reiterable(batches) is batches
     assert reiterable(iter(batches)) == batches
+
+
+# ----------------------------------------------------------------------------------------------------
+# One activation module for several blocks
+# ----------------------------------------------------------------------------------------------------
+
+
+class Mlp(nn.Module):
+    def __init__(self, act, hidden=40):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(16, hidden), act, nn.Linear(hidden, 16)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Stack(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.first, self.second, self.third = Mlp(act), Mlp(act, 24), Mlp(act)
+
+    def forward(self, x):
+        return self.third(self.second(self.first(x)))
+
+
+class Interleaved(nn.Module):
+    """Two blocks that run at the same time, in a module of their own each so that both are verified."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.a, self.b = Mlp(act), Mlp(act)
+
+    def forward(self, x):
+        up_a, up_b = self.a.fc1(x), self.b.fc1(x)
+        return self.b.fc2(self.b.act(up_b)) + self.a.fc2(self.a.act(up_a))
+
+
+def stacks():
+    """The same network twice: one activation module in all, and one in each."""
+    shared = randomize(Stack(nn.GELU()), 3).eval()
+    apart = copy.deepcopy(shared)
+    for block in (apart.first, apart.second, apart.third):
+        block.act = nn.GELU()
+    return shared, apart, [{"x": torch.randn(64, 16)} for _ in range(3)]
+
+
+COUNTS = {"all": 3, "[1]": 1, "[0, 2]": 2}
+
+
+@pytest.mark.parametrize("blocks", ["all", [1], [0, 2]], ids=str)
+def test_affine_targets_of_blocks_that_share_an_activation(blocks):
+    shared, apart, batches = stacks()
+    config = LayerCollapseConfig(blocks=blocks, linear_target="affine")
+    for model in (shared, apart):
+        apply_layer_collapse(model, config, batches)
+    found, expected = shared.state_dict(), apart.state_dict()
+    assert found.keys() == expected.keys() and sum(key.endswith(".alpha") for key in found) == COUNTS[str(blocks)]
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+def test_scores_and_moments_of_blocks_that_share_an_activation():
+    shared, apart, batches = stacks()
+    blocks = find_feed_forward_blocks(shared)
+    scores = [score_neurons(model, model, blocks, batches) for model in (shared, apart)]
+    assert all(torch.equal(scores[0][block.name], scores[1][block.name]) for block in blocks)
+    neurons = {block.name: [3, 1] for block in blocks}
+    moments = [collect_moments(model, model, blocks, batches, neurons) for model in (shared, apart)]
+    for block in blocks:
+        assert torch.equal(moments[0][block.name].cov_ff, moments[1][block.name].cov_ff)
+
+
+@pytest.mark.parametrize("run", ["affine", "scores", "moments"])
+def test_blocks_that_share_an_activation_and_run_at_the_same_time(run):
+    model = randomize(Interleaved(nn.GELU()), 3).eval()
+    batches = [{"x": torch.randn(64, 16)}]
+    blocks = find_feed_forward_blocks(model)
+    assert [block.name for block in blocks] == ["a", "b"]
+    with pytest.raises(ValueError, match="a, b share one activation module and run at the same time"):
+        if run == "affine":
+            apply_layer_collapse(model, LayerCollapseConfig(linear_target="affine"), batches)
+        elif run == "scores":
+            score_neurons(model, model, blocks, batches)
+        else:
+            collect_moments(model, model, blocks, batches, {"a": [1], "b": [1]})
+    assert type(model.a.act) is nn.GELU and not model.a.act._forward_hooks and not model.a.fc1._forward_hooks
