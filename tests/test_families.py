@@ -602,6 +602,25 @@ def test_text_tower_alone(tmp_path):
     assert torch.equal(again(input_ids=ids).last_hidden_state, model(input_ids=ids).last_hidden_state)
 
 
+def test_dropout_as_a_function_stays_until_it_is_switched_off(tmp_path):
+    """BART's layer calls `F.dropout` between its linears: nothing to replace, and after a collapse it acts on what the
+    merged linear gets. It is an option of the config, so the saved model can be loaded without it."""
+    model = tiny_bart()
+    ids = torch.randint(3, 64, (2, 5))
+    for layer in (*model.model.encoder.layers, *model.model.decoder.layers):
+        layer.activation_dropout = model.config.activation_dropout = 0.5
+        layer.dropout = model.config.dropout = layer.self_attn.dropout = model.config.attention_dropout = 0.0
+    model.model.encoder.dropout = model.model.decoder.dropout = 0.0
+    collapse(model)
+    model.save_pretrained(tmp_path)
+    evaluated = model(input_ids=ids).logits
+    assert not torch.allclose(model.train()(input_ids=ids).logits, evaluated)
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, activation_dropout=0.0)
+    assert again.config.activation_dropout == 0.0
+    assert torch.equal(again.eval()(input_ids=ids).logits, evaluated)
+    assert torch.equal(again.train()(input_ids=ids).logits, evaluated)
+
+
 # ----------------------------------------------------------------------------------------------------
 # A collapsed model inside another
 # ----------------------------------------------------------------------------------------------------
