@@ -813,7 +813,11 @@ def _is_adapter_save(caller):
 
 
 def _is_nested(config, caller):
-    """Whether `config.to_dict()` is called by another config, to become a part of it."""
+    """Whether `config.to_dict()` is called by another config, to become a part of it.
+
+    Nothing else tells: a sub-config is asked with the same call, without arguments, on a copy of it, that peft asks a
+    model's own config with, which has to answer with the native type.
+    """
     module = caller.f_globals.get("__name__", "")
     if module != PreTrainedConfig.__module__ and not module.startswith("transformers.models."):
         return False

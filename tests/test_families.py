@@ -558,6 +558,7 @@ def tiny_whisper():
         (tiny_whisper, AutoModelForCausalLM, "decoder"),
         (tiny_whisper, AutoModelForAudioClassification, "encoder"),
         (tiny_clip, AutoModelForImageClassification, "vision_model"),
+        (lambda: PARTS["siglip"][0](), AutoModelForImageClassification, "vision_model"),
     ],
 )
 @pytest.mark.parametrize("collapsed", [False, True], ids=["patched", "collapsed"])
@@ -762,6 +763,26 @@ def test_incomplete_weights_of_a_model_inside_another(build, around, auto_class,
     auto_class.from_config(again.config)
 
 
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda table: table.update({"__class__.x": {"type": "identity"}}), "private attributes"),
+        (lambda table: table.update({"layers.9.mlp.act_fn": {"type": "identity"}}), "no '9' in ModuleList"),
+        (lambda table: table["layers.0.mlp.act_fn"].update(width=2**19), "no weight beside it has that size"),
+        (lambda table: table["layers.0.mlp.act_fn"].update(type="pickle"), "unknown type 'pickle'"),
+    ],
+    ids=["private", "elsewhere", "absurd", "unknown"],
+)
+def test_a_damaged_table_inside_another_config(edit, message, tmp_path):
+    inner = apply_layer_collapse(randomised(LlamaModel(llama_config())))
+    llava_around(inner).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    edit(content["text_config"]["layer_collapse"]["modules"])
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        AutoModelForImageTextToText.from_pretrained(tmp_path)
+
+
 def tiny_towers(config_class, model_class):
     """Two towers whose configs are of fixed classes."""
     text = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2}
@@ -925,13 +946,27 @@ def test_implementations_and_plans_equal_native_ones_in_a_fresh_process(tmp_path
     subprocess.run([sys.executable, "-c", FRESH, str(tmp_path)], check=True, timeout=300)
 
 
-def test_t5_keeps_its_last_linear_in_float32(tmp_path):
+FRESH_DTYPES = """
+import sys
+import torch
+import hf_layercollapse
+from transformers import AutoModelForSeq2SeqLM
+dtypes = []
+for name in ("dense", "collapsed"):
+    model = AutoModelForSeq2SeqLM.from_pretrained(f"{sys.argv[1]}/{name}", dtype=torch.float16)
+    dtypes.append({key: str(value.dtype) for key, value in model.state_dict().items()})
+dense, collapsed = dtypes
+assert dense["encoder.block.0.layer.1.DenseReluDense.wo.weight"] == "torch.float32"
+assert collapsed == {key: dense[key] for key in collapsed} and len(collapsed) == len(dense) - 6, collapsed
+"""
+
+
+def test_keep_in_float32_equals_the_native_one_in_a_fresh_process(tmp_path):
     model = tiny_t5()
+    model.save_pretrained(tmp_path / "dense")
     collapse(model)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModel.from_pretrained(tmp_path, dtype=torch.float16)
-    assert loaded.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
-    assert loaded.encoder.block[0].layer[0].SelfAttention.q.weight.dtype == torch.float16
+    model.save_pretrained(tmp_path / "collapsed")
+    subprocess.run([sys.executable, "-c", FRESH_DTYPES, str(tmp_path)], check=True, timeout=300)
 
 
 # ----------------------------------------------------------------------------------------------------
