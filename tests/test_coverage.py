@@ -23,7 +23,7 @@ coverage = load_recipe()
 LIST = coverage.read_list()
 
 # The list may grow. To take a type out of it is to lower this number.
-MODEL_TYPES = 378
+MODEL_TYPES = 415
 
 # Rows of the table that no model type of the list has, each with its reason.
 NO_SUCH_MODEL = {
