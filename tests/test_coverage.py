@@ -42,6 +42,7 @@ FEWER = {
     "input_linear/output_linear": 1,  # GraniteMoeHybrid
     "intermediate/output": 1,  # ProphetNet
     "layer_1/layer_2": 1,  # XLNet
+    "linear_1/linear_2": 0,  # projectors between equal widths: one in each model
     "linear_up/linear_down": 1,  # LeViT
     "pwconv1/pwconv2": 1,  # ConvNeXt
     "split language": 1,  # LXMERT
