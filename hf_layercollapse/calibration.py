@@ -420,13 +420,14 @@ class TokenFilter:
     def select(self, block, *tensors):
         """`(..., width)` tensors of one call as `(tokens, width)`, detached, padding left out."""
         rows = [tensor.detach().reshape(-1, tensor.shape[-1]) for tensor in tensors]
-        mask = self._mask(block, tensors[0].shape[:-1])
+        mask = self.mask(block, tensors[0].shape[:-1])
         if mask is None:
             return rows
         kept = mask.to(rows[0].device).reshape(-1).bool().nonzero().squeeze(1)
         return [row.index_select(0, kept) for row in rows]
 
-    def _mask(self, block, shape):
+    def mask(self, block, shape):
+        """Which tokens of one call are no padding: a mask of as many elements as the shape, or `None` for all."""
         if self.token_mask_fn is not None:
             mask = self.token_mask_fn(block.name, self.batch, tuple(shape))
             if mask is not None and tuple(mask.shape) != tuple(shape):
@@ -449,8 +450,8 @@ class TokenFilter:
                 return mask[:, offset : offset + shape[1]]
         raise ValueError(
             f"The batch has padding, and its mask of shape {tuple(mask.shape)} does not say which of the tokens of "
-            f"block {block.name}, of shape {tuple(shape)}, are padding. Pass calibration data without padding "
-            "(inputs of one length), or a `token_mask_fn(block_name, batch, shape)` that gives the mask."
+            f"block {block.name}, of shape {tuple(shape)}, are padding. Use inputs without padding (of one length), "
+            "or, for a collapse, pass a `token_mask_fn(block_name, batch, shape)` that gives the mask."
         )
 
 

@@ -38,14 +38,15 @@ class LayerCollapseCallback(TrainerCallback):
 
     Raises:
         TypeError: `config` is of a wrong type.
-        ValueError: When the Trainer is constructed: the model is patched in another way, or collapsed. When training
-            starts: it is not patched, no alpha is trainable, or training runs under FSDP or DeepSpeed, or with an
-            optimizer that steps during backward.
+        ValueError: `config` has distillation. When the Trainer is constructed: the model is patched in another way, or
+            collapsed. When training starts: it is not patched, or for distillation, no alpha is trainable, or training
+            runs under FSDP or DeepSpeed, or with an optimizer that steps during backward.
     """
 
     def __init__(self, config: LayerCollapseConfig | None = None, calibration_data=None):
         if config is not None and not isinstance(config, LayerCollapseConfig):
             raise TypeError(f"`config` must be a LayerCollapseConfig, got {type(config).__name__}.")
+        _refuse_distillation(config)
         self.config = config
         self._calibration_data = calibration_data
         self._alpha_steps = None
@@ -68,6 +69,7 @@ class LayerCollapseCallback(TrainerCallback):
             self.config = layer_collapse_config_of(unwrap(model)[0])
             if self.config is None:
                 raise ValueError("The model is patched but carries no options: pass a config to the callback.")
+            _refuse_distillation(self.config)
         if AcceleratorState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError(
                 "A callback comes too late to keep alphas out of what FSDP and DeepSpeed shard. Put "
@@ -109,3 +111,11 @@ class LayerCollapseCallback(TrainerCallback):
         logs.update(added)
         state.log_history[-1].update(added)
         self._alpha_steps.warn_if_not_finite()
+
+
+def _refuse_distillation(config):
+    if config is not None and config.distils:
+        raise ValueError(
+            "A callback cannot distil: use LayerCollapseTrainer or LayerCollapseTrainerMixin, or set "
+            "`distillation_weight` and `hidden_state_weight` to 0 in the config."
+        )

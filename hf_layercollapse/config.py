@@ -119,6 +119,26 @@ class LayerCollapseConfig:
             "not named wait for all of these. None: each as soon as it is ready."
         },
     )
+    distillation_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight, >= 0, of a loss that the Trainer adds: how far the head's predictions are from the "
+            "teacher's. KL divergence at `temperature` for classes and tokens (arXiv 1503.02531), squared error for "
+            "regression. 0: none."
+        },
+    )
+    hidden_state_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight, >= 0, of a loss that the Trainer adds: squared error of the output of each patched or "
+            "collapsed block against the teacher's block of that name, in units of the variance of the teacher's, "
+            "mean over blocks. It also pulls alphas back, against the penalty. 0: none."
+        },
+    )
+    temperature: float = field(
+        default=2.0,
+        metadata={"help": "Temperature of both softmaxes in the distillation loss, > 0. 2 is DistilBERT's."},
+    )
     adapters: str = field(
         default="merge",
         metadata={
@@ -178,6 +198,9 @@ class LayerCollapseConfig:
             ("penalty_warmup_ratio", "(0, 1]", lambda value: 0 < value <= 1),
             ("collapse_threshold", "[0, 1)", lambda value: 0 <= value < 1),
             ("alpha_learning_rate", "(0, inf)", lambda value: 0 < value < float("inf")),
+            ("distillation_weight", "[0, inf)", lambda value: 0 <= value < float("inf")),
+            ("hidden_state_weight", "[0, inf)", lambda value: 0 <= value < float("inf")),
+            ("temperature", "(0, inf)", lambda value: 0 < value < float("inf")),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -207,6 +230,11 @@ class LayerCollapseConfig:
         WikiText-2 goes from 19 to 303); it is here to be compared with.
         """
         return cls(blocks=blocks, **{"activation": "relu", "initial_alpha": 0.01, **kwargs})
+
+    @property
+    def distils(self) -> bool:
+        """Whether training has a teacher."""
+        return self.distillation_weight > 0 or self.hidden_state_weight > 0
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

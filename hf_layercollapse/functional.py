@@ -1,8 +1,8 @@
 """The mathematics: tensors in, tensors out; no modules, no logging.
 
 Shape suffixes: `n` rows of inputs, `i` input width, `m` hidden width, `o` output width, `k` kept neurons, `r` rank,
-`f` features of a fit. A weight `_oi` maps `i` to `o` and is stored as `nn.Linear` stores it. Everything is computed in
-float64 unless said otherwise.
+`f` features of a fit, `c` classes of a head. A weight `_oi` maps `i` to `o` and is stored as `nn.Linear` stores it.
+Everything is computed in float64 unless said otherwise.
 """
 
 import math
@@ -291,3 +291,37 @@ def relative_error(expected, actual):
     difference = torch.linalg.vector_norm(actual - expected)
     norm = torch.linalg.vector_norm(expected)
     return float(difference / norm) if norm > 0 else float(difference)
+
+
+def soft_target_loss(student_nc, teacher_nc, temperature=1.0):
+    """`T^2 * KL(softmax(teacher / T) || softmax(student / T))` of each row, in float32: distillation as in Hinton et
+    al., arXiv 1503.02531, section 2; the factor keeps gradients the same size for every temperature.
+
+    Returns:
+        Shape `(n,)`, nats, >= 0.
+    """
+    student = torch.log_softmax(student_nc.float() / temperature, dim=-1)
+    teacher = torch.log_softmax(teacher_nc.float() / temperature, dim=-1)
+    return temperature**2 * torch.nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+
+
+def soft_binary_loss(student_nc, teacher_nc, temperature=1.0):
+    """[`soft_target_loss`] of independent yes-or-no classes, whose logits go through a sigmoid: shape `(n, c)`."""
+    student, teacher = student_nc.float() / temperature, teacher_nc.float() / temperature
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    targets = teacher.sigmoid()
+    return temperature**2 * (bce(student, targets, reduction="none") - bce(teacher, targets, reduction="none"))
+
+
+def unexplained_share(student_no, teacher_no):
+    """Squared error of each row, in units of the variance of the teacher's row over its `o` features, in float32.
+
+    By row, so that a token with massive activations counts as much as any other, and so that the mean over a batch
+    does not depend on how it is split.
+
+    Returns:
+        Shape `(n,)`: 0 where they agree, about 1 where the student gives a constant.
+    """
+    student, teacher = student_no.float(), teacher_no.float()
+    variance = teacher.var(dim=-1, correction=0)
+    return (student - teacher).square().mean(-1) / (variance + torch.finfo(torch.float32).eps)

@@ -92,21 +92,25 @@ def apply_layer_collapse(model, config: LayerCollapseConfig | None = None, calib
 def patch_or_check(model, config, calibration_data):
     """Patches a dense model in place, or checks that a patched one is what the config describes.
 
-    The config's other options, those that drive training and the collapse, are recorded in the model.
+    The config's other options, those that drive training and the collapse, are recorded in the model. A collapsed
+    model is left as it is if the config has distillation, which then heals it.
 
     Raises:
         TypeError: The model is no module, wrapped or sharded.
-        ValueError: It is patched in another way, or collapsed and not patched.
+        ValueError: It is patched in another way, or collapsed and not patched, and there is no distillation.
     """
     inner, holders = unwrap(model)
     blocks = find_feed_forward_blocks(inner)
     patched = collapsible_activations(model)
     collapsed = [block.name for block in blocks if block.state == "collapsed"]
     if not patched:
+        if collapsed and config.distils:
+            return
         if collapsed:
             raise ValueError(
                 f"The model is collapsed ({len(collapsed)} of {len(blocks)} blocks) and carries no alpha. To train it "
-                "as it is, leave `layer_collapse_config` out; to go on with its dense blocks, patch them first: "
+                "as it is, leave `layer_collapse_config` out, or set `distillation_weight` or `hidden_state_weight` "
+                "in it and pass the dense model as `teacher`; to go on with its dense blocks, patch them first: "
                 "`apply_layer_collapse(model, config)`."
             )
         apply_layer_collapse(model, config, calibration_data)

@@ -31,6 +31,7 @@ from transformers.utils import CONFIG_NAME, logging
 from .callbacks import LayerCollapseCallback
 from .collapsing import CollapseReport, collapse_as, collapse_model, is_ready
 from .config import LayerCollapseConfig
+from .distillation import Distillation, teacher_for
 from .families import find_feed_forward_blocks, is_fully_sharded, modules_of, unwrap
 from .modeling_layercollapse import CODE_FILE, SAVING_PREFIX, CollapsibleActivation, base_model_prefix_of
 from .optimization import AlphaSteps, TaskParameters, exchange_parameters, penalty_strength_at, replicate_alphas
@@ -62,6 +63,10 @@ class LayerCollapseTrainerMixin:
     the one with the best such metric among those with the most ready blocks. The evaluation loss never contains the
     penalty.
 
+    With `distillation_weight` or `hidden_state_weight` in the config, a teacher's predictions, or the outputs of its
+    blocks, add terms to the training loss, scaled as the model's own loss is. A model that is collapsed is healed in
+    this way: it is trained as it is, with the dense model for a teacher and no penalty.
+
     Two things are put right for every model, patched or not. Checkpoints hold the names of the live model and are
     loaded completely ([`Trainer`] restores 8 of a ViT's 40 tensors). And where the model's own loss ignores
     `num_items_in_batch`, as most classification heads' does, `model_accepts_loss_kwargs` is False, so that gradients
@@ -74,22 +79,28 @@ class LayerCollapseTrainerMixin:
             the model was patched with; on a dense or collapsed model, no LayerCollapse at all.
         calibration_data (iterable of `dict[str, Tensor]`, *optional*): Model inputs, for `linear_target="affine"`;
             read once for each model that is patched.
+        teacher (`nn.Module`, *optional*): What distillation compares with; it must know the task. It is put into
+            evaluation mode, moved to the model's device, and neither trained nor saved. Default, if the config asks
+            for distillation: a frozen copy of the dense model before it is patched. Needed for a model that is
+            collapsed, or patched and trained.
         args, kwargs: Everything that the Trainer class takes. With `model_init`, each model it makes is patched.
 
     Raises:
         TypeError: `layer_collapse_config` or `model` is of a wrong type, or the model is wrapped or sharded.
-        ValueError: The model is patched in another way or only collapsed, calibration data is missing, or training is
-            to run under FSDP1, ZeRO-3, an optimizer that steps during backward, or, on several processes, reentrant
-            checkpointing. Under FSDP2 and ZeRO-2, further settings are refused that shard alphas.
+        ValueError: The model is patched in another way, or only collapsed and there is no distillation, a teacher is
+            missing or does not fit, calibration data is missing, or training is to run under FSDP1, ZeRO-3, an
+            optimizer that steps during backward, or, on several processes, reentrant checkpointing. Under FSDP2 and
+            ZeRO-2, further settings are refused: those that shard alphas, and distillation.
     """
 
-    def __init__(self, model=None, *args, layer_collapse_config=None, calibration_data=None, **kwargs):
+    def __init__(self, model=None, *args, layer_collapse_config=None, calibration_data=None, teacher=None, **kwargs):
         if layer_collapse_config is not None and not isinstance(layer_collapse_config, LayerCollapseConfig):
             raise TypeError(
                 f"`layer_collapse_config` must be a LayerCollapseConfig, got {type(layer_collapse_config).__name__}."
             )
         self.layer_collapse_config = layer_collapse_config
         self._calibration_data = calibration_data
+        self._given_teacher, self._distillation = teacher, None
         self._alpha_steps = None
         self._whole_class = None  # of the model, before FSDP2 exchanged it
         self._replicating = []  # hooks on alphas that nothing else keeps the same on all processes
@@ -99,13 +110,16 @@ class LayerCollapseTrainerMixin:
         self._writing_checkpoint, self._staging = False, None
         self._reports = []  # of blocks that were collapsed while training ran
         if model is not None and layer_collapse_config is not None:
-            patch_or_check(model, layer_collapse_config, calibration_data)
+            self._patch(model)
         super().__init__(model, *args, **kwargs)
 
         if self.layer_collapse_config is None and collapsible_activations(self.model):
             self.layer_collapse_config = layer_collapse_config_of(unwrap(self.model, sharded=True)[0])
             if self.layer_collapse_config is None:
                 raise ValueError("The model is patched but carries no options: pass `layer_collapse_config`.")
+            self._teach(self.model, teacher_for(self.model, self.layer_collapse_config, teacher))
+        if teacher is not None and self.layer_collapse_config is None:
+            raise ValueError("There is a `teacher`, but no `layer_collapse_config` that says what it teaches.")
         if any(isinstance(callback, LayerCollapseCallback) for callback in self.callback_handler.callbacks):
             raise ValueError(
                 "LayerCollapseCallback is for Trainers without the mixin; with both, the penalty would count twice. "
@@ -143,6 +157,16 @@ class LayerCollapseTrainerMixin:
 
         if self.layer_collapse_config.progressive:
             self._refuse_progressive()
+        if self.layer_collapse_config.distils and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "A teacher is not supported under FSDP and DeepSpeed, which shard the blocks that it is compared with. "
+                "Train in DDP, or set `distillation_weight` and `hidden_state_weight` to 0."
+            )
+        if self.layer_collapse_config.hidden_state_weight and (self.args.torch_compile or self.args.n_gpu > 1):
+            raise ValueError(
+                "`hidden_state_weight` watches single blocks, which `torch_compile` and `nn.DataParallel` do not "
+                "allow. Leave them out (several GPUs: `accelerate launch`), or use `distillation_weight` alone."
+            )
 
     def _refuse_progressive(self):
         holders = unwrap(self.model)[1]
@@ -172,12 +196,27 @@ class LayerCollapseTrainerMixin:
 
     # ---- The model ----
 
+    def _patch(self, model):
+        # The teacher first: by default it is what the model was before.
+        teacher = teacher_for(model, self.layer_collapse_config, self._given_teacher)
+        patch_or_check(model, self.layer_collapse_config, self._calibration_data)
+        self._teach(model, teacher)
+
+    def _teach(self, model, teacher):
+        if teacher is not None:
+            self._distillation = Distillation(self.layer_collapse_config, teacher, model)
+
     def call_model_init(self, trial=None):
         # Every model that model_init makes is dense again.
         model = super().call_model_init(trial)
         if self.layer_collapse_config is not None:
-            patch_or_check(model, self.layer_collapse_config, self._calibration_data)
+            self._patch(model)
         return model
+
+    @property
+    def teacher(self):
+        """What distillation compares with, or `None`."""
+        return self._distillation.teacher if self._distillation is not None else None
 
     def _trainable_alphas(self) -> list[nn.Parameter]:
         # peft's `modules_to_save` keeps a frozen copy of each.
@@ -266,6 +305,8 @@ class LayerCollapseTrainerMixin:
             self.accelerator.free_memory()
             self.accelerator._models.append(model)
             self.deepspeed = model if self.is_deepspeed_enabled else None
+        if self._distillation is not None:
+            self._distillation.find_blocks(inner)
         # They hold parameters that are gone.
         self.optimizer = self.lr_scheduler = self._alpha_steps = None
         self.model = self.model_wrapped = self.callback_handler.model = model
@@ -316,9 +357,13 @@ class LayerCollapseTrainerMixin:
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # The penalty joins here, where autograd and loss scaling see it. After super(), which multiplies by the number
         # of processes; of the unwrapped model's alphas, since what replicas of nn.DataParallel compute is lost.
-        result = super().compute_loss(
-            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-        )
+        if self._distillation is not None and model.training:
+            result = self._distilled(super().compute_loss, model, inputs, num_items_in_batch)
+            result = result if return_outputs else result[0]
+        else:
+            result = super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
         if not model.training or self.layer_collapse_config is None:
             return result
         alphas = self._trainable_alphas()
@@ -342,6 +387,29 @@ class LayerCollapseTrainerMixin:
             loss, outputs = result
             return loss + term, outputs
         return result + term
+
+    def _distilled(self, compute_loss, model, inputs, num_items_in_batch):
+        """`(loss with the teacher's terms, outputs)`: they weigh each label as the model's own loss does."""
+        given = dict(inputs)  # label smoothing takes labels out
+        with self._distillation.watching(self.model) as hidden:
+            loss, outputs = compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        items, batches = None, 1
+        if self._loss_is_scaled(num_items_in_batch):
+            # training_step will not divide, and adds up this many of them.
+            batches = self.current_gradient_accumulation_steps
+            if num_items_in_batch is not None:
+                items = self._items_here(num_items_in_batch)
+        with self.accelerator.autocast():
+            terms = self._distillation.loss(given, outputs, hidden, items, batches, self.label_names)
+        return loss + terms, outputs
+
+    def _items_here(self, num_items_in_batch):
+        """What a sum over the labels of this process is divided by, where gradients are averaged over processes."""
+        items = torch.as_tensor(num_items_in_batch, dtype=torch.float32).flatten()[0]  # one for each replica
+        averaged = self.args.average_tokens_across_devices
+        if self.args.n_gpu > 1:
+            return items if averaged else items * self.args.n_gpu
+        return items / (self.accelerator.num_processes // self.get_tp_size()) if averaged else items
 
     def _loss_is_scaled(self, num_items_in_batch):
         """What `Trainer.training_step` asks before it divides the loss by the number of accumulated batches."""
@@ -523,6 +591,8 @@ class LayerCollapseTrainerMixin:
     def log(self, logs, start_time=None):
         # Adds ours without changing the dict that the caller goes on to use.
         added = self._layer_collapse_logs(logs)
+        if self._distillation is not None and "loss" in logs:
+            added |= self._distillation.logs()
         extended = {**logs, **added}
         super().log(extended, start_time)
         logs.update({name: value for name, value in extended.items() if name not in added})

@@ -49,6 +49,12 @@ TRAJECTORIES = {
     "classification, smoothing, clipping": ("bert", {"smoothing": 0.1, "clip": 0.5}),
     "causal, smoothing, clipping": ("gpt2", {"smoothing": 0.1, "clip": 0.5, "uneven": True}),
     "image, smoothing, clipping": ("vit", {"smoothing": 0.1, "clip": 0.5}),
+    "classification, distilled": ("bert", {"distilled": True}),
+    "causal, distilled": ("gpt2", {"distilled": True, "uneven": True}),
+    "causal, own loss, distilled": (
+        "gpt2",
+        {"loss_function": counted_cross_entropy, "distilled": True, "average_tokens": False},
+    ),
     "causal, own loss": ("gpt2", {"loss_function": counted_cross_entropy, "uneven": True}),
 }
 RUN = {"alpha_learning_rate": 0.2, "penalty_strength": 1.0}

@@ -153,21 +153,36 @@ STEPS = 20
 
 
 def trajectory(
-    case, folder, accumulate=1, processes=1, *, smoothing=0.0, clip=0.0, loss_function=None, uneven=False, **kwargs
+    case,
+    folder,
+    accumulate=1,
+    processes=1,
+    *,
+    smoothing=0.0,
+    clip=0.0,
+    loss_function=None,
+    uneven=False,
+    distilled=False,
+    **kwargs,
 ):
     """Losses, norms and alphas of twenty steps of batches of eight, and the weights that they lead to.
 
     SGD, since Adam blows rounding up where gradients are near 0; rows in their order, since how they are shuffled
-    depends on the number of processes. `uneven` gives the parts of a batch different counts of labels.
+    depends on the number of processes. `uneven` gives the parts of a batch different counts of labels; `distilled`
+    adds a teacher with other weights.
     """
     case = BY_NAME[case]
     train = rows(case, 32)
     if uneven:
         train = [row for i in range(0, 32, 8) for row in sorted(train[i : i + 8], key=_count_labels)]
+    config = {"alpha_learning_rate": 0.03, "penalty_strength": 0.5, "penalty_schedule": "linear"}
+    if distilled:
+        config |= {"distillation_weight": 0.5, "hidden_state_weight": 0.1}
+        kwargs["teacher"] = model_of(case, seed=5)
     trainer = trainer_for(
         case,
         folder,
-        config={"alpha_learning_rate": 0.03, "penalty_strength": 0.5, "penalty_schedule": "linear"},
+        config=config,
         batch=8 // accumulate // processes,
         accumulate=accumulate,
         train=train,

@@ -1,0 +1,266 @@
+"""A teacher for training: what a model's head and its blocks are to give, while alphas rise or after a collapse."""
+
+import contextlib
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_utils import PreTrainedModel
+
+from . import functional
+from .calibration import TokenFilter
+from .config import LayerCollapseConfig
+from .families import find_feed_forward_blocks, unwrap
+from .patching import collapsible_activations, layer_collapse_config_of, remove_layer_collapse, shorten
+
+
+IGNORED = -100
+
+
+def teacher_for(model, config: LayerCollapseConfig, teacher=None):
+    """The teacher of a training run, made before the model is patched; `None` if the config asks for none.
+
+    Args:
+        model (`nn.Module`): What is going to be trained, as it comes.
+        config ([`LayerCollapseConfig`]): Says whether there is distillation.
+        teacher (`nn.Module`, *optional*): Taken as it is. Default: a frozen copy of the model if it is dense, or
+            patched and not trained since.
+
+    Raises:
+        TypeError: `teacher` is no model.
+        ValueError: There is a teacher and nothing that it teaches, the other way round, or it is the model itself.
+    """
+    if teacher is not None:
+        if not isinstance(teacher, nn.Module):
+            raise TypeError(f"`teacher` must be a model, got {type(teacher).__name__}.")
+        if not config.distils:
+            raise ValueError(
+                "There is a `teacher`, but `distillation_weight` and `hidden_state_weight` of the "
+                "`layer_collapse_config` are both 0. Set at least one, or leave the teacher out."
+            )
+        if unwrap(teacher)[0] is unwrap(model)[0]:
+            raise ValueError("`teacher` is the model itself, which training changes; pass a copy.")
+        return teacher.eval()
+    if not config.distils:
+        return None
+    inner = unwrap(model)[0]
+    states = {block.state for block in find_feed_forward_blocks(inner)}
+    needs = "so its dense form is not known: pass the dense model as `teacher`."
+    if "collapsed" in states:
+        raise ValueError(f"The model is collapsed, {needs}")
+    if "patched" in states:
+        activations = collapsible_activations(inner)
+        initial = (layer_collapse_config_of(inner) or config).initial_alpha
+        if any(bool((module.alpha != initial).any()) for module in activations.values()):
+            raise ValueError(f"The model is patched and has been trained since, {needs}")
+        if any(".modules_to_save." in name for name in activations):
+            raise ValueError(f"Alphas of the model belong to an adapter, {needs}")
+    teacher = copy.deepcopy(model)
+    if "patched" in states:
+        remove_layer_collapse(teacher)
+    return teacher.requires_grad_(False).eval()
+
+
+class Distillation:
+    """The terms that a teacher adds to the loss of a training step.
+
+    Args:
+        config ([`LayerCollapseConfig`]): `distillation_weight`, `hidden_state_weight` and `temperature` are used.
+        teacher (`nn.Module`): In evaluation mode. It is moved to the device of the first batch, unless it is spread
+            over several devices, and runs without gradients.
+        model (`nn.Module`): The student, patched or collapsed; not wrapped for distributed training yet.
+
+    Raises:
+        ValueError: The teacher has no block of a name that is to be compared, or the student none to compare.
+    """
+
+    def __init__(self, config, teacher, model):
+        self.config, self.teacher = config, teacher
+        self._device = None
+        self._sums, self._count = {}, 0  # since the last log
+        self.find_blocks(model)
+
+    def find_blocks(self, model):
+        """Chooses the blocks that are compared: those that are patched or collapsed now."""
+        self._inner = unwrap(model)[0]
+        self._tokens = TokenFilter(self._inner)
+        self._blocks = {}
+        if not self.config.hidden_state_weight:
+            return
+        blocks = [block for block in find_feed_forward_blocks(self._inner) if block.state != "dense"]
+        if not blocks:
+            raise ValueError("`hidden_state_weight` compares patched and collapsed blocks, and the model has none.")
+        self._blocks = {block.path(block.layout.down): block for block in blocks}
+        known = {name for name, _ in unwrap(self.teacher)[0].named_modules()}
+        missing = [path for path in self._blocks if path not in known]
+        if missing:
+            raise ValueError(
+                f"`hidden_state_weight` compares blocks of one name, and the teacher, a "
+                f"{type(unwrap(self.teacher)[0]).__name__}, has no {shorten(missing)}. Take a teacher of the model's "
+                "own architecture, or `distillation_weight` alone."
+            )
+
+    @contextlib.contextmanager
+    def watching(self, model):
+        """Gives a dict that collects the outputs of the compared blocks, per call, of one forward of a model.
+
+        Hooks stay no longer than that: gradient checkpointing runs forwards again during backward.
+        """
+        inner = unwrap(model)[0]
+        outputs = {path: [] for path in self._blocks}
+
+        def keep(path):
+            return lambda module, args, output: outputs[path].append(output)
+
+        handles = [inner.get_submodule(path).register_forward_hook(keep(path)) for path in outputs]
+        try:
+            yield outputs
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def loss(self, inputs, outputs, hidden, items=None, batches=1, label_names=("labels",)):
+        """The weighted terms of one batch, a scalar with gradients.
+
+        Args:
+            inputs (`dict`): What the student was given, with labels.
+            outputs (`ModelOutput`): What it gave.
+            hidden (`dict[str, list[Tensor]]`): From [`watching`].
+            items (`float` or `Tensor`, *optional*): What a sum over labels is divided by, where the whole step's count
+                is known. Default: their mean in this batch.
+            batches (`int`): What means over this batch are divided by.
+            label_names (`Sequence[str]`): Inputs that the teacher does not need.
+        """
+        with torch.no_grad(), self.watching(self.teacher) as expected:
+            taught = self._run_teacher(inputs, label_names)
+        total, terms = 0.0, {}
+        if self.config.distillation_weight:
+            losses = torch.cat([*_head_losses(self._inner, inputs, outputs, taught, self.config.temperature)])
+            terms["distillation"] = losses.mean() if losses.numel() else losses.sum()
+            whole = losses.sum() / items if items is not None else terms["distillation"] / batches
+            total = total + self.config.distillation_weight * whole
+        if self.config.hidden_state_weight:
+            terms["hidden_state"] = self._hidden_loss(inputs, hidden, expected)
+            total = total + self.config.hidden_state_weight * terms["hidden_state"] / batches
+        for name, term in terms.items():
+            self._sums[name] = self._sums.get(name, 0.0) + term.detach()
+        self._count += 1
+        return total
+
+    def logs(self):
+        """Means of the unweighted terms over the batches of this process since the last call."""
+        logs = {f"layer_collapse/{name}_loss": float(total) / self._count for name, total in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return logs
+
+    def _run_teacher(self, inputs, label_names):
+        device = next(value.device for value in inputs.values() if isinstance(value, torch.Tensor))
+        if self._device != device:
+            if not vars(unwrap(self.teacher)[0]).get("hf_device_map"):
+                self.teacher.to(device)
+            self._device = device
+        # An encoder-decoder makes the decoder's inputs from the labels.
+        needed = self._tokens.encoder_decoder and "decoder_input_ids" not in inputs
+        return self.teacher(**{name: value for name, value in inputs.items() if needed or name not in label_names})
+
+    def _hidden_loss(self, inputs, hidden, expected):
+        self._tokens.start(inputs)
+        terms = []
+        for path, block in self._blocks.items():
+            # None at all where the student drops the layer in this step.
+            if not hidden[path]:
+                continue
+            if [output.shape for output in hidden[path]] != [output.shape for output in expected[path]]:
+                raise ValueError(
+                    f"Block {block.name} gave {_shapes(hidden[path])}, and the teacher's {_shapes(expected[path])}: "
+                    "they must be of one width, and run as often."
+                )
+            error, weight = 0.0, 0.0
+            for student, teacher in zip(hidden[path], expected[path], strict=True):
+                weights = self._token_weights(block, student)
+                share = functional.unexplained_share(student.flatten(0, -2), teacher.flatten(0, -2).to(student.device))
+                error, weight = error + (weights * share).sum(), weight + weights.sum()
+            terms.append(error / weight)
+        if not terms:
+            raise RuntimeError("None of the compared blocks ran, so that `hidden_state_weight` would do nothing.")
+        loss = torch.stack([term.to(terms[0].device) for term in terms]).mean()
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError(
+                "No compared block has an output with a gradient, so that `hidden_state_weight` would do nothing. "
+                "Reentrant activation checkpointing does that (use_reentrant=False is the default), and so does a "
+                "model of which nothing in or before these blocks is trained."
+            )
+        return loss
+
+    def _token_weights(self, block, output):
+        """Padding counts nothing, and every example the same however long it is: as rows of a batch do in the loss, so
+        that it does not matter how a batch is split."""
+        mask = self._tokens.mask(block, output.shape[:-1])
+        if mask is None:
+            return torch.ones(output.shape[:-1].numel(), device=output.device)
+        mask = (mask > 0).to(output.device, torch.float32)
+        return (mask / mask.sum(-1, keepdim=True).clamp(min=1)).flatten()
+
+
+def _shapes(tensors):
+    return [tuple(tensor.shape) for tensor in tensors]
+
+
+def _shifts_labels(model):
+    """Whether the model's loss compares position i with label i + 1."""
+    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
+        return False
+    return model.loss_function is ForCausalLMLoss
+
+
+def _head_losses(model, inputs, outputs, taught, temperature):
+    """Losses of a head's predictions, one per label that counts, for each part of its output."""
+    if not isinstance(outputs, Mapping):
+        raise ValueError("`distillation_weight` needs the model's outputs by name: leave `return_dict=False` out.")
+    if "start_logits" in outputs and "end_logits" in outputs:
+        for name in ("start_logits", "end_logits"):
+            _check_shapes(outputs[name], taught[name])
+            # Both make one item, as in the head's own loss.
+            yield functional.soft_target_loss(outputs[name], taught[name], temperature)
+        return
+    if "logits" not in outputs or outputs["logits"] is None:
+        raise ValueError(
+            f"`distillation_weight` compares the `logits` of model and teacher, and a {type(model).__name__} gives "
+            f"{list(outputs)}. `hidden_state_weight` alone needs none."
+        )
+    logits, target = outputs["logits"], taught["logits"].to(outputs["logits"].device)
+    _check_shapes(logits, target)
+    labels = inputs.get("shift_labels")
+    if labels is None:
+        labels = inputs.get("labels")
+        if labels is not None and labels.dim() == 2 and logits.dim() == 3 and _shifts_labels(model):
+            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    if labels is not None and labels.shape == logits.shape[:-1] and logits.shape[-1] > 1:
+        if not labels.is_floating_point():
+            kept = labels.to(logits.device) != IGNORED
+            yield functional.soft_target_loss(logits[kept], target[kept], temperature)
+            return
+    elif labels is not None and logits.dim() == 2 and labels.shape[:1] == logits.shape[:1]:
+        kind = model.config.problem_type if isinstance(model, PreTrainedModel) else None
+        if kind == "regression" or (kind is None and logits.shape[-1] == 1):
+            yield (logits.float() - target.float()).square().flatten()
+            return
+        if labels.shape == logits.shape and labels.is_floating_point():
+            yield functional.soft_binary_loss(logits, target, temperature).flatten()
+            return
+    raise ValueError(
+        f"`distillation_weight` knows classes (of inputs or of tokens), several labels and regression. The labels are "
+        f"of shape {None if labels is None else tuple(labels.shape)} and logits {tuple(logits.shape)}. "
+        "`hidden_state_weight` alone works for every head."
+    )
+
+
+def _check_shapes(logits, taught):
+    if logits.shape != taught.shape:
+        raise ValueError(
+            f"The teacher gives logits of shape {tuple(taught.shape)}, the model {tuple(logits.shape)}: both must "
+            "have the same labels or the same vocabulary."
+        )
