@@ -1,17 +1,21 @@
-"""`layercollapse`: look at a model's feed-forward blocks, and collapse them under a budget, from the shell."""
+"""`layercollapse`: look at a model's feed-forward blocks, collapse them under a budget, and compare what comes of it
+with what was there, from the shell."""
 
 import json
 import sys
+from dataclasses import dataclass, fields
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import transformers
 from transformers import AutoConfig
-from transformers.models.auto import modeling_auto
 
 from .collapsing import collapse_model
+from .comparison import compare_models, weights_folder
 from .families import find_feed_forward_blocks, refused_blocks
+from .model_card import auto_class_of, create_model_card
 from .planning import CollapsePlan, linearity_map, plan_collapse, table
 
 
@@ -28,18 +32,6 @@ app = typer.Typer(
     help="Makes transformers models smaller by collapsing feed-forward blocks into linear maps.",
 )
 
-# Tried in this order for the class that a config names.
-AUTO_CLASSES = (
-    "AutoModelForSequenceClassification",
-    "AutoModelForCausalLM",
-    "AutoModelForImageClassification",
-    "AutoModelForMaskedLM",
-    "AutoModelForSeq2SeqLM",
-    "AutoModelForTokenClassification",
-    "AutoModelForQuestionAnswering",
-    "AutoModelForMultipleChoice",
-    "AutoModel",
-)
 TABLES = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 Model = Annotated[str, typer.Argument(help="Name on the Hub, or folder, of a transformers model.", show_default=False)]
@@ -50,7 +42,11 @@ Label = Annotated[str | None, typer.Option(help="Column of the class; with it th
 Samples = Annotated[int, typer.Option(min=8, help="Rows of the data to use.")]
 Batch = Annotated[int, typer.Option(min=1, help="Rows a batch.")]
 Length = Annotated[int, typer.Option(min=1, help="Tokens a text is cut to.")]
+TestSplit = Annotated[str, typer.Option(help="Split of the data to test on: one that no model here has seen.")]
+TestLabel = Annotated[str | None, typer.Option(help="Column of the class. Not for language models.")]
+TestSamples = Annotated[int, typer.Option(min=2, help="Rows of the data to test on.")]
 Blocks = Annotated[str, typer.Option(help="'all', 'last:N', 'first:N', or a regular expression of block names.")]
+JsonFile = Annotated[Path | None, typer.Option("--json-file", "--json", help="Write the table as JSON.")]
 Device = Annotated[str, typer.Option(help="Device to compute on, as torch names it.")]
 Trust = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
 DATA_HELP = (
@@ -59,19 +55,58 @@ DATA_HELP = (
 )
 
 
+@dataclass(frozen=True)
+class DataOptions:
+    """Which inputs a command reads from its data. The fields are options of every command that has one of these."""
+
+    data_config: DataConfig = None
+    split: Split = "train"
+    column: Text = None
+    label_column: Label = None
+    samples: Samples = 512
+    batch_size: Batch = 8
+    max_length: Length = 256
+
+
+@dataclass(frozen=True)
+class TestDataOptions(DataOptions):
+    """The same of a command that tests."""
+
+    split: TestSplit = "test"
+    label_column: TestLabel = None
+    samples: TestSamples = 10_000
+
+
+def with_options(command):
+    """Gives a command, in place of its parameter `options`, an option for each field of that parameter's class."""
+    parameters = signature(command).parameters
+    kind = parameters["options"].annotation
+    names = [option.name for option in fields(kind)]
+
+    def run(**values):
+        chosen = kind(**{name: values.pop(name) for name in names})
+        return command(**values, options=chosen)
+
+    own = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters.values()]
+    added = [
+        Parameter(option.name, Parameter.KEYWORD_ONLY, default=option.default, annotation=option.type)
+        for option in fields(kind)
+    ]
+    listed = [parameter for parameter in own if parameter.name != "options"] + added
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = signature(command).replace(parameters=listed)
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in listed}
+    return run
+
+
 @app.command()
+@with_options
 def inspect(
     model: Model,
+    options: DataOptions,
     data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} Without it nothing is measured.")] = None,
-    data_config: DataConfig = None,
-    split: Split = "train",
-    column: Text = None,
-    label_column: Label = None,
-    samples: Samples = 512,
-    batch_size: Batch = 8,
-    max_length: Length = 256,
     blocks: Blocks = "all",
-    json_file: Annotated[Path | None, typer.Option(help="Write the table as JSON.")] = None,
+    json_file: JsonFile = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot; .png or .svg.")] = None,
     device: Device = "cpu",
     trust_remote_code: Trust = False,
@@ -95,9 +130,7 @@ def inspect(
             typer.echo(f"refused: {name}: {reason}")
         values = [{key: getattr(b, key) for key in _COLUMNS} for b in found]
     else:
-        batches = load_batches(
-            live, model, data, data_config, split, column, label_column, samples, batch_size, max_length
-        )
+        batches = load_batches(live, model, data, options)
         result = linearity_map(live, batches, blocks)
         typer.echo(str(result))
         values = result.to_dict()
@@ -113,8 +146,10 @@ _COLUMNS = ("name", "index", "kind", "state", "in_features", "hidden_features", 
 
 
 @app.command()
+@with_options
 def collapse(
     model: Model,
+    options: DataOptions,
     data: Annotated[str, typer.Option(help=DATA_HELP, show_default=False)],
     output: Annotated[Path, typer.Option(help="Folder for the collapsed model.", show_default=False)],
     budget: Annotated[
@@ -128,13 +163,6 @@ def collapse(
     plan: Annotated[Path | None, typer.Option(help="A plan that was made before, in place of --budget.")] = None,
     save_plan: Annotated[Path | None, typer.Option(help="Write the plan, with the curve of all plans (JSON).")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of that curve; .png or .svg.")] = None,
-    data_config: DataConfig = None,
-    split: Split = "train",
-    column: Text = None,
-    label_column: Label = None,
-    samples: Samples = 512,
-    batch_size: Batch = 8,
-    max_length: Length = 256,
     blocks: Blocks = "all",
     device: Device = "cpu",
     trust_remote_code: Trust = False,
@@ -148,9 +176,7 @@ def collapse(
         raise ValueError(f"--output {output} exists and is not empty.")
     made = CollapsePlan.load(plan) if plan is not None else None
     live = load_model(model, trust_remote_code).to(device)
-    batches = load_batches(
-        live, model, data, data_config, split, column, label_column, samples, batch_size, max_length
-    )
+    batches = load_batches(live, model, data, options)
     if made is None:
         made = plan_collapse(live, batches, **wanted, blocks=blocks)
     typer.echo(str(made) + "\n")
@@ -164,15 +190,53 @@ def collapse(
         raise ValueError("No block can collapse within this budget; nothing was saved.")
     report = collapse_model(live, plan=made, calibration_data=batches)
     live.save_pretrained(output)
+    base = None if Path(model).exists() else model
+    create_model_card(live, report, name=output.name, base_model=base).save(output / "README.md")
     processor = _processor_of(live, model)
     if processor is not None:
         processor.save_pretrained(output)
     typer.echo(str(report))
     typer.echo(
         f"\nSaved in {output}. Load it with\n\n    import hf_layercollapse\n"
-        f"    from transformers import {_auto_class_of(live.config)}\n\n"
-        f'    model = {_auto_class_of(live.config)}.from_pretrained("{output}")'
+        f"    from transformers import {auto_class_of(live.config)}\n\n"
+        f'    model = {auto_class_of(live.config)}.from_pretrained("{output}")'
     )
+
+
+@app.command()
+@with_options
+def compare(
+    dense: Annotated[str, typer.Argument(help="Name on the Hub, or folder, of the dense model.", show_default=False)],
+    collapsed: Annotated[str, typer.Argument(help="The collapsed model.", show_default=False)],
+    options: TestDataOptions,
+    data: Annotated[str, typer.Option(help=DATA_HELP, show_default=False)],
+    control: Annotated[
+        str | None, typer.Option(help="A third model to compare with, such as the dense one after as many more steps.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Timed calls of each model, in turn.")] = 30,
+    json_file: JsonFile = None,
+    card: Annotated[Path | None, typer.Option(help="Write a model card of COLLAPSED with these numbers.")] = None,
+    device: Device = "cpu",
+    trust_remote_code: Trust = False,
+):
+    """Compares two models on the same data: accuracy or perplexity, size and latency, side by side."""
+    names = {"dense": dense, "control": control, "collapsed": collapsed}
+    names = {name: folder for name, folder in names.items() if folder is not None}
+    models = {name: load_model(folder, trust_remote_code).to(device) for name, folder in names.items()}
+    batches = load_batches(models["dense"], dense, data, options)
+    result = compare_models(
+        models,
+        batches,
+        folders={name: weights_folder(folder) for name, folder in names.items()},
+        rounds=rounds,
+        source=(data, options.data_config, None if Path(data).exists() else options.split),
+    )
+    typer.echo(str(result))
+    if json_file is not None:
+        result.save(json_file)
+    if card is not None:
+        base = None if Path(dense).exists() else dense
+        create_model_card(models["collapsed"], None, result, name=Path(collapsed).name, base_model=base).save(card)
 
 
 def parse_budget(text) -> dict[str, float | int]:
@@ -202,24 +266,10 @@ def _check_plot(plot):
         raise ValueError('--plot needs matplotlib: pip install "hf_layercollapse[plot]".') from None
 
 
-def _auto_class_of(config):
-    """Name of the Auto class that loads what the config's `architectures` says."""
-    wanted = (config.architectures or [None])[0]
-    for name in AUTO_CLASSES:
-        mapping = modeling_auto.__dict__[name]._model_mapping
-        if type(config) not in mapping:
-            continue
-        classes = mapping[type(config)]
-        classes = classes if isinstance(classes, (list, tuple)) else (classes,)
-        if wanted is None or any(model.__name__ == wanted for model in classes):
-            return name
-    return "AutoModel"
-
-
 def load_model(name, trust_remote_code=False):
     """The model that a folder or a Hub name holds, in the class that was saved."""
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    auto_class = getattr(transformers, _auto_class_of(config))
+    auto_class = getattr(transformers, auto_class_of(config))
     return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code).eval()
 
 
@@ -229,7 +279,7 @@ def _processor_of(model, name):
     return transformers.AutoTokenizer.from_pretrained(name)
 
 
-def load_batches(model, name, data, data_config, split, column, label_column, samples, batch_size, max_length):
+def load_batches(model, name, data, options: DataOptions):
     """Batches of model inputs from a data set, on the CPU.
 
     Raises:
@@ -237,16 +287,17 @@ def load_batches(model, name, data, data_config, split, column, label_column, sa
     """
     import datasets
 
+    column, label_column = options.column, options.label_column
     suffix, path = Path(data).suffix, Path(data)
     if suffix in TABLES and not path.exists():
         raise ValueError(f"--data {data}: there is no such file.")
     if path.is_dir():
-        rows = datasets.load_dataset("imagefolder", data_dir=data, split=split)
+        rows = datasets.load_dataset("imagefolder", data_dir=data, split=options.split)
     elif suffix in TABLES:
         tabs = {"delimiter": "\t", "quoting": 3} if suffix == ".tsv" else {}
-        rows = datasets.load_dataset(TABLES[suffix], data_files={split: data}, split=split, **tabs)
+        rows = datasets.load_dataset(TABLES[suffix], data_files={options.split: data}, split=options.split, **tabs)
     else:
-        rows = datasets.load_dataset(data, data_config, split=split)
+        rows = datasets.load_dataset(data, options.data_config, split=options.split)
     images = model.main_input_name == "pixel_values"
     kinds = {key: feature for key, feature in rows.features.items()}
     if column is None:
@@ -263,19 +314,18 @@ def load_batches(model, name, data, data_config, split, column, label_column, sa
         if chosen is not None and chosen not in kinds:
             raise ValueError(f"--data {data} has no column {chosen!r}; it has {sorted(kinds)}.")
     rows = rows.filter(lambda row: row[column] is not None and (images or row[column].strip() != ""))
-    rows = rows.shuffle(seed=0).select(range(min(samples, len(rows))))
+    rows = rows.shuffle(seed=0).select(range(min(options.samples, len(rows))))
     processor = _processor_of(model, name)
     batches = []
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
+    for start in range(0, len(rows), options.batch_size):
+        part = rows[start : start + options.batch_size]
         if images:
             batch = dict(processor([image.convert("RGB") for image in part[column]], return_tensors="pt"))
         else:
             if processor.pad_token is None:
                 processor.pad_token = processor.eos_token
-            batch = dict(
-                processor(part[column], padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-            )
+            cut = {"truncation": True, "max_length": options.max_length}
+            batch = dict(processor(part[column], padding=True, return_tensors="pt", **cut))
         if label_column is not None:
             if not all(isinstance(value, int) for value in part[label_column]):
                 raise ValueError(f"Column {label_column!r} must hold class indices, got {part[label_column][0]!r}.")

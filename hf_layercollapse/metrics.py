@@ -165,6 +165,55 @@ def bootstrap_interval(values, transform=None, confidence=0.95, resamples=10_000
     return float(low), float(high)
 
 
+def perplexity_interval(losses, tokens, confidence=0.95, resamples=2_000, seed=0):
+    """Perplexity of a corpus and the interval that holds it on unlimited text of this kind, by a bootstrap that draws
+    sequences: tokens of one sequence are no independent examples.
+
+    Args:
+        losses (array of `float`): Negative log-likelihood of each sequence, summed over its predicted tokens, in nats.
+        tokens (array of `int`): How many those are.
+        confidence (`float`): In (0, 1).
+        resamples (`int`): Bootstrap samples.
+        seed (`int`): Of the samples.
+
+    Returns:
+        `(perplexity, low, high)`.
+
+    Raises:
+        ValueError: The shapes differ, or there is no token.
+    """
+    return paired_perplexity_difference(losses, None, tokens, confidence, resamples, seed)
+
+
+def paired_perplexity_difference(losses, baseline_losses, tokens, confidence=0.95, resamples=2_000, seed=0):
+    """How much higher one model's perplexity is than another's on the *same* sequences; as [`perplexity_interval`].
+
+    Returns:
+        `(difference, low, high)`.
+    """
+    losses, tokens = np.asarray(losses, dtype=float), np.asarray(tokens, dtype=float)
+    baseline = None if baseline_losses is None else np.asarray(baseline_losses, dtype=float)
+    if losses.ndim != 1 or losses.shape != tokens.shape or (baseline is not None and baseline.shape != losses.shape):
+        raise ValueError("Losses and tokens must be one number for each sequence, of the same sequences.")
+    if tokens.sum() < 1:
+        raise ValueError("There is no predicted token.")
+    _z(confidence)
+
+    def value(counts):
+        total = counts @ tokens
+        found = np.exp(counts @ losses / total)
+        return found if baseline is None else found - np.exp(counts @ baseline / total)
+
+    # A few samples at a time: all at once would be an array of samples by sequences.
+    rng, count = np.random.default_rng(seed), len(losses)
+    drawn = []
+    while len(drawn) < resamples:
+        counts = rng.multinomial(count, np.full(count, 1 / count), size=min(100, resamples - len(drawn)))
+        drawn.extend(value(counts[counts @ tokens > 0]))
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(value(np.ones(count))), float(low), float(high)
+
+
 def _z(confidence):
     if not 0 < confidence < 1:
         raise ValueError(f"`confidence` must be in (0, 1), got {confidence}.")

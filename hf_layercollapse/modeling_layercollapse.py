@@ -26,7 +26,10 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import auto_factory, modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 MODEL_TYPE = "layercollapse"
 FORMAT_VERSION = 1
@@ -743,8 +746,17 @@ def prune_parallel_plans(model):
 # Registered classes: subclasses of the native ones, made on demand
 # ----------------------------------------------------------------------------------------------------
 
-# Absent in a later transformers, this fails at import instead of never being called.
+# Absent in a later transformers, these fail at import instead of never being called.
 PreTrainedModel._finalize_model_loading  # noqa: B018
+PreTrainedModel._upload_modified_files  # noqa: B018
+
+
+def push_failed(repo_id):
+    """What to say where a push was interrupted: a commit is there as a whole or not at all."""
+    return (
+        f"The push to {repo_id} did not go through. Nothing is lost here; on the Hub a commit is made as a whole or "
+        "not at all. Push again to go on: large files that have arrived are not sent a second time."
+    )
 
 
 class LayerCollapseConfigMixin:
@@ -942,13 +954,34 @@ class LayerCollapseModelMixin:
             hub_kwargs |= {key: kwargs[key] for key in ("token", "max_shard_size", "variant") if key in kwargs}
             self.push_to_hub(**hub_kwargs)
 
-    def push_to_hub(self, repo_id, *args, **kwargs):
+    def push_to_hub(self, repo_id, *args, model_card=None, **kwargs):
+        """As `PreTrainedModel.push_to_hub`, with a card.
+
+        Args:
+            model_card (`huggingface_hub.ModelCard`, *optional*): Becomes the repository's README.md, in the commit of
+                the weights. Default: the card that is there already, else the stock one.
+        """
         name = self.name_or_path
-        result = super().push_to_hub(repo_id, *args, **kwargs)
-        # Not after the temporary folder that was uploaded from.
-        self.name_or_path = self.config._name_or_path = name
+        tags = kwargs.pop("tags", None) or []
+        kwargs["tags"] = [*([tags] if isinstance(tags, str) else tags), MODEL_TYPE]
+        self._model_card = model_card
+        try:
+            result = super().push_to_hub(repo_id, *args, **kwargs)
+        except Exception:
+            logger.error(push_failed(repo_id))
+            raise
+        finally:
+            del self._model_card
+            # Not after the temporary folder that was uploaded from.
+            self.name_or_path = self.config._name_or_path = name
         self._name_if_new(repo_id)
         return result
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # The last that `push_to_hub` does, when the stock card is written.
+        if self._model_card is not None:
+            self._model_card.save(os.path.join(working_dir, "README.md"))
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _name_if_new(self, name):
         if not self.name_or_path:

@@ -1,11 +1,154 @@
-"""Plots of linearity maps, plans and results. Needs matplotlib: `pip install "hf_layercollapse[plot]"`."""
+"""Plots of training, linearity maps, plans and results. Needs matplotlib: `pip install "hf_layercollapse[plot]"`.
+
+For print: colours that differ to every kind of sight (Okabe and Ito, 2008), and in grey, since each also has a marker
+and a line of its own.
+"""
+
+import json
+from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 
 matplotlib.use("Agg")
 
 from matplotlib import pyplot  # noqa: E402
+
+from .config import LayerCollapseConfig  # noqa: E402
+
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+LINES = ("-", "--", "-.", ":")
+ALPHA = "layer_collapse/alpha/"
+# More lines than this are told apart by a scale, and not by a legend.
+MOST_LINES = 8
+
+
+def _style(index):
+    """Colour, marker and line of the method at this place."""
+    return {
+        "color": COLORS[index % len(COLORS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": LINES[index % len(LINES)],
+    }
+
+
+def plot_alphas(history, paths, collapse_threshold=LayerCollapseConfig.collapse_threshold):
+    """Alpha of every block over the steps of a training run, and where a block is ready to collapse.
+
+    Args:
+        history (`list[dict]` or `str`): `trainer.state.log_history`, or the path of a `trainer_state.json`.
+        paths (`Sequence[str]`): Files to write; the extension gives the format (`.png`, `.svg`, ...).
+        collapse_threshold (`float`): A block is ready once `1 - alpha` is at most this.
+
+    Raises:
+        ValueError: The history holds no alphas.
+    """
+    if not isinstance(history, list):
+        history = json.loads(Path(history).read_text(encoding="utf-8"))["log_history"]
+    logs = [log for log in history if any(name.startswith(ALPHA) for name in log)]
+    if not logs:
+        raise ValueError("There are no alphas in this history: it is not that of a training run with the penalty.")
+    blocks = sorted({int(name.removeprefix(ALPHA)) for log in logs for name in log if name.startswith(ALPHA)})
+    figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
+    scale = matplotlib.colors.Normalize(min(blocks), max(blocks))
+    curves = {}
+    for block in blocks:
+        # A block that collapses while training runs has no alpha any more.
+        curves[block] = [(log["step"], log[f"{ALPHA}{block}"]) for log in logs if f"{ALPHA}{block}" in log]
+    many = len(blocks) > MOST_LINES
+    for place, (block, curve) in enumerate(curves.items()):
+        steps, alphas = zip(*curve, strict=True)
+        style = {**_style(place), "markevery": (place * max(1, len(steps) // 40), max(1, len(steps) // 8))}
+        if many:
+            style = {"color": pyplot.get_cmap("cividis")(scale(block)), "linewidth": 1}
+        axes.plot(steps, alphas, label=f"block {block}", markersize=5, **style)
+    axes.axhline(1 - collapse_threshold, color="black", linewidth=0.8, linestyle=(0, (1, 3)))
+    axes.annotate(
+        "ready", (1, 1 - collapse_threshold), (-3, -3), xycoords=("axes fraction", "data"), textcoords="offset points",
+        ha="right", va="top", fontsize="small",
+    )  # fmt: skip
+    axes.set_ylim(-0.02, 1.04)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(r"$\alpha$ (0: as pretrained, 1: linear)")
+    axes.grid(alpha=0.25, linewidth=0.5)
+    if many:
+        bar = figure.colorbar(matplotlib.cm.ScalarMappable(scale, "cividis"), ax=axes, label="feed-forward block")
+        bar.ax.yaxis.get_major_locator().set_params(integer=True)
+    else:
+        axes.legend(loc="lower right", fontsize="small", frameon=False)
+    _save(figure, paths)
+
+
+def plot_tradeoff(rows, paths, quality="quality", lower_is_better=False, latency_label="latency, relative to dense"):
+    """Quality over size and over measured time, all methods in one picture.
+
+    Rows with the same method and the same `setting` are repetitions (seeds): a point is at their mean, and its bars
+    go from the least to the greatest of them. What is called "dense" is drawn as a level too.
+
+    Args:
+        rows (`list[dict]`): With `method`, `quality`, `parameters`, and optionally `latency` (panel left out if no
+            row has one), `setting` (default: the number of parameters), and `interval`, `(low, high)` of the quality
+            of a row, which is drawn where a point has one row only.
+        paths (`Sequence[str]`): As in [`plot_alphas`].
+        quality (`str`): Label of the vertical axis.
+        lower_is_better (`bool`): Turns that axis round, so that better is up.
+        latency_label (`str`): Of the horizontal axis of the second panel.
+
+    Raises:
+        ValueError: There are no rows, or one lacks a value.
+    """
+    missing = [row for row in rows if not {"method", "quality", "parameters"} <= row.keys()]
+    if not rows or missing:
+        raise ValueError(f"Each row needs `method`, `quality` and `parameters`; got {missing[:1] or 'no rows'}.")
+    quantities = [("parameters", "parameters, millions", 1e-6)]
+    if any("latency" in row for row in rows):
+        quantities.append(("latency", latency_label, 1.0))
+    figure, panels = pyplot.subplots(
+        1, len(quantities), sharey=True, squeeze=False, figsize=(1 + 4 * len(quantities), 4.4), layout="constrained"
+    )
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for axes, (key, label, factor) in zip(panels[0], quantities, strict=True):
+        for place, method in enumerate(sorted(methods, key=lambda name: name == "dense")):
+            points = _points([row for row in rows if row["method"] == method and key in row], key, factor)
+            if not points:
+                continue
+            x, y, x_bars, y_bars = zip(*points, strict=True)
+            style = _style(place)
+            if method == "dense":
+                style = {"color": "black", "marker": "*", "linestyle": "none", "markersize": 10}
+                axes.axhline(y[0], color="black", linewidth=0.8, linestyle=(0, (5, 5)), zorder=1)
+            axes.errorbar(
+                x, y, xerr=np.transpose(x_bars), yerr=np.transpose(y_bars), label=method,
+                **{"markersize": 5.5, "linewidth": 1.3, "elinewidth": 0.8, "capsize": 2.5, **style},
+            )  # fmt: skip
+        axes.set_xlabel(label)
+        axes.invert_xaxis()
+        axes.grid(alpha=0.25, linewidth=0.5)
+    panels[0][0].set_ylabel(quality)
+    if lower_is_better:
+        panels[0][0].invert_yaxis()
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+    _save(figure, paths)
+
+
+def _points(rows, key, factor):
+    """`(x, y, (below, above) of x, (below, above) of y)` of each setting, from small to large x."""
+    settings = {}
+    for row in rows:
+        settings.setdefault(row.get("setting", row["parameters"]), []).append(row)
+    points = []
+    for group in settings.values():
+        x, y = np.array([factor * row[key] for row in group]), np.array([row["quality"] for row in group])
+        low, high = y.min(), y.max()
+        if len(group) == 1 and group[0].get("interval") is not None:
+            low, high = group[0]["interval"]
+        bars = (y.mean() - low, high - y.mean())
+        points.append((x.mean(), y.mean(), (x.mean() - x.min(), x.max() - x.mean()), bars))
+    return sorted(points)
 
 
 def plot_linearity(linearity, paths):
@@ -13,14 +156,16 @@ def plot_linearity(linearity, paths):
 
     Args:
         linearity ([`planning.LinearityMap`]): What to show.
-        paths (`Sequence[str]`): Files to write; the extension gives the format (`.png`, `.svg`, ...).
+        paths (`Sequence[str]`): As in [`plot_alphas`].
     """
     figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(7, 5), layout="constrained")
     indices = [block.index for block in linearity.blocks]
-    above.bar(indices, [block.r2 for block in linearity.blocks], color="tab:blue")
+    above.bar(indices, [block.r2 for block in linearity.blocks], color=COLORS[0])
     above.set_ylabel("$R^2$ of the linear map")
     above.set_ylim(0, 1)
-    below.bar(indices, [block.score_change for block in linearity.blocks], color="tab:orange")
+    below.bar(
+        indices, [block.score_change for block in linearity.blocks], color=COLORS[1], hatch="//", edgecolor="white"
+    )
     below.axhline(0, color="black", linewidth=0.8)
     below.set_ylabel(f"change of the {linearity.score_name}")
     below.set_xlabel("feed-forward block")
@@ -33,13 +178,13 @@ def plot_plan(plan, paths):
 
     Args:
         plan ([`CollapsePlan`]): What to show.
-        paths (`Sequence[str]`): As in [`plot_linearity`].
+        paths (`Sequence[str]`): As in [`plot_alphas`].
     """
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     dense = plan.curve[0].parameters
     shares = [100 * point.parameters / dense for point in plan.curve]
-    axes.plot(shares, [point.score for point in plan.curve], marker=".", color="tab:blue")
-    axes.plot(shares[plan.chosen], plan.point.score, marker="o", color="tab:red", label="chosen")
+    axes.plot(shares, [point.score for point in plan.curve], marker=".", color=COLORS[0])
+    axes.plot(shares[plan.chosen], plan.point.score, marker="s", color=COLORS[1], linestyle="none", label="chosen")
     axes.set_xlabel("parameters, % of the dense model")
     axes.set_ylabel(plan.score_name)
     axes.invert_xaxis()
@@ -51,19 +196,19 @@ def plot_curves(results, paths, metric, label):
     """One line for each method of a benchmark.
 
     Args:
-        results (`list[dict]`): With `method`, `ffn_share`, the metric, and optionally `interval` `(low, high)`.
-        paths (`Sequence[str]`): As in [`plot_linearity`].
+        results (`list[dict]`): With `method`, `share`, the metric, and optionally `interval` `(low, high)`.
+        paths (`Sequence[str]`): As in [`plot_alphas`].
         metric (`str`): Key of the value, and label of its axis.
         label (`str`): Of the horizontal axis.
     """
     figure, axes = pyplot.subplots(figsize=(6.5, 4.5), layout="constrained")
-    for method in dict.fromkeys(result["method"] for result in results):
+    for place, method in enumerate(dict.fromkeys(result["method"] for result in results)):
         points = sorted((r["share"], r[metric], r.get("interval")) for r in results if r["method"] == method)
         shares = [100 * share for share, _, _ in points]
         if method == "dense":
             axes.axhline(points[0][1], color="black", linewidth=0.8, linestyle="--", label="dense")
             continue
-        (line,) = axes.plot(shares, [value for _, value, _ in points], marker=".", label=method)
+        (line,) = axes.plot(shares, [value for _, value, _ in points], label=method, markersize=4, **_style(place))
         if method == "plan" and all(interval for _, _, interval in points):
             low, high = zip(*(interval for _, _, interval in points), strict=True)
             axes.fill_between(shares, low, high, color=line.get_color(), alpha=0.15, linewidth=0)

@@ -1,6 +1,7 @@
 """What a model costs: parameters, multiply-accumulates (MACs), bytes on disk, seconds."""
 
 import os
+import platform
 import re
 import statistics
 import time
@@ -84,6 +85,19 @@ def macs_per_token(model, inputs, tokens=None) -> float:
     if tokens < 1:
         raise ValueError(f"`tokens` must be at least 1, got {tokens}.")
     return count_macs(model, inputs) / tokens
+
+
+def describe_hardware(device="cpu") -> str:
+    """What a time was measured on: the accelerator's name, or the processor's and how many threads torch uses."""
+    device = torch.device(device)
+    if device.type != "cpu":
+        return torch.get_device_module(device).get_device_name(device)
+    name = platform.processor() or platform.machine()
+    if os.path.isfile("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 _WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model).*\.(safetensors|bin)")

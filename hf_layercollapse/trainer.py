@@ -21,6 +21,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from transformers import Trainer
+from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
@@ -33,7 +34,14 @@ from .collapsing import CollapseReport, collapse_as, collapse_model, is_ready
 from .config import LayerCollapseConfig
 from .distillation import Distillation, teacher_for
 from .families import find_feed_forward_blocks, is_fully_sharded, modules_of, unwrap
-from .modeling_layercollapse import CODE_FILE, SAVING_PREFIX, CollapsibleActivation, base_model_prefix_of
+from .model_card import create_model_card
+from .modeling_layercollapse import (
+    CODE_FILE,
+    SAVING_PREFIX,
+    CollapsibleActivation,
+    base_model_prefix_of,
+    push_failed,
+)
 from .optimization import AlphaSteps, TaskParameters, exchange_parameters, penalty_strength_at, replicate_alphas
 from .patching import collapsible_activations, layer_collapse_config_of, patch_or_check, penalty, shorten
 from .sharding import gathered, in_turn, leave_out_of_sharding, refuse_deepspeed_setup, refuse_fsdp_setup
@@ -109,6 +117,8 @@ class LayerCollapseTrainerMixin:
         self._collapsed_names = {}  # metric -> its name with the ready blocks collapsed
         self._writing_checkpoint, self._staging = False, None
         self._reports = []  # of blocks that were collapsed while training ran
+        self.collapse_report = None  # what `collapse` did last
+        self._base_model = None  # what the model was before it was patched, by name
         if model is not None and layer_collapse_config is not None:
             self._patch(model)
         super().__init__(model, *args, **kwargs)
@@ -197,6 +207,10 @@ class LayerCollapseTrainerMixin:
     # ---- The model ----
 
     def _patch(self, model):
+        # Patching makes the model forget it.
+        inner = unwrap(model)[0]
+        if isinstance(inner, PreTrainedModel) and inner.name_or_path:
+            self._base_model = inner.name_or_path
         # The teacher first: by default it is what the model was before.
         teacher = teacher_for(model, self.layer_collapse_config, self._given_teacher)
         patch_or_check(model, self.layer_collapse_config, self._calibration_data)
@@ -310,7 +324,8 @@ class LayerCollapseTrainerMixin:
         # They hold parameters that are gone.
         self.optimizer = self.lr_scheduler = self._alpha_steps = None
         self.model = self.model_wrapped = self.callback_handler.model = model
-        return _joined([*self._reports, report])
+        self.collapse_report = _joined([*self._reports, report])
+        return self.collapse_report
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
         # After what an evaluation found, and before the checkpoint of the same step.
@@ -792,6 +807,74 @@ class LayerCollapseTrainerMixin:
         if self.is_world_process_zero() and os.path.isfile(code):
             shutil.copy(code, os.path.join(self.args.output_dir, CODE_FILE))
         super()._push_from_checkpoint(checkpoint_folder)
+
+    # ---- Model card and Hub ----
+
+    def create_model_card(
+        self,
+        language=None,
+        license=None,
+        tags=None,
+        model_name=None,
+        finetuned_from=None,
+        tasks=None,
+        dataset_tags=None,
+        dataset=None,
+        dataset_args=None,
+        comparison=None,
+    ):
+        """Writes `README.md` into `args.output_dir`, from what was measured; see [`model_card.create_model_card`].
+
+        Holds the last collapse, the last evaluation and the hyper-parameters. `push_to_hub` hands its keyword
+        arguments on to this. Of a model that is neither patched nor collapsed, or of an adapter, it is the stock card.
+
+        Args:
+            comparison ([`Comparison`], *optional*): The model beside others, of which it is called "collapsed".
+            language, license, tags, model_name, finetuned_from, dataset_tags: Metadata, as in
+                [`~transformers.Trainer.create_model_card`]; `finetuned_from` is by default what was patched, if it has
+                a name on the Hub.
+        """
+        inner, holders = unwrap(self.model)
+        if holders or not (isinstance(inner, PreTrainedModel) and _live_table(inner)):
+            return super().create_model_card(
+                language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
+            )
+        if not self.is_world_process_zero():
+            return None
+        base = finetuned_from or self._base_model
+        card = create_model_card(
+            inner,
+            self.collapse_report,
+            comparison,
+            name=model_name or Path(self.args.output_dir).name,
+            base_model=base if base and not os.path.isdir(base) else None,
+            repo_id=self.hub_model_id,
+            datasets=dataset_tags,
+            language=language,
+            license=license,
+            tags=tags,
+            training=extract_hyperparameters_from_trainer(self),
+            evaluation=self._last_evaluation(),
+        )
+        card.save(os.path.join(self.args.output_dir, "README.md"))
+        return None
+
+    def _last_evaluation(self):
+        """Metrics of the last evaluation, without those that say how long it took."""
+        logs = (log for log in reversed(self.state.log_history) if any(name.startswith("eval_") for name in log))
+        times = ("runtime", "per_second", "preparation_time")
+        return {
+            name: value
+            for name, value in next(logs, {}).items()
+            if name.startswith("eval_") and not name.endswith(times)
+        }
+
+    def push_to_hub(self, *args, **kwargs):
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        except Exception:
+            logger.error(push_failed(self.hub_model_id or self.args.output_dir))
+            raise
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         # Before any weight is changed.

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, PreTrainedTokenizerFast
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from hf_layercollapse import find_feed_forward_blocks
 from hf_layercollapse.cli import app, main, parse_budget
+from hf_layercollapse.comparison import Comparison
 
 from .models import BY_NAME, VOCABULARY
 
@@ -106,6 +108,34 @@ def test_images(tmp_path):
     AutoModelForImageClassification.from_pretrained(output)
 
 
+def test_compare(classifier, tmp_path):
+    folder, data = classifier
+    small, card, numbers = tmp_path / "small", tmp_path / "card.md", tmp_path / "comparison.json"
+    common = ["--data", data, "--label-column", "label"]
+    assert run("collapse", folder, *common, "--output", small, "--budget", "macs=0.5").exit_code == 0
+    # The card that `collapse` wrote.
+    written = ModelCard.load(small / "README.md")
+    assert "layercollapse" in written.data.tags and "`bert.encoder.layer.2`" in written.text
+    result = run(
+        "compare", folder, small, *common, "--control", folder, "--rounds", "3", "--json", numbers, "--card", card
+    )
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.output.splitlines()]
+    assert ["dense", "control", "collapsed"] in lines
+    (accuracy,) = [line for line in lines if line[:1] == ["accuracy"]]
+    assert accuracy[1] == accuracy[3]
+    assert "data.tsv" in result.output
+    found = Comparison.load(numbers)
+    assert found.examples == 160
+    assert found["control"].differences["dense"] == (0, 0, 0)
+    assert found["collapsed"].parameters < found["dense"].parameters
+    assert found["collapsed"].bytes < found["dense"].bytes
+    loaded = ModelCard.load(card)
+    (entry,) = loaded.data.eval_results
+    assert (entry.dataset_name, entry.metric_type) == ("data.tsv", "accuracy")
+    assert entry.metric_value == pytest.approx(found["collapsed"].quality, abs=1e-6)
+
+
 def fails(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["layercollapse", *map(str, arguments)])
     with pytest.raises(SystemExit) as exit_:
@@ -132,6 +162,7 @@ def test_errors_are_one_line(classifier, tmp_path, monkeypatch, capsys):
     assert "pass --data" in error("inspect", folder, "--plot", "a.png")
     assert "must end in" in error("inspect", folder, "--plot", "a.bmp")
     assert "not empty" in error("collapse", folder, "--data", data, "--output", folder, "--budget", "macs=0.5")
+    assert "--label-column" in error("compare", folder, folder, "--data", data)
     error("inspect", tmp_path / "nothing")
     assert not (tmp_path / "out").exists()
 
@@ -144,7 +175,7 @@ def test_budgets():
         parse_budget("macs=half")
 
 
-@pytest.mark.parametrize("command", ["inspect", "collapse"])
+@pytest.mark.parametrize("command", ["inspect", "collapse", "compare"])
 def test_help_says_the_defaults(command):
     output = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
-    assert "512" in output and "default" in output and "--max-length" in output
+    assert ("10000" if command == "compare" else "512") in output and "default" in output and "--max-length" in output

@@ -1,0 +1,337 @@
+"""Models side by side on the same data: how good, how large, how fast."""
+
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ._version import __version__
+from .families import unwrap
+from .metrics import accuracy_interval, paired_difference, paired_perplexity_difference, perplexity_interval
+from .planning import table
+from .profiling import compare_latency, count_macs, count_parameters, describe_hardware, weights_size
+
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """What was measured of one model.
+
+    Args:
+        name (`str`): What the comparison calls it.
+        quality (`float`): Accuracy in [0, 1], or perplexity.
+        interval (`tuple[float, float]`): Its 95 % interval: of an accuracy Wilson's, of a perplexity a bootstrap over
+            sequences.
+        differences (`dict[str, tuple[float, float, float]]`): Name of each earlier model -> the quality of this minus
+            the quality of that, paired on the same examples, and its 95 % interval.
+        parameters (`int`): Shared ones counted once.
+        macs (`float`): Multiply-accumulates in linear and convolution layers, per token or image.
+        bytes (`int`, *optional*): Of the weight files, where there are any.
+        latency (`float`): Median seconds of a call.
+        latency_quartiles (`tuple[float, float]`): Of the same.
+        ratio (`float`): Median of the calls' times divided by the first model's in the same round.
+        ratio_quartiles (`tuple[float, float]`): Of the same.
+    """
+
+    name: str
+    quality: float
+    interval: tuple[float, float]
+    differences: dict[str, tuple[float, float, float]]
+    parameters: int
+    macs: float
+    bytes: int | None
+    latency: float
+    latency_quartiles: tuple[float, float]
+    ratio: float
+    ratio_quartiles: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models measured on the same data, in one process. Prints as a table.
+
+    Args:
+        metric (`str`): `"accuracy"` (higher is better) or `"perplexity"` (lower).
+        examples (`int`): Inputs, or sequences, that quality was measured on.
+        unit (`str`): What MACs are counted for: `"token"` or `"image"`.
+        models (`list[MeasuredModel]`): The first is what ratios refer to.
+        call (`str`): What one timed call was given.
+        rounds (`int`): How many calls of each model were timed.
+        hardware (`str`): What it ran on.
+        data (`str`, *optional*), data_config (`str`, *optional*), split (`str`, *optional*): What it was measured on.
+        versions (`dict[str, str]`): Of Python and the libraries.
+    """
+
+    metric: str
+    examples: int
+    unit: str
+    models: list[MeasuredModel]
+    call: str
+    rounds: int
+    hardware: str
+    data: str | None = None
+    data_config: str | None = None
+    split: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, name) -> MeasuredModel:
+        """The model of this name.
+
+        Raises:
+            KeyError: There is none.
+        """
+        found = {model.name: model for model in self.models}
+        if name not in found:
+            raise KeyError(f"No model named {name!r} was compared; there are {list(found)}.")
+        return found[name]
+
+    def to_dict(self):
+        """Plain data, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values) -> "Comparison":
+        """The inverse of `to_dict`, also after JSON."""
+        models = [
+            MeasuredModel(
+                **{
+                    **model,
+                    **{name: tuple(model[name]) for name in ("interval", "latency_quartiles", "ratio_quartiles")},
+                    "differences": {name: tuple(numbers) for name, numbers in model["differences"].items()},
+                }
+            )
+            for model in values["models"]
+        ]
+        return cls(**{**values, "models": models})
+
+    def save(self, path):
+        """Writes it as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path) -> "Comparison":
+        """What `save` wrote."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+    def rows(self):
+        """What was measured as rows of text: the head, then one for each quantity, a column for each model."""
+        first, *others = self.models
+        rows = [["", *(model.name for model in self.models)]]
+        rows.append([self.metric, *(_text(self.metric, model.quality) for model in self.models)])
+        rows.append(["  95 % interval", *(_range(self.metric, model.interval) for model in self.models)])
+        for base in self.models[:-1]:
+            if any(base.name in model.differences for model in others):
+                minus = [_difference(self.metric, model.differences.get(base.name)) for model in self.models]
+                rows.append([f"  minus {base.name}", *(short for short, _ in minus)])
+                rows.append(["  95 % interval", *(interval for _, interval in minus)])
+        rows.append(["parameters", *(f"{model.parameters:,}" for model in self.models)])
+        rows.append([f"MACs per {self.unit}", *(f"{model.macs:,.0f}" for model in self.models)])
+        if any(model.bytes is not None for model in self.models):
+            rows.append(
+                [
+                    "weights, MB",
+                    *("-" if model.bytes is None else f"{model.bytes / 1e6:,.1f}" for model in self.models),
+                ]
+            )
+        rows.append(["latency, ms", *(f"{1e3 * model.latency:.2f}" for model in self.models)])
+        low_high = [model.latency_quartiles for model in self.models]
+        rows.append(["  quartiles", *(f"{1e3 * low:.2f} to {1e3 * high:.2f}" for low, high in low_high)])
+        rows.append([f"  relative to {first.name}", *(f"{model.ratio:.3f}" for model in self.models)])
+        low_high = [model.ratio_quartiles for model in self.models]
+        rows.append(["  quartiles", *(f"{low:.3f} to {high:.3f}" for low, high in low_high)])
+        return rows
+
+    def __str__(self):
+        where = " ".join(str(part) for part in (self.data, self.data_config, self.split) if part is not None)
+        measured = f"{self.metric}: {self.examples:,} examples" + (f" of {where}" if where else "")
+        timed = f"latency: median of {self.rounds} calls with {self.call}, in turn, on {self.hardware}"
+        return f"{table(self.rows())}\n{measured}\n{timed}"
+
+
+def _text(metric, value):
+    return f"{100 * value:.2f} %" if metric == "accuracy" else f"{value:.3f}"
+
+
+def _range(metric, interval):
+    low, high = interval
+    return f"{100 * low:.2f} to {100 * high:.2f}" if metric == "accuracy" else f"{low:.3f} to {high:.3f}"
+
+
+def _difference(metric, numbers):
+    if numbers is None:
+        return "", ""
+    value, low, high = numbers
+    if metric == "accuracy":
+        return f"{100 * value:+.2f} points", f"{100 * low:+.2f} to {100 * high:+.2f}"
+    return f"{value:+.3f}", f"{low:+.3f} to {high:+.3f}"
+
+
+def compare_models(
+    models: Mapping[str, nn.Module],
+    data,
+    folders: Mapping[str, str] | None = None,
+    rounds: int = 30,
+    warmup: int = 5,
+    source: tuple[str | None, ...] = (),
+    progress: bool = True,
+) -> Comparison:
+    """Measures models side by side: accuracy or perplexity on the same inputs, size, and latency in turn.
+
+    Accuracy, for heads that give one class for each input, needs batches with `labels`; causal language models are
+    measured by the perplexity of their own inputs, padding left out.
+
+    Args:
+        models (`dict[str, nn.Module]`): What each is called -> the model, all on one device. The first is what the
+            others are compared with, and each is compared with all before it: pass a control second to last.
+        data (iterable of `dict[str, Tensor]`): Model inputs.
+        folders (`dict[str, str]`, *optional*): Where weights are saved, for those whose size on disk is wanted.
+        rounds, warmup (`int`): Of the timing, see [`compare_latency`]. The timed call is the largest batch.
+        source (`tuple[str, ...]`): Name, configuration and split of the data, for the record.
+        progress (`bool`): Whether to show progress bars.
+
+    Returns:
+        [`Comparison`]
+
+    Raises:
+        ValueError: There are fewer than two models, no data, or a head that has neither of these measures.
+    """
+    if len(models) < 2:
+        raise ValueError(f"A comparison needs at least two models, got {list(models)}.")
+    batches = list(data)
+    if not batches:
+        raise ValueError("The data is empty: it must give at least one batch of model inputs.")
+    metric = _metric_of(models, batches)
+    device = next(next(iter(models.values())).parameters()).device
+    batches = [_on(device, batch) for batch in batches]
+    timed = max(batches, key=_count)
+    timed = {name: value for name, value in timed.items() if name != "labels"}
+    images = "pixel_values" in timed
+    units = timed["pixel_values"].shape[0] if images else timed["input_ids"].numel()
+    scores = {name: _score(model, batches, metric, name, progress) for name, model in models.items()}
+    latencies = compare_latency(models, timed, rounds, warmup, progress)
+
+    measured, before = [], {}
+    for name, model in models.items():
+        quality, interval = _quality(metric, scores[name])
+        measured.append(
+            MeasuredModel(
+                name=name,
+                quality=quality,
+                interval=interval,
+                differences={other: _paired(metric, scores[name], score) for other, score in before.items()},
+                parameters=count_parameters(model),
+                macs=count_macs(model, timed) / units,
+                bytes=weights_size(folders[name]) if folders and name in folders else None,
+                latency=latencies[name].median,
+                latency_quartiles=latencies[name].quartiles,
+                ratio=latencies[name].ratio,
+                ratio_quartiles=latencies[name].ratio_quartiles,
+            )
+        )
+        before[name] = scores[name]
+    shape = "x".join(map(str, timed["pixel_values" if images else "input_ids"].shape))
+    dataset, config, split = (*source, None, None, None)[:3]
+    return Comparison(
+        metric=metric,
+        examples=len(scores[next(iter(models))][0]),
+        unit="image" if images else "token",
+        models=measured,
+        call=f"a batch of {shape} {'pixels' if images else 'tokens'}",
+        rounds=rounds,
+        hardware=describe_hardware(device),
+        data=dataset,
+        data_config=config,
+        split=split,
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "hf_layercollapse": __version__,
+        },
+    )
+
+
+def _count(batch):
+    return max((value.numel() for value in batch.values() if isinstance(value, torch.Tensor)), default=0)
+
+
+def _on(device, batch):
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def _metric_of(models, batches):
+    inner = [unwrap(model)[0] for model in models.values()]
+    if all(type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for model in inner):
+        return "perplexity"
+    labels = [batch.get("labels") for batch in batches]
+    if all(isinstance(value, torch.Tensor) and value.dim() == 1 for value in labels):
+        if not any(value.is_floating_point() for value in labels):
+            return "accuracy"
+    raise ValueError(
+        f"A comparison measures the accuracy of heads that give one class for each input, with `labels` of shape "
+        f"(batch,) in the data (from the shell: --label-column), or the perplexity of causal language models; got "
+        f"{[type(model).__name__ for model in inner]} and batches of {sorted(batches[0])}."
+    )
+
+
+def _score(model, batches, metric, name, progress):
+    """Whether each example is right, or each sequence's summed loss and its tokens: a tuple of arrays."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    parts = []
+    try:
+        with torch.no_grad():
+            for batch in tqdm(batches, desc=f"Scoring {name}", leave=False, disable=not progress):
+                inputs = {key: value for key, value in batch.items() if key != "labels"}
+                logits = model(**inputs)["logits"]
+                if metric == "accuracy":
+                    parts.append([(logits.argmax(-1) == batch["labels"]).cpu().numpy()])
+                else:
+                    parts.append(_losses(logits, batch))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    score = tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    if metric == "perplexity" and not np.isfinite(score[0]).all():
+        raise ValueError(f"The loss of {name} is not finite.")
+    return score
+
+
+def _losses(logits, batch):
+    targets = batch["input_ids"][:, 1:]
+    mask = batch.get("attention_mask")
+    real = torch.ones_like(targets, dtype=torch.bool) if mask is None else (mask[:, 1:] * mask[:, :-1]).bool()
+    loss = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
+    return (loss.double() * real).sum(1).cpu().numpy(), real.sum(1).cpu().numpy()
+
+
+def _quality(metric, score):
+    if metric == "accuracy":
+        return float(score[0].mean()), accuracy_interval(int(score[0].sum()), len(score[0]), CONFIDENCE)
+    value, low, high = perplexity_interval(*score, CONFIDENCE)
+    return value, (low, high)
+
+
+def _paired(metric, score, baseline):
+    if metric == "accuracy":
+        return paired_difference(score[0], baseline[0], CONFIDENCE)
+    return paired_perplexity_difference(score[0], baseline[0], score[1], CONFIDENCE)
+
+
+def weights_folder(name):
+    """The folder that a model was loaded from: itself, or what the Hub's cache holds of that name."""
+    if os.path.isdir(name):
+        return name
+    return os.path.dirname(transformers.utils.cached_file(name, transformers.utils.CONFIG_NAME))

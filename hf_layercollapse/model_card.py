@@ -1,0 +1,253 @@
+"""A model card made from what was measured; what was not is left out."""
+
+import os
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.modelcard import TASK_MAPPING
+from transformers.models.auto import modeling_auto
+
+from ._version import __version__
+from .collapsing import CollapseReport
+from .comparison import Comparison
+from .families import find_feed_forward_blocks, unwrap
+from .modeling_layercollapse import FORMAT_VERSION
+from .patching import layer_collapse_config_of
+
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+TAGS = ("layercollapse", "model-compression")
+# Tried in this order: some classes are known to several.
+AUTO_CLASSES = (
+    "AutoModelForSequenceClassification",
+    "AutoModelForCausalLM",
+    "AutoModelForImageClassification",
+    "AutoModelForMaskedLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForMultipleChoice",
+    "AutoModelForImageTextToText",
+    "AutoModelForAudioClassification",
+    "AutoModelForSpeechSeq2Seq",
+    "AutoModelForCTC",
+    "AutoModel",
+)
+METRIC_NAMES = {"accuracy": "Accuracy", "perplexity": "Perplexity"}
+
+
+def create_model_card(
+    model,
+    report: CollapseReport | None = None,
+    comparison: Comparison | None = None,
+    *,
+    name: str | None = None,
+    compared_as: str = "collapsed",
+    base_model: str | None = None,
+    repo_id: str | None = None,
+    datasets: str | list[str] | None = None,
+    language: str | list[str] | None = None,
+    license: str | None = None,
+    tags: str | list[str] | None = None,
+    training: dict[str, object] | None = None,
+    evaluation: dict[str, float] | None = None,
+) -> ModelCard:
+    """The card of a patched or collapsed model. It holds what it is given and what the model itself shows.
+
+    Write it beside the weights with `card.save(f"{folder}/README.md")`, push it with them by
+    `model.push_to_hub(repo_id, model_card=card)`, or alone by `card.push_to_hub(repo_id)`.
+
+    Args:
+        model (`nn.Module`): A patched or collapsed model.
+        report ([`CollapseReport`], *optional*): From [`collapse_model`], for how each block became what it is, and how
+            far off that is.
+        comparison ([`Comparison`], *optional*): From [`compare_models`] or `layercollapse compare --json-file`, for
+            quality, size and latency beside the dense model and controls, and the `model-index`.
+        name (`str`, *optional*): Of the model. Default: that of `repo_id`, or of its class.
+        compared_as (`str`): What the comparison calls this model.
+        base_model (`str`, *optional*): Name on the Hub of the model that this one was made from.
+        repo_id (`str`, *optional*): Where it is going to be, for the code that loads it.
+        datasets, language, license, tags: Metadata, as the Hub has them.
+        training (`dict`, *optional*): Hyper-parameters to list.
+        evaluation (`dict`, *optional*): Further measurements of this model to list, by name.
+
+    Raises:
+        TypeError: `report` or `comparison` is of a wrong type.
+        ValueError: The model is neither patched nor collapsed, or the comparison has no model called `compared_as`.
+    """
+    if report is not None and not isinstance(report, CollapseReport):
+        raise TypeError(f"`report` must be a CollapseReport, got {type(report).__name__}.")
+    if comparison is not None and not isinstance(comparison, Comparison):
+        raise TypeError(f"`comparison` must be a Comparison, got {type(comparison).__name__}.")
+    inner, _ = unwrap(model)
+    blocks = find_feed_forward_blocks(inner)
+    changed = [block for block in blocks if block.state != "dense"]
+    if not changed:
+        raise ValueError("The model is dense: a card says which blocks are patched or collapsed.")
+    if comparison is not None and compared_as not in [measured.name for measured in comparison.models]:
+        raise ValueError(
+            f"The comparison has no model called {compared_as!r}, it has "
+            f"{[measured.name for measured in comparison.models]}: say `compared_as`."
+        )
+    where = repo_id or "path/or/name-of-this-model"
+    name = name or (repo_id.split("/")[-1] if repo_id else type(inner).__name__)
+    task = next((task for task, names in TASK_MAPPING.items() if type(inner).__name__ in names.values()), None)
+    data = ModelCardData(
+        language=language,
+        license=license,
+        library_name="transformers",
+        tags=list(dict.fromkeys([*TAGS, *_listed(tags)])),
+        base_model=base_model,
+        datasets=_listed(datasets) or None,
+        metrics=[comparison.metric] if comparison is not None else None,
+        pipeline_tag=task,
+        model_name=name,
+        eval_results=_results(comparison, compared_as, task),
+        ignore_metadata_errors=False,
+    )
+    config = layer_collapse_config_of(inner)
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=name,
+        base_model=base_model,
+        block_count=len(blocks),
+        collapsed_count=sum(block.state == "collapsed" for block in blocks),
+        patched_count=sum(block.state == "patched" for block in blocks),
+        methods=_methods(report, config),
+        block_table=_markdown(_block_rows(blocks, report)),
+        report=report,
+        comparison=comparison,
+        comparison_table=None if comparison is None else _markdown(comparison.rows()),
+        where_measured=None if comparison is None else _where(comparison),
+        training=training,
+        evaluation=evaluation,
+        auto_class=auto_class_of(inner.config, type(inner).__name__),
+        repo_id=where,
+        package_version=__version__,
+        format_version=FORMAT_VERSION,
+    )
+
+
+def _listed(value):
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def _results(comparison, compared_as, task):
+    """Entries of the `model-index`: only what names its data set and task."""
+    if comparison is None or comparison.data is None or task is None:
+        return None
+    found = comparison[compared_as]
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=_data_name(comparison.data),
+            dataset_name=_data_name(comparison.data),
+            dataset_config=comparison.data_config,
+            dataset_split=comparison.split,
+            metric_type=comparison.metric,
+            metric_name=METRIC_NAMES[comparison.metric],
+            metric_value=round(found.quality, 6),
+        )
+    ]
+
+
+def _data_name(data):
+    """A name on the Hub as it is, of a local file its name alone."""
+    return os.path.basename(os.path.normpath(data)) if os.path.exists(data) else data
+
+
+def _where(comparison):
+    parts = [_data_name(comparison.data)] if comparison.data is not None else []
+    parts += [part for part in (comparison.data_config, comparison.split) if part is not None]
+    return " ".join(parts)
+
+
+def _methods(report, config):
+    """Sentences on how blocks became what they are."""
+    found = {block.method for block in report.blocks if block.outcome == "collapsed"} if report is not None else set()
+    sentences = []
+    if any(block.alpha is not None for block in report.blocks) if report is not None else False:
+        target = "each neuron's calibrated line" if config and config.linear_target == "affine" else "the identity"
+        sentences.append(
+            "Training drove each block's alpha, which blends its activation with a line "
+            f"({target}), towards 1 with a penalty on `(1 - alpha)^2`."
+        )
+    if "merged" in found:
+        sentences.append("Merged blocks are the product of their linears, with the activation taken as that line.")
+    if "refit" in found:
+        sentences.append(
+            "Refit blocks are the least-squares map of what they computed on calibration data; errors and R^2 are "
+            "measured on that data."
+        )
+    if config is not None and config.distils:
+        sentences.append(
+            "Training had a teacher: "
+            f"distillation weight {config.distillation_weight:g}, hidden state weight {config.hidden_state_weight:g}, "
+            f"temperature {config.temperature:g}."
+        )
+    return sentences
+
+
+def _block_rows(blocks, report):
+    reported = {} if report is None else {block.name: block for block in report.blocks}
+    columns = ["block", "kind", "now", "parameters"]
+    measured = {
+        "method": lambda block: block.method,
+        "alpha before": lambda block: None if block.alpha is None else f"{block.alpha:.4f}",
+        "R^2": lambda block: None if block.r2 is None else f"{block.r2:.4f}",
+        "relative error": lambda block: _scientific(
+            block.error if block.calibration_error is None else block.calibration_error
+        ),
+    }
+    measured = {
+        column: value for column, value in measured.items() if any(value(block) for block in reported.values())
+    }
+    alphas = any(block.alpha is not None for block in blocks)
+    rows = [[*columns, *(["alpha"] if alphas else []), *measured]]
+    for block in blocks:
+        entry = reported.get(block.name)
+        parameters = f"{block.parameters:,}"
+        if entry is not None and entry.parameters_before != block.parameters:
+            parameters = f"{entry.parameters_before:,} -> {parameters}"
+        row = [f"`{block.name}`", block.kind, _form(block, entry), parameters]
+        row += ["" if block.alpha is None else f"{block.alpha:.4f}"] if alphas else []
+        rows.append(row + ["" if entry is None else value(entry) or "" for value in measured.values()])
+    return rows
+
+
+def _scientific(value):
+    return None if value is None else f"{value:.1e}"
+
+
+def _form(block, entry):
+    if block.state != "collapsed":
+        return block.state
+    rank = f"rank {entry.rank}" if entry is not None and entry.rank is not None else "linear"
+    return f"{rank} + {block.hidden_features} neurons" if block.hidden_features else rank
+
+
+def _markdown(rows):
+    """Rows of text as a Markdown table, the first as its head."""
+    head, *body = rows
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return "\n".join("| " + " | ".join(cell.strip() for cell in line) + " |" for line in lines)
+
+
+def auto_class_of(config, architecture=None) -> str:
+    """Name of the Auto class that loads a model with its head.
+
+    Args:
+        config (`PreTrainedConfig`): Of the model.
+        architecture (`str`, *optional*): Name of its class. Default: what the config says.
+    """
+    wanted = architecture or (config.architectures or [None])[0]
+    for name in AUTO_CLASSES:
+        mapping = modeling_auto.__dict__[name]._model_mapping
+        if type(config) not in mapping:
+            continue
+        classes = mapping[type(config)]
+        classes = classes if isinstance(classes, (list, tuple)) else (classes,)
+        if wanted is None or any(model.__name__ == wanted for model in classes):
+            return name
+    return "AutoModel"

@@ -1,0 +1,103 @@
+"""Pictures: that what is given is what is drawn."""
+
+import json
+
+import pytest
+from matplotlib import pyplot
+from PIL import Image
+
+from hf_layercollapse import plotting
+from hf_layercollapse.plotting import plot_alphas, plot_tradeoff
+from tests.training import trainer_for
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved."""
+    figures = []
+    save = plotting._save
+
+    def keep(figure, paths):
+        figures.append(figure)
+        save(figure, paths)
+
+    monkeypatch.setattr(plotting, "_save", keep)
+    yield figures
+    pyplot.close("all")
+
+
+def check_files(png, svg):
+    with Image.open(png) as image:
+        assert image.size[0] > 600 and len(image.convert("L").getcolors(10**6)) > 10
+    assert svg.read_text().startswith("<?xml")
+
+
+def test_alphas_of_a_run(tmp_path, drawn):
+    trainer = trainer_for("bert", tmp_path, {"alpha_learning_rate": 0.2}, args={"max_steps": 5})
+    trainer.train()
+    trainer.state.save_to_json(str(tmp_path / "trainer_state.json"))
+    files = tmp_path / "alphas.png", tmp_path / "alphas.svg"
+    plot_alphas(trainer.state.log_history, files)
+    plot_alphas(str(tmp_path / "trainer_state.json"), [tmp_path / "again.png"], collapse_threshold=0.2)
+    check_files(*files)
+    for figure in drawn:
+        curves = [line for line in figure.axes[0].lines if str(line.get_label()).startswith("block")]
+        for block, line in enumerate(curves):
+            assert list(line.get_xdata()) == [1, 2, 3, 4, 5]
+            logged = [log[f"layer_collapse/alpha/{block}"] for log in trainer.state.log_history[:5]]
+            assert list(line.get_ydata()) == logged
+        assert len(curves) == len({line.get_marker() for line in curves}) == 3
+    with pytest.raises(ValueError, match="no alphas"):
+        plot_alphas([{"step": 1, "loss": 2.0}], files)
+
+
+def test_many_blocks_are_told_apart_by_a_scale(tmp_path, drawn):
+    history = [{"step": s, **{f"layer_collapse/alpha/{b}": s / 9 for b in range(24)}} for s in range(10)]
+    # The last block collapses half way.
+    for log in history[5:]:
+        del log["layer_collapse/alpha/23"]
+    plot_alphas(history, [tmp_path / "many.png"])
+    (figure,) = drawn
+    assert len(figure.axes) == 2 and figure.axes[0].get_legend() is None
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines[:24]] == [10] * 23 + [5]
+
+
+def test_quality_over_size_and_latency(tmp_path, drawn):
+    rows = [{"method": "dense", "quality": 0.9, "parameters": 4_000_000, "latency": 1.0}]
+    for seed in range(3):
+        for parameters in (3_000_000, 2_000_000):
+            quality = 0.8 + 0.01 * seed + parameters / 1e8
+            latency = parameters / 4e6 + 0.02 * seed
+            rows.append({"method": "ours", "quality": quality, "parameters": parameters, "latency": latency})
+    rows.append({"method": "other", "quality": 0.7, "parameters": 1_000_000, "interval": (0.6, 0.75)})
+    files = tmp_path / "curve.png", tmp_path / "curve.svg"
+    plot_tradeoff(rows, files, quality="accuracy")
+    check_files(*files)
+    size, latency = drawn[0].axes
+    found = {container.get_label(): container for container in size.containers}
+    assert set(found) == {"dense", "ours", "other"}
+    line, caps, bars = found["ours"]
+    assert list(line.get_xdata()) == [2, 3] and list(line.get_ydata()) == pytest.approx([0.83, 0.84])
+    (horizontal, vertical) = bars
+    assert [list(segment[:, 1]) for segment in vertical.get_segments()] == [
+        pytest.approx([0.82, 0.84]),
+        pytest.approx([0.83, 0.85]),
+    ]
+    other = found["other"][2][1].get_segments()[0][:, 1]
+    assert list(other) == pytest.approx([0.6, 0.75])
+    # What was not timed is not in the second panel.
+    timed = {container.get_label(): container for container in latency.containers}
+    assert set(timed) == {"dense", "ours"}
+    assert [list(segment[:, 0]) for segment in timed["ours"][2][0].get_segments()][0] == pytest.approx([0.5, 0.54])
+    markers = [container[0].get_marker() for container in size.containers]
+    assert len(set(markers)) == 3
+
+    plot_tradeoff([{k: v for k, v in row.items() if k != "latency"} for row in rows], files, lower_is_better=True)
+    assert len(drawn[1].axes) == 1 and drawn[1].axes[0].yaxis_inverted()
+
+
+def test_rows_that_lack_something():
+    with pytest.raises(ValueError, match="no rows"):
+        plot_tradeoff([], [])
+    with pytest.raises(ValueError, match="needs `method`"):
+        plot_tradeoff([json.loads('{"method": "a", "quality": 1}')], [])
