@@ -22,6 +22,8 @@ _EXPORTS = {
     "LayerCollapseTrainerMixin": "trainer",
     "apply_layer_collapse": "patching",
     "collapse_model": "collapsing",
+    "compare_models": "comparison",
+    "create_model_card": "model_card",
     "find_feed_forward_blocks": "families",
     "linearity_map": "planning",
     "plan_collapse": "planning",

@@ -20,7 +20,7 @@ from .config import LayerCollapseConfig  # noqa: E402
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-LINES = ("-", "--", "-.", ":")
+LINES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1, 1, 1)))
 ALPHA = "layer_collapse/alpha/"
 # More lines than this are told apart by a scale, and not by a legend.
 MOST_LINES = 8
@@ -54,6 +54,8 @@ def plot_alphas(history, paths, collapse_threshold=LayerCollapseConfig.collapse_
     blocks = sorted({int(name.removeprefix(ALPHA)) for log in logs for name in log if name.startswith(ALPHA)})
     figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
     scale = matplotlib.colors.Normalize(min(blocks), max(blocks))
+    # Without its lightest end, which is faint on paper.
+    shades = matplotlib.colors.ListedColormap(pyplot.get_cmap("cividis")(np.linspace(0, 0.88, 256)))
     curves = {}
     for block in blocks:
         # A block that collapses while training runs has no alpha any more.
@@ -63,19 +65,18 @@ def plot_alphas(history, paths, collapse_threshold=LayerCollapseConfig.collapse_
         steps, alphas = zip(*curve, strict=True)
         style = {**_style(place), "markevery": (place * max(1, len(steps) // 40), max(1, len(steps) // 8))}
         if many:
-            style = {"color": pyplot.get_cmap("cividis")(scale(block)), "linewidth": 1}
+            style = {"color": shades(scale(block)), "linewidth": 1}
         axes.plot(steps, alphas, label=f"block {block}", markersize=5, **style)
     axes.axhline(1 - collapse_threshold, color="black", linewidth=0.8, linestyle=(0, (1, 3)))
-    axes.annotate(
-        "ready", (1, 1 - collapse_threshold), (-3, -3), xycoords=("axes fraction", "data"), textcoords="offset points",
-        ha="right", va="top", fontsize="small",
-    )  # fmt: skip
+    # On the left, where curves are low.
+    at_left = axes.get_yaxis_transform()
+    axes.text(0.01, 1 - collapse_threshold, "ready", transform=at_left, va="bottom", fontsize="small")
     axes.set_ylim(-0.02, 1.04)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(r"$\alpha$ (0: as pretrained, 1: linear)")
     axes.grid(alpha=0.25, linewidth=0.5)
     if many:
-        bar = figure.colorbar(matplotlib.cm.ScalarMappable(scale, "cividis"), ax=axes, label="feed-forward block")
+        bar = figure.colorbar(matplotlib.cm.ScalarMappable(scale, shades), ax=axes, label="feed-forward block")
         bar.ax.yaxis.get_major_locator().set_params(integer=True)
     else:
         axes.legend(loc="lower right", fontsize="small", frameon=False)
@@ -131,7 +132,9 @@ def plot_tradeoff(rows, paths, quality="quality", lower_is_better=False, latency
     if lower_is_better:
         panels[0][0].invert_yaxis()
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+    # As many columns as there is room for their words.
+    columns = max(1, min(4, round(50 * len(quantities) / (8 + max(map(len, labels))))))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
     _save(figure, paths)
 
 
@@ -162,7 +165,7 @@ def plot_linearity(linearity, paths):
     indices = [block.index for block in linearity.blocks]
     above.bar(indices, [block.r2 for block in linearity.blocks], color=COLORS[0])
     above.set_ylabel("$R^2$ of the linear map")
-    above.set_ylim(0, 1)
+    above.set_ylim(min(0, *(block.r2 for block in linearity.blocks)), 1)
     below.bar(
         indices, [block.score_change for block in linearity.blocks], color=COLORS[1], hatch="//", edgecolor="white"
     )
