@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -64,6 +65,19 @@ def teacher_for(model, config: LayerCollapseConfig, teacher=None):
     return teacher.requires_grad_(False).eval()
 
 
+@dataclass
+class Seen:
+    """What one batch made a model give.
+
+    Args:
+        outputs (`list`): Of the model itself, per call.
+        hidden (`dict[str, list[Tensor]]`): Path of a block's last linear -> its outputs, per call.
+    """
+
+    outputs: list
+    hidden: dict[str, list[torch.Tensor]]
+
+
 class Distillation:
     """The terms that a teacher adds to the loss of a training step.
 
@@ -104,46 +118,47 @@ class Distillation:
             )
 
     @contextlib.contextmanager
-    def watching(self, model):
-        """Gives a dict that collects the outputs of the compared blocks, per call, of one forward of a model.
+    def watching(self, model, wrapped):
+        """Gives a [`Seen`] that collects what forwards inside give, of the model itself and of the compared blocks.
 
-        Hooks stay no longer than that: gradient checkpointing runs forwards again during backward.
+        Hooks stay no longer than that: gradient checkpointing runs forwards again during backward. Forwards in another
+        gradient mode than that on entry (for the metrics of a trainer) are not those that are trained.
         """
         inner = unwrap(model)[0]
-        outputs = {path: [] for path in self._blocks}
+        seen, mode = Seen([], {path: [] for path in self._blocks}), torch.is_grad_enabled()
 
-        def keep(path):
-            return lambda module, args, output: outputs[path].append(output)
+        def keep(found):
+            return lambda module, args, output: found.append(output) if torch.is_grad_enabled() == mode else None
 
-        handles = [inner.get_submodule(path).register_forward_hook(keep(path)) for path in outputs]
+        handles = [inner.get_submodule(path).register_forward_hook(keep(found)) for path, found in seen.hidden.items()]
+        handles.append(wrapped.register_forward_hook(keep(seen.outputs)))
         try:
-            yield outputs
+            yield seen
         finally:
             for handle in handles:
                 handle.remove()
 
-    def loss(self, inputs, outputs, hidden, items=None, batches=1, label_names=("labels",)):
+    def loss(self, inputs, seen, items=None, batches=1, label_names=("labels",)):
         """The weighted terms of one batch, a scalar with gradients.
 
         Args:
             inputs (`dict`): What the student was given, with labels.
-            outputs (`ModelOutput`): What it gave.
-            hidden (`dict[str, list[Tensor]]`): From [`watching`].
+            seen ([`Seen`]): What it gave.
             items (`float` or `Tensor`, *optional*): What a sum over labels is divided by, where the whole step's count
                 is known. Default: their mean in this batch.
             batches (`int`): What means over this batch are divided by.
             label_names (`Sequence[str]`): Inputs that the teacher does not need.
         """
-        with torch.no_grad(), self.watching(self.teacher) as expected:
+        with torch.no_grad(), self.watching(self.teacher, self.teacher) as expected:
             taught = self._run_teacher(inputs, label_names)
         total, terms = 0.0, {}
         if self.config.distillation_weight:
-            losses = torch.cat([*_head_losses(self._inner, inputs, outputs, taught, self.config.temperature)])
+            losses = torch.cat([*_head_losses(self._inner, inputs, seen.outputs, taught, self.config.temperature)])
             terms["distillation"] = losses.mean() if losses.numel() else losses.sum()
             whole = losses.sum() / items if items is not None else terms["distillation"] / batches
             total = total + self.config.distillation_weight * whole
         if self.config.hidden_state_weight:
-            terms["hidden_state"] = self._hidden_loss(inputs, hidden, expected)
+            terms["hidden_state"] = self._hidden_loss(inputs, seen.hidden, expected.hidden)
             total = total + self.config.hidden_state_weight * terms["hidden_state"] / batches
         for name, term in terms.items():
             self._sums[name] = self._sums.get(name, 0.0) + term.detach()
@@ -168,6 +183,7 @@ class Distillation:
 
     def _hidden_loss(self, inputs, hidden, expected):
         self._tokens.start(inputs)
+        examples = next(value.shape[0] for value in inputs.values() if isinstance(value, torch.Tensor) and value.dim())
         terms = []
         for path, block in self._blocks.items():
             # None at all where the student drops the layer in this step.
@@ -178,31 +194,30 @@ class Distillation:
                     f"Block {block.name} gave {_shapes(hidden[path])}, and the teacher's {_shapes(expected[path])}: "
                     "they must be of one width, and run as often."
                 )
-            error, weight = 0.0, 0.0
+            shares = []
             for student, teacher in zip(hidden[path], expected[path], strict=True):
-                weights = self._token_weights(block, student)
-                share = functional.unexplained_share(student.flatten(0, -2), teacher.flatten(0, -2).to(student.device))
-                error, weight = error + (weights * share).sum(), weight + weights.sum()
-            terms.append(error / weight)
-        if not terms:
-            raise RuntimeError("None of the compared blocks ran, so that `hidden_state_weight` would do nothing.")
-        loss = torch.stack([term.to(terms[0].device) for term in terms]).mean()
-        if torch.is_grad_enabled() and not loss.requires_grad:
+                shares.append(self._share(block, student, teacher.to(student.device), examples))
+            terms.append(torch.cat(shares).mean())
+        if not terms or not any(term.requires_grad for term in terms):
             raise ValueError(
                 "No compared block has an output with a gradient, so that `hidden_state_weight` would do nothing. "
                 "Reentrant activation checkpointing does that (use_reentrant=False is the default), and so does a "
                 "model of which nothing in or before these blocks is trained."
             )
-        return loss
+        return torch.stack([term.to(terms[0].device) for term in terms]).mean()
 
-    def _token_weights(self, block, output):
-        """Padding counts nothing, and every example the same however long it is: as rows of a batch do in the loss, so
-        that it does not matter how a batch is split."""
-        mask = self._tokens.mask(block, output.shape[:-1])
-        if mask is None:
-            return torch.ones(output.shape[:-1].numel(), device=output.device)
-        mask = (mask > 0).to(output.device, torch.float32)
-        return (mask / mask.sum(-1, keepdim=True).clamp(min=1)).flatten()
+    def _share(self, block, student, teacher, examples):
+        """One number for each example, however long it is: as the rows of a batch count in the loss, so that it does
+        not matter how a batch is split."""
+        shape = student.shape[:-1]
+        mask = self._tokens.mask(block, shape)
+        real = torch.ones(shape, dtype=torch.bool, device=student.device) if mask is None else mask > 0
+        # Many layers flatten examples, or cut them in windows.
+        rows = examples if shape.numel() % examples == 0 else 1
+        width = student.shape[-1]
+        student, teacher = student.reshape(rows, -1, width), teacher.reshape(rows, -1, width)
+        real = real.to(student.device).reshape(rows, -1)
+        return functional.unexplained_share(student, teacher, real)[real.any(dim=1)]
 
 
 def _shapes(tensors):
@@ -216,9 +231,10 @@ def _shifts_labels(model):
     return model.loss_function is ForCausalLMLoss
 
 
-def _head_losses(model, inputs, outputs, taught, temperature):
+def _head_losses(model, inputs, forwards, taught, temperature):
     """Losses of a head's predictions, one per label that counts, for each part of its output."""
-    if not isinstance(outputs, Mapping):
+    outputs = next((outputs for outputs in forwards if isinstance(outputs, Mapping)), None)
+    if outputs is None:
         raise ValueError("`distillation_weight` needs the model's outputs by name: leave `return_dict=False` out.")
     if "start_logits" in outputs and "end_logits" in outputs:
         for name in ("start_logits", "end_logits"):
@@ -228,8 +244,9 @@ def _head_losses(model, inputs, outputs, taught, temperature):
         return
     if "logits" not in outputs or outputs["logits"] is None:
         raise ValueError(
-            f"`distillation_weight` compares the `logits` of model and teacher, and a {type(model).__name__} gives "
-            f"{list(outputs)}. `hidden_state_weight` alone needs none."
+            f"`distillation_weight` compares the `logits` of model and teacher, and this {type(model).__name__} gives "
+            f"{list(outputs)}. (trl's SFTTrainer computes its loss without any.) `hidden_state_weight` alone "
+            "needs no logits."
         )
     logits, target = outputs["logits"], taught["logits"].to(outputs["logits"].device)
     _check_shapes(logits, target)

@@ -1,8 +1,8 @@
 """The mathematics: tensors in, tensors out; no modules, no logging.
 
 Shape suffixes: `n` rows of inputs, `i` input width, `m` hidden width, `o` output width, `k` kept neurons, `r` rank,
-`f` features of a fit, `c` classes of a head. A weight `_oi` maps `i` to `o` and is stored as `nn.Linear` stores it.
-Everything is computed in float64 unless said otherwise.
+`f` features of a fit, `c` classes of a head, `b` examples of `t` tokens. A weight `_oi` maps `i` to `o` and is stored
+as `nn.Linear` stores it. Everything is computed in float64 unless said otherwise.
 """
 
 import math
@@ -313,15 +313,22 @@ def soft_binary_loss(student_nc, teacher_nc, temperature=1.0):
     return temperature**2 * (bce(student, targets, reduction="none") - bce(teacher, targets, reduction="none"))
 
 
-def unexplained_share(student_no, teacher_no):
-    """Squared error of each row, in units of the variance of the teacher's row over its `o` features, in float32.
+def unexplained_share(student_bto, teacher_bto, real_bt):
+    """Squared error of each token's output in units of its variance over the `o` features, mean over the tokens of
+    each of `b` examples, in float32.
 
-    By row, so that a token with massive activations counts as much as any other, and so that the mean over a batch
-    does not depend on how it is split.
+    By token, so that one with massive activations counts as much as any other. The variance is the teacher's of that
+    token, or of the example's median token where that is larger: an output that is all but constant is no measure.
+
+    Args:
+        real_bt: `False` where a token is padding.
 
     Returns:
-        Shape `(n,)`: 0 where they agree, about 1 where the student gives a constant.
+        Shape `(b,)`: 0 where they agree, about 1 where the student gives a constant; NaN without a real token.
     """
-    student, teacher = student_no.float(), teacher_no.float()
-    variance = teacher.var(dim=-1, correction=0)
-    return (student - teacher).square().mean(-1) / (variance + torch.finfo(torch.float32).eps)
+    student, teacher = student_bto.float(), teacher_bto.float()
+    variance_bt = teacher.var(dim=-1, correction=0)
+    median_b1 = variance_bt.masked_fill(~real_bt, float("nan")).nanmedian(dim=1, keepdim=True).values
+    scale_bt = torch.maximum(variance_bt, median_b1) + torch.finfo(torch.float32).tiny
+    share_bt = (student - teacher).square().mean(-1) / scale_bt
+    return share_bt.masked_fill(~real_bt, float("nan")).nanmean(dim=1)

@@ -372,15 +372,17 @@ class LayerCollapseTrainerMixin:
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # The penalty joins here, where autograd and loss scaling see it. After super(), which multiplies by the number
         # of processes; of the unwrapped model's alphas, since what replicas of nn.DataParallel compute is lost.
-        if self._distillation is not None and model.training:
-            result = self._distilled(super().compute_loss, model, inputs, num_items_in_batch)
-            result = result if return_outputs else result[0]
-        else:
+        distils = self._distillation is not None and model.training
+        given = dict(inputs)  # label smoothing takes labels out
+        with self._distillation.watching(self.model, model) if distils else contextlib.nullcontext() as seen:
             result = super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
         if not model.training or self.layer_collapse_config is None:
             return result
+        if distils:
+            taught = self._distillation_terms(given, seen, num_items_in_batch)
+            result = (result[0] + taught, result[1]) if return_outputs else result + taught
         alphas = self._trainable_alphas()
         if self._alpha_steps is not None and not self._alpha_steps.drives(alphas):
             raise RuntimeError(
@@ -403,11 +405,8 @@ class LayerCollapseTrainerMixin:
             return loss + term, outputs
         return result + term
 
-    def _distilled(self, compute_loss, model, inputs, num_items_in_batch):
-        """`(loss with the teacher's terms, outputs)`: they weigh each label as the model's own loss does."""
-        given = dict(inputs)  # label smoothing takes labels out
-        with self._distillation.watching(self.model) as hidden:
-            loss, outputs = compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+    def _distillation_terms(self, inputs, seen, num_items_in_batch):
+        """They weigh each label as the model's own loss does."""
         items, batches = None, 1
         if self._loss_is_scaled(num_items_in_batch):
             # training_step will not divide, and adds up this many of them.
@@ -415,8 +414,7 @@ class LayerCollapseTrainerMixin:
             if num_items_in_batch is not None:
                 items = self._items_here(num_items_in_batch)
         with self.accelerator.autocast():
-            terms = self._distillation.loss(given, outputs, hidden, items, batches, self.label_names)
-        return loss + terms, outputs
+            return self._distillation.loss(inputs, seen, items, batches, self.label_names)
 
     def _items_here(self, num_items_in_batch):
         """What a sum over the labels of this process is divided by, where gradients are averaged over processes."""

@@ -92,18 +92,23 @@ def test_the_gradient_has_the_same_size_at_every_temperature():
 
 
 def test_unexplained_share():
-    teacher = torch.randn(4, 50)
+    teacher = torch.randn(2, 5, 50)
+    real = torch.ones(2, 5, dtype=torch.bool)
     constant = teacher.mean(-1, keepdim=True).expand_as(teacher)
-    torch.testing.assert_close(functional.unexplained_share(constant, teacher), torch.ones(4), rtol=1e-4, atol=0)
-    assert float(functional.unexplained_share(teacher, teacher).abs().max()) == 0
-    # A massive token weighs as much as another.
-    huge = teacher * torch.tensor([[1.0], [1e4], [1.0], [1.0]])
-    torch.testing.assert_close(
-        functional.unexplained_share(0.9 * huge, huge),
-        functional.unexplained_share(0.9 * teacher, teacher),
-        rtol=1e-4,
-        atol=1e-6,
-    )
+    shares = functional.unexplained_share(constant, teacher, real)
+    assert shares.shape == (2,) and 0.8 < float(shares.min()) <= float(shares.max()) <= 1
+    assert float(functional.unexplained_share(teacher, teacher, real).abs().max()) == 0
+    expected = functional.unexplained_share(0.9 * teacher, teacher, real)
+    # A massive token weighs as much as another, one that is all but zero is no measure, and padding is nothing.
+    huge = teacher * torch.tensor([1.0, 1e4, 1.0, 1.0, 1.0])[:, None]
+    torch.testing.assert_close(functional.unexplained_share(0.9 * huge, huge, real), expected, rtol=0.1, atol=0)
+    tiny = teacher * torch.tensor([1.0, 1e-4, 1.0, 1.0, 1.0])[:, None]
+    moved = tiny + 0.1 * torch.randn(2, 5, 50)
+    assert float(functional.unexplained_share(moved, tiny, real).max()) < 0.03
+    longer = torch.cat([teacher, 1e6 * torch.randn(2, 3, 50)], dim=1)
+    mask = torch.arange(8).expand(2, 8) < 5
+    wrong = torch.cat([0.9 * teacher, torch.zeros(2, 3, 50)], dim=1)
+    torch.testing.assert_close(functional.unexplained_share(wrong, longer, mask), expected)
 
 
 # ---- Whose gradients ----
@@ -131,8 +136,9 @@ def reference(case, config, model, teacher, inputs):
     divergence = t**2 * (p * (p / q).log()).sum(-1).mean()
     hidden = 0.0
     for student, taught in zip(blocks["student"], blocks["teacher"], strict=True):
-        share = (student - taught).square().mean(-1) / taught.var(-1, correction=0)
-        hidden = hidden + share.mean() / LAYERS
+        variance = taught.var(-1, correction=0)
+        scale = torch.maximum(variance, variance.median(1, keepdim=True).values)
+        hidden = hidden + ((student - taught).square().mean(-1) / scale).mean() / LAYERS
     task = outputs["student"].loss
     if case.labels == "tokens":
         # As the Trainer counts GPT-2's labels.
@@ -410,6 +416,16 @@ def test_bf16(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=0.05) and losses[0] != losses[1]
 
 
+def test_compiled(tmp_path):
+    def first_loss(args):
+        trainer = trainer_for("bert", tmp_path, {"distillation_weight": 1.0}, teacher=teacher_of("bert"), args=args)
+        trainer.train()
+        return trainer.state.log_history[0]["layer_collapse/distillation_loss"]
+
+    compiled = first_loss({"torch_compile": True, "torch_compile_backend": "eager"})
+    assert compiled == pytest.approx(first_loss({}), rel=1e-4)
+
+
 def test_checkpointed_activations(tmp_path):
     """What runs again during backward is not seen a second time."""
     found = [
@@ -452,7 +468,9 @@ def test_a_shared_block_is_compared_call_by_call(tmp_path):
         net(**inputs)
         handle.remove()
     assert len(calls) == 2 * LAYERS
-    shares = [functional.unexplained_share(a, b).mean() for a, b in zip(calls[:LAYERS], calls[LAYERS:], strict=True)]
+    real = torch.ones(8, 7, dtype=torch.bool)
+    pairs = zip(calls[:LAYERS], calls[LAYERS:], strict=True)
+    shares = [functional.unexplained_share(student, taught, real).mean() for student, taught in pairs]
     train = [{"input_ids": ids, "labels": torch.tensor(0)} for ids in inputs["input_ids"]]
     config = {"hidden_state_weight": 1.0}
     trainer = trainer_for("bert", tmp_path, config, model=model, teacher=teacher, train=train)

@@ -33,8 +33,8 @@ class LayerCollapseSeq2SeqTrainer(LayerCollapseTrainerMixin, Seq2SeqTrainer):
     pass
 
 
-def tiny_t5():
-    torch.manual_seed(0)
+def tiny_t5(seed=0):
+    torch.manual_seed(seed)
     config = T5Config(
         vocab_size=VOCABULARY,
         d_model=16,
@@ -45,7 +45,7 @@ def tiny_t5():
         dropout_rate=0.0,
         decoder_start_token_id=0,
     )
-    return randomize(T5ForConditionalGeneration(config))
+    return randomize(T5ForConditionalGeneration(config), seed)
 
 
 def summaries(count, seed=0):
@@ -62,7 +62,7 @@ def summaries(count, seed=0):
     return examples
 
 
-def seq2seq_trainer(folder, accumulate=1, **kwargs):
+def seq2seq_trainer(folder, accumulate=1, options=None, **kwargs):
     return LayerCollapseSeq2SeqTrainer(
         model=tiny_t5(),
         args=Seq2SeqTrainingArguments(
@@ -76,7 +76,7 @@ def seq2seq_trainer(folder, accumulate=1, **kwargs):
         ),
         train_dataset=summaries(16),
         eval_dataset=summaries(8, seed=1),
-        layer_collapse_config=LayerCollapseConfig(blocks="decoder", alpha_learning_rate=0.3),
+        layer_collapse_config=LayerCollapseConfig(blocks="decoder", alpha_learning_rate=0.3, **(options or {})),
         **kwargs,
     )
 
@@ -99,11 +99,16 @@ def test_seq2seq(tmp_path):
     assert_same(state_of(loaded), state_of(trainer.model))
 
 
-def test_seq2seq_gradients_do_not_depend_on_accumulation(tmp_path):
+TAUGHT = {"distillation_weight": 1.0, "hidden_state_weight": 0.5}
+
+
+@pytest.mark.parametrize("options", [{}, TAUGHT], ids=["", "taught"])
+def test_seq2seq_gradients_do_not_depend_on_accumulation(options, tmp_path):
     steps = []
     for accumulate in (1, 4):
         seen = Gradients()
-        seq2seq_trainer(tmp_path, accumulate, callbacks=[seen]).train()
+        teacher = tiny_t5(seed=3) if options else None
+        seq2seq_trainer(tmp_path, accumulate, options, teacher=teacher, callbacks=[seen]).train()
         steps.append(seen.steps[0])
     for name, gradient in steps[0].items():
         torch.testing.assert_close(steps[1][name], gradient, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
@@ -173,6 +178,23 @@ def test_sft(tmp_path):
     trainer.save_model(str(tmp_path / "collapsed"))
     loaded = BY_NAME["gpt2"].auto_class.from_pretrained(tmp_path / "collapsed")
     assert_same(state_of(loaded), state_of(trainer.model))
+
+
+def test_sft_with_a_teacher(tmp_path):
+    """Rows of different lengths, padded: the same gradients however they are split. trl's loss makes no logits."""
+    steps = []
+    for accumulate in (1, 4):
+        seen = Gradients()
+        config = LayerCollapseConfig(hidden_state_weight=0.5)
+        teacher = model_of(BY_NAME["gpt2"], seed=5)
+        trainer = sft_trainer(tmp_path, accumulate, layer_collapse_config=config, teacher=teacher, callbacks=[seen])
+        trainer.train()
+        steps.append(seen.steps[0])
+    for name, gradient in steps[0].items():
+        torch.testing.assert_close(steps[1][name], gradient, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert trainer.state.log_history[0]["layer_collapse/hidden_state_loss"] > 1e-3
+    with pytest.raises(ValueError, match="SFTTrainer computes its loss without"):
+        sft_trainer(tmp_path, layer_collapse_config=LayerCollapseConfig(distillation_weight=1.0)).train()
 
 
 def test_sft_with_an_adapter(tmp_path):
