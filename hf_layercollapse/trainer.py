@@ -169,8 +169,8 @@ class LayerCollapseTrainerMixin:
             self._refuse_progressive()
         if self.layer_collapse_config.distils and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
-                "A teacher is not supported under FSDP and DeepSpeed, which shard the blocks that it is compared with. "
-                "Train in DDP, or set `distillation_weight` and `hidden_state_weight` to 0."
+                "A teacher is not supported under FSDP and DeepSpeed, which shard the blocks that are compared with "
+                "its own. Train in DDP, or set `distillation_weight` and `hidden_state_weight` to 0."
             )
         if self.layer_collapse_config.hidden_state_weight and (self.args.torch_compile or self.args.n_gpu > 1):
             raise ValueError(

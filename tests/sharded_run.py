@@ -138,9 +138,10 @@ def refused(folder):
     with pytest.raises(ValueError) as caught:
         trainer_for("bert", folder, config=False, trainer_class=PlainSharding, **options).train()
     messages.append(str(caught.value))
-    with pytest.raises(ValueError) as caught:
-        sharding("bert", folder, config={"progressive": True}, args=options["args"])
-    messages.append(str(caught.value))
+    for config in ({"progressive": True}, {"distillation_weight": 1.0}):
+        with pytest.raises(ValueError) as caught:
+            sharding("bert", folder, config=config, args=options["args"])
+        messages.append(str(caught.value))
     model = apply_layer_collapse(model_of(BY_NAME["bert"]), LayerCollapseConfig())
     model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
     with pytest.raises(ValueError) as caught:

@@ -83,10 +83,11 @@ def test_gathered_collapsed_and_saved_by_the_main_process_only(name, results):
 
 def test_what_is_refused(results):
     _, (first, _) = results
-    one, lazy, compiled, callback, progressive, adapter = first["refused"]
+    one, lazy, compiled, callback, progressive, teacher, adapter = first["refused"]
     assert "Use FSDP2" in one and "fsdp_version: 2" in one
     assert "fsdp_cpu_ram_efficient_loading: false" in lazy
     assert "(under `torch_compile`)" in compiled
     assert "LayerCollapseTrainerMixin in front" in callback
     assert "`progressive` is not supported under FSDP" in progressive
+    assert "A teacher is not supported under FSDP" in teacher
     assert "(PeftModelForSequenceClassification)" in adapter and "without adapters" in adapter
