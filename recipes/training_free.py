@@ -16,7 +16,8 @@ split; the validation split is scored once for each point. The methods, each at 
 - layers replaced: consecutive whole layers, attention included, become one linear map that merges into the block
   before them (ReplaceMe, arXiv 2505.02819); for decoders.
 
-Writes `results.json`, `plan.json`, `table.md` and, with matplotlib, `curve.png` and `curve.svg` into `--output_dir`.
+An interrupted run goes on where it stopped. Writes `results.json`, `plan.json`, `table.md` and, with matplotlib,
+`curve.png` and `curve.svg` into `--output_dir`.
 """
 
 import contextlib
@@ -104,7 +105,8 @@ class Comparison:
         self.macs = sum(block.macs for block in self.blocks)
         self.parameters = count_parameters(self.model)
         self.results = []
-        self.add("dense", None, self.macs)
+        self.add("dense", None, self.macs, write=False)
+        self.results += self.done_before()
 
     def limits(self):
         """`(size, feed-forward weights that are left)` of each point."""
@@ -116,7 +118,25 @@ class Comparison:
                 raise ValueError(f"Size {size} is smaller than the model without its feed-forward blocks.")
             yield size, left
 
-    def add(self, method, size, weights, removed=None, **more):
+    def done_before(self):
+        """Points of an interrupted run with the same arguments."""
+        path = self.output / "results.json"
+        content = json.loads(path.read_text()) if path.exists() else None
+        if content is None or content["arguments"] != self.described():
+            return []
+        return [result for result in content["results"] if result["method"] != "dense"]
+
+    def described(self):
+        """The arguments that a result depends on."""
+        arguments = {**asdict(self.arguments), **asdict(self.data)}
+        return {name: value for name, value in arguments.items() if name not in ("methods", "output_dir")}
+
+    def left(self, method):
+        """`(size, feed-forward weights that are left)` of each point that is still to be measured."""
+        done = {(result["method"], result["size"]) for result in self.results}
+        return [(size, left) for size, left in self.limits() if (method, size) not in done]
+
+    def add(self, method, size, weights, removed=None, write=True, **more):
         """Scores the model as it is now; `removed`: weights outside the blocks that are gone too."""
         values = self.task.score(self.model, self.test).double().numpy()
         self.results.append(
@@ -133,7 +153,8 @@ class Comparison:
         result.update(self.summary(values))
         done = f"{time.perf_counter() - self.started:6.0f} s  {method:16} {'' if size is None else size:<8}"
         print(f"{done} {self.task.metric} {result[self.task.metric]:.4g}", flush=True)
-        self.write()
+        if write:
+            self.write()
 
     def summary(self, values):
         """The metric with its 95 % interval over examples, and the same for the distance from the dense model."""
@@ -153,7 +174,7 @@ class Comparison:
         arguments = self.arguments
         results = [{k: v for k, v in result.items() if k != "values"} for result in self.results]
         content = {
-            "arguments": {**asdict(arguments), **asdict(self.data)},
+            "arguments": self.described(),
             "metric": self.task.metric,
             "examples": len(self.results[0]["values"]),
             "parameters": self.parameters,
@@ -177,7 +198,7 @@ class Comparison:
 
     def uniform(self, method, rank):
         """Every block alike."""
-        for size, left in self.limits():
+        for size, left in self.left(method):
             block = self.blocks[0]
             keep = int((left / self.macs * block.macs - cost_of(block, rank, 0)) / cost_of(block, 0, 1) + 1e-6)
             if keep < 0 or (rank == 0 and keep == 0):
@@ -200,7 +221,7 @@ class Comparison:
     def whole(self, method, put, cost):
         """As many blocks as it takes; `put(block)` is a context."""
         order = self.order(method, put)
-        for size, left in self.limits():
+        for size, left in self.left(method):
             chosen, weights = [], self.macs
             for block in order:
                 if weights <= left * (1 + 1e-9):
@@ -219,6 +240,8 @@ class Comparison:
         return -1 if self.task.metric == "accuracy" else 1
 
     def run(self, method):
+        if not self.left(method):
+            return
         if method == "kept neurons":
             self.uniform(method, None)
         elif method == "width cut":
@@ -275,7 +298,7 @@ class Comparison:
             points=None if self.arguments.every_step else points,
         )
         plan.save(self.output / "plan.json")
-        for size, left in limits.items():
+        for size, left in self.left("plan"):
             chosen = plan.at(macs=left / self.macs)
             model, self.model = self.model, self.task.make_model().eval().requires_grad_(False)
             collapse_model(self.model, plan=chosen, calibration_data=self.fit)
@@ -287,7 +310,7 @@ class Comparison:
             print("layers replaced: this model has no such layers", flush=True)
             return
         per_layer = sum(p.numel() for p in replaceable_layers(self.model)[0].parameters())
-        for size, left in self.limits():
+        for size, left in self.left("layers replaced"):
             count = math.ceil((self.macs - left) / per_layer - 1e-9)
             model, self.model = self.model, self.task.make_model().eval().requires_grad_(False)
             first = replace_layers(self.model, count, self.fit)
@@ -301,7 +324,7 @@ class Comparison:
 def table(content):
     """The results as Markdown: sizes down, methods across."""
     results, metric = content["results"], content["metric"]
-    methods = list(dict.fromkeys(result["method"] for result in results if result["method"] != "dense"))
+    methods = [method for method in METHODS if any(result["method"] == method for result in results)]
     shown = (lambda v: f"{v:.1f}") if metric == "perplexity" else (lambda v: f"{100 * v:.1f}")
     of = "feed-forward weights" if content["arguments"]["of"] == "feed_forward" else "parameters"
     lines = [f"| {of} left | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]

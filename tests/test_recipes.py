@@ -235,6 +235,23 @@ def test_comparison_without_training(text, tmp_path):
     assert (tmp_path / "out" / "curve.png").stat().st_size > 1000
 
 
+def test_an_interrupted_comparison_goes_on(text, tmp_path):
+    from training_free import main
+
+    arguments = ["text_classification", *text, *SMALL, f"--output_dir={tmp_path / 'out'}"]
+    main([*arguments, "--methods", "dropped"])
+    before = results(tmp_path)
+    before["results"][1]["accuracy"] = 0.1234  # no share of 24
+    (tmp_path / "out" / "results.json").write_text(json.dumps(before))
+    main([*arguments, "--methods", "dropped", "width cut"])
+    after = results(tmp_path)["results"]
+    assert after[: len(before["results"])] == before["results"]
+    assert {row["method"] for row in after[len(before["results"]) :]} == {"width cut"}
+    # With other arguments it begins anew.
+    main([*arguments, "--methods", "dropped", "--order_samples=8"])
+    assert all(row["accuracy"] != 0.1234 for row in results(tmp_path)["results"])
+
+
 def test_comparison_without_training_of_a_decoder(prose, tmp_path):
     from training_free import main
 
