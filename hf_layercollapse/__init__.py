@@ -24,6 +24,8 @@ _EXPORTS = {
     "collapse_model": "collapsing",
     "compare_models": "comparison",
     "create_model_card": "model_card",
+    "export_model": "exporting",
+    "export_stock": "stock",
     "find_feed_forward_blocks": "families",
     "linearity_map": "planning",
     "plan_collapse": "planning",

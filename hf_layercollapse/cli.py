@@ -1,8 +1,9 @@
-"""`layercollapse`: look at a model's feed-forward blocks, collapse them under a budget, and compare what comes of it
-with what was there, from the shell."""
+"""`layercollapse`: look at a model's feed-forward blocks, collapse them under a budget, compare what comes of it with
+what was there, and export it, from the shell."""
 
 import json
 import sys
+import tempfile
 from dataclasses import dataclass, fields
 from inspect import Parameter, signature
 from pathlib import Path
@@ -237,6 +238,66 @@ def compare(
     if card is not None:
         base = None if Path(dense).exists() else dense
         create_model_card(models["collapsed"], None, result, name=Path(collapsed).name, base_model=base).save(card)
+
+
+@app.command()
+def export(
+    model: Model,
+    to: Annotated[str, typer.Option(help="onnx, openvino or stock (a native checkpoint).", show_default=False)],
+    output: Annotated[Path, typer.Option(help="Folder for what is exported.", show_default=False)],
+    benchmark: Annotated[
+        str | None,
+        typer.Option(help="Another model, the dense one: it is exported too, and both are timed in turn."),
+    ] = None,
+    cache: Annotated[
+        bool | None, typer.Option(help="A graph with a key-value cache. Default: if the model generates text.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of the example batch, which is timed.")] = 8,
+    length: Annotated[int, typer.Option(min=4, help="Tokens of each row, the longest that is compared.")] = 32,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    trust_remote_code: Trust = False,
+):
+    """Exports a dense, patched or collapsed model, compared with the PyTorch model in the runtime itself."""
+    from .exporting import decoder_step, export_model, load_exported
+    from .profiling import compare_latency
+
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"--dtype must be float32, float16 or bfloat16, got {dtype!r}.")
+    live = load_model(model, trust_remote_code).to(getattr(torch, dtype))
+    processor = _processor_of(live, model)
+    inputs = example_inputs(live, processor, batch_size, length)
+    report = export_model(live, inputs, output, to, cache=cache, processor=processor)
+    typer.echo(str(report))
+    if benchmark is None:
+        return
+    dense = load_model(benchmark, trust_remote_code).to(getattr(torch, dtype))
+    with tempfile.TemporaryDirectory() as work:
+        if to != "stock":
+            export_model(dense, inputs, Path(work) / "dense", to, cache=cache)
+            dense = load_exported(Path(work) / "dense")
+        batch = decoder_step(live, inputs, length - 1) if report.cache else inputs
+        times = compare_latency({benchmark: dense, model: load_exported(output)}, batch)
+    rows = [["", "latency", "relative", "quartiles"]]
+    for name, latency in times.items():
+        low, high = latency.ratio_quartiles
+        rows.append([name, f"{latency.median * 1e3:.2f} ms", f"{latency.ratio:.2f}", f"{low:.2f} to {high:.2f}"])
+    typer.echo(f"\n{table(rows)}")
+
+
+def example_inputs(model, processor, rows, length):
+    """A batch of random tokens or images, as the processor would give them to this model."""
+    generator = torch.Generator().manual_seed(0)
+    if model.main_input_name == "pixel_values":
+        images = torch.randint(0, 256, (rows, 3, 256, 256), generator=generator, dtype=torch.uint8)
+        return {"pixel_values": processor(list(images.numpy()), return_tensors="pt")["pixel_values"].to(model.dtype)}
+    special = set(processor.all_special_ids)
+    words = torch.tensor([token for token in range(model.config.vocab_size) if token not in special])
+    inputs = {"input_ids": words[torch.randint(0, len(words), (rows, length), generator=generator)]}
+    taken = signature(model.forward).parameters
+    for name, value in (("attention_mask", 1), ("token_type_ids", 0)):
+        if name in processor.model_input_names and name in taken:
+            inputs[name] = torch.full_like(inputs["input_ids"], value)
+    return inputs
 
 
 def parse_budget(text) -> dict[str, float | int]:

@@ -102,6 +102,12 @@ class FeedForwardLayout:
         first, second = tensor.chunk(2, dim)
         return (first, second) if self.fused == "gate,up" else (second, first)
 
+    def join(self, gate, up, dim):
+        """The inverse of [`~FeedForwardLayout.split`]: the weight or bias of a fused linear."""
+        if self.fused == "interleaved":
+            return torch.stack([gate, up], dim + 1).flatten(dim, dim + 1)
+        return torch.cat([gate, up] if self.fused == "gate,up" else [up, gate], dim)
+
 
 # Tried from top to bottom; the first row that a module's children and widths fit and whose wiring the module's own
 # code confirms is taken. Adding a family is one row here and one case in tests/test_families.py.
@@ -153,6 +159,28 @@ LAYOUTS = [
     FeedForwardLayout("pwconv1/pwconv2", "pwconv1", "pwconv2"),  # ConvNeXt
     FeedForwardLayout("linear_up/linear_down", "linear_up.linear", "linear_down.linear"),  # LeViT, with batch norms
 ]
+
+
+# Fields of native configs that hold the hidden width of feed-forward blocks, as a number or as a multiple of the
+# model's width. Which of them does in one particular model, and for which blocks, is seen by building it.
+WIDTH_FIELDS = (
+    "intermediate_size",
+    "ffn_dim",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+    "ffn_hidden_size",
+    "n_inner",
+    "d_ff",
+    "d_inner",
+    "dff",
+    "dim_ff",
+    "hidden_dim",
+    "mlp_dim",
+    "inner_dim",
+)
+RATIO_FIELDS = ("mlp_ratio", "expansion_ratio")
+# Fields that give the linears of feed-forward blocks, and no others, biases.
+BIAS_FIELDS = ("mlp_bias",)
 
 
 def register_feed_forward_layout(layout: FeedForwardLayout):

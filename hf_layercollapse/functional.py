@@ -280,6 +280,30 @@ def fit_block(mean_f, mean_o, cov_ff, cov_fo, var_o, width, neurons=(), rank=Non
     )
 
 
+def odd_slope(points, values, mirrored):
+    """The `c` of an activation with `act(z) - act(-z) = c * z`, or `None` if it is none such.
+
+    GELU, its tanh approximation, QuickGELU, SiLU and ReLU have `c = 1`: they are `z * g(z)` with `g(z) + g(-z) = 1`.
+
+    Args:
+        points, values, mirrored: `z`, `act(z)` and `act(-z)`, float64, `z` different from 0.
+    """
+    ratios = (values - mirrored) / points
+    slope = float(ratios.mean())
+    same = torch.allclose(ratios, torch.full_like(ratios, slope), rtol=1e-9, atol=0)
+    return slope if same and slope != 0 else None
+
+
+def linear_as_neurons(left_or, right_ri, slope=1.0):
+    """Neurons that compute the linear map `P V x`: `down act(up x)`, for an activation with
+    `act(z) - act(-z) = slope * z` (see [`odd_slope`]).
+
+    Returns:
+        `(up_weight_mi, down_weight_om)` with `m = 2 r`: `[V; -V]` and `[P, -P] / slope`.
+    """
+    return torch.cat([right_ri, -right_ri]), torch.cat([left_or, -left_or], dim=1) / slope
+
+
 def gaussian_inputs(width, rows=1024, seed=0):
     """The inputs on which every merge is measured: standard normal, shape `(rows, width)`, float32, on the CPU."""
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))

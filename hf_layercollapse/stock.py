@@ -1,0 +1,551 @@
+"""Collapsed models as ordinary checkpoints of their native model type, for where the plugin cannot be: `export_stock`.
+
+For GELU, its tanh approximation, QuickGELU, SiLU and ReLU, `act(z) - act(-z) = z`. So a linear map `P V x` of rank `r`
+is a native feed-forward block of width `2 r`, with `up = [V; -V]` and `down = [P, -P]`. In a gated block
+`act(gate(x)) * up(x)` a bias makes the gate constant, and `r` neurons do. Kept neurons stay neurons.
+"""
+
+import copy
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+
+from . import functional
+from .families import (
+    BIAS_FIELDS,
+    RATIO_FIELDS,
+    WIDTH_FIELDS,
+    find_feed_forward_blocks,
+    modules_of,
+    unwrap,
+    weight_and_bias,
+)
+from .modeling_layercollapse import (
+    CollapsedBlock,
+    CollapsedIdentity,
+    LayerCollapseConfigMixin,
+    LayerCollapseModelMixin,
+    NarrowActivation,
+    NarrowFeedForward,
+    PassOnConv1D,
+    PassOnLinear,
+    linear_shape,
+)
+from .profiling import count_parameters
+
+
+# A gate's bias where it is to be constant: what activations give there is far from 0.
+GATE_POINT = 1.0
+# Relative to the dtype's precision: two products and a sum of up to a few thousand terms stay far below.
+TOLERANCE = 1000
+
+
+@dataclass(frozen=True)
+class StockReport:
+    """What the detour over the native architecture costs. Prints as a table.
+
+    Args:
+        model_type (`str`): Native model type.
+        fields (`dict[str, tuple]`): Field of the config -> (native value, new value).
+        parameters_dense, parameters_collapsed, parameters_stock (`int`): Of the whole model.
+        macs_dense, macs_collapsed, macs_stock (`int`): Multiply-accumulates per token in the feed-forward blocks.
+        errors (`dict[str, float]`): Block -> relative error of the stock against the collapsed block, on Gaussian
+            inputs.
+    """
+
+    model_type: str
+    fields: dict[str, tuple]
+    parameters_dense: int
+    parameters_collapsed: int
+    parameters_stock: int
+    macs_dense: int
+    macs_collapsed: int
+    macs_stock: int
+    errors: dict[str, float]
+
+    def to_dict(self):
+        """Plain data, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def __str__(self):
+        from .planning import table
+
+        rows = [["", "parameters", "feed-forward MACs/token"]]
+        for name in ("dense", "collapsed", "stock"):
+            parameters, macs = (getattr(self, f"{what}_{name}") for what in ("parameters", "macs"))
+            rows.append([name, f"{parameters:,}", f"{macs:,}"])
+        changes = ", ".join(f"{field} {old} -> {new}" for field, (old, new) in self.fields.items())
+        saved, possible = (
+            1 - after / self.parameters_dense for after in (self.parameters_stock, self.parameters_collapsed)
+        )
+        return (
+            f"{table(rows)}\nnative {self.model_type} with {changes}: {saved:.1%} fewer parameters than dense, where "
+            f"the collapsed model has {possible:.1%} fewer; largest relative error of a block "
+            f"{max(self.errors.values()):.1e}"
+        )
+
+
+@dataclass
+class _Neurons:
+    """A block as neurons of a native feed-forward block, float64; biases are `None` where they are zero."""
+
+    up_mi: torch.Tensor
+    up_m: torch.Tensor | None
+    down_om: torch.Tensor
+    down_o: torch.Tensor | None
+    gate_mi: torch.Tensor | None = None
+    gate_m: torch.Tensor | None = None
+
+    @property
+    def width(self):
+        return self.up_mi.shape[0]
+
+    def biases(self):
+        """Names of the linears that need one."""
+        values = {"gate": self.gate_m, "up": self.up_m, "down": self.down_o}
+        return {name for name, value in values.items() if value is not None}
+
+
+@torch.no_grad()
+def export_stock(model):
+    """A collapsed model as one of its native class, which transformers loads without this package, and a report.
+
+    Every block keeps its input and output; hidden widths become what the widest block needs, and the others are padded
+    with neurons that give zero. The model itself is not changed.
+
+    Args:
+        model (`PreTrainedModel`): A collapsed model.
+
+    Returns:
+        `(native model, StockReport)`; the native model is an ordinary one, with `save_pretrained`.
+
+    Raises:
+        TypeError: It is no patched or collapsed model.
+        ValueError: A block is patched; the native architecture cannot express what a block became (the message says
+            why, and the width it would need); or it could, and would not save anything.
+    """
+    model = unwrap(model)[0]
+    if not isinstance(model, LayerCollapseModelMixin):
+        raise TypeError(
+            f"Expected a collapsed model, got {type(model).__name__}. A dense model is a checkpoint of its native "
+            "type already: `save_pretrained` writes it."
+        )
+    blocks = {block.name: block for block in find_feed_forward_blocks(model)}
+    patched = [name for name, block in blocks.items() if block.state == "patched"]
+    if patched:
+        raise ValueError(
+            f"These blocks are patched and not collapsed: {patched}. Collapse them with `collapse_model`, or take "
+            "their alphas away with `remove_layer_collapse`, first."
+        )
+    _check_weights(model)
+    config = native_config(model.config)
+    dense = _build(model, config, meta=True)
+    native_blocks = {block.name: block for block in find_feed_forward_blocks(dense)}
+    wanted = {}
+    for name, block in blocks.items():
+        if block.state == "collapsed":
+            wanted[name] = _as_neurons(model, block, dense, native_blocks[name])
+    config, fields, stock_blocks = _fit_config(model, config, dense, blocks, native_blocks, wanted)
+
+    native = _build(model, config)
+    state, native_state = model.state_dict(), native.state_dict()
+    new = {key: value.clone() for key, value in state.items() if key in native_state}
+    for name, block in stock_blocks.items():
+        neurons = wanted[name] if name in wanted else _dense_neurons(model, blocks[name])
+        new.update(_weights(native, block, neurons, next(model.get_submodule(blocks[name].holder).parameters()).dtype))
+    native.load_state_dict(new, assign=True)
+    native.tie_weights()
+    native.to(model.device).eval()
+    if model.can_generate():
+        native.generation_config = copy.deepcopy(model.generation_config)
+
+    report = StockReport(
+        config.model_type,
+        fields,
+        count_parameters(dense),
+        count_parameters(model),
+        count_parameters(native),
+        sum(block.macs for block in native_blocks.values()),
+        sum(block.macs for block in blocks.values()),
+        sum(block.macs for block in stock_blocks.values()),
+        {name: _error(model, blocks[name], native, stock_blocks[name]) for name in wanted},
+    )
+    eps = torch.finfo(model.dtype).eps
+    if max(report.errors.values()) > TOLERANCE * eps:
+        raise ValueError(f"The native blocks do not compute what the collapsed ones do: {report.errors}.")
+    return native, report
+
+
+def _check_weights(model):
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft."):
+            raise ValueError(f"`{name}` is under an adapter. Call `model = model.merge_and_unload()` first.")
+    for name, parameter in model.named_parameters():
+        if type(parameter.data) is not torch.Tensor or not parameter.is_floating_point() or parameter.is_meta:
+            raise ValueError(
+                f"`{name}` is {type(parameter.data).__name__} of {parameter.dtype} on {parameter.device}: load the "
+                "model without quantization, with its weights in memory, and quantize what `export_stock` gives."
+            )
+
+
+def native_config(config):
+    """A copy of a config, without what patching and collapsing put there."""
+    config = copy.deepcopy(config)
+    if isinstance(config, LayerCollapseConfigMixin):
+        native_class = type(config).native_class
+        config.__dict__.pop("layer_collapse")
+        config.__class__ = native_class
+    return config
+
+
+def _build(model, config, meta=False):
+    native_class = type(model).native_class
+    config = copy.deepcopy(config)
+    if meta:
+        with torch.device("meta"):
+            return native_class(config)
+    return native_class(config)
+
+
+# ----------------------------------------------------------------------------------------------------
+# One block
+# ----------------------------------------------------------------------------------------------------
+
+
+def _as_neurons(model, block, dense, native_block):
+    """A collapsed block as native neurons, whatever biases that takes."""
+    wiring = native_block.wiring
+    native = modules_of(dense, native_block)
+    if native.before or native.between or wiring.scales != (1.0, 1.0, 1.0):
+        raise ValueError(
+            f"`{block.name}` has a batch norm or a constant factor between its linears: it has no native form."
+        )
+    left, right, shift, neurons, bias, act = _parts(model, block)
+    if act not in (None, "native"):
+        raise ValueError(f"`{block.name}` keeps neurons with the activation {act!r}; its native class has another.")
+    # The linear part's own bias goes to the end of the block.
+    if shift is not None:
+        bias = left @ shift + (0.0 if bias is None else bias)
+    gate, gate_bias = neurons.gate_mi, neurons.gate_m
+    if left.shape[1] == 0:
+        up, down, up_bias = neurons.up_mi, neurons.down_om, neurons.up_m
+    else:
+        if act not in (None, "native"):
+            raise ValueError(
+                f"`{block.name}` keeps neurons with the activation {act!r}, its native class has another."
+            )
+        if any(True for _ in native.activation.parameters()):
+            raise ValueError(f"The activation of `{block.name}` has parameters of its own: it has no native form.")
+        activation = copy.deepcopy(native.activation).to("cpu")
+        if block.layout.gated:
+            constant = float(activation(torch.tensor(GATE_POINT, dtype=torch.float64)))
+            if not 1e-3 < abs(constant) < 1e3:
+                raise ValueError(f"The gate of `{block.name}` gives {constant} at {GATE_POINT}: nothing to divide by.")
+            linear_up, linear_down = right, left / constant
+            gate = torch.cat([torch.zeros_like(right), _rows(gate, right)])
+            gate_bias = torch.cat(
+                [right.new_full((len(right),), GATE_POINT), _or_zeros(gate_bias, len(neurons.up_mi))]
+            )
+        else:
+            points = torch.linspace(-6, 6, 1000, dtype=torch.float64)
+            slope = functional.odd_slope(points, activation(points), activation(-points))
+            if slope is None:
+                raise ValueError(
+                    f"The activation of `{block.name}`, {type(native.activation).__name__}, does not have "
+                    "`act(z) - act(-z) = c * z`, as GELU, SiLU and ReLU have: its native class computes no linear map."
+                )
+            linear_up, linear_down = functional.linear_as_neurons(left, right, slope)
+        up_bias = None
+        if neurons.up_m is not None:
+            up_bias = torch.cat([neurons.up_m.new_zeros(len(linear_up)), neurons.up_m])
+        up = torch.cat([linear_up, neurons.up_mi])
+        down = torch.cat([linear_down, neurons.down_om], dim=1)
+    return _Neurons(up, up_bias, down, bias, gate, gate_bias)
+
+
+def _parts(model, block):
+    """`(P, V, v, kept neurons, b, name of their activation or None)`: `y = P (V x + v) + D act(U x + u) + b`."""
+    layout, holder = block.layout, model.get_submodule(block.holder)
+    fused_gate = gate_linear = None
+    if isinstance(holder, CollapsedBlock):
+        up, down, channels, count, act = None, holder.get_submodule(layout.down), block.in_features, 0, None
+    elif isinstance(holder, NarrowFeedForward):
+        modules, names = holder._modules, holder.names
+        up, down = modules.get(names["up"]), modules[names["down"]]
+        channels, count, act = holder.linear_channels, holder.neurons, holder.act_name if holder.neurons else None
+        if holder.gated and count:
+            gate_linear = modules[names["gate"]] if "gate" in names else None
+            fused_gate = gate_linear is None
+    else:
+        up, activation, down = (
+            model.get_submodule(block.path(part)) for part in (layout.up, layout.activation, layout.down)
+        )
+        channels, count, act = weight_and_bias(down)[0].shape[1], 0, None
+        if isinstance(activation, NarrowActivation):
+            channels, count, act = activation.linear_channels, activation.neurons, activation.act_name
+        if isinstance(up, CollapsedIdentity):
+            up = None
+
+    down_weight, down_bias = _affine(down)
+    width = block.in_features
+    up_weight = down_weight.new_zeros(0, width) if up is None else _affine(up)[0]
+    up_bias = None if up is None else _affine(up)[1]
+    gate_weight = gate_bias = None
+    if fused_gate:
+        gate_weight, up_weight = up_weight[:count], up_weight[count:]
+        if up_bias is not None:
+            gate_bias, up_bias = up_bias[:count], up_bias[count:]
+    elif gate_linear is not None:
+        gate_weight, gate_bias = _affine(gate_linear)
+    shift = None
+    if up is None or isinstance(up, (PassOnLinear, PassOnConv1D)) or len(up_weight) == count:
+        # Full rank: the input itself is what goes past the activation; or no linear part at all.
+        right = torch.eye(width, dtype=torch.float64, device=down_weight.device)[:channels]
+    else:
+        right, up_weight = up_weight[:channels], up_weight[channels:]
+        if up_bias is not None:
+            shift, up_bias = up_bias[:channels], up_bias[channels:]
+    neurons = _Neurons(up_weight, _nonzero(up_bias), down_weight[:, channels:], None, gate_weight, _nonzero(gate_bias))
+    return down_weight[:, :channels], right, _nonzero(shift), neurons, _nonzero(down_bias), act
+
+
+def _dense_neurons(model, block):
+    """A block that is not collapsed."""
+    layout = block.layout
+    up, up_bias = _affine(model.get_submodule(block.path(layout.up)))
+    down, down_bias = _affine(model.get_submodule(block.path(layout.down)))
+    gate = gate_bias = None
+    if layout.fused:
+        gate, up = layout.split(up, 0)
+        if up_bias is not None:
+            gate_bias, up_bias = layout.split(up_bias, 0)
+    elif layout.gate:
+        gate, gate_bias = _affine(model.get_submodule(block.path(layout.gate)))
+    return _Neurons(up, up_bias, down, down_bias, gate, gate_bias)
+
+
+def _affine(linear):
+    weight, bias = weight_and_bias(linear)
+    return weight.double(), None if bias is None else bias.double()
+
+
+def _nonzero(bias):
+    return None if bias is None or not bias.any() else bias
+
+
+def _rows(weight, like):
+    return like.new_zeros(0, like.shape[1]) if weight is None else weight
+
+
+def _or_zeros(bias, count):
+    return torch.zeros(count, dtype=torch.float64) if bias is None else bias
+
+
+def _weights(native, block, neurons, dtype):
+    """State dict entries of a native block, padded with neurons that give zero."""
+    layout, width = block.layout, block.hidden_features
+    padding = width - neurons.width
+    pad_rows = torch.nn.functional.pad
+    up = pad_rows(neurons.up_mi, (0, 0, 0, padding))
+    up_bias = pad_rows(_or_zeros(neurons.up_m, neurons.width).to(up), (0, padding))
+    down = pad_rows(neurons.down_om, (0, padding))
+    parts = {layout.down: (down, _or_zeros(neurons.down_o, len(down)).to(up))}
+    if layout.gated:
+        gate = pad_rows(_rows(neurons.gate_mi, up), (0, 0, 0, padding))
+        gate_bias = pad_rows(_or_zeros(neurons.gate_m, neurons.width).to(up), (0, padding))
+        if layout.fused:
+            up, up_bias = layout.join(gate, up, 0), layout.join(gate_bias, up_bias, 0)
+        else:
+            parts[layout.gate] = gate, gate_bias
+    parts[layout.up] = up, up_bias
+    entries = {}
+    for path, (weight, bias) in parts.items():
+        linear = native.get_submodule(block.path(path))
+        transposed = weight_and_bias(linear)[0] is not linear.weight
+        entries[f"{block.path(path)}.weight"] = (weight.T if transposed else weight).contiguous().to(dtype)
+        if linear.bias is not None:
+            entries[f"{block.path(path)}.bias"] = bias.to(dtype)
+    return entries
+
+
+def _error(model, block, native, native_block):
+    """Relative error of the native block, on Gaussian inputs."""
+    holder = model.get_submodule(block.holder)
+    if isinstance(holder, (CollapsedBlock, NarrowFeedForward)):
+        collapsed = holder
+    else:
+        parts = (block.layout.up, block.layout.activation, block.layout.down)
+        collapsed = torch.nn.Sequential(*(model.get_submodule(block.path(part)) for part in parts))
+    modes = {module: module.training for module in collapsed.modules()}
+    x = functional.gaussian_inputs(block.in_features).to(model.device, next(holder.parameters()).dtype)
+    try:
+        expected = collapsed.eval()(x)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return functional.relative_error(expected, modules_of(native, native_block).forward(x))
+
+
+# ----------------------------------------------------------------------------------------------------
+# The config
+# ----------------------------------------------------------------------------------------------------
+
+
+def _fit_config(model, config, dense, blocks, native_blocks, wanted):
+    """`(config, {field: (old, new)}, {name: block})`: a native config in which every block fits, and saves."""
+    needed = {name: wanted[name].width if name in wanted else native_blocks[name].hidden_features for name in blocks}
+    governed = _governing_fields(model, config, native_blocks)
+    missing = [name for name in wanted if name not in governed]
+    if missing:
+        raise ValueError(
+            f"No field of {type(config).__name__} sets the hidden width of {missing[0]} (tried "
+            f"{', '.join(WIDTH_FIELDS + RATIO_FIELDS)}): the native class is built at one width. It would need "
+            f"{needed[missing[0]]} of {native_blocks[missing[0]].hidden_features}."
+        )
+    changed, fields = copy.deepcopy(config), {}
+    for path, name in dict.fromkeys(governed.values()):
+        names = [block for block in governed if governed[block] == (path, name)]
+        width = max(needed[block] for block in names)
+        part, old = _part(changed, path), getattr(_part(config, path), name)
+        new = width
+        if name in RATIO_FIELDS:
+            features = native_blocks[names[0]].in_features
+            # The native class rounds down.
+            new = math.ceil(width / features) if isinstance(old, int) else (width + 0.5) / features
+        if not any(block in wanted for block in names):
+            continue
+        setattr(part, name, new)
+        fields[".".join((*path, name))] = (old, new)
+
+    lacking = _lacking_biases(dense, native_blocks, wanted)
+    if lacking:
+        flags = [name for name in BIAS_FIELDS if name in changed.to_dict() and getattr(changed, name) is False]
+        for name in flags:
+            setattr(changed, name, True)
+            fields[name] = (False, True)
+        if flags:
+            lacking = _lacking_biases(_build(model, changed, meta=True), native_blocks, wanted)
+        if lacking:
+            _refuse_biases(config, native_blocks, needed, wanted, lacking)
+
+    stock = _build(model, changed, meta=True)
+    stock_blocks = _resized_blocks(stock, native_blocks)
+    _check_shapes(dense, stock, native_blocks, stock_blocks, needed, fields)
+    before, after = count_parameters(dense), count_parameters(stock)
+    if after >= before:
+        widths = {name: needed[name] for name in list(needed)[:8]}
+        full = [name for name in blocks if name not in wanted]
+        why = f" Not collapsed, and so of full width: {full}." if full else ""
+        raise ValueError(
+            f"As a native {config.model_type} this model would have {after:,} parameters, and the dense one has "
+            f"{before:,}: the detour saves nothing. One width must fit all blocks, and they need {widths} of "
+            f"{max(block.hidden_features for block in native_blocks.values())} neurons (a linear map of rank r needs "
+            f"2r, in a gated block r).{why} Save it with `save_pretrained` instead, collapse more blocks, or collapse "
+            "to a lower rank."
+        )
+    return changed, fields, stock_blocks
+
+
+def _resized_blocks(model, native_blocks):
+    """The same blocks in a model of other widths. Not looked for: the narrowest would be refused as bottlenecks."""
+    resized = {}
+    for name, block in native_blocks.items():
+        linears = [model.get_submodule(block.path(path)) for path in block.layout.linears]
+        resized[name] = dataclasses.replace(
+            block,
+            hidden_features=linear_shape(linears[-1])[0],
+            parameters=sum(parameter.numel() for linear in linears for parameter in linear.parameters()),
+            macs=sum(math.prod(linear_shape(linear)) for linear in linears),
+        )
+    return resized
+
+
+def _part(config, path):
+    for name in path:
+        config = getattr(config, name)
+    return config
+
+
+def _config_parts(config, path=()):
+    yield path, config
+    for name in config.sub_configs:
+        if config.__dict__.get(name) is not None:
+            yield from _config_parts(getattr(config, name), (*path, name))
+
+
+def _governing_fields(model, config, native_blocks):
+    """Block -> the config field that sets its hidden width, seen by building models with each field changed."""
+    governed = {}
+    hidden = {block.hidden_features for block in native_blocks.values()}
+    features = {block.in_features for block in native_blocks.values()}
+    for path, part in _config_parts(config):
+        values = part.to_dict()
+        for name in (*WIDTH_FIELDS, *RATIO_FIELDS):
+            if name not in values:
+                continue
+            old = values[name]
+            if name in RATIO_FIELDS:
+                fits = isinstance(old, (int, float)) and any(int(width * old) in hidden for width in features)
+            else:
+                fits = old is None or old in hidden
+            if not fits:
+                continue
+            changed = copy.deepcopy(config)
+            setattr(_part(changed, path), name, 2 * (max(hidden) if old is None else old))
+            for block in _resized_blocks(_build(model, changed, meta=True), native_blocks).values():
+                if block.hidden_features != native_blocks[block.name].hidden_features:
+                    governed.setdefault(block.name, (path, name))
+    return governed
+
+
+def _lacking_biases(native, native_blocks, wanted):
+    """Block -> the linears that need a bias and have none."""
+    lacking = {}
+    for name, neurons in wanted.items():
+        layout, block = native_blocks[name].layout, native_blocks[name]
+        paths = {"up": layout.up, "down": layout.down, "gate": layout.up if layout.fused else layout.gate}
+        missing = [
+            part for part in sorted(neurons.biases()) if native.get_submodule(block.path(paths[part])).bias is None
+        ]
+        if missing:
+            lacking[name] = missing
+    return lacking
+
+
+def _refuse_biases(config, native_blocks, needed, wanted, lacking):
+    name = next(iter(lacking))
+    block = native_blocks[name]
+    why = (
+        "a gated block is linear only where a bias keeps its gate constant"
+        if "gate" in lacking[name]
+        else "what the collapse fitted has a constant term"
+    )
+    raise ValueError(
+        f"A native {config.model_type} cannot express `{name}`: its {' and '.join(lacking[name])} would need a bias, "
+        f"which this class does not have ({why}). With biases it would take {needed[name]} of "
+        f"{block.hidden_features} neurons. The same holds for {len(lacking)} of {len(wanted)} collapsed blocks. Save "
+        "the model with `save_pretrained`, or export it to ONNX or OpenVINO."
+    )
+
+
+def _check_shapes(dense, stock, native_blocks, stock_blocks, needed, fields):
+    """The changed fields must have changed the blocks, and nothing else."""
+    short = [name for name in needed if stock_blocks[name].hidden_features < needed[name]]
+    inside = {
+        f"{block.path(path)}.{kind}"
+        for block in native_blocks.values()
+        for path in block.layout.linears
+        for kind in ("weight", "bias")
+    }
+    shapes = [
+        {key: tuple(value.shape) for key, value in model.state_dict().items() if key not in inside}
+        for model in (dense, stock)
+    ]
+    if short or shapes[0] != shapes[1]:
+        other = sorted(key for key in shapes[0] | shapes[1] if shapes[0].get(key) != shapes[1].get(key))
+        raise ValueError(
+            f"Setting {fields} does not give the native class blocks of the wanted widths and nothing else: too "
+            f"narrow {short}, otherwise changed {other[:5]}."
+        )

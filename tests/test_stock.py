@@ -1,0 +1,283 @@
+"""Collapsed models as checkpoints of their native class: equal logits in a process that has never seen the package."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BloomConfig,
+    GraniteConfig,
+    LlamaConfig,
+    Phi3Config,
+    Qwen2Config,
+    T5Config,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.activations import ACT2FN
+
+from hf_layercollapse import (
+    LayerCollapseConfig,
+    apply_layer_collapse,
+    collapse_model,
+    export_stock,
+    find_feed_forward_blocks,
+    functional,
+)
+from hf_layercollapse.exporting import logits_without_plugin
+from hf_layercollapse.families import LAYOUTS
+
+from .models import BY_NAME, image_inputs, randomize, text_inputs
+
+
+def seq2seq_inputs(seed=0):
+    return {**text_inputs(seed=seed), "decoder_input_ids": text_inputs(seed=seed + 1)["input_ids"]}
+
+
+def decoder(config_class, **kwargs):
+    config = config_class(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **kwargs,
+    )
+    return randomize(AutoModelForCausalLM.from_config(config)).eval()
+
+
+def bart():
+    config = BartConfig(
+        vocab_size=64,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=40,
+        max_position_embeddings=40,
+    )
+    return randomize(AutoModelForSeq2SeqLM.from_config(config)).eval()
+
+
+def t5():
+    config = T5Config(vocab_size=64, d_model=16, d_ff=48, d_kv=8, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    return randomize(AutoModelForSeq2SeqLM.from_config(config)).eval()
+
+
+MODELS = {name: (case.model, case.inputs) for name, case in BY_NAME.items()} | {
+    "llama": (lambda: decoder(LlamaConfig), text_inputs),
+    "granite": (lambda: decoder(GraniteConfig), text_inputs),
+    "qwen2": (lambda: decoder(Qwen2Config), text_inputs),
+    "phi3": (lambda: decoder(Phi3Config), text_inputs),
+    "bart": (bart, seq2seq_inputs),
+    "t5": (t5, seq2seq_inputs),
+}
+
+
+def collapsed(name, blocks="all", **options):
+    make, inputs = MODELS[name]
+    model = make()
+    data = [inputs(seed=seed) for seed in range(20)]
+    collapse_model(model, LayerCollapseConfig(blocks=blocks, **options), calibration_data=data)
+    return model.eval(), inputs(seed=77)
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu", "silu", "relu"])
+def test_odd_part_of_activations(name):
+    act = ACT2FN[name]
+    z = torch.linspace(-8, 8, 500, dtype=torch.float64)
+    torch.testing.assert_close(act(z) - act(-z), z, rtol=1e-12, atol=0)
+    assert functional.odd_slope(z, act(z), act(-z)) == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["relu2", "mish", "gelu_10", "tanh", "sigmoid"])
+def test_other_activations_have_none(name):
+    act = ACT2FN[name]
+    z = torch.linspace(-12, 12, 500, dtype=torch.float64)
+    assert functional.odd_slope(z, act(z), act(-z)) is None
+
+
+def test_linear_as_neurons_is_exact():
+    generator = torch.Generator().manual_seed(0)
+    left, right, x = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((7, 3), (3, 5), (50, 5))
+    )
+    expected = x @ right.T @ left.T
+    for act, slope in ((torch.nn.functional.gelu, 1.0), (lambda z: torch.nn.functional.leaky_relu(z, 0.1), 1.1)):
+        up, down = functional.linear_as_neurons(left, right, slope)
+        assert up.shape == (6, 5) and down.shape == (7, 6)
+        torch.testing.assert_close(act(x @ up.T) @ down.T, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", [row for row in LAYOUTS if row.fused], ids=lambda row: row.name)
+def test_join_is_the_inverse_of_split(layout):
+    weight = torch.arange(24.0).reshape(8, 3)
+    assert torch.equal(layout.join(*layout.split(weight, 0), 0), weight)
+    assert torch.equal(layout.join(*layout.split(weight[:, 0], 0), 0), weight[:, 0])
+
+
+FULL, BOTH, FULL_AND_KEPT, KEPT = (
+    {},
+    {"rank": 5, "keep_neurons": 4},
+    {"keep_neurons": 3},
+    {"rank": 0, "keep_neurons": 9},
+)
+EXPRESSIBLE = [(name, options) for name in ("bert", "gpt2", "llama") for options in (FULL, BOTH, FULL_AND_KEPT, KEPT)]
+EXPRESSIBLE += [(name, options) for name in ("vit", "bart") for options in (FULL, BOTH)]
+EXPRESSIBLE += [("electra", BOTH), ("distilbert", FULL_AND_KEPT), ("granite", BOTH)]
+
+
+@pytest.mark.parametrize(("name", "options"), EXPRESSIBLE)
+def test_the_native_model_computes_the_same(name, options):
+    model, batch = collapsed(name, **options)
+    native, report = export_stock(model)
+    assert type(native).__module__.startswith("transformers.models.")
+    assert type(native) is type(model).native_class and type(native.config) is type(model.config).native_class
+    with torch.no_grad():
+        torch.testing.assert_close(native(**batch).logits, model(**batch).logits, rtol=1e-5, atol=3e-6)
+    assert report.parameters_collapsed <= report.parameters_stock < report.parameters_dense
+    assert report.macs_collapsed <= report.macs_stock < report.macs_dense
+    blocks = find_feed_forward_blocks(model)
+    assert max(report.errors.values()) < 1e-6 and list(report.errors) == [block.name for block in blocks]
+    # A linear map costs twice its rank in a plain block, its rank in a gated one, and kept neurons their number.
+    rank = options.get("rank", 16)
+    width = rank * (1 if name in ("llama", "granite") else 2) + options.get("keep_neurons", 0)
+    for field, (_, new) in report.fields.items():
+        if field != "mlp_bias":
+            assert new == width
+    assert ("mlp_bias" in report.fields) == (name in ("llama", "granite"))
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "llama"])
+def test_loads_in_a_process_without_the_package(name, tmp_path):
+    model, batch = collapsed(name, rank=5, keep_neurons=4)
+    native, report = export_stock(model)
+    native.save_pretrained(tmp_path / "native")
+    assert not (tmp_path / "native" / "modeling_layercollapse.py").exists()
+    (logits,) = logits_without_plugin(tmp_path / "native", [batch], tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(**batch).logits, rtol=1e-5, atol=3e-6)
+    assert "fewer parameters than dense" in str(report) and report.to_dict()["model_type"] == model.config.model_type
+
+
+def test_ratio_fields_are_rounded_up_and_padded():
+    model, batch = collapsed("dinov2", rank=5, keep_neurons=4)
+    native, report = export_stock(model)
+    # 14 neurons are wanted, and the class is built at multiples of 16.
+    assert report.fields == {"mlp_ratio": (3, 1)}
+    assert native.dinov2.encoder.layer[0].mlp.fc1.out_features == 16
+    assert not native.dinov2.encoder.layer[0].mlp.fc2.weight[:, 14:].any()
+    with torch.no_grad():
+        torch.testing.assert_close(native(**batch).logits, model(**batch).logits, rtol=1e-5, atol=3e-6)
+
+
+def test_different_widths_are_padded():
+    make, inputs = MODELS["bert"]
+    model = make()
+    data = [inputs(seed=seed) for seed in range(20)]
+    collapse_model(model, LayerCollapseConfig(blocks=[0, 1], rank=3, keep_neurons=1), calibration_data=data)
+    collapse_model(model, LayerCollapseConfig(blocks=[2], rank=6, keep_neurons=2), calibration_data=data)
+    native, report = export_stock(model)
+    assert report.fields == {"intermediate_size": (40, 14)}
+    with torch.no_grad():
+        torch.testing.assert_close(
+            native(**inputs(seed=5)).logits, model.eval()(**inputs(seed=5)).logits, rtol=1e-5, atol=3e-6
+        )
+
+
+def test_one_part_of_an_encoder_decoder():
+    model, batch = collapsed("bart", blocks="encoder", rank=4)
+    native, report = export_stock(model)
+    assert report.fields == {"encoder_ffn_dim": (48, 8)}
+    with torch.no_grad():
+        torch.testing.assert_close(native(**batch).logits, model(**batch).logits, rtol=1e-5, atol=3e-6)
+
+
+def test_trained_collapse_of_bias_free_blocks():
+    """At alpha = 1 nothing has a constant term: T5 needs no bias then."""
+    model = t5()
+    apply_layer_collapse(model, LayerCollapseConfig())
+    for name, parameter in model.named_parameters():
+        if name.endswith(".alpha"):
+            parameter.data.fill_(1.0)
+    collapse_model(model)
+    native, report = export_stock(model.eval())
+    assert report.fields == {"d_ff": (48, 32)}
+    batch = seq2seq_inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(native(**batch).logits, model(**batch).logits, rtol=1e-5, atol=3e-6)
+
+
+def test_bfloat16_and_the_model_itself_is_not_changed():
+    model, batch = collapsed("bert", rank=5)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    config = model.config.to_dict()
+    native, _ = export_stock(model)
+    for parameter in native.parameters():
+        parameter.data.zero_()  # not even through shared memory
+    assert model.config.to_dict() == config
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    native, report = export_stock(model.to(torch.bfloat16))
+    assert native.dtype == torch.bfloat16
+    with torch.no_grad():
+        torch.testing.assert_close(native(**batch).logits, model(**batch).logits, rtol=0.05, atol=0.05)
+
+
+def refused(name, blocks="all", **options):
+    with pytest.raises(ValueError) as error:
+        export_stock(collapsed(name, blocks, **options)[0])
+    return str(error.value)
+
+
+def test_what_cannot_be_expressed_is_said():
+    for name in ("qwen2", "phi3"):
+        message = refused(name, rank=5, keep_neurons=4)
+        assert "gate would need a bias" in message and "9 of 48 neurons" in message
+    message = refused("t5", rank=5)
+    assert "down would need a bias" in message and "10 of 48 neurons" in message
+    message = refused("bert", blocks=[0, 1])
+    assert "saves nothing" in message and "'bert.encoder.layer.2'" in message and "of 40 neurons" in message
+    assert "they need" in refused("dinov2", keep_neurons=3)
+
+
+def test_activations_without_an_odd_part():
+    config = ViTConfig(
+        hidden_size=16,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        hidden_act="mish",
+    )
+    model = randomize(ViTForImageClassification(config)).eval()
+    data = [image_inputs(seed=seed) for seed in range(20)]
+    collapse_model(model, LayerCollapseConfig(rank=4), calibration_data=data)
+    with pytest.raises(ValueError, match="act.z. - act.-z."):
+        export_stock(model)
+
+
+def test_no_field_for_the_width():
+    config = BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=2)
+    model = randomize(AutoModelForCausalLM.from_config(config)).eval()
+    data = [text_inputs(seed=seed) for seed in range(20)]
+    collapse_model(model, LayerCollapseConfig(rank=4), calibration_data=data)
+    with pytest.raises(ValueError, match="No field of BloomConfig .* would need 8 of 64"):
+        export_stock(model)
+
+
+def test_models_that_are_not_collapsed():
+    with pytest.raises(TypeError, match="Expected a collapsed model"):
+        export_stock(BY_NAME["bert"].model())
+    model = BY_NAME["bert"].model()
+    apply_layer_collapse(model, LayerCollapseConfig(blocks=[0]))
+    with pytest.raises(ValueError, match="patched and not collapsed"):
+        export_stock(model)
