@@ -278,12 +278,13 @@ def decoder_step(model, inputs, past) -> dict:
     step = {"input_ids": inputs["input_ids"][:, past:], "attention_mask": mask}
     if "position_ids" in inspect.signature(model.forward).parameters:
         begin["position_ids"], step["position_ids"] = positions[:, :first], positions[:, past:]
-    cache = model(**begin, use_cache=True).past_key_values
-    if any(not isinstance(layer, DynamicLayer) for layer in cache.layers):
-        kinds = sorted({type(layer).__name__ for layer in cache.layers})
+    cache = model(**begin, use_cache=True).get("past_key_values")
+    layers = [] if cache is None else cache.layers
+    if not layers or any(not isinstance(layer, DynamicLayer) for layer in layers):
+        kinds = sorted({type(layer).__name__ for layer in layers})
         raise ValueError(
-            f"The cache of this model has layers of kind {kinds}, and a decoder step is exported for attention "
-            "caches. Pass `cache=False` for a graph without one."
+            f"A decoder step is exported with a cache of keys and values in every layer, and {type(model).__name__} "
+            f"has {kinds or 'none'}. Pass `cache=False` for a graph without a cache."
         )
     if past == 0:
         # An empty cache is made from one that holds a token: the shapes of its tensors are the model's own affair.

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification, AutoModelForSequenceCl
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from typer.testing import CliRunner
 
-from hf_layercollapse import find_feed_forward_blocks
+from hf_layercollapse import LayerCollapseConfig, collapse_model, find_feed_forward_blocks
 from hf_layercollapse.cli import app, main, parse_budget
 from hf_layercollapse.comparison import Comparison
 
@@ -164,6 +164,47 @@ def test_errors_are_one_line(classifier, tmp_path, monkeypatch, capsys):
     assert "not empty" in error("collapse", folder, "--data", data, "--output", folder, "--budget", "macs=0.5")
     assert "--label-column" in error("compare", folder, folder, "--data", data)
     error("inspect", tmp_path / "nothing")
+    assert not (tmp_path / "out").exists()
+
+
+def test_export(classifier, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="the extra onnx is not installed")
+    folder, data = classifier
+    small = tmp_path / "small"
+    run("collapse", folder, "--data", data, "--label-column", "label", "--budget", "macs=0.3", "--output", small)
+    output = tmp_path / "onnx"
+    arguments = ["--to", "onnx", "--output", output, "--length", 12, "--batch-size", 3]
+    result = run("export", small, *arguments, "--benchmark", folder)
+    assert result.exit_code == 0, result.output
+    assert "largest difference in ONNX Runtime" in result.stdout and "3 of 3" in result.stdout
+    latencies = [line for line in result.stdout.split("\n") if line.endswith(tuple("0123456789")) and " ms " in line]
+    assert [line.split()[0] for line in latencies] == [str(folder), str(small)]
+    assert (output / "model.onnx").exists() and (output / "tokenizer.json").exists()
+
+
+def test_export_to_stock(tmp_path):
+    model = BY_NAME["vit"].model()
+    data = [BY_NAME["vit"].inputs(seed=seed) for seed in range(20)]
+    collapse_model(model, LayerCollapseConfig(rank=4), calibration_data=data)
+    model.save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "model")
+    result = run("export", tmp_path / "model", "--to", "stock", "--output", tmp_path / "stock")
+    assert result.exit_code == 0, result.output
+    assert "intermediate_size 40 -> 8" in result.stdout
+    assert (tmp_path / "stock" / "preprocessor_config.json").exists()
+    assert json.loads((tmp_path / "stock" / "config.json").read_text())["model_type"] == "vit"
+
+
+def test_export_errors_are_one_line(classifier, tmp_path, monkeypatch, capsys):
+    def error(*arguments):
+        return fails(monkeypatch, capsys, "export", *arguments)
+
+    out = ["--output", tmp_path / "out"]
+    assert "must be one of" in error(classifier[0], "--to", "tflite", *out)
+    assert "Expected a collapsed model" in error(classifier[0], "--to", "stock", *out)
+    assert "--dtype must be" in error(classifier[0], "--to", "onnx", "--dtype", "int8", *out)
+    assert "not an empty folder" in error(classifier[0], "--to", "stock", "--output", classifier[0])
     assert not (tmp_path / "out").exists()
 
 
