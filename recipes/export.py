@@ -274,9 +274,8 @@ class StepOfPyTorch(torch.nn.Module):
         self.model = model
 
     def forward(self, past_key_values, **inputs):
-        length = past_key_values.get_seq_length()
         output = self.model(**inputs, past_key_values=past_key_values, use_cache=True)
-        past_key_values.crop(length)
+        past_key_values.crop(-inputs["input_ids"].shape[1])
         return output
 
 
