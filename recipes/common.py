@@ -1,5 +1,6 @@
 """What the training recipes share: arguments from YAML and flags, a run from model to result, and its file."""
 
+import copy
 import json
 import platform
 import sys
@@ -145,11 +146,16 @@ def run(task, description, arguments=None):
         model.get_input_embeddings().requires_grad_(False)
     blocks = find_feed_forward_blocks(model)
     dense_parameters, dense_macs = count_parameters(model), sum(block.macs for block in blocks)
+    heals = recipe.method == "fit" and config.distils
+    if config.distils and recipe.method not in ("layer_collapse", "fit"):
+        raise ValueError(f"A teacher goes with --method layer_collapse or fit, not with {recipe.method}.")
+    teacher = copy.deepcopy(model).requires_grad_(False) if heals else None  # layer_collapse makes its own
     report = prepare(task, model, recipe, config)
     trainer = LayerCollapseTrainer(
         model,
         args=arguments,
-        layer_collapse_config=config if recipe.method == "layer_collapse" else None,
+        layer_collapse_config=config if heals or recipe.method == "layer_collapse" else None,
+        teacher=teacher,
         calibration_data=task.batches(recipe.calibration_samples),
         train_dataset=task.train,
         eval_dataset=task.validation,

@@ -21,6 +21,7 @@ An interrupted run goes on where it stopped. Writes `results.json`, `plan.json`,
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -40,7 +41,7 @@ from tqdm.auto import tqdm
 
 from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model, plan_collapse
 from hf_layercollapse.calibration import collect_moments
-from hf_layercollapse.collapsing import Trial, cost_of, make_merge
+from hf_layercollapse.collapsing import Trial, best_fit, cost_of, make_merge
 from hf_layercollapse.families import modules_of
 from hf_layercollapse.metrics import bootstrap_interval
 from hf_layercollapse.patching import alpha_parameters
@@ -196,6 +197,12 @@ class Comparison:
 
     # Methods
 
+    @functools.cached_property
+    def moments(self):
+        """Of all neurons of every block, which is all that the methods without a plan need."""
+        neurons = {block.name: list(range(block.hidden_features)) for block in self.blocks}
+        return collect_moments(self.model, self.model, self.blocks, self.fit, neurons)
+
     def uniform(self, method, rank):
         """Every block alike."""
         for size, left in self.left(method):
@@ -203,11 +210,12 @@ class Comparison:
             keep = int((left / self.macs * block.macs - cost_of(block, rank, 0)) / cost_of(block, 0, 1) + 1e-6)
             if keep < 0 or (rank == 0 and keep == 0):
                 continue
-            model, self.model = self.model, self.task.make_model().eval().requires_grad_(False)
-            collapse_model(self.model, LayerCollapseConfig(rank=rank, keep_neurons=keep), self.fit)
-            weights = sum(block.macs for block in chosen_blocks(self.model, "all"))
-            self.add(method, size, weights, kept_neurons=keep)
-            self.model = model
+            with Trial(self.model) as trial:
+                for block in tqdm(self.blocks, desc=f"Fitting ({method})", leave=False):
+                    fit = best_fit(self.moments[block.name], rank, keep)
+                    trial.put(make_merge(block, modules_of(self.model, block), fit, refit=True))
+                weights = sum(cost_of(block, rank, keep) for block in self.blocks)
+                self.add(method, size, weights, kept_neurons=keep)
 
     def order(self, method, put):
         """The blocks in the order of what each costs alone."""
@@ -251,9 +259,10 @@ class Comparison:
         elif method == "dropped":
             self.whole(method, self.dropped, lambda block: 0)
         elif method == "least squares":
-            moments = collect_moments(self.model, self.model, self.blocks, self.fit)
             merges = {
-                block.name: make_merge(block, modules_of(self.model, block), moments[block.name].fit(), refit=True)
+                block.name: make_merge(
+                    block, modules_of(self.model, block), self.moments[block.name].restricted([]).fit(), refit=True
+                )
                 for block in self.blocks
             }
             self.whole(method, lambda block: self.merged(merges[block.name]), lambda block: cost_of(block, None, 0))

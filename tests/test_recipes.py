@@ -149,6 +149,7 @@ READY = ("--initial_alpha=0.96", "--blocks=last:2")
         ("dense", (), 1.0),
         ("layer_collapse", READY, (1 + 2 * 256 / 1280) / 3),
         ("fit", ("--share=0.5",), 0.5),
+        ("fit", ("--share=0.5", "--distillation_weight=1", "--hidden_state_weight=1"), 0.5),
         ("drop", ("--blocks=last:1",), 2 / 3),
     ],
 )
