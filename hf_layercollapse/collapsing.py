@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import math
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -546,14 +547,15 @@ def fit_blocks(model, inner, blocks, choices, data, neuron_choice="greedy", toke
     }
     candidates = {block.name: choices[block.name].neurons for block in blocks if block.name not in open_choices}
     candidates = {name: [] if neurons == 0 else neurons for name, neurons in candidates.items()}
-    to_score = [block for block in blocks if block.name in open_choices]
+    per_neuron = CANDIDATES_PER_NEURON if neuron_choice == "greedy" else 1
+    wanted = {name: count * per_neuron for name, count in open_choices.items()}
+    candidates |= {block.name: list(range(block.hidden_features)) for block in blocks if block.name in wanted}
+    to_score = [block for block in blocks if wanted.get(block.name, math.inf) < block.hidden_features]
     if to_score:
         data = reiterable(data)
         scores = score_neurons(model, inner, to_score, data, token_mask_fn)
         for block in to_score:
-            count = open_choices[block.name] * (CANDIDATES_PER_NEURON if neuron_choice == "greedy" else 1)
-            top = scores[block.name].topk(min(count, block.hidden_features)).indices
-            candidates[block.name] = sorted(top.tolist())
+            candidates[block.name] = sorted(scores[block.name].topk(wanted[block.name]).indices.tolist())
     moments = collect_moments(model, inner, blocks, data, candidates, token_mask_fn)
     fits = {}
     for block in blocks:

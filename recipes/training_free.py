@@ -331,29 +331,33 @@ class Comparison:
 
 
 def table(content):
-    """The results as Markdown: sizes down, methods across."""
-    results, metric = content["results"], content["metric"]
+    """The results as Markdown: sizes down, methods across, the best of each size in bold."""
+    dense, *results = content["results"]
+    metric = content["metric"]
     methods = [method for method in METHODS if any(result["method"] == method for result in results)]
-    shown = (lambda v: f"{v:.1f}") if metric == "perplexity" else (lambda v: f"{100 * v:.1f}")
+    if metric == "perplexity":
+        best_of, shown, distance = min, "{:.1f}".format, "x {:.2f}".format
+    else:
+        best_of, shown, distance = max, lambda value: f"{100 * value:.1f}", lambda value: f"{100 * value:+.1f}"
     of = "feed-forward weights" if content["arguments"]["of"] == "feed_forward" else "parameters"
     lines = [f"| {of} left | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
-    for size in dict.fromkeys(result["size"] for result in results if result["size"] is not None):
+    for size in dict.fromkeys(result["size"] for result in results):
+        row = {result["method"]: result for result in results if result["size"] == size}
+        best = shown(best_of(result[metric] for result in row.values()))
         cells = []
-        for method in methods:
-            found = [r for r in results if r["method"] == method and r["size"] == size]
-            cells.append(
-                f"{shown(found[0][metric])} ({shown(found[0]['interval'][0])} to {shown(found[0]['interval'][1])})"
-                if found
-                else ""
-            )
-        best = (min if metric == "perplexity" else max)(
-            (r[metric] for r in results if r["size"] == size), default=None
-        )
-        cells = [f"**{c}**" if c.startswith(f"{shown(best)} ") else c for c in cells]
+        for result in (row.get(method) for method in methods):
+            if result is None:
+                cells.append("")
+                continue
+            value = shown(result[metric])
+            low, high = (distance(end) for end in result["from_dense_interval"])
+            cells.append((f"**{value}**" if value == best else value) + f" ({low} to {high})")
         lines.append(f"| {100 * size:.4g} % | " + " | ".join(cells) + " |")
-    dense = results[0]
     low, high = (shown(value) for value in dense["interval"])
-    lines.append(f"\ndense: {metric} {shown(dense[metric])} ({low} to {high}), {content['examples']:,} examples")
+    lines.append(
+        f"\nDense: {metric} {shown(dense[metric])} (95 % interval {low} to {high}) on {content['examples']:,} "
+        "examples; in brackets the 95 % interval of the distance from it, paired by example (bootstrap)."
+    )
     return "\n".join(lines) + "\n"
 
 

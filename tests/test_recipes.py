@@ -232,7 +232,7 @@ def test_comparison_without_training(text, tmp_path):
         assert low <= row["accuracy"] <= high
     assert found["examples"] == 24
     table = (tmp_path / "out" / "table.md").read_text()
-    assert table.startswith("| feed-forward weights left | plan | kept neurons |") and "dense: accuracy" in table
+    assert table.startswith("| feed-forward weights left | plan | kept neurons |") and "Dense: accuracy" in table
     assert (tmp_path / "out" / "curve.png").stat().st_size > 1000
 
 
