@@ -195,7 +195,7 @@ def plot_plan(plan, paths):
     _save(figure, paths)
 
 
-def plot_curves(results, paths, metric, label):
+def plot_curves(results, paths, metric, label, limits=None):
     """One line for each method of a benchmark.
 
     Args:
@@ -203,6 +203,8 @@ def plot_curves(results, paths, metric, label):
         paths (`Sequence[str]`): As in [`plot_alphas`].
         metric (`str`): Key of the value, and label of its axis.
         label (`str`): Of the horizontal axis.
+        limits (`tuple[float, float]`, *optional*): Of the vertical axis. What lies outside is cut off, so that a
+            method that fails does not flatten the others.
     """
     figure, axes = pyplot.subplots(figsize=(6.5, 4.5), layout="constrained")
     for place, method in enumerate(dict.fromkeys(result["method"] for result in results)):
@@ -217,8 +219,9 @@ def plot_curves(results, paths, metric, label):
             axes.fill_between(shares, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_xlabel(f"{label}, %")
     axes.set_ylabel(metric)
+    axes.set_ylim(limits)
     axes.invert_xaxis()
-    axes.legend()
+    axes.legend(fontsize="small")
     _save(figure, paths)
 
 

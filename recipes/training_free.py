@@ -172,7 +172,6 @@ class Comparison:
         return np.exp(mean) if self.task.metric == "perplexity" else mean
 
     def write(self):
-        arguments = self.arguments
         results = [{k: v for k, v in result.items() if k != "values"} for result in self.results]
         content = {
             "arguments": self.described(),
@@ -188,12 +187,7 @@ class Comparison:
         (self.output / "results.json").write_text(json.dumps(content, indent=1) + "\n")
         (self.output / "table.md").write_text(table(content))
         with contextlib.suppress(ImportError):
-            from hf_layercollapse.plotting import plot_curves
-
-            share = "feed_forward_share" if arguments.of == "feed_forward" else "parameter_share"
-            label = "feed-forward weights left" if arguments.of == "feed_forward" else "parameters left"
-            rows = [{**result, "share": result[share]} for result in results]
-            plot_curves(rows, [self.output / f"curve.{kind}" for kind in ("png", "svg")], self.task.metric, label)
+            draw(content, [self.output / f"curve.{kind}" for kind in ("png", "svg")])
 
     # Methods
 
@@ -359,6 +353,24 @@ def table(content):
         "examples; in brackets the 95 % interval of the distance from it, paired by example (bootstrap)."
     )
     return "\n".join(lines) + "\n"
+
+
+def draw(content, paths):
+    """All methods in one picture, cut off where a method has lost ten points, or where its perplexity has tripled."""
+    from hf_layercollapse.plotting import plot_curves
+
+    metric, results = content["metric"], content["results"]
+    of_feed_forward = content["arguments"]["of"] == "feed_forward"
+    dense = results[0][metric]
+    rows = []
+    for result in results:
+        low, high = result["from_dense_interval"]
+        band = (dense * low, dense * high) if metric == "perplexity" else (dense + low, dense + high)
+        share = result["feed_forward_share" if of_feed_forward else "parameter_share"]
+        rows.append({**result, "share": share, "interval": band})
+    limits = (0.9 * dense, 3 * dense) if metric == "perplexity" else (dense - 0.1, dense + 0.01)
+    label = "feed-forward weights left" if of_feed_forward else "parameters left"
+    plot_curves(rows, paths, metric, label, limits)
 
 
 def main(words=None):
