@@ -18,6 +18,7 @@ from .comparison import compare_models, weights_folder
 from .families import find_feed_forward_blocks, refused_blocks
 from .model_card import auto_class_of, create_model_card
 from .planning import CollapsePlan, linearity_map, plan_collapse, table
+from .profiling import measure_speedup
 
 
 try:
@@ -282,6 +283,26 @@ def export(
         low, high = latency.ratio_quartiles
         rows.append([name, f"{latency.median * 1e3:.2f} ms", f"{latency.ratio:.2f}", f"{low:.2f} to {high:.2f}"])
     typer.echo(f"\n{table(rows)}")
+
+
+@app.command()
+def latency(
+    dense: Annotated[str, typer.Argument(help="Name on the Hub, or folder, of the dense model.", show_default=False)],
+    collapsed: Annotated[str, typer.Argument(help="The collapsed model.", show_default=False)],
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of the timed batch.")] = 8,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of each row.")] = 128,
+    compiled: Annotated[bool, typer.Option(help="Time both compiled by torch.compile too.")] = False,
+    rounds: Annotated[int, typer.Option(min=2, help="Timed calls of each model, in turn.")] = 30,
+    device: Device = "cpu",
+    trust_remote_code: Trust = False,
+):
+    """Times two models in turn, against what their MACs promise, and says where that cannot show."""
+    models = [load_model(name, trust_remote_code).to(device) for name in (dense, collapsed)]
+    inputs = example_inputs(models[0], _processor_of(models[0], dense), batch_size, length)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    modes = ["eager", "compiled"] if compiled else ["eager"]
+    for speedup in measure_speedup(*models, inputs, modes, rounds):
+        typer.echo(str(speedup))
 
 
 def example_inputs(model, processor, rows, length):

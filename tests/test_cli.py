@@ -167,6 +167,16 @@ def test_errors_are_one_line(classifier, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_latency(classifier, tmp_path):
+    folder, data = classifier
+    small = tmp_path / "small"
+    run("collapse", folder, "--data", data, "--label-column", "label", "--budget", "macs=0.3", "--output", small)
+    result = run("latency", folder, small, "--batch-size", 3, "--length", 12, "--rounds", 2)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("eager: ") and "the MACs promise" in result.stdout
+    assert "do not depend on the batch" in result.stdout
+
+
 def test_export(classifier, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason="the extra onnx is not installed")
