@@ -545,7 +545,8 @@ def native_trouble(model_type, autos, head=None):
 
 def _line(error):
     """An error in one line, without the names of temporary folders."""
-    text = re.sub(rf"{re.escape(tempfile.gettempdir())}/\w+", "FOLDER", " ".join(str(error).split()))[:300]
+    text = re.sub(rf"{re.escape(tempfile.gettempdir())}/\w+", "FOLDER", " ".join(str(error).split()))
+    text = re.sub(r"[\w/.-]+/site-packages/", "", text)[:300]
     return text if isinstance(error, Failure) else f"{type(error).__name__}: {text}"
 
 
