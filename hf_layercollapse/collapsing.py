@@ -573,7 +573,7 @@ def best_fit(moments, rank, count=None):
         else:
             # Neurons for a given map, then the map for these neurons: twice, after which little changes.
             right = functional.reduced_rank(cov_ff[:width, :width], cov_fo[:width], width, rank)[1]
-            for step in range(2):
+            for step in range(2 if rank else 1):
                 if step:
                     part = moments.restricted(chosen)
                     right = functional.reduced_rank(part.cov_ff, part.cov_fo, width, rank)[1]

@@ -206,9 +206,10 @@ def greedy_neurons(cov_ff, cov_fo, width, count, given=None, ridge=RIDGE):
         column = (hh[:, best] - columns[:step].T @ columns[:step, best]) / pivot
         columns[step] = column
         direction = rest[best] / pivot
-        rest = rest - torch.outer(column, direction)
-        gains = rest.square().sum(1)
-        left = left - column.square()
+        # `rest` is large, and this loop reads it all: updated in place, and its rows' squares with it.
+        gains += column.square() * direction.square().sum() - 2 * column * (rest @ direction)
+        rest.addr_(column, direction, alpha=-1)
+        left -= column.square()
         taken[best] = True
         chosen.append(best)
     return chosen

@@ -14,21 +14,33 @@ import datasets
 import torch
 import transformers
 import yaml
-from controls import drop_blocks, feed_forward_share, prune_width
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from controls import TaughtTrainer, drop_blocks, feed_forward_share, prune_width
+from transformers import AutoConfig, HfArgumentParser, TrainingArguments, set_seed
 
-from hf_layercollapse import LayerCollapseConfig, LayerCollapseTrainer, collapse_model, find_feed_forward_blocks
+from hf_layercollapse import (
+    CollapsePlan,
+    LayerCollapseConfig,
+    LayerCollapseTrainer,
+    collapse_model,
+    find_feed_forward_blocks,
+    plan_collapse,
+)
 from hf_layercollapse.collapsing import cost_of
-from hf_layercollapse.profiling import count_parameters
+from hf_layercollapse.profiling import compare_latency, count_parameters
 
 
 METHODS = {
     "dense": "nothing, the model trains as it is",
     "layer_collapse": "blocks are patched, train with the penalty, and collapse at the end",
     "fit": "blocks become their least-squares maps (`rank`, and neurons up to `share`) before training heals them",
+    "plan": "`plan_collapse` chooses what each block becomes, down to `share` of all blocks; then training heals them",
     "drop": "blocks give zero, before training",
     "prune_width": "torch-pruning cuts the blocks' hidden width to `share` of their parameters, before training",
 }
+
+
+# Shares of the feed-forward MACs at which a plan is measured: halves, eighths, sixths and more fall on them.
+PLAN_POINTS = [part / 48 for part in range(47, 3, -1)]
 
 
 @dataclass
@@ -42,6 +54,12 @@ class DataArguments:
         default=None,
         metadata={"help": "In place of it: a folder with the config of a new model, and its processor or tokenizer."},
     )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "With --config_name: fields of the config, as 'n_layer=2,resid_pdrop=0.2'."}
+    )
+    dtype: str = field(
+        default="auto", metadata={"help": "Of a pretrained model's weights: float32, bfloat16, or auto, as stored."}
+    )
     dataset_name: str | None = field(default=None, metadata={"help": "Data: a name on the Hub, or a folder."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     train_file: str | None = field(
@@ -52,6 +70,9 @@ class DataArguments:
     validation_split: str = field(default="validation", metadata={"help": "Split of a data set to evaluate on."})
     input_column: str | None = field(
         default=None, metadata={"help": "Column of the text or image. Default: 'text' or 'image'."}
+    )
+    second_input_column: str | None = field(
+        default=None, metadata={"help": "Column of the second text, for pairs of them."}
     )
     label_column: str = field(default="label", metadata={"help": "Column of the class."})
     max_length: int = field(default=128, metadata={"help": "Tokens of a text, at most; or of each block of text."})
@@ -76,6 +97,16 @@ class DataArguments:
         """Where the processor, and the model or its config, are."""
         return self.model_name_or_path or self.config_name
 
+    def make_model(self, auto_class, **more):
+        """The pretrained model, or a new one; `more` is for its config."""
+        if self.config_name is None:
+            return auto_class.from_pretrained(self.model_name_or_path, dtype=self.dtype, **more)
+        new = {name: value for name, value in more.items() if name != "ignore_mismatched_sizes"}
+        config = AutoConfig.from_pretrained(self.config_name, **new)
+        if self.config_overrides is not None:
+            config.update_from_string(self.config_overrides)
+        return auto_class.from_config(config)
+
 
 @dataclass
 class MethodArguments:
@@ -84,16 +115,26 @@ class MethodArguments:
     method: str = field(default="dense", metadata={"help": "; ".join(f"{k}: {v}" for k, v in METHODS.items())})
     share: float | None = field(
         default=None,
-        metadata={"help": "Share of the chosen blocks' weights that 'fit' and 'prune_width' leave, in (0, 1)."},
+        metadata={
+            "help": "Share of the chosen blocks' weights that 'fit', 'plan' and 'prune_width' leave, in (0, 1)."
+        },
     )
     calibration_samples: int = field(default=512, metadata={"help": "Training rows that maps are fitted to."})
+    plan_samples: int = field(default=512, metadata={"help": "Further training rows, that 'plan' scores plans on."})
+    plan_file: str | None = field(
+        default=None, metadata={"help": "Where 'plan' keeps its plan; one that is there is used, at another size too."}
+    )
+    latency_rounds: int = field(
+        default=0, metadata={"help": "Rounds in which the model before and after take turns on one batch. 0: none."}
+    )
+    save_result: bool = field(default=True, metadata={"help": "Whether the model is saved at the end."})
     train_embeddings: bool = field(default=True, metadata={"help": "Whether token embeddings are trained."})
 
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"--method must be one of {', '.join(METHODS)}, got {self.method!r}.")
-        if self.method == "prune_width" and self.share is None:
-            raise ValueError("--method prune_width needs --share.")
+        if self.method in ("plan", "prune_width") and self.share is None:
+            raise ValueError(f"--method {self.method} needs --share.")
         if self.share is not None and not 0 < self.share < 1:
             raise ValueError(f"--share must be in (0, 1), got {self.share}.")
 
@@ -101,7 +142,7 @@ class MethodArguments:
 ALTERNATIVES = {
     "train_file": ("dataset_name", "dataset_config_name"),
     "dataset_name": ("train_file", "validation_file"),
-    "model_name_or_path": ("config_name",),
+    "model_name_or_path": ("config_name", "config_overrides"),
     "config_name": ("model_name_or_path",),
 }
 
@@ -145,17 +186,22 @@ def run(task, description, arguments=None):
     if not recipe.train_embeddings:
         model.get_input_embeddings().requires_grad_(False)
     blocks = find_feed_forward_blocks(model)
-    dense_parameters, dense_macs = count_parameters(model), sum(block.macs for block in blocks)
-    heals = recipe.method == "fit" and config.distils
-    if config.distils and recipe.method not in ("layer_collapse", "fit"):
-        raise ValueError(f"A teacher goes with --method layer_collapse or fit, not with {recipe.method}.")
-    teacher = copy.deepcopy(model).requires_grad_(False) if heals else None  # layer_collapse makes its own
+    dense_parameters = count_parameters(model)
+    heals = recipe.method in ("fit", "plan") and config.distils
+    dense = None
+    if recipe.latency_rounds or (config.distils and recipe.method != "layer_collapse"):
+        dense = copy.deepcopy(model).requires_grad_(False)
     report = prepare(task, model, recipe, config)
-    trainer = LayerCollapseTrainer(
+    trainer_class, teaching = LayerCollapseTrainer, {}
+    if heals or recipe.method == "layer_collapse":
+        # Which makes a teacher of its own from a model that is dense.
+        teaching = {"layer_collapse_config": config, "teacher": dense if heals else None}
+    elif config.distils:
+        trainer_class, teaching = TaughtTrainer, {"teacher": dense, "config": config}
+    trainer = trainer_class(
         model,
         args=arguments,
-        layer_collapse_config=config if heals or recipe.method == "layer_collapse" else None,
-        teacher=teacher,
+        **teaching,
         calibration_data=task.batches(recipe.calibration_samples),
         train_dataset=task.train,
         eval_dataset=task.validation,
@@ -172,10 +218,18 @@ def run(task, description, arguments=None):
         report = trainer.collapse(allow_none=True)
         print(report)
     results["after"] = trainer.evaluate()
-    trainer.save_model()
+    if recipe.save_result:
+        trainer.save_model()
+    if recipe.latency_rounds:
+        batch = {name: value.to(arguments.device) for name, value in task.batches(32, batch_size=32)[0].items()}
+        # Without the autocast that training put around one of them.
+        after = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        models = {"dense": dense.to(arguments.device), "after": after}
+        times = compare_latency(models, batch, recipe.latency_rounds, progress=False)["after"]
+        results["latency"] = {"ratio": times.ratio, "quartiles": times.ratio_quartiles}
     results.update(
         method=recipe.method,
-        feed_forward_share=feed_forward_share(model, dense_macs),
+        feed_forward_share=feed_forward_share(model, blocks),
         parameters=count_parameters(model),
         dense_parameters=dense_parameters,
         report=None if report is None else report.to_dict(),
@@ -206,11 +260,33 @@ def prepare(task, model, recipe, config):
         report = collapse_model(model, config, calibration_data=task.batches(recipe.calibration_samples))
         print(report)
         return report
+    if recipe.method == "plan":
+        plan = make_plan(task, model, recipe).at(macs=recipe.share)
+        report = collapse_model(model, plan=plan, calibration_data=task.batches(recipe.calibration_samples))
+        print(report)
+        return report
     if recipe.method == "drop":
         drop_blocks(model, config.blocks)
     if recipe.method == "prune_width":
         prune_width(model, config.blocks, recipe.share, task.batches(32)[0])
     return None
+
+
+def make_plan(task, model, recipe):
+    """The plan in `plan_file`, or a new one, which is kept there."""
+    if recipe.plan_file is not None and Path(recipe.plan_file).exists():
+        return CollapsePlan.load(recipe.plan_file)
+    plan = plan_collapse(
+        model,
+        task.batches(recipe.calibration_samples),
+        macs=recipe.share,
+        evaluation_data=task.batches(recipe.plan_samples, skip=recipe.calibration_samples),
+        points=PLAN_POINTS,
+        whole_curve=recipe.plan_file is not None,
+    )
+    if recipe.plan_file is not None:
+        plan.save(recipe.plan_file)
+    return plan
 
 
 def load_rows(data, loaders, prepare=None):

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from hf_layercollapse import find_feed_forward_blocks, functional
+from hf_layercollapse import LayerCollapseTrainer, find_feed_forward_blocks, functional
 from hf_layercollapse.calibration import OUTLIER_LENGTH
 from hf_layercollapse.families import modules_of, select_blocks, survey_blocks
 
@@ -17,6 +17,36 @@ class Zeros(nn.Module):
 
     def forward(self, x):
         return x.new_zeros(*x.shape[:-1], self.out_features)
+
+
+class TaughtTrainer(LayerCollapseTrainer):
+    """Gives a classifier or language model without any collapse the same teacher: what distillation alone is worth.
+
+    Args:
+        teacher (`nn.Module`): The dense model.
+        config ([`LayerCollapseConfig`]): `distillation_weight` and `temperature` are used.
+    """
+
+    def __init__(self, *args, teacher, config, **kwargs):
+        super().__init__(*args, **kwargs)
+        if config.hidden_state_weight:
+            raise ValueError("`hidden_state_weight` compares collapsed blocks, and this method leaves none.")
+        self.control_teacher, self.control_config = teacher.to(self.args.device).eval(), config
+        # This loss does not count labels over accumulated batches.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            with torch.no_grad():
+                expected = self.control_teacher(**inputs).logits
+            logits, labels = outputs.logits, inputs["labels"]
+            if labels.dim() == 2:  # of a language model: a token's logits are about the next one
+                logits, expected, labels = logits[:, :-1], expected[:, :-1], labels[:, 1:]
+            counted = labels != -100
+            rows = functional.soft_target_loss(logits[counted], expected[counted], self.control_config.temperature)
+            loss = loss + self.control_config.distillation_weight * rows.mean()
+        return (loss, outputs) if return_outputs else loss
 
 
 def chosen_blocks(model, selector):
@@ -35,9 +65,13 @@ def drop_blocks(model, selector):
         model.set_submodule(names[parts.down], Zeros(block.out_features))
 
 
-def feed_forward_share(model, dense_macs) -> float:
-    """Multiply-accumulates of the feed-forward blocks that are left, as a share of the dense model's."""
-    return sum(block.macs for block in find_feed_forward_blocks(model)) / dense_macs
+def feed_forward_share(model, blocks) -> float:
+    """Weights of the feed-forward blocks that are left, as a share of the dense model's, whose `blocks` these were."""
+    # By path: what was cut to fewer neurons than it has inputs is not looked upon as a block any more.
+    modules = dict(model.named_modules())
+    linears = [block.path(linear) for block in blocks for linear in block.layout.linears]
+    left = sum(p.numel() for path in linears if path in modules for p in modules[path].parameters() if p.dim() > 1)
+    return left / sum(block.macs for block in blocks)
 
 
 def prune_width(model, selector, share, example):

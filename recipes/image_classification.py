@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 import torch
 from common import load_rows, run
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, DefaultDataCollator
+from transformers import AutoImageProcessor, AutoModelForImageClassification, DefaultDataCollator
 
 from hf_layercollapse.metrics import Accuracy
 
@@ -68,11 +68,9 @@ class ImageClassification:
         return np.asarray(image, np.uint8)[..., None]
 
     def make_model(self):
-        if self.data.config_name is not None:
-            config = AutoConfig.from_pretrained(self.data.config_name, num_labels=self.classes)
-            return AutoModelForImageClassification.from_config(config)
-        return AutoModelForImageClassification.from_pretrained(
-            self.data.source, num_labels=self.classes, ignore_mismatched_sizes=True
+        # The head of a pretrained model may have other classes.
+        return self.data.make_model(
+            AutoModelForImageClassification, num_labels=self.classes, ignore_mismatched_sizes=True
         )
 
     def batches(self, samples=None, skip=0, validation=False, batch_size=64):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from common import TABLES, load_rows, run
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, default_data_collator
+from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator
 
 from hf_layercollapse.metrics import Perplexity
 
@@ -48,9 +48,7 @@ class LanguageModeling:
         return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
 
     def make_model(self):
-        if self.data.config_name is not None:
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.data.config_name))
-        return AutoModelForCausalLM.from_pretrained(self.data.source)
+        return self.data.make_model(AutoModelForCausalLM)
 
     def batches(self, samples=None, skip=0, validation=False, batch_size=1):
         """Batches of blocks of the training text (or of the validation text), with labels."""

@@ -13,7 +13,7 @@ that TrainingArguments and LayerCollapseConfig know is an option too. On several
 
 import torch
 from common import TABLES, load_rows, run
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from hf_layercollapse.metrics import Accuracy
 
@@ -27,14 +27,14 @@ class TextClassification:
         self.data = data
         self.processor = AutoTokenizer.from_pretrained(data.source)
         train, validation = load_rows(data, TABLES)
-        text = data.input_column or "text"
-        for name in (text, data.label_column):
+        texts = [data.input_column or "text"] + ([data.second_input_column] if data.second_input_column else [])
+        for name in (*texts, data.label_column):
             if name not in train.column_names:
                 raise ValueError(f"The data has no column {name!r}, only {train.column_names}.")
         self.classes = len(set(train[data.label_column]))
 
         def encode(rows):
-            encoded = self.processor(rows[text], truncation=True, max_length=data.max_length)
+            encoded = self.processor(*(rows[text] for text in texts), truncation=True, max_length=data.max_length)
             return {**encoded, "labels": rows[data.label_column]}
 
         self.train, self.validation = (
@@ -43,10 +43,7 @@ class TextClassification:
         self.collate = DataCollatorWithPadding(self.processor)
 
     def make_model(self):
-        if self.data.config_name is not None:
-            config = AutoConfig.from_pretrained(self.data.config_name, num_labels=self.classes)
-            return AutoModelForSequenceClassification.from_config(config)
-        return AutoModelForSequenceClassification.from_pretrained(self.data.source, num_labels=self.classes)
+        return self.data.make_model(AutoModelForSequenceClassification, num_labels=self.classes)
 
     def batches(self, samples=None, skip=0, validation=False, batch_size=32):
         """Labelled batches of training rows (or of the validation split), of like lengths together."""

@@ -39,9 +39,9 @@ from language_modeling import LanguageModeling
 from text_classification import TextClassification
 from tqdm.auto import tqdm
 
-from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model, plan_collapse
+from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model, functional, plan_collapse
 from hf_layercollapse.calibration import collect_moments
-from hf_layercollapse.collapsing import Trial, best_fit, cost_of, make_merge
+from hf_layercollapse.collapsing import Trial, cost_of, make_merge
 from hf_layercollapse.families import modules_of
 from hf_layercollapse.metrics import bootstrap_interval
 from hf_layercollapse.patching import alpha_parameters
@@ -198,15 +198,27 @@ class Comparison:
         return collect_moments(self.model, self.model, self.blocks, self.fit, neurons)
 
     def uniform(self, method, rank):
-        """Every block alike."""
+        """Every block alike: `rank` is 0, or `None` for full."""
+        counts = {}
         for size, left in self.left(method):
             block = self.blocks[0]
             keep = int((left / self.macs * block.macs - cost_of(block, rank, 0)) / cost_of(block, 0, 1) + 1e-6)
-            if keep < 0 or (rank == 0 and keep == 0):
-                continue
+            if keep > 0 or (keep == 0 and rank is None):
+                counts[size] = keep
+        if not counts:
+            return
+        orders = {}
+        for block in tqdm(self.blocks, desc=f"Choosing neurons ({method})", leave=False):
+            moments = self.moments[block.name]
+            given = moments.cov_ff.new_zeros(0, moments.width) if rank == 0 else None
+            # The first of them are the choice for every smaller size.
+            orders[block.name] = functional.greedy_neurons(
+                moments.cov_ff, moments.cov_fo, moments.width, max(counts.values()), given
+            )
+        for size, keep in counts.items():
             with Trial(self.model) as trial:
                 for block in tqdm(self.blocks, desc=f"Fitting ({method})", leave=False):
-                    fit = best_fit(self.moments[block.name], rank, keep)
+                    fit = self.moments[block.name].restricted(sorted(orders[block.name][:keep])).fit(rank)
                     trial.put(make_merge(block, modules_of(self.model, block), fit, refit=True))
                 weights = sum(cost_of(block, rank, keep) for block in self.blocks)
                 self.add(method, size, weights, kept_neurons=keep)
