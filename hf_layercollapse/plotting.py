@@ -83,28 +83,50 @@ def plot_alphas(history, paths, collapse_threshold=LayerCollapseConfig.collapse_
     _save(figure, paths)
 
 
-def plot_tradeoff(rows, paths, quality="quality", lower_is_better=False, latency_label="latency, relative to dense"):
+# What a horizontal axis of sizes shows: key of a row -> its label and factor.
+SIZES = {
+    "parameters": ("parameters, millions", 1e-6),
+    "parameter_share": ("parameters left, %", 100.0),
+    "feed_forward_share": ("feed-forward weights left, %", 100.0),
+}
+
+
+def plot_tradeoff(
+    rows,
+    paths,
+    quality="quality",
+    lower_is_better=False,
+    latency_label="latency, relative to dense",
+    size="parameters",
+    limits=None,
+):
     """Quality over size and over measured time, all methods in one picture.
 
     Rows with the same method and the same `setting` are repetitions (seeds): a point is at their mean, and its bars
     go from the least to the greatest of them. What is called "dense" is drawn as a level too.
 
     Args:
-        rows (`list[dict]`): With `method`, `quality`, `parameters`, and optionally `latency` (panel left out if no
-            row has one), `setting` (default: the number of parameters), and `interval`, `(low, high)` of the quality
-            of a row, which is drawn where a point has one row only.
+        rows (`list[dict]`): With `method`, `quality`, the size, and optionally `latency` (panel left out if no
+            row has one), `setting` (default: the size), and `interval`, `(low, high)` of the quality of a row, which
+            is drawn where a point has one row only.
         paths (`Sequence[str]`): As in [`plot_alphas`].
         quality (`str`): Label of the vertical axis.
         lower_is_better (`bool`): Turns that axis round, so that better is up.
         latency_label (`str`): Of the horizontal axis of the second panel.
+        size (`str`): Key of a row's size: `"parameters"`, a count, or `"parameter_share"` or `"feed_forward_share"`,
+            which are in [0, 1].
+        limits (`tuple[float, float]`, *optional*): Of the vertical axis, least value first. What lies outside is cut
+            off, so that a method that fails does not flatten the others.
 
     Raises:
         ValueError: There are no rows, or one lacks a value.
     """
-    missing = [row for row in rows if not {"method", "quality", "parameters"} <= row.keys()]
+    if size not in SIZES:
+        raise ValueError(f"`size` must be one of {', '.join(SIZES)}, got {size!r}.")
+    missing = [row for row in rows if not {"method", "quality", size} <= row.keys()]
     if not rows or missing:
-        raise ValueError(f"Each row needs `method`, `quality` and `parameters`; got {missing[:1] or 'no rows'}.")
-    quantities = [("parameters", "parameters, millions", 1e-6)]
+        raise ValueError(f"Each row needs `method`, `quality` and `{size}`; got {missing[:1] or 'no rows'}.")
+    quantities = [(size, *SIZES[size])]
     if any("latency" in row for row in rows):
         quantities.append(("latency", latency_label, 1.0))
     figure, panels = pyplot.subplots(
@@ -113,7 +135,7 @@ def plot_tradeoff(rows, paths, quality="quality", lower_is_better=False, latency
     methods = list(dict.fromkeys(row["method"] for row in rows))
     for axes, (key, label, factor) in zip(panels[0], quantities, strict=True):
         for place, method in enumerate(sorted(methods, key=lambda name: name == "dense")):
-            points = _points([row for row in rows if row["method"] == method and key in row], key, factor)
+            points = _points([row for row in rows if row["method"] == method and key in row], key, factor, size)
             if not points:
                 continue
             x, y, x_bars, y_bars = zip(*points, strict=True)
@@ -129,6 +151,7 @@ def plot_tradeoff(rows, paths, quality="quality", lower_is_better=False, latency
         axes.invert_xaxis()
         axes.grid(alpha=0.25, linewidth=0.5)
     panels[0][0].set_ylabel(quality)
+    panels[0][0].set_ylim(limits)
     if lower_is_better:
         panels[0][0].invert_yaxis()
     handles, labels = panels[0][0].get_legend_handles_labels()
@@ -138,11 +161,11 @@ def plot_tradeoff(rows, paths, quality="quality", lower_is_better=False, latency
     _save(figure, paths)
 
 
-def _points(rows, key, factor):
+def _points(rows, key, factor, size):
     """`(x, y, (below, above) of x, (below, above) of y)` of each setting, from small to large x."""
     settings = {}
     for row in rows:
-        settings.setdefault(row.get("setting", row["parameters"]), []).append(row)
+        settings.setdefault(row.get("setting", row[size]), []).append(row)
     points = []
     for group in settings.values():
         x, y = np.array([factor * row[key] for row in group]), np.array([row["quality"] for row in group])
@@ -192,36 +215,6 @@ def plot_plan(plan, paths):
     axes.set_ylabel(plan.score_name)
     axes.invert_xaxis()
     axes.legend()
-    _save(figure, paths)
-
-
-def plot_curves(results, paths, metric, label, limits=None):
-    """One line for each method of a benchmark.
-
-    Args:
-        results (`list[dict]`): With `method`, `share`, the metric, and optionally `interval` `(low, high)`.
-        paths (`Sequence[str]`): As in [`plot_alphas`].
-        metric (`str`): Key of the value, and label of its axis.
-        label (`str`): Of the horizontal axis.
-        limits (`tuple[float, float]`, *optional*): Of the vertical axis. What lies outside is cut off, so that a
-            method that fails does not flatten the others.
-    """
-    figure, axes = pyplot.subplots(figsize=(6.5, 4.5), layout="constrained")
-    for place, method in enumerate(dict.fromkeys(result["method"] for result in results)):
-        points = sorted((r["share"], r[metric], r.get("interval")) for r in results if r["method"] == method)
-        shares = [100 * share for share, _, _ in points]
-        if method == "dense":
-            axes.axhline(points[0][1], color="black", linewidth=0.8, linestyle="--", label="dense")
-            continue
-        (line,) = axes.plot(shares, [value for _, value, _ in points], label=method, markersize=4, **_style(place))
-        if method == "plan" and all(interval for _, _, interval in points):
-            low, high = zip(*(interval for _, _, interval in points), strict=True)
-            axes.fill_between(shares, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set_xlabel(f"{label}, %")
-    axes.set_ylabel(metric)
-    axes.set_ylim(limits)
-    axes.invert_xaxis()
-    axes.legend(fontsize="small")
     _save(figure, paths)
 
 

@@ -236,14 +236,14 @@ def draw(content, names, paths):
         {
             "method": run_["name"],
             "quality": run_["quality"],
-            "parameters": run_["parameters"],
+            "feed_forward_share": run_["feed_forward_share"],
             "setting": run_["share"] or 1.0,
             **({"latency": run_["latency"]["ratio"]} if run_["latency"] else {}),
         }
         for run_ in content["runs"]
         if run_["name"] in names
     ]
-    plot_tradeoff(rows, paths, content["metric"], content["metric"] == "perplexity")
+    plot_tradeoff(rows, paths, content["metric"], content["metric"] == "perplexity", size="feed_forward_share")
 
 
 def main(words=None):

@@ -369,20 +369,20 @@ def table(content):
 
 def draw(content, paths):
     """All methods in one picture, cut off where a method has lost ten points, or where its perplexity has tripled."""
-    from hf_layercollapse.plotting import plot_curves
+    from hf_layercollapse.plotting import plot_tradeoff
 
     metric, results = content["metric"], content["results"]
-    of_feed_forward = content["arguments"]["of"] == "feed_forward"
-    dense = results[0][metric]
-    rows = []
+    size = "feed_forward_share" if content["arguments"]["of"] == "feed_forward" else "parameter_share"
+    dense, rows = results[0][metric], []
     for result in results:
-        low, high = result["from_dense_interval"]
-        band = (dense * low, dense * high) if metric == "perplexity" else (dense + low, dense + high)
-        share = result["feed_forward_share" if of_feed_forward else "parameter_share"]
-        rows.append({**result, "share": share, "interval": band})
-    limits = (0.9 * dense, 3 * dense) if metric == "perplexity" else (dense - 0.1, dense + 0.01)
-    label = "feed-forward weights left" if of_feed_forward else "parameters left"
-    plot_curves(rows, paths, metric, label, limits)
+        row = {"method": result["method"], "quality": result[metric], size: result[size]}
+        if result["method"] == "plan":
+            low, high = result["from_dense_interval"]
+            row["interval"] = (dense * low, dense * high) if metric == "perplexity" else (dense + low, dense + high)
+        rows.append(row)
+    worse = metric == "perplexity"
+    limits = (0.95 * dense, 3 * dense) if worse else (dense - 0.1, dense + 0.01)
+    plot_tradeoff(rows, paths, metric, worse, size=size, limits=limits)
 
 
 def main(words=None):

@@ -96,6 +96,23 @@ def test_quality_over_size_and_latency(tmp_path, drawn):
     assert len(drawn[1].axes) == 1 and drawn[1].axes[0].yaxis_inverted()
 
 
+def test_shares_and_limits(tmp_path, drawn):
+    rows = [
+        {"method": "dense", "quality": 20.0, "parameter_share": 1.0},
+        {"method": "ours", "quality": 25.0, "parameter_share": 0.5, "interval": (24.0, 27.0)},
+        {"method": "other", "quality": 1000.0, "parameter_share": 0.5},
+    ]
+    files = tmp_path / "curve.png", tmp_path / "curve.svg"
+    plot_tradeoff(rows, files, "perplexity", lower_is_better=True, size="parameter_share", limits=(19.0, 60.0))
+    check_files(*files)
+    (axes,) = drawn[0].axes
+    assert axes.get_ylim() == (60.0, 19.0) and axes.get_xlabel() == "parameters left, %"
+    found = {container.get_label(): container for container in axes.containers}
+    assert list(found["ours"][0].get_xdata()) == [50]
+    with pytest.raises(ValueError, match="`size` must be one of parameters"):
+        plot_tradeoff(rows, files, size="weight")
+
+
 def test_rows_that_lack_something():
     with pytest.raises(ValueError, match="no rows"):
         plot_tradeoff([], [])
