@@ -23,7 +23,7 @@ from .profiling import compare_latency
 
 # Shares of a block's weights that plans choose from. 0.125 is one full matrix in a block four times as wide as the
 # model.
-LEVELS = (0.5, 0.375, 0.28, 0.22, 0.17, 0.125, 0.08)
+LEVELS = (0.9, 0.8, 0.65, 0.5, 0.375, 0.28, 0.22, 0.17, 0.125, 0.08)
 
 # Ranks of the linear part that are tried at each level, as shares of the input width; `None` is full rank.
 RANK_SHARES = (None, 0.25, 0.125, 0.0)
