@@ -11,7 +11,7 @@ from ._version import __version__ as __version__
 
 # name -> module; loaded on first use, so that importing the package costs little.
 _EXPORTS = {
-    "CollapsePlan": "planning",
+    "CollapsePlan": "plans",
     "CollapseReport": "collapsing",
     "CollapsibleActivation": "modeling_layercollapse",
     "FeedForwardBlock": "families",

@@ -17,8 +17,10 @@ from .collapsing import collapse_model
 from .comparison import compare_models, weights_folder
 from .families import find_feed_forward_blocks, refused_blocks
 from .model_card import auto_class_of, create_model_card
-from .planning import CollapsePlan, linearity_map, plan_collapse, table
+from .planning import linearity_map, plan_collapse
+from .plans import CollapsePlan
 from .profiling import measure_speedup
+from .tables import table
 
 
 try:

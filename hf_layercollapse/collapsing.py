@@ -240,7 +240,7 @@ def collapse_model(
     if config is not None and not isinstance(config, LayerCollapseConfig):
         raise TypeError(f"`config` must be a LayerCollapseConfig, got {type(config).__name__}.")
     if plan is not None:
-        from .planning import CollapsePlan
+        from .plans import CollapsePlan
 
         if not isinstance(plan, CollapsePlan):
             raise TypeError(f"`plan` must be a CollapsePlan, got {type(plan).__name__}.")

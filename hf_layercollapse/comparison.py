@@ -18,8 +18,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ._version import __version__
 from .families import unwrap
 from .metrics import accuracy_interval, paired_difference, paired_perplexity_difference, perplexity_interval
-from .planning import table
 from .profiling import compare_latency, count_macs, count_parameters, describe_hardware, weights_size
+from .tables import table
 
 
 CONFIDENCE = 0.95

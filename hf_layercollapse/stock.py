@@ -70,7 +70,7 @@ class StockReport:
         return dataclasses.asdict(self)
 
     def __str__(self):
-        from .planning import table
+        from .tables import table
 
         rows = [["", "parameters", "feed-forward MACs/token"]]
         for name in ("dense", "collapsed", "stock"):

@@ -14,7 +14,8 @@ from hf_layercollapse import (
     linearity_map,
     plan_collapse,
 )
-from hf_layercollapse.planning import LEVELS, weights_fingerprint
+from hf_layercollapse.plan_search import LEVELS
+from hf_layercollapse.plans import weights_fingerprint
 
 from .models import BY_NAME
 from .test_narrow import _MORE

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from hf_layercollapse import CollapsePlan, LayerCollapseConfig, apply_layer_collapse, find_feed_forward_blocks
 from hf_layercollapse.optimization import exchange_parameters
-from hf_layercollapse.planning import PlanPoint
+from hf_layercollapse.plans import PlanPoint
 from tests.models import BY_NAME, LAYERS
 from tests.training import SetAlphas, alphas_of, assert_same, model_of, state_of, trainer_for
 

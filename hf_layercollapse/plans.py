@@ -1,0 +1,237 @@
+"""Plans as data: points of a curve, budgets, a file that can be kept, and the weights that it is for."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+
+from ._version import __version__
+from .collapsing import BlockChoice
+from .tables import table
+
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PlanPoint:
+    """One plan of the curve.
+
+    Args:
+        choices (`dict[str, tuple[int | None, int]]`): Block name -> rank of its linear map (`None`: full) and number
+            of neurons kept. Blocks that are not named stay as they are.
+        parameters (`int`): Of the whole model.
+        macs (`int`): Multiply-accumulates per token in the feed-forward blocks.
+        score (`float`): Measured on the data that plans are scored on.
+    """
+
+    choices: dict[str, tuple[int | None, int]]
+    parameters: int
+    macs: int
+    score: float
+
+
+@dataclass(frozen=True)
+class CollapsePlan:
+    """Which blocks collapse, and how, with all plans that were met on the way to it.
+
+    It holds choices and scores, no weights: [`collapse_model`] fits them to data again. A plan is for one model, by
+    its weights' fingerprint, and is refused for another.
+
+    Args:
+        fingerprint (`str`): Of the model's weights.
+        score_name (`str`): `"loss"`, `"divergence"` or `"metric"`; lower is better except for a metric.
+        budget (`dict`): What was asked for.
+        neurons (`dict[str, dict[str, list[int]]]`): Block name -> rank (as text) -> neurons in the order of their use:
+            who keeps `k` keeps the first `k`.
+        curve (`list[PlanPoint]`): From the model as it is to the smallest plan.
+        chosen (`int`): Index in the curve.
+        latency (`float`, *optional*): Measured share of the dense model's time, where that was the budget.
+    """
+
+    fingerprint: str
+    score_name: str
+    budget: dict
+    neurons: dict[str, dict[str, list[int]]]
+    curve: list[PlanPoint]
+    chosen: int
+    latency: float | None = None
+    version: int = PLAN_VERSION
+    made_by: str = field(default=f"hf_layercollapse {__version__}")
+
+    @property
+    def point(self) -> PlanPoint:
+        """The chosen point of the curve."""
+        return self.curve[self.chosen]
+
+    @property
+    def order(self) -> list[str]:
+        """The blocks that the chosen point names, in the order in which the curve came to them: the cheapest first."""
+        met = [name for point in self.curve[: self.chosen + 1] for name in point.choices]
+        return [name for name in dict.fromkeys(met) if name in self.point.choices]
+
+    def at(self, parameters=None, macs=None, max_drop=None) -> "CollapsePlan":
+        """The same plan at another point of its curve, without measuring anything again.
+
+        Args:
+            parameters, macs, max_drop: One budget, as in [`plan_collapse`].
+
+        Raises:
+            ValueError: Not exactly one is given, or no point of the curve meets it.
+        """
+        budget = one_budget(parameters=parameters, macs=macs, max_drop=max_drop)
+        chosen = first_within(self.curve, budget, self.score_name)
+        if chosen is None:
+            raise ValueError(f"No point of this plan's curve meets {budget}; make a plan for it.")
+        return dataclasses.replace(self, chosen=chosen, budget=budget, latency=None)
+
+    def choices_for(self, inner, blocks) -> dict[str, BlockChoice]:
+        """Block name -> what it is to become in this model.
+
+        Raises:
+            ValueError: The plan was made for a model with other weights.
+        """
+        found = weights_fingerprint(inner)
+        if found != self.fingerprint:
+            raise ValueError(
+                f"This plan was made for other weights: its fingerprint is {self.fingerprint}, and the model's is "
+                f"{found}. Make a plan for this model with `plan_collapse`."
+            )
+        names = {block.name for block in blocks}
+        unknown = sorted(self.point.choices.keys() - names)
+        if unknown:
+            raise ValueError(f"The plan names what is no block of this model: {unknown}.")
+        return {
+            name: BlockChoice(rank, sorted(self.neurons[name][key_of(rank)][:count]))
+            for name, (rank, count) in self.point.choices.items()
+        }
+
+    def to_dict(self):
+        """Plain data, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values) -> "CollapsePlan":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: It is no plan, or one of a newer version.
+        """
+        if not isinstance(values, dict) or not isinstance(values.get("version"), int):
+            raise ValueError("This is no collapse plan: it has no version.")
+        if values["version"] > PLAN_VERSION:
+            raise ValueError(
+                f"This plan has version {values['version']}, and this code reads versions up to {PLAN_VERSION}. "
+                "Upgrade with `pip install -U hf_layercollapse`."
+            )
+        names = {f.name for f in dataclasses.fields(cls)}
+        required = names - {"latency", "made_by"}
+        if values.keys() - names or required - values.keys():
+            raise ValueError(
+                f"This is no collapse plan: missing {sorted(required - values.keys())}, unknown "
+                f"{sorted(values.keys() - names)}."
+            )
+        try:
+            curve = [
+                PlanPoint(
+                    {name: (rank, count) for name, (rank, count) in point["choices"].items()},
+                    point["parameters"],
+                    point["macs"],
+                    point["score"],
+                )
+                for point in values["curve"]
+            ]
+            plan = cls(**{**values, "curve": curve})
+            checks = [isinstance(plan.chosen, int) and 0 <= plan.chosen < len(curve), isinstance(plan.neurons, dict)]
+            for point in curve:
+                checks += [count <= len(plan.neurons[n][key_of(rank)]) for n, (rank, count) in point.choices.items()]
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"This is no collapse plan: {type(error).__name__} {error}.") from error
+        if not all(checks):
+            raise ValueError("This is no collapse plan: its choices do not fit together.")
+        return plan
+
+    def save(self, path):
+        """Writes the plan as JSON."""
+        beside = f"{os.fspath(path)}.tmp"
+        with open(beside, "w", encoding="utf-8") as file:
+            json.dump(self.to_dict(), file, indent=1)
+            file.write("\n")
+        os.replace(beside, path)
+
+    @classmethod
+    def load(cls, path) -> "CollapsePlan":
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: The file holds no plan.
+        """
+        with open(path, encoding="utf-8") as file:
+            try:
+                values = json.load(file)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{os.fspath(path)} is not JSON: {error}.") from error
+        return cls.from_dict(values)
+
+    def __str__(self):
+        rows = [["plan", "parameters", "FFN MACs/token", self.score_name, "blocks collapsed"]]
+        for index, point in enumerate(self.curve):
+            mark = "*" if index == self.chosen else ""
+            rows.append(
+                [
+                    f"{index}{mark}",
+                    f"{point.parameters:,}",
+                    f"{point.macs:,}",
+                    f"{point.score:.4f}",
+                    str(len(point.choices)),
+                ]
+            )
+        chosen = [["block", "rank", "kept neurons"]]
+        for name, (rank, count) in self.point.choices.items():
+            chosen.append([name, "full" if rank is None else str(rank), str(count)])
+        lines = [table(rows), "", table(chosen)]
+        if self.latency is not None:
+            lines.append(f"measured time, as a share of the dense model's: {self.latency:.3f}")
+        return "\n".join(lines)
+
+
+def key_of(rank):
+    return "full" if rank is None else str(rank)
+
+
+def weights_fingerprint(model) -> str:
+    """A hash of a sample of every parameter: equal for equal weights, whatever device they are on."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        stride = max(1, values.numel() // 256)
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(values[::stride].float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def one_budget(**budgets):
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(f"Exactly one budget of {', '.join(budgets)} is needed, got {sorted(given) or 'none'}.")
+    ((name, value),) = given.items()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"`{name}` must be a number, got {value!r}.")
+    whole = isinstance(value, int) and name in ("parameters", "macs") and value > 1
+    if not (whole or (0 <= value if name == "max_drop" else 0 < value < 1)):
+        allowed = {"max_drop": ">= 0", "latency": "a share in (0, 1)"}.get(name, "a share in (0, 1) or a count")
+        raise ValueError(f"`{name}` must be {allowed}, got {value}.")
+    return given
+
+
+def first_within(curve, budget, score_name):
+    """Index of the point with the best score (of the smallest, for a `max_drop`) within the budget, or `None`."""
+    ((name, value),) = budget.items()
+    sign = -1.0 if score_name == "metric" else 1.0
+    if name == "max_drop":
+        within = [i for i, point in enumerate(curve) if sign * (point.score - curve[0].score) <= value]
+        return max(within, key=lambda i: -curve[i].parameters)
+    limit = value if value > 1 else value * getattr(curve[0], name)
+    within = [i for i, point in enumerate(curve) if getattr(point, name) <= limit]
+    return min(within, key=lambda i: sign * curve[i].score) if within else None
