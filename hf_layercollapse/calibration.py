@@ -63,11 +63,10 @@ class BlockMoments:
             self.var_o,
         )
 
-    def fit(self, rank=None, ridge=functional.RIDGE):
+    def fit(self, rank=None, refine=functional.REFINE):
         """The least-squares [`functional.Fit`] on all features."""
-        return functional.fit_block(
-            self.mean_f, self.mean_o, self.cov_ff, self.cov_fo, self.var_o, self.width, self.neurons, rank, ridge
-        )
+        moments = self.mean_f, self.mean_o, self.cov_ff, self.cov_fo, self.var_o
+        return functional.fit_block(*moments, self.width, self.neurons, rank, refine=refine)
 
 
 def calibrate_affine_targets(model, inner, blocks, activations, calibration_data, token_mask_fn=None):

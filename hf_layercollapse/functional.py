@@ -14,6 +14,9 @@ import torch
 # Ridge of the fits, relative to each feature's variance.
 RIDGE = 1e-6
 
+# Steps of iterative refinement that take the ridge back.
+REFINE = 2
+
 
 def merge_plain(up_weight_mi, up_bias_m, down_weight_om, down_bias_o, slope_m=1.0, offset_m=0.0):
     """`down(slope * up(x) + offset)` as one linear map (LayerCollapse, arXiv 2311.17943, with slope 1 and offset 0).
@@ -94,12 +97,13 @@ def second_moments(total, sum_f, sum_o, moments_ff, cross_fo, squares_o):
     return sum_f / total, sum_o / total, cov_ff, cov_fo, var_o
 
 
-def regress(cov_ff, cov_fo, ridge=RIDGE):
+def regress(cov_ff, cov_fo, ridge=RIDGE, refine=REFINE):
     """`argmin_A E |y - A^T f|^2` over centred features, shape `(f, o)`.
 
     Args:
-        ridge (`float`): Relative to each feature's own variance. Two steps of refinement take back what it costs
-            where the data does determine the answer, so that a block which is linear is fitted exactly.
+        ridge (`float`): Relative to each feature's own variance.
+        refine (`int`): Steps that take back what the ridge costs where the data does determine the answer. After two
+            a block which is linear is fitted exactly; each costs as much again as the rest.
     """
     variance = cov_ff.diagonal()
     varies = variance > 1e-12 * variance.max()
@@ -115,9 +119,23 @@ def regress(cov_ff, cov_fo, ridge=RIDGE):
         factor = vectors * values.clamp_min(ridge)[None].sqrt()
         factor = torch.linalg.qr(factor.T).R.T
     solution = torch.cholesky_solve(target, factor)
-    for _ in range(2):
+    for _ in range(refine):
         solution = solution + torch.cholesky_solve(target - correlation @ solution, factor)
     return solution * scale[:, None]
+
+
+def generalized(residual, tokens, features):
+    """What a least-squares fit leaves unexplained on other data than its own, by generalised cross-validation.
+
+    `residual / (1 - features / tokens)^2` (Golub, Heath and Wahba 1979): each feature explains a part of its own data
+    by chance, so that fits of different sizes cannot be compared by what they leave there.
+
+    Args:
+        residual (`float`): Share of the variance left unexplained on the data that was fitted to, in [0, 1].
+        tokens (`int`): Of that data.
+        features (`float`): Coefficients for each output.
+    """
+    return residual / (1 - features / tokens) ** 2 if features < tokens else math.inf
 
 
 def unexplained(cov_ff, cov_fo, var_o, solution_fo):
@@ -126,7 +144,7 @@ def unexplained(cov_ff, cov_fo, var_o, solution_fo):
     return float((var_o.sum() - explained).clamp_min(0))
 
 
-def reduced_rank(cov_ff, cov_fo, width, rank, ridge=RIDGE):
+def reduced_rank(cov_ff, cov_fo, width, rank, ridge=RIDGE, refine=REFINE):
     """The best `y = P V x + D h` with `rank(P V) <= rank`, for features `f = [x, h]` (Izenman 1975).
 
     Args:
@@ -136,13 +154,13 @@ def reduced_rank(cov_ff, cov_fo, width, rank, ridge=RIDGE):
     Returns:
         `(left_or, right_ri, down_fo)`: `P`, `V`, and `D^T` with one row per feature of `h`.
     """
-    solution = regress(cov_ff, cov_fo, ridge)
+    solution = regress(cov_ff, cov_fo, ridge, refine)
     weight_io = solution[:width]
     xx, xh, hh = cov_ff[:width, :width], cov_ff[:width, width:], cov_ff[width:, width:]
     kept = hh.shape[0] > 0
     if kept and rank < width:
         # What of x the neurons do not give already.
-        xx = xx - xh @ regress(hh, xh.T, ridge)
+        xx = xx - xh @ regress(hh, xh.T, ridge, refine)
     fitted_oo = weight_io.T @ xx @ weight_io
     _, vectors = torch.linalg.eigh((fitted_oo + fitted_oo.T) / 2)
     left = vectors[:, vectors.shape[1] - rank :].flip(1)
@@ -151,7 +169,7 @@ def reduced_rank(cov_ff, cov_fo, width, rank, ridge=RIDGE):
         return left, right, cov_fo.new_zeros(0, cov_fo.shape[1])
     # The same product in a form whose channels are of one size: half-precision models need it.
     rest = cov_fo[width:] - xh.T @ right.T @ left.T
-    return left, right, regress(hh, rest, ridge)
+    return left, right, regress(hh, rest, ridge, refine)
 
 
 def balance(left_or, right_ri):
@@ -244,13 +262,14 @@ class Fit:
         return None if self.left_or is None else self.left_or.shape[1]
 
 
-def fit_block(mean_f, mean_o, cov_ff, cov_fo, var_o, width, neurons=(), rank=None, ridge=RIDGE):
+def fit_block(mean_f, mean_o, cov_ff, cov_fo, var_o, width, neurons=(), rank=None, ridge=RIDGE, refine=REFINE):
     """The least-squares [`Fit`] of a block from the moments of its features `[x, h_K]`.
 
     Args:
         width (`int`): Input width: the first features.
         neurons (`Sequence[int]`): Hidden indices of the other features, in their order.
         rank (`int`, *optional*): Of the linear part; `None`: full.
+        ridge, refine: As in [`regress`].
 
     Raises:
         ValueError: `rank` is negative.
@@ -259,10 +278,10 @@ def fit_block(mean_f, mean_o, cov_ff, cov_fo, var_o, width, neurons=(), rank=Non
         raise ValueError(f"`rank` must be at least 0 or None, got {rank}.")
     weight = left = right = None
     if rank is None:
-        solution = regress(cov_ff, cov_fo, ridge)
+        solution = regress(cov_ff, cov_fo, ridge, refine)
         weight, down = solution[:width].T, solution[width:]
     else:
-        left, right, down = reduced_rank(cov_ff, cov_fo, width, min(rank, width, cov_fo.shape[1]), ridge)
+        left, right, down = reduced_rank(cov_ff, cov_fo, width, min(rank, width, cov_fo.shape[1]), ridge, refine)
         solution = torch.cat([(left @ right).T, down])
         left, right = balance(left, right)
     bias = mean_o - solution.T @ mean_f

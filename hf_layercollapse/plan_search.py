@@ -28,6 +28,10 @@ PLAN_FEATURES = 4096
 # Candidates for the next step that are measured before the best of them is taken.
 MEASURED_PER_STEP = 3
 
+# How far the walks between measured points trust in what each block costs alone: at 1 wholly, at 0 every block is
+# taken to suffer alike from what its own fit leaves unexplained. Alone, a block can look cheaper than among others.
+TRUSTS = (1.0, 0.5, 0.0)
+
 # A measurement after several steps corrects what is expected of the blocks that moved by at most this factor.
 MOST_CORRECTED = 4.0
 
@@ -53,6 +57,15 @@ def candidate_neurons(model, inner, blocks, data, token_mask_fn):
         else list(range(block.hidden_features))
         for block in blocks
     }
+
+
+@dataclass
+class _Walk:
+    """Where one walk stands: what each block is, what it is expected to cost, and the score."""
+
+    state: dict
+    sensitivity: dict
+    score: float
 
 
 class Search:
@@ -99,9 +112,12 @@ class Search:
             order = functional.greedy_neurons(moments.cov_ff, moments.cov_fo, width, counts[-1], given)
             positions[rank] = order
             for count in counts:
-                fit = moments.restricted(order[:count]).fit(rank)
+                # What a block is in the end is fitted anew, and refined.
+                fit = moments.restricted(order[:count]).fit(rank, refine=0)
                 cost = cost_of(block, rank, count)
-                found[cost, rank, count] = _Option(rank, count, cost, 1 - fit.r2), fit
+                features = count + (width if rank is None else rank * (1 + (width - rank) / block.out_features))
+                residual = functional.generalized(1 - fit.r2, moments.tokens, features)
+                found[cost, rank, count] = _Option(rank, count, cost, residual), fit
         # A size is worth having if nothing smaller is as good.
         best = math.inf
         options = []
@@ -185,25 +201,41 @@ class Search:
             self._record(current)
             yield
 
-    def _to_points(self, current):
+    def _to_points(self, base):
+        """At each point several walks are measured, and the best is what the curve holds there."""
+        walks = [_Walk(dict.fromkeys(self.blocks), self._trusted(trust), base) for trust in TRUSTS]
         for point in self.points:
-            moved, expected = set(), 0.0
-            while self._macs() > point and (moves := self._moves()):
-                rate, name, option = moves[0]
-                expected += rate * (self._now(name)[0] - option.cost)
-                self.state[name] = option
-                moved.add(name)
-            if not moved:
-                continue
-            for name in moved:
-                self._set(name, self.state[name])
-            value = self.score()
-            ratio = self.score.sign * (value - current) / expected
-            for name in moved:
-                self.sensitivity[name] *= min(max(ratio, 1 / MOST_CORRECTED), MOST_CORRECTED)
-            current = value
-            self._record(current)
-            yield
+            moved = [walk for walk in walks if self._move(walk, point)]
+            if moved:
+                best = min(moved, key=lambda walk: self.score.sign * walk.score)
+                self.state = best.state
+                self._record(best.score)
+                yield
+
+    def _trusted(self, trust):
+        """The sensitivities, drawn towards their geometric mean: at 0 all blocks are alike."""
+        mean = math.exp(sum(map(math.log, self.sensitivity.values())) / len(self.sensitivity))
+        return {name: value**trust * mean ** (1 - trust) for name, value in self.sensitivity.items()}
+
+    def _move(self, walk, point):
+        """Takes a walk on to the point and measures it there; whether there was a step to take."""
+        self.state, self.sensitivity = walk.state, walk.sensitivity
+        moved, expected = set(), 0.0
+        while self._macs() > point and (moves := self._moves()):
+            rate, name, option = moves[0]
+            expected += rate * (self._now(name)[0] - option.cost)
+            self.state[name] = option
+            moved.add(name)
+        if not moved:
+            return False
+        for name, option in self.state.items():
+            self._set(name, option)
+        value = self.score()
+        ratio = self.score.sign * (value - walk.score) / expected
+        for name in moved:
+            self.sensitivity[name] *= min(max(ratio, 1 / MOST_CORRECTED), MOST_CORRECTED)
+        walk.score = value
+        return True
 
     def _macs(self):
         return self.dense_macs - sum(block.macs - self._now(name)[0] for name, block in self.blocks.items())

@@ -303,3 +303,17 @@ def test_relative_error():
     assert functional.relative_error(a, a * float("nan")) != functional.relative_error(a, a * float("nan"))
     # Beyond what bfloat16 or float32 squares hold.
     assert functional.relative_error(1e25 * a, 2e25 * a) == pytest.approx(1.0)
+
+
+def test_generalized_residual_is_what_other_data_shows():
+    """Noise that is fitted with many features explains part of its own data, and is wrong on other data."""
+    torch.manual_seed(0)
+    tokens, seen, unseen = 600, [], []
+    for features in (50, 300):
+        f, y = torch.randn(2 * tokens, features).double(), torch.randn(2 * tokens, 8).double()
+        solution = functional.regress(f[:tokens].T @ f[:tokens] / tokens, f[:tokens].T @ y[:tokens] / tokens)
+        left = (y - f @ solution).square()
+        seen.append(functional.generalized(float(left[:tokens].mean()), tokens, features))
+        unseen.append(float(left[tokens:].mean()))
+    assert seen == pytest.approx(unseen, rel=0.1) and unseen[1] > 1.5 * unseen[0]
+    assert functional.generalized(0.1, 10, 10) == float("inf")
