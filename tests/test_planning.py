@@ -13,6 +13,7 @@ from hf_layercollapse import (
     find_feed_forward_blocks,
     linearity_map,
     plan_collapse,
+    plan_search,
 )
 from hf_layercollapse.plan_search import LEVELS
 from hf_layercollapse.plans import weights_fingerprint
@@ -250,3 +251,16 @@ def test_a_mild_budget_is_met_mildly(case):
     dense = plan.curve[0].macs
     first = dense - plan.curve[1].macs
     assert 0 < first <= 0.25 * block.macs
+
+
+def test_between_measured_points_the_best_of_several_walks_counts(monkeypatch):
+    case = BY_NAME["gpt2"]
+    points = [0.9, 0.75, 0.6, 0.45, 0.3]
+
+    def scores(trusts):
+        monkeypatch.setattr(plan_search, "TRUSTS", trusts)
+        return [point.score for point in plan_of(case, macs=0.3, points=points, whole_curve=True)[1].curve]
+
+    alone = [scores((trust,)) for trust in (1.0, 0.5, 0.0)]
+    assert len({len(walk) for walk in alone}) == 1 and alone[0] != alone[2]
+    assert scores((1.0, 0.5, 0.0)) == pytest.approx([min(values) for values in zip(*alone, strict=True)])
