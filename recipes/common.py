@@ -39,8 +39,8 @@ METHODS = {
 }
 
 
-# Shares of the feed-forward MACs at which a plan is measured. Among them is what stays of six blocks four times as wide
-# as the model once three, five or six of them are one matrix: 27, 13 and 6 of 48 parts.
+# Shares of the feed-forward MACs at which a plan is measured. Among them is what stays of six blocks, four times as
+# wide as the model, once three, five or six of them are one matrix: 27, 13 and 6 of 48 parts.
 PLAN_POINTS = [part / 48 for part in (45, 42, 39, 36, 33, 30, 27, 24, 21, 18, 15, 13, 12, 10, 8, 6, 5, 4)]
 
 
