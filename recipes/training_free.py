@@ -125,6 +125,7 @@ class Comparison:
         content = json.loads(path.read_text()) if path.exists() else None
         if content is None or content["arguments"] != self.described():
             return []
+        self.started -= content["seconds"]
         return [result for result in content["results"] if result["method"] != "dense"]
 
     def described(self):
