@@ -172,7 +172,8 @@ def _points(rows, key, factor, size):
         low, high = y.min(), y.max()
         if len(group) == 1 and group[0].get("interval") is not None:
             low, high = group[0]["interval"]
-        bars = (y.mean() - low, high - y.mean())
+        # An interval may lack its point by a rounding error.
+        bars = (max(0.0, y.mean() - low), max(0.0, high - y.mean()))
         points.append((x.mean(), y.mean(), (x.mean() - x.min(), x.max() - x.mean()), bars))
     return sorted(points)
 

@@ -33,7 +33,7 @@ METHODS = {
     "dense": "nothing, the model trains as it is",
     "layer_collapse": "blocks are patched, train with the penalty, and collapse at the end",
     "fit": "blocks become their least-squares maps (`rank`, and neurons up to `share`) before training heals them",
-    "plan": "`plan_collapse` chooses what each block becomes, down to `share` of all blocks; then training heals them",
+    "plan": "`plan_collapse` chooses what the chosen blocks become, until `share` of all is left; training heals them",
     "drop": "blocks give zero, before training",
     "prune_width": "torch-pruning cuts the blocks' hidden width to `share` of their parameters, before training",
 }
@@ -117,7 +117,8 @@ class MethodArguments:
     share: float | None = field(
         default=None,
         metadata={
-            "help": "Share of the chosen blocks' weights that 'fit', 'plan' and 'prune_width' leave, in (0, 1)."
+            "help": "Share of the chosen blocks' weights that 'fit' and 'prune_width' leave, or of all blocks' that "
+            "'plan' leaves, in (0, 1)."
         },
     )
     calibration_samples: int = field(default=512, metadata={"help": "Training rows that maps are fitted to."})
@@ -192,7 +193,8 @@ def run(task, description, arguments=None):
     dense = None
     if recipe.latency_rounds or (config.distils and recipe.method != "layer_collapse"):
         dense = copy.deepcopy(model).requires_grad_(False)
-    report = prepare(task, model, recipe, config)
+    with arguments.main_process_first(desc="collapsing"):  # whose plan the others find in `plan_file`
+        report = prepare(task, model, recipe, config)
     trainer_class, teaching = LayerCollapseTrainer, {}
     if heals or recipe.method == "layer_collapse":
         # Which makes a teacher of its own from a model that is dense.
@@ -262,7 +264,7 @@ def prepare(task, model, recipe, config):
         print(report)
         return report
     if recipe.method == "plan":
-        plan = make_plan(task, model, recipe).at(macs=recipe.share)
+        plan = make_plan(task, model, recipe, config.blocks).at(macs=recipe.share)
         report = collapse_model(model, plan=plan, calibration_data=task.batches(recipe.calibration_samples))
         print(report)
         return report
@@ -273,7 +275,7 @@ def prepare(task, model, recipe, config):
     return None
 
 
-def make_plan(task, model, recipe):
+def make_plan(task, model, recipe, blocks):
     """The plan in `plan_file`, or a new one, which is kept there."""
     if recipe.plan_file is not None and Path(recipe.plan_file).exists():
         return CollapsePlan.load(recipe.plan_file)
@@ -282,7 +284,8 @@ def make_plan(task, model, recipe):
         task.batches(recipe.calibration_samples),
         macs=recipe.share,
         evaluation_data=task.batches(recipe.plan_samples, skip=recipe.calibration_samples),
-        points=PLAN_POINTS,
+        blocks=blocks,
+        points=[*PLAN_POINTS, recipe.share],
         whole_curve=recipe.plan_file is not None,
     )
     if recipe.plan_file is not None:

@@ -109,6 +109,9 @@ def test_shares_and_limits(tmp_path, drawn):
     assert axes.get_ylim() == (60.0, 19.0) and axes.get_xlabel() == "parameters left, %"
     found = {container.get_label(): container for container in axes.containers}
     assert list(found["ours"][0].get_xdata()) == [50]
+    # An interval whose end is the point itself, but for rounding.
+    rows[1].update(quality=0.1 + 0.2, interval=(0.1, 0.3))
+    plot_tradeoff(rows, files, size="parameter_share")
     with pytest.raises(ValueError, match="`size` must be one of parameters"):
         plot_tradeoff(rows, files, size="weight")
 
