@@ -337,13 +337,18 @@ class Comparison:
             self.model = model
 
 
+def _short(form):
+    """A format for numbers that may be huge."""
+    return lambda value: form.format(value) if value < 10_000 else form.replace("f}", "g}").format(value)
+
+
 def table(content):
     """The results as Markdown: sizes down, methods across, the best of each size in bold."""
     dense, *results = content["results"]
     metric = content["metric"]
     methods = [method for method in METHODS if any(result["method"] == method for result in results)]
     if metric == "perplexity":
-        best_of, shown, distance = min, "{:.1f}".format, "x {:.2f}".format
+        best_of, shown, distance = min, _short("{:.1f}"), _short("x {:.2f}")
     else:
         best_of, shown, distance = max, lambda value: f"{100 * value:.1f}", lambda value: f"{100 * value:+.1f}"
     of = "feed-forward weights" if content["arguments"]["of"] == "feed_forward" else "parameters"
