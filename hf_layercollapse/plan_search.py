@@ -28,6 +28,12 @@ PLAN_FEATURES = 4096
 # Candidates for the next step that are measured before the best of them is taken.
 MEASURED_PER_STEP = 3
 
+# Up to so many blocks every step of the search is measured. Each then takes up to three measurements.
+MOST_STEPPED_BLOCKS = 8
+
+# With more blocks, the curve is measured at multiples of one part in so many.
+EVEN_POINTS = 24
+
 # How far the walks between measured points trust in what each block costs alone: at 1 wholly, at 0 every block is
 # taken to suffer alike from what its own fit leaves unexplained. Alone, a block can look cheaper than among others.
 TRUSTS = (1.0, 0.5, 0.0)
@@ -44,6 +50,22 @@ class _Option:
     count: int
     cost: int
     residual: float
+
+
+def default_points(budget, parameters, macs):
+    """Shares of the feed-forward MACs: evenly spaced, and where the budget is met.
+
+    Args:
+        budget (`dict`): As of a plan.
+        parameters, macs (`int`): Of the dense model, and of its feed-forward blocks.
+    """
+    points = {part / EVEN_POINTS for part in range(1, EVEN_POINTS)}
+    ((name, value),) = budget.items()
+    if name in ("macs", "parameters"):
+        whole = {"macs": macs, "parameters": parameters}[name]
+        # Parameters of a block are its MACs, but for biases.
+        points.add(1 - (whole - (value if value > 1 else value * whole)) / macs)
+    return [point for point in points if 0 < point < 1]
 
 
 def candidate_neurons(model, inner, blocks, data, token_mask_fn):

@@ -9,7 +9,15 @@ from tqdm.auto import tqdm
 from .calibration import collect_moments
 from .collapsing import Trial, make_merge
 from .families import check_weights, find_feed_forward_blocks, modules_of, select_blocks, survey_blocks, unwrap
-from .plan_search import LEVELS, RANK_SHARES, Search, candidate_neurons, within_latency
+from .plan_search import (
+    LEVELS,
+    MOST_STEPPED_BLOCKS,
+    RANK_SHARES,
+    Search,
+    candidate_neurons,
+    default_points,
+    within_latency,
+)
 from .plans import CollapsePlan, first_within, one_budget, weights_fingerprint
 from .scoring import Score, split
 from .tables import table
@@ -165,8 +173,8 @@ def plan_collapse(
         levels (`Sequence[float]`): Shares of a block's weights to choose from.
         rank_shares (`Sequence[float | None]`): Ranks to choose from, as shares of the input width; `None`: full.
         points (`Sequence[float]`, *optional*): Shares of the feed-forward MACs at which the curve is measured, each
-            in (0, 1); between them steps are taken on expectation, which each measurement corrects. For models with
-            many blocks, where every measurement costs. Default: every step is measured.
+            in (0, 1); between them steps are taken on expectation, which each measurement corrects. Default: every
+            step is measured up to eight blocks; with more, 23 evenly spaced shares and the budget's own.
         whole_curve (`bool`): Go on below the budget, to the smallest plan, so that `plan.at` can reach it.
 
     Raises:
@@ -177,6 +185,9 @@ def plan_collapse(
         raise ValueError(f"`points` must be shares in (0, 1), got {list(points)}.")
     inner, _ = unwrap(model)
     chosen = _candidates(inner, blocks)
+    total = sum(parameter.numel() for parameter in inner.parameters())
+    if points is None and len(chosen) > MOST_STEPPED_BLOCKS:
+        points = default_points(budget, total, sum(block.macs for block in find_feed_forward_blocks(inner)))
     if any(block.state == "patched" for block in find_feed_forward_blocks(inner)):
         raise ValueError("The model is patched; plans are for dense models. `remove_layer_collapse` takes it back.")
     fitting, scoring = split(calibration_data, evaluation_data)
@@ -184,7 +195,6 @@ def plan_collapse(
     moments = collect_moments(
         model, inner, chosen, fitting, candidate_neurons(model, inner, chosen, fitting, token_mask_fn), token_mask_fn
     )
-    total = sum(parameter.numel() for parameter in inner.parameters())
     search = Search(inner, chosen, moments, score, total, levels, rank_shares, points)
     del moments
     with search:

@@ -1,9 +1,11 @@
 """The linearity map and plans: what they measure, and that they can be kept, applied and refused."""
 
+import copy
 import json
 
 import pytest
 import torch
+from transformers import GPT2LMHeadModel
 
 from hf_layercollapse import (
     CollapsePlan,
@@ -14,6 +16,7 @@ from hf_layercollapse import (
     linearity_map,
     plan_collapse,
     plan_search,
+    scoring,
 )
 from hf_layercollapse.plan_search import LEVELS
 from hf_layercollapse.plans import weights_fingerprint
@@ -264,3 +267,22 @@ def test_between_measured_points_the_best_of_several_walks_counts(monkeypatch):
     alone = [scores((trust,)) for trust in (1.0, 0.5, 0.0)]
     assert len({len(walk) for walk in alone}) == 1 and alone[0] != alone[2]
     assert scores((1.0, 0.5, 0.0)) == pytest.approx([min(values) for values in zip(*alone, strict=True)])
+
+
+@pytest.mark.parametrize("budget", [{"macs": 0.61}, {"parameters": 0.8}], ids=str)
+def test_many_blocks_are_planned_in_few_measurements(monkeypatch, budget):
+    case = BY_NAME["gpt2"]
+    config = copy.deepcopy(case.model().config)
+    config.n_layer = 10
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).eval()
+    scored, measure = [], scoring.Score.__call__
+    monkeypatch.setattr(scoring.Score, "__call__", lambda self: scored.append(1) or measure(self))
+    plan = plan_collapse(model, data_of(case), **budget)
+    ((name, share),) = budget.items()
+    dense, point = plan.curve[0], plan.point
+    # The budget's own point is among them, and is used up but for one step of a block.
+    left = getattr(point, name) / getattr(dense, name)
+    assert share - 0.05 < left <= share
+    # Each block once, and three walks at each of at most 24 points.
+    assert len(scored) <= 1 + 10 + 3 * 24
