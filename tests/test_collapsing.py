@@ -95,14 +95,18 @@ def test_the_merge_is_exact_at_alpha_one(case, target, dtype):
 @pytest.mark.parametrize("granularity", ["block", "neuron"])
 def test_logits_at_alpha_one_stay_within_the_rounding_error(case, target, granularity):
     config = LayerCollapseConfig(linear_target=target, granularity=granularity)
-    model, inputs = patched(case, config), case.inputs()
-    plain = logits(model, inputs)
-    exact_model = patched(case, config).double()
-    exact_inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-    exact = logits(exact_model, exact_inputs)
+    model, exact_model = patched(case, config), patched(case, config).double()
+    # The largest error of a few numbers is a matter of luck, and of the processor: batches enough to tell.
+    batches = [case.inputs(seed=seed) for seed in range(16)]
+
+    def all_logits(model, dtype):
+        cast = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()} for batch in batches]
+        return torch.cat([logits(model, batch).flatten() for batch in cast])
+
+    plain, exact = all_logits(model, torch.float32), all_logits(exact_model, torch.float64)
     collapse_model(model)
     error = max((plain - exact).abs().max(), torch.finfo(torch.float32).eps * exact.abs().max())
-    assert (logits(model, inputs) - exact).abs().max() <= 2 * error
+    assert (all_logits(model, torch.float32) - exact).abs().max() <= 2 * error
 
 
 @every_model
