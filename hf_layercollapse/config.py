@@ -46,8 +46,8 @@ class LayerCollapseConfig:
         default="identity",
         metadata={
             "help": "The line that alpha leads to: 'identity' (the paper's), or 'affine', per neuron and fitted to "
-            "calibration data. On SST-2 (MiniLM, two seeds, recipes/README.md) affine is better by 0.7 points with three "
-            "of six blocks, identity by 1.6 with all six."
+            "calibration data. On SST-2 (MiniLM, two seeds, recipes/README.md) affine is better by 0.7 points with "
+            "three of six blocks, identity by 1.6 with all six."
         },
     )
     granularity: str = field(
