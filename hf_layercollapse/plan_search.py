@@ -236,6 +236,8 @@ class Search:
 
     def _trusted(self, trust):
         """The sensitivities, drawn towards their geometric mean: at 0 all blocks are alike."""
+        if not self.sensitivity:  # no block has a size to choose
+            return {}
         mean = math.exp(sum(map(math.log, self.sensitivity.values())) / len(self.sensitivity))
         return {name: value**trust * mean ** (1 - trust) for name, value in self.sensitivity.items()}
 

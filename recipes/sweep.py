@@ -29,16 +29,8 @@ from pathlib import Path
 
 import yaml
 from common import ALTERNATIVES, run
-from image_classification import ImageClassification
-from language_modeling import LanguageModeling
-from text_classification import TextClassification
+from tasks import TASKS
 
-
-TASKS = {
-    "text_classification": TextClassification,
-    "image_classification": ImageClassification,
-    "language_modeling": LanguageModeling,
-}
 
 # Seeds of the runs that begin with a model of the sweep's own: other batches than those it has just seen.
 FURTHER_SEED = 1000

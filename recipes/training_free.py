@@ -34,9 +34,7 @@ import numpy as np
 import torch
 from common import DataArguments, machine, parse, versions
 from controls import chosen_blocks, replace_layers, replaceable_layers
-from image_classification import ImageClassification
-from language_modeling import LanguageModeling
-from text_classification import TextClassification
+from tasks import TASKS
 from tqdm.auto import tqdm
 
 from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model, functional, plan_collapse
@@ -48,11 +46,6 @@ from hf_layercollapse.patching import alpha_parameters
 from hf_layercollapse.profiling import count_parameters
 
 
-TASKS = {
-    "text_classification": TextClassification,
-    "image_classification": ImageClassification,
-    "language_modeling": LanguageModeling,
-}
 METHODS = ("plan", "kept neurons", "width cut", "least squares", "identity", "affine", "dropped", "layers replaced")
 
 

@@ -286,3 +286,10 @@ def test_many_blocks_are_planned_in_few_measurements(monkeypatch, budget):
     assert share - 0.05 < left <= share
     # Each block once, and three walks at each of at most 24 points.
     assert len(scored) <= 1 + 10 + 3 * 24
+
+
+def test_where_no_size_is_possible_the_budget_cannot_be_met():
+    """Levels too small for a single neuron; also between measured points, where there is nothing to average."""
+    for points in (None, [0.9, 0.5]):
+        with pytest.raises(ValueError, match="cannot be met"):
+            plan_of(BY_NAME["gpt2"], macs=0.5, levels=[1e-6], rank_shares=[0.0], points=points)
