@@ -12,7 +12,7 @@ from ._version import __version__ as __version__
 # name -> module; loaded on first use, so that importing the package costs little.
 _EXPORTS = {
     "CollapsePlan": "plans",
-    "CollapseReport": "collapsing",
+    "CollapseReport": "reports",
     "CollapsibleActivation": "modeling_layercollapse",
     "FeedForwardBlock": "families",
     "FeedForwardLayout": "families",

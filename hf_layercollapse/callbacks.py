@@ -7,9 +7,9 @@ from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from .collapsing import is_ready
 from .config import LayerCollapseConfig
 from .families import unwrap
+from .merging import is_ready
 from .optimization import AlphaSteps, penalty_strength_at
 from .patching import collapsible_activations, layer_collapse_config_of, patch_or_check, penalty
 

@@ -1,196 +1,46 @@
-"""Merging blocks and replacing them; what that did, as a [`CollapseReport`]."""
+"""Collapsing a model: what is to become of which block, all of it checked before anything is put in place."""
 
 import contextlib
 import copy
-import dataclasses
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from . import functional
 from .calibration import CANDIDATES_PER_NEURON, collect_moments, logits_of, reiterable, score_neurons
 from .config import LayerCollapseConfig
 from .families import (
-    FeedForwardBlock,
     check_weights,
     is_adapted,
     modules_of,
     select_blocks,
     survey_blocks,
     unwrap,
-    weight_and_bias,
 )
-from .modeling_layercollapse import (
-    CollapsedBlock,
-    CollapsedIdentity,
-    CollapsibleActivation,
-    NarrowActivation,
-    NarrowFeedForward,
-    PassOnConv1D,
-    PassOnLinear,
+from .merging import (
+    BlockChoice,
+    Trial,
+    cost_of,
+    effective_rank,
+    fit_of_weights,
+    is_ready,
+    make_merge,
+    put_in_place,
+    ready_neurons,
 )
 from .patching import (
     collapsible_activations,
     layer_collapse_config_of,
     refresh_layer_collapse,
-    replace_module,
     restore_blocks,
 )
+from .reports import BlockReport, CollapseReport
 
 
 # Batches whose logits are compared before and after; enough to see a difference, few enough to hold.
 LOGIT_BATCHES = 8
-
-
-@dataclass(frozen=True)
-class BlockReport:
-    """What happened to one block.
-
-    Args:
-        name (`str`), index (`int`): Which block.
-        outcome (`str`): `"collapsed"`; `"kept"` or `"restored"` if it was patched but not ready.
-        method (`str`, *optional*): `"merged"` (alpha taken as 1) or `"refit"` (least squares on calibration data).
-        alpha (`float`, *optional*): Smallest alpha of the block before, `None` if it was not patched.
-        parameters_before, parameters_after (`int`): Weights and biases of the block.
-        macs_before, macs_after (`int`): Multiply-accumulates per token.
-        error (`float`, *optional*): Relative error of the one map against the block before, `|new - old| / |old|`, on
-            the standard-normal inputs of [`functional.gaussian_inputs`].
-        calibration_error (`float`, *optional*): The same on the calibration data, if there was any and the block was
-            refit to it.
-        r2 (`float`, *optional*): Share of the variance of the block's output that the map explains on that data.
-        rank (`int`, *optional*): Of the linear map where it is two thin matrices; `None`: full.
-        kept_neurons (`int`): Neurons that stay nonlinear beside the map.
-    """
-
-    name: str
-    index: int
-    outcome: str
-    alpha: float | None
-    parameters_before: int
-    parameters_after: int
-    macs_before: int
-    macs_after: int
-    method: str | None = None
-    error: float | None = None
-    calibration_error: float | None = None
-    r2: float | None = None
-    rank: int | None = None
-    kept_neurons: int = 0
-
-
-@dataclass(frozen=True)
-class CollapseReport:
-    """What a collapse did. Prints as a table.
-
-    Args:
-        blocks (`list[BlockReport]`): Every block that was looked at, in forward order.
-        parameters_before, parameters_after (`int`): Of the whole model, shared ones counted once.
-        largest_logit_difference (`float`, *optional*): Largest absolute difference of the model's first output before
-            and after, over the first calibration batches.
-    """
-
-    blocks: list[BlockReport]
-    parameters_before: int
-    parameters_after: int
-    largest_logit_difference: float | None = None
-
-    @property
-    def collapsed(self) -> list[str]:
-        """Names of the blocks that are one linear map now."""
-        return [block.name for block in self.blocks if block.outcome == "collapsed"]
-
-    @property
-    def not_collapsed(self) -> list[str]:
-        """Names of the blocks that were patched but not ready."""
-        return [block.name for block in self.blocks if block.outcome != "collapsed"]
-
-    def to_dict(self):
-        """Plain data, ready for JSON."""
-        return dataclasses.asdict(self)
-
-    def __str__(self):
-        narrow = any(block.kept_neurons or block.rank is not None for block in self.blocks)
-        header = ["block", "outcome", "alpha", "parameters", "MACs/token", "relative error"]
-        header += ["rank", "kept neurons"] if narrow else []
-        rows = [
-            [
-                block.name,
-                block.outcome if block.method is None else f"{block.outcome} ({block.method})",
-                "-" if block.alpha is None else f"{block.alpha:.4f}",
-                _change(block.parameters_before, block.parameters_after),
-                _change(block.macs_before, block.macs_after),
-                "-" if block.error is None else f"{_least(block):.2e}",
-                *([_rank(block), str(block.kept_neurons)] if narrow else []),
-            ]
-            for block in self.blocks
-        ]
-        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-
-        def line(cells):
-            left = "  ".join(cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True))
-            right = "  ".join(cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True))
-            return f"{left}  {right}"
-
-        saved = 1 - self.parameters_after / self.parameters_before
-        lines = [line(header), line(["-" * width for width in widths]), *map(line, rows)]
-        lines.append(
-            f"{len(self.collapsed)} of {len(self.blocks)} blocks collapsed; model parameters "
-            f"{self.parameters_before:,} -> {self.parameters_after:,} ({saved:.1%} fewer)"
-        )
-        if self.largest_logit_difference is not None:
-            lines.append(f"largest logit difference on calibration data: {self.largest_logit_difference:.3e}")
-        return "\n".join(lines)
-
-
-def _rank(block):
-    return "-" if block.outcome != "collapsed" else "full" if block.rank is None else str(block.rank)
-
-
-def _change(before, after):
-    return f"{before:,} -> {after:,}" if before != after else f"{before:,}"
-
-
-def _least(block):
-    return block.error if block.calibration_error is None else block.calibration_error
-
-
-@dataclass(frozen=True)
-class BlockChoice:
-    """What a block is to become.
-
-    Args:
-        rank (`int`, *optional*): Of its linear map; `None`: full.
-        neurons (`int` or `list[int]`): How many neurons stay nonlinear, or which.
-    """
-
-    rank: int | None = None
-    neurons: int | list[int] = 0
-
-    @property
-    def count(self) -> int:
-        """How many neurons stay."""
-        return self.neurons if isinstance(self.neurons, int) else len(self.neurons)
-
-
-@dataclass(frozen=True)
-class Merge:
-    """What a block becomes, not yet in the model.
-
-    Args:
-        block (`FeedForwardBlock`): Which.
-        linears (`dict[str, nn.Module]`): Path in the block -> the linear that will stand there.
-        fit (`functional.Fit`): What they hold.
-        report (`BlockReport`): What that does.
-    """
-
-    block: FeedForwardBlock
-    linears: dict[str, nn.Module]
-    fit: functional.Fit
-    report: BlockReport
 
 
 def collapse_model(
@@ -477,38 +327,12 @@ def check_choices(blocks, choices):
             )
 
 
-def effective_rank(block, rank):
-    """The rank of the two thin matrices, or `None` where one full matrix is no larger."""
-    if rank is None or rank * (block.in_features + block.out_features) >= block.in_features * block.out_features:
-        return None
-    return rank
-
-
-def cost_of(block, rank, neurons) -> int:
-    """Weights (biases left out), which are also the MACs per token, of what a block becomes."""
-    rank = effective_rank(block, rank)
-    width, out = block.in_features, block.out_features
-    linear = width * out if rank is None else rank * (width + out)
-    return linear + neurons * (width * (2 if block.kind == "gated" else 1) + out)
-
-
 def _refuse_none_ready(alphas, options):
     listed = "".join(f"\n  {name}: alpha {float(alpha.detach().min()):.4f}" for name, alpha in alphas.items())
     raise ValueError(
         f"No block is ready: none has 1 - alpha <= {options.collapse_threshold}. Train longer, with a larger "
         f"`penalty_strength` or `alpha_learning_rate`, or raise `collapse_threshold`.{listed}"
     )
-
-
-def is_ready(alpha, collapse_threshold) -> bool:
-    """Whether a block with these alphas (tensor of shape `(1,)` or `(hidden,)`) may collapse. Never if one is NaN."""
-    return bool(ready_neurons(alpha, collapse_threshold).all())
-
-
-def ready_neurons(alpha, collapse_threshold):
-    """Which alphas have reached the threshold: a tensor of `bool`."""
-    # In alpha's own precision: an alpha of 0.95 has reached a threshold of 0.05.
-    return alpha.detach() >= torch.tensor(1 - collapse_threshold, dtype=alpha.dtype)
 
 
 def _smallest_alpha(inner, block):
@@ -595,7 +419,7 @@ def _merge_all(inner, ready, fits, collapse_threshold):
                 )
             parts = replace(parts, up=merged[parts.up].linears[merged[parts.up].block.layout.down])
         fit = fits.get(block.name)
-        merge = make_merge(block, parts, fit or _merged(parts, collapse_threshold), refit=fit is not None)
+        merge = make_merge(block, parts, fit or fit_of_weights(parts, collapse_threshold), refit=fit is not None)
         merged[parts.down] = merge
         merges.append(merge)
     return merges
@@ -615,156 +439,6 @@ def _merge_in_turn(model, inner, ready, refit, choices, data, options, token_mas
     return merges
 
 
-class Trial:
-    """Blocks replaced for a while: everything returns to its place on exit."""
-
-    def __init__(self, inner):
-        self.inner, self.originals = inner, []
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.undo()
-
-    def put(self, merge):
-        """Puts what a block becomes in its place."""
-        put_in_place(self.inner, merge, self.originals)
-
-    def undo(self, count=0):
-        """Takes back all replacements but the first `count` (of `len(self.originals)`)."""
-        while len(self.originals) > count:
-            replace_module(self.inner, *self.originals.pop())
-
-
-@torch.no_grad()
-def make_merge(block, parts, fit, refit):
-    """The [`Merge`] that a fit makes of a block."""
-    linears = _linears_of(block, parts, fit)
-    # Not the block's own width, where the first linear is what another block of a chain became.
-    width = (fit.weight_oi if fit.right_ri is None else fit.right_ri).shape[1]
-    x = functional.gaussian_inputs(width).to(parts.down.weight)
-    error = functional.relative_error(parts.forward(x), _compute(block, parts, linears, fit, x))
-    report = BlockReport(
-        name=block.name,
-        index=block.index,
-        outcome="collapsed",
-        method="refit" if refit else "merged",
-        alpha=float(parts.activation.alpha.detach().min()) if block.state == "patched" else None,
-        parameters_before=block.parameters,
-        parameters_after=sum(p.numel() for linear in linears.values() for p in linear.parameters()),
-        macs_before=block.macs,
-        macs_after=sum(linear.weight.numel() for linear in linears.values()),
-        error=error,
-        calibration_error=fit.error if refit else None,
-        r2=fit.r2 if refit else None,
-        rank=fit.rank,
-        kept_neurons=len(fit.neurons),
-    )
-    return Merge(block, linears, fit, report)
-
-
-def _merged(parts, collapse_threshold):
-    """The fit that the weights alone give: ready neurons as if at alpha 1, the others exactly as they are."""
-    slope, offset = parts.activation.line
-    alpha = parts.activation.alpha.detach()
-    waiting = ~ready_neurons(alpha, collapse_threshold)
-    neurons = []
-    (down, down_bias), up = parts.down_affine(), parts.up_affine()
-    if alpha.numel() > 1 and waiting.any():
-        # (1 - alpha) act(z) + alpha line(z): the second part is linear, and merges.
-        neurons = waiting.nonzero().flatten().tolist()
-        share = torch.where(waiting, alpha, 1.0)
-        slope, offset = share * slope, share * offset
-    if parts.layout.gated:
-        weight, bias = functional.merge_gated(*up, down, down_bias, offset)
-    else:
-        weight, bias = functional.merge_plain(*up, down, down_bias, slope, offset)
-    if neurons and bias is None:
-        bias = weight.new_zeros(weight.shape[0])
-    kept = down.double()[:, neurons] * (1 - alpha.double()[neurons] if neurons else 1.0)
-    return functional.Fit(weight, None, None, kept, bias, neurons)
-
-
-def _linears_of(block, parts, fit):
-    """Path in the block -> linear, for what the fit leaves of a block's linears, in the order they are called."""
-    layout, neurons = block.layout, fit.neurons
-    linear = fit.weight_oi if fit.left_or is None else fit.left_or
-    linears = {}
-    if neurons or fit.right_ri is not None:
-        up, up_bias = parts.up_affine()
-        rows = [up.double()[neurons]]
-        biases = [None if up_bias is None else up_bias.double()[neurons]]
-        if fit.right_ri is not None:
-            rows.insert(0, fit.right_ri)
-            biases.insert(0, None)
-        if layout.gated and neurons:
-            if layout.fused:
-                gate, gate_bias = (
-                    None if tensor is None else layout.split(tensor, 0)[0] for tensor in weight_and_bias(parts.up)
-                )
-            else:
-                gate, gate_bias = weight_and_bias(parts.gate)
-            gate, gate_bias = gate.double()[neurons], None if gate_bias is None else gate_bias.double()[neurons]
-            if layout.fused:
-                rows.insert(0, gate)
-                biases.insert(0, gate_bias)
-            else:
-                linears[layout.gate] = _make_linear(parts.gate, gate, gate_bias)
-        linears[layout.up] = _make_linear(parts.up, torch.cat(rows), _stack_biases(rows, biases))
-    linears[layout.down] = _make_linear(parts.down, torch.cat([linear, fit.down_ok], dim=1), fit.bias_o)
-    return linears
-
-
-def _stack_biases(rows, biases):
-    if all(bias is None for bias in biases):
-        return None
-    return torch.cat(
-        [row.new_zeros(row.shape[0]) if bias is None else bias for row, bias in zip(rows, biases, strict=True)]
-    )
-
-
-def _native_activation(parts):
-    """`(the activation of kept neurons, its name in a table)`."""
-    activation = parts.activation
-    if isinstance(activation, CollapsibleActivation):
-        return activation.native, activation.act_name, activation.act
-    return activation, "native", activation
-
-
-def _compute(block, parts, linears, fit, x):
-    """What the block is going to compute."""
-    layout = block.layout
-    if fit.right_ri is None and not fit.neurons:
-        return linears[layout.down](x)
-    gate, up = None, linears[layout.up](x)
-    count = len(fit.neurons)
-    if layout.gate is not None and count:
-        gate = linears[layout.gate](x)
-    elif layout.fused and count:
-        gate, up = up[..., :count], up[..., count:]
-    linear, up = (x, up) if fit.right_ri is None else (up[..., : fit.rank], up[..., fit.rank :])
-    act = _native_activation(parts)[2]
-    return linears[layout.down](torch.cat([linear, act(up) if gate is None else act(gate) * up], dim=-1))
-
-
-@torch.no_grad()
-def _make_linear(like, weight, bias):
-    """A layer of the same kind, device and dtype as `like` that holds these weights."""
-    out_features, in_features = weight.shape
-    with torch.device("meta"):  # neither time nor random numbers go into first values
-        if isinstance(like, Conv1D):
-            linear, weight = Conv1D(out_features, in_features), weight.T
-        else:
-            linear = nn.Linear(in_features, out_features, bias=bias is not None)
-    linear.to(like.weight.dtype).to_empty(device=like.weight.device)
-    linear.weight.copy_(weight)
-    if linear.bias is not None:
-        linear.bias.copy_(torch.zeros(()) if bias is None else bias)
-    linear.requires_grad_(like.weight.requires_grad)
-    return linear.train(like.training)
-
-
 def _check_max_error(max_error):
     if max_error is None:
         return
@@ -777,118 +451,13 @@ def _check_max_error(max_error):
 def _refuse_errors(merges, max_error):
     if max_error is None:
         return
-    above = [merge.report for merge in merges if not _least(merge.report) <= max_error]
+    above = [merge.report for merge in merges if not merge.report.measured_error <= max_error]
     if above:
-        listed = "".join(f"\n  {report.name}: {_least(report):.3e}" for report in above)
+        listed = "".join(f"\n  {report.name}: {report.measured_error:.3e}" for report in above)
         raise ValueError(
             f"The relative error of {len(above)} merged blocks is above max_error={max_error}; nothing was changed. "
             f"Train until alpha is closer to 1, pass `calibration_data`, or raise `max_error`.{listed}"
         )
-
-
-def put_in_place(inner, merge, originals=None):
-    """Puts what a block becomes where it was; returns `(qualified name, spec)` for the replacement table.
-
-    Args:
-        originals (`list`, *optional*): Gets `(qualified name, module)` of everything that was replaced, in order.
-    """
-    block, layout, linears, fit = merge.block, merge.block.layout, merge.linears, merge.fit
-    wiring, parts = block.wiring, modules_of(inner, block)
-    training = linears[layout.down].training
-    entries = []
-
-    def put(name, module, spec):
-        if originals is not None:
-            originals.append((name, inner.get_submodule(name)))
-        replace_module(inner, name, module.train(training))
-        entries.append((name, spec))
-
-    narrow = fit.right_ri is not None or fit.neurons
-    channels = block.in_features if fit.right_ri is None else fit.rank
-    native, act_name, _ = _native_activation(parts)
-    if wiring.own_module and narrow:
-        put(block.holder, *_narrow_module(inner, merge, parts, channels))
-    elif wiring.own_module:
-        holder, then = inner.get_submodule(block.holder), list(wiring.then)
-        children = {layout.down: linears[layout.down], **{name: holder._modules[name] for name in then}}
-        put(block.holder, CollapsedBlock(children), {"type": "block", "child": layout.down, "then": then})
-        entries.append((block.path(layout.down), _linear_spec(linears[layout.down])))
-    else:
-        idle = [*wiring.before, *wiring.between]
-        put(block.path(layout.down), linears[layout.down], _linear_spec(linears[layout.down]))
-        if not narrow:
-            idle += [layout.up, layout.activation]
-        elif fit.right_ri is None:
-            up = _pass_on(linears[layout.up])
-            spec = {"type": "narrow_ffn", "part": "up", "linear_channels": channels, "neurons": len(fit.neurons)}
-            spec.update(gated=False, in_features=channels, bias=up.bias is not None)
-            put(block.path(layout.up), up, spec)
-        else:
-            put(block.path(layout.up), linears[layout.up], _linear_spec(linears[layout.up]))
-        if narrow and fit.neurons:
-            activation = NarrowActivation(native, channels, len(fit.neurons), act_name)
-            spec = {"type": "narrow_ffn", "part": "activation", "linear_channels": channels}
-            spec.update(neurons=len(fit.neurons), gated=False, act=act_name)
-            put(block.path(layout.activation), activation, spec)
-        elif narrow:
-            idle.append(layout.activation)
-        for path in idle:
-            put(block.path(path), CollapsedIdentity(), {"type": "identity"})
-    return entries
-
-
-def _linear_spec(linear):
-    if isinstance(linear, Conv1D):
-        return {"type": "conv1d", "in_features": linear.nx, "out_features": linear.nf}
-    return {
-        "type": "linear",
-        "in_features": linear.in_features,
-        "out_features": linear.out_features,
-        "bias": linear.bias is not None,
-    }
-
-
-def _pass_on(linear):
-    """The same weights in a layer that passes its input on."""
-    # Built like any other and not converted: a module must be of the class that the table will make.
-    kind = PassOnConv1D if isinstance(linear, Conv1D) else PassOnLinear
-    passing = kind.__new__(kind)
-    passing.__dict__.update(linear.__dict__)
-    return passing
-
-
-def _narrow_module(inner, merge, parts, channels):
-    """`(module, spec)` of a narrow block in place of an own module."""
-    block, layout, linears, fit = merge.block, merge.block.layout, merge.linears, merge.fit
-    holder, then = inner.get_submodule(block.holder), list(block.wiring.then)
-    native, act_name, act = _native_activation(parts)
-    names = {"up": layout.up, "activation": layout.activation, "down": layout.down}
-    if layout.gate is not None:
-        names = {"gate": layout.gate, **names}
-    children = {**linears, layout.activation: native if act_name == "native" else act}
-    children = {name: children[name] for name in names.values() if name in children}
-    children.update({name: holder._modules[name] for name in then})
-    count, gated = len(fit.neurons), layout.gated
-    module = NarrowFeedForward(children, names, block.in_features, channels, count, gated, act_name)
-    up, gate = linears.get(layout.up), linears.get(layout.gate)
-    spec = {
-        "type": "narrow_ffn",
-        "part": "block",
-        "linear_channels": channels,
-        "neurons": count,
-        "gated": gated,
-        "in_features": block.in_features,
-        "out_features": block.out_features,
-        "up": layout.up,
-        "activation": layout.activation,
-        "down": layout.down,
-        "gate": layout.gate,
-        "then": then,
-        "up_bias": up is not None and up.bias is not None,
-        "gate_bias": gate is not None and gate.bias is not None,
-        "act": act_name,
-    }
-    return module, spec
 
 
 def _waiting_report(inner, block, options):

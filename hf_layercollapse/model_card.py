@@ -8,11 +8,11 @@ from transformers.modelcard import TASK_MAPPING
 from transformers.models.auto import modeling_auto
 
 from ._version import __version__
-from .collapsing import CollapseReport
 from .comparison import Comparison
 from .families import find_feed_forward_blocks, unwrap
 from .modeling_layercollapse import FORMAT_VERSION
 from .patching import layer_collapse_config_of
+from .reports import CollapseReport
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")

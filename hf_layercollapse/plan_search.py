@@ -9,8 +9,8 @@ from tqdm.auto import tqdm
 
 from . import functional
 from .calibration import score_neurons
-from .collapsing import Trial, cost_of, effective_rank, make_merge
 from .families import find_feed_forward_blocks, modules_of
+from .merging import Trial, cost_of, effective_rank, make_merge
 from .plans import PlanPoint, key_of
 from .profiling import compare_latency
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from tqdm.auto import tqdm
 
 from .calibration import collect_moments
-from .collapsing import Trial, make_merge
 from .families import check_weights, find_feed_forward_blocks, modules_of, select_blocks, survey_blocks, unwrap
+from .merging import Trial, make_merge
 from .plan_search import (
     LEVELS,
     MOST_STEPPED_BLOCKS,

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 
 from ._version import __version__
-from .collapsing import BlockChoice
+from .merging import BlockChoice
 from .tables import table
 
 

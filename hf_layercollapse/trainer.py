@@ -30,10 +30,11 @@ from transformers.training_args import ParallelMode
 from transformers.utils import CONFIG_NAME, logging
 
 from .callbacks import LayerCollapseCallback
-from .collapsing import CollapseReport, collapse_as, collapse_model, is_ready
+from .collapsing import collapse_as, collapse_model
 from .config import LayerCollapseConfig
 from .distillation import Distillation, teacher_for
 from .families import find_feed_forward_blocks, is_fully_sharded, modules_of, unwrap
+from .merging import is_ready
 from .model_card import create_model_card
 from .modeling_layercollapse import (
     CODE_FILE,
@@ -44,6 +45,7 @@ from .modeling_layercollapse import (
 )
 from .optimization import AlphaSteps, TaskParameters, exchange_parameters, penalty_strength_at, replicate_alphas
 from .patching import collapsible_activations, layer_collapse_config_of, patch_or_check, penalty, shorten
+from .reports import CollapseReport
 from .sharding import gathered, in_turn, leave_out_of_sharding, refuse_deepspeed_setup, refuse_fsdp_setup
 
 

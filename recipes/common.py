@@ -25,7 +25,7 @@ from hf_layercollapse import (
     find_feed_forward_blocks,
     plan_collapse,
 )
-from hf_layercollapse.collapsing import cost_of
+from hf_layercollapse.merging import cost_of
 from hf_layercollapse.profiling import compare_latency, count_parameters
 
 

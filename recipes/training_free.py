@@ -39,8 +39,8 @@ from tqdm.auto import tqdm
 
 from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model, functional, plan_collapse
 from hf_layercollapse.calibration import collect_moments
-from hf_layercollapse.collapsing import Trial, cost_of, make_merge
 from hf_layercollapse.families import modules_of
+from hf_layercollapse.merging import Trial, cost_of, make_merge
 from hf_layercollapse.metrics import bootstrap_interval
 from hf_layercollapse.patching import alpha_parameters
 from hf_layercollapse.profiling import count_parameters

@@ -22,9 +22,10 @@ from hf_layercollapse import (
     collapse_model,
     find_feed_forward_blocks,
 )
-from hf_layercollapse.collapsing import BlockChoice as Choice
-from hf_layercollapse.collapsing import Trial, cost_of, effective_rank, fit_blocks, make_merge
+from hf_layercollapse.collapsing import fit_blocks
 from hf_layercollapse.families import modules_of
+from hf_layercollapse.merging import BlockChoice as Choice
+from hf_layercollapse.merging import Trial, cost_of, effective_rank, make_merge
 from hf_layercollapse.modeling_layercollapse import (
     NarrowActivation,
     NarrowFeedForward,

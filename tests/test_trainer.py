@@ -28,7 +28,7 @@ from hf_layercollapse import (
     apply_layer_collapse,
     collapse_model,
 )
-from hf_layercollapse.collapsing import is_ready
+from hf_layercollapse.merging import is_ready
 from hf_layercollapse.optimization import AlphaSteps, penalty_strength_at
 from hf_layercollapse.patching import penalty
 from hf_layercollapse.trainer import counts_items

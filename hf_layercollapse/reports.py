@@ -1,0 +1,117 @@
+"""What a collapse did, block by block."""
+
+import dataclasses
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What happened to one block.
+
+    Args:
+        name (`str`), index (`int`): Which block.
+        outcome (`str`): `"collapsed"`; `"kept"` or `"restored"` if it was patched but not ready.
+        method (`str`, *optional*): `"merged"` (alpha taken as 1) or `"refit"` (least squares on calibration data).
+        alpha (`float`, *optional*): Smallest alpha of the block before, `None` if it was not patched.
+        parameters_before, parameters_after (`int`): Weights and biases of the block.
+        macs_before, macs_after (`int`): Multiply-accumulates per token.
+        error (`float`, *optional*): Relative error of the one map against the block before, `|new - old| / |old|`, on
+            the standard-normal inputs of [`functional.gaussian_inputs`].
+        calibration_error (`float`, *optional*): The same on the calibration data, if there was any and the block was
+            refit to it.
+        r2 (`float`, *optional*): Share of the variance of the block's output that the map explains on that data.
+        rank (`int`, *optional*): Of the linear map where it is two thin matrices; `None`: full.
+        kept_neurons (`int`): Neurons that stay nonlinear beside the map.
+    """
+
+    name: str
+    index: int
+    outcome: str
+    alpha: float | None
+    parameters_before: int
+    parameters_after: int
+    macs_before: int
+    macs_after: int
+    method: str | None = None
+    error: float | None = None
+    calibration_error: float | None = None
+    r2: float | None = None
+    rank: int | None = None
+    kept_neurons: int = 0
+
+    @property
+    def measured_error(self) -> float | None:
+        """The relative error on calibration data where there is one, else on normal inputs."""
+        return self.error if self.calibration_error is None else self.calibration_error
+
+
+@dataclass(frozen=True)
+class CollapseReport:
+    """What a collapse did. Prints as a table.
+
+    Args:
+        blocks (`list[BlockReport]`): Every block that was looked at, in forward order.
+        parameters_before, parameters_after (`int`): Of the whole model, shared ones counted once.
+        largest_logit_difference (`float`, *optional*): Largest absolute difference of the model's first output before
+            and after, over the first calibration batches.
+    """
+
+    blocks: list[BlockReport]
+    parameters_before: int
+    parameters_after: int
+    largest_logit_difference: float | None = None
+
+    @property
+    def collapsed(self) -> list[str]:
+        """Names of the blocks that are one linear map now."""
+        return [block.name for block in self.blocks if block.outcome == "collapsed"]
+
+    @property
+    def not_collapsed(self) -> list[str]:
+        """Names of the blocks that were patched but not ready."""
+        return [block.name for block in self.blocks if block.outcome != "collapsed"]
+
+    def to_dict(self):
+        """Plain data, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def __str__(self):
+        narrow = any(block.kept_neurons or block.rank is not None for block in self.blocks)
+        header = ["block", "outcome", "alpha", "parameters", "MACs/token", "relative error"]
+        header += ["rank", "kept neurons"] if narrow else []
+        rows = [
+            [
+                block.name,
+                block.outcome if block.method is None else f"{block.outcome} ({block.method})",
+                "-" if block.alpha is None else f"{block.alpha:.4f}",
+                _change(block.parameters_before, block.parameters_after),
+                _change(block.macs_before, block.macs_after),
+                "-" if block.error is None else f"{block.measured_error:.2e}",
+                *([_rank(block), str(block.kept_neurons)] if narrow else []),
+            ]
+            for block in self.blocks
+        ]
+        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+
+        def line(cells):
+            left = "  ".join(cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True))
+            right = "  ".join(cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True))
+            return f"{left}  {right}"
+
+        saved = 1 - self.parameters_after / self.parameters_before
+        lines = [line(header), line(["-" * width for width in widths]), *map(line, rows)]
+        lines.append(
+            f"{len(self.collapsed)} of {len(self.blocks)} blocks collapsed; model parameters "
+            f"{self.parameters_before:,} -> {self.parameters_after:,} ({saved:.1%} fewer)"
+        )
+        if self.largest_logit_difference is not None:
+            lines.append(f"largest logit difference on calibration data: {self.largest_logit_difference:.3e}")
+        return "\n".join(lines)
+
+
+def _rank(block):
+    return "-" if block.outcome != "collapsed" else "full" if block.rank is None else str(block.rank)
+
+
+def _change(before, after):
+    return f"{before:,} -> {after:,}" if before != after else f"{before:,}"
