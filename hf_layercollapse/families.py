@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import functional
 from .modeling_layercollapse import (
+    PASS_ON,
     CollapsedBlock,
     CollapsedIdentity,
     CollapsibleActivation,
@@ -513,7 +514,7 @@ def _tuner_layer_class():
 
 
 def _is_linear(module):
-    return module is not None and isinstance(_base_layer(module), (nn.Linear, Conv1D))
+    return module is not None and isinstance(_base_layer(module), (nn.Linear, Conv1D, *PASS_ON))
 
 
 def _linear_shape(module):

@@ -375,19 +375,54 @@ class NarrowActivation(nn.Module):
         return f"linear_channels={self.linear_channels}, neurons={self.neurons}"
 
 
-class _PassOn:
-    """In front of a linear class: `[x ; linear(x)]`."""
+# No subclasses of the linears that they hold the weights of: what puts something in a linear's place, as peft and
+# quantizers do, would take `out_features` for the channels that come out.
+class PassOnLinear(nn.Module):
+    """The first linear of a narrow feed-forward block at full rank, whose code runs around it: `[x ; U x + u]`.
+
+    Args:
+        in_features, out_features (`int`): Of `U`; `in_features + out_features` channels come out.
+        bias (`bool`): Whether there is a `u`.
+    """
+
+    def __init__(self, in_features, out_features, bias=True):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        nn.init.normal_(self.weight, std=0.02)
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, hidden_states):
-        return torch.cat([hidden_states, super().forward(hidden_states)], dim=-1)
+        neurons = nn.functional.linear(hidden_states, self.weight, self.bias)
+        return torch.cat([hidden_states, neurons], dim=-1)
+
+    def extra_repr(self):
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-class PassOnLinear(_PassOn, nn.Linear):
-    """The first linear of a narrow feed-forward block at full rank, whose code runs around it: `[x ; U x + u]`."""
+class PassOnConv1D(nn.Module):
+    """[`PassOnLinear`] with the weights of transformers' `Conv1D`.
+
+    Args:
+        nf, nx (`int`): Features out of and into the matrix.
+    """
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.empty(nx, nf))
+        nn.init.normal_(self.weight, std=0.02)
+        self.bias = nn.Parameter(torch.zeros(nf))
+
+    def forward(self, hidden_states):
+        neurons = nn.functional.linear(hidden_states, self.weight.T, self.bias)
+        return torch.cat([hidden_states, neurons], dim=-1)
+
+    def extra_repr(self):
+        return f"nf={self.nf}, nx={self.nx}"
 
 
-class PassOnConv1D(_PassOn, Conv1D):
-    """[`PassOnLinear`] with the weights of transformers' `Conv1D`."""
+PASS_ON = (PassOnLinear, PassOnConv1D)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -680,14 +715,14 @@ def make_linear(like, in_features, out_features, bias):
 
 
 def linear_shape(module, what="module"):
-    """`(in_features, out_features)` of an `nn.Linear` or transformers' `Conv1D`.
+    """`(in_features, out_features)` of the matrix of an `nn.Linear`, transformers' `Conv1D`, or what passes on too.
 
     Raises:
         ValueError: It is neither.
     """
-    if isinstance(module, nn.Linear):
+    if isinstance(module, (nn.Linear, PassOnLinear)):
         return module.in_features, module.out_features
-    if isinstance(module, Conv1D):
+    if isinstance(module, (Conv1D, PassOnConv1D)):
         return module.nx, module.nf
     raise ValueError(f"{what}: expected a Linear or Conv1D, found {type(module).__name__}.")
 

@@ -14,6 +14,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from .modeling_layercollapse import PASS_ON
+
 
 def count_parameters(model) -> int:
     """Elements of all parameters; shared (tied) ones count once, buffers do not."""
@@ -23,7 +25,8 @@ def count_parameters(model) -> int:
 def count_macs(model, inputs) -> int:
     """Multiply-accumulates of one forward pass (1 MAC = 2 FLOPs) in the model's linear and convolution layers.
 
-    Every call of an `nn.Linear`, `Conv1D` or `nn.Conv{1,2,3}d` (transposed ones too) counts, so a layer that is used
+    Every call of an `nn.Linear`, `Conv1D` or `nn.Conv{1,2,3}d` (transposed ones too, and what stands for one in a
+    narrow block) counts, so a layer that is used
     twice counts twice. Products without a weight layer (attention scores, softmax, norms, additions) and embedding
     look-ups do not.
 
@@ -48,10 +51,12 @@ def count_macs(model, inputs) -> int:
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_COUNTED = (nn.Linear, Conv1D, *_CONVOLUTIONS, *_TRANSPOSED)
+_COUNTED = (nn.Linear, Conv1D, *PASS_ON, *_CONVOLUTIONS, *_TRANSPOSED)
 
 
 def _macs_of_call(module, x, output):
+    if isinstance(module, PASS_ON):
+        return x.shape[:-1].numel() * module.weight.numel()
     if isinstance(module, nn.Linear):
         return output.numel() * module.in_features
     if isinstance(module, Conv1D):

@@ -23,14 +23,13 @@ from .families import (
     weight_and_bias,
 )
 from .modeling_layercollapse import (
+    PASS_ON,
     CollapsedBlock,
     CollapsedIdentity,
     LayerCollapseConfigMixin,
     LayerCollapseModelMixin,
     NarrowActivation,
     NarrowFeedForward,
-    PassOnConv1D,
-    PassOnLinear,
     linear_shape,
 )
 from .profiling import count_parameters
@@ -300,7 +299,7 @@ def _parts(model, block):
     elif gate_linear is not None:
         gate_weight, gate_bias = _affine(gate_linear)
     shift = None
-    if up is None or isinstance(up, (PassOnLinear, PassOnConv1D)) or len(up_weight) == count:
+    if up is None or isinstance(up, PASS_ON) or len(up_weight) == count:
         # Full rank: the input itself is what goes past the activation; or no linear part at all.
         right = torch.eye(width, dtype=torch.float64, device=down_weight.device)[:channels]
     else:

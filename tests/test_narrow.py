@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -33,6 +34,7 @@ from hf_layercollapse.modeling_layercollapse import (
     PassOnLinear,
     validate_layer_collapse,
 )
+from hf_layercollapse.profiling import count_macs
 
 from .models import BY_NAME, HIDDEN, VOCABULARY, WIDTH, Case, text_inputs
 from .test_patching import alphas, logits, set_alphas
@@ -445,6 +447,35 @@ def test_a_missing_weight_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"missing: model\.layers\.1\.mlp\.gate_proj\.weight"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     assert issubclass(type(model), LlamaForCausalLM)
+
+
+@every_layout
+@every_shape
+def test_lora_on_all_linears(case, rank, keep):
+    """To peft, layers that pass their input on are no linears: more channels come out than `out_features`."""
+    model, _ = collapsed(case, rank, keep)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    inputs = case.inputs(seed=5)
+    with torch.no_grad():
+        expected = logits(adapted, inputs)
+        merged = adapted.merge_and_unload()
+        assert relative(logits(merged, inputs), expected) < 1e-4  # adapters as large as the weights
+    assert {type(module) for module in merged.modules()} == {
+        type(module) for module in collapsed(case, rank, keep)[0].modules()
+    }
+
+
+@every_layout
+@every_shape
+def test_counted_macs_are_those_of_the_report(case, rank, keep):
+    inputs = case.inputs(seed=5)
+    model, report = collapsed(case, rank, keep)
+    saved = sum(block.macs_before - block.macs_after for block in report.blocks)
+    seen = []
+    handle = model.get_submodule(case.blocks()[0]).register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    difference = count_macs(case.model(), inputs) - count_macs(model, inputs)
+    handle.remove()
+    assert difference == saved * seen[0].shape[:-1].numel()
 
 
 def test_the_layers_that_pass_their_input_on():
