@@ -141,6 +141,35 @@ class MethodArguments:
             raise ValueError(f"--share must be in (0, 1), got {self.share}.")
 
 
+@dataclass
+class LoraArguments:
+    """LoRA (arXiv 2106.09685, by peft) in place of training all weights; merged into them at the end."""
+
+    use_peft: bool = field(
+        default=False,
+        metadata={"help": "Train adapters and, in classifiers, the head; every method but 'layer_collapse' can."},
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "Their scale, times the rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of their inputs, in [0, 1)."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the linears that get one. Default: all, but for the head."}
+    )
+
+    def adapt(self, model, task_type):
+        """The model under adapters, ready to train."""
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.lora_target_modules or "all-linear",
+            task_type=task_type,
+        )
+        return get_peft_model(model, config)
+
+
 ALTERNATIVES = {
     "train_file": ("dataset_name", "dataset_config_name"),
     "dataset_name": ("train_file", "validation_file"),
@@ -176,8 +205,13 @@ def run(task, description, arguments=None):
     Args:
         task: The class in the recipe that knows the data and the head.
     """
-    kinds = [DataArguments, MethodArguments, LayerCollapseConfig, TrainingArguments]
-    data, recipe, config, arguments = parse(kinds, description, arguments)
+    kinds = [DataArguments, MethodArguments, LoraArguments, LayerCollapseConfig, TrainingArguments]
+    data, recipe, lora, config, arguments = parse(kinds, description, arguments)
+    if lora.use_peft and recipe.method == "layer_collapse":
+        raise ValueError(
+            "--use_peft heals what collapsed before training, or trains a control: --method layer_collapse trains all "
+            f"weights. Methods for it are {', '.join(name for name in METHODS if name != 'layer_collapse')}."
+        )
     started = time.perf_counter()
     set_seed(arguments.seed)
     # Images are turned into tensors when a batch needs them; the Trainer would remove the columns they come from.
@@ -195,6 +229,7 @@ def run(task, description, arguments=None):
         dense = copy.deepcopy(model).requires_grad_(False)
     with arguments.main_process_first(desc="collapsing"):  # whose plan the others find in `plan_file`
         report = prepare(task, model, recipe, config)
+    trained = lora.adapt(model, task.peft_task) if lora.use_peft else model
     trainer_class, teaching = LayerCollapseTrainer, {}
     if heals or recipe.method == "layer_collapse":
         # Which makes a teacher of its own from a model that is dense.
@@ -202,7 +237,7 @@ def run(task, description, arguments=None):
     elif config.distils:
         trainer_class, teaching = TaughtTrainer, {"teacher": dense, "config": config}
     trainer = trainer_class(
-        model,
+        trained,
         args=arguments,
         **teaching,
         calibration_data=task.batches(recipe.calibration_samples),
@@ -221,12 +256,19 @@ def run(task, description, arguments=None):
         report = trainer.collapse(allow_none=True)
         print(report)
     results["after"] = trainer.evaluate()
-    if recipe.save_result:
+    results["trained_parameters"] = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+    if lora.use_peft:
+        # What is saved is a model again, that needs no adapter.
+        model = trained.merge_and_unload()
+    if recipe.save_result and lora.use_peft and trainer.is_world_process_zero():
+        model.save_pretrained(arguments.output_dir)
+        task.processor.save_pretrained(arguments.output_dir)
+    elif recipe.save_result:
         trainer.save_model()
     if recipe.latency_rounds:
         batch = {name: value.to(arguments.device) for name, value in task.batches(32, batch_size=32)[0].items()}
         # Without the autocast that training put around one of them.
-        after = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        after = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         models = {"dense": dense.to(arguments.device), "after": after}
         times = compare_latency(models, batch, recipe.latency_rounds, progress=False)["after"]
         results["latency"] = {"ratio": times.ratio, "quartiles": times.ratio_quartiles}
@@ -238,6 +280,7 @@ def run(task, description, arguments=None):
         report=None if report is None else report.to_dict(),
         data=asdict(data),
         recipe=asdict(recipe),
+        lora=asdict(lora),
         layer_collapse_config=config.to_dict(),
         seed=arguments.seed,
         seconds=round(time.perf_counter() - started),

@@ -39,6 +39,7 @@ class ImageClassification:
     """Data, model and metric of one run."""
 
     metric = "accuracy"
+    peft_task = None  # there is no such; the head gets an adapter too
 
     def __init__(self, data):
         self.data = data

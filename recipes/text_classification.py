@@ -22,6 +22,7 @@ class TextClassification:
     """Data, model and metric of one run."""
 
     metric = "accuracy"
+    peft_task = "SEQ_CLS"
 
     def __init__(self, data):
         self.data = data

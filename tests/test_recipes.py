@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -188,6 +189,42 @@ def test_language_modeling(prose, tmp_path):
     assert found["after"]["eval_perplexity"] == pytest.approx(np.exp(found["after"]["eval_loss"]), rel=1e-4)
 
 
+@pytest.mark.parametrize("task", ["text_classification", "image_classification", "language_modeling"])
+def test_healing_with_lora_saves_a_model_without_adapters(task, request, tmp_path):
+    from common import run
+    from tasks import TASKS
+
+    data = request.getfixturevalue({"t": "text", "i": "images", "l": "prose"}[task[0]])
+    lora = ("--use_peft", "--lora_r=2", "--learning_rate=1e-2", "--latency_rounds=2", "--distillation_weight=1")
+    found = run(TASKS[task], "", [*data, *options(tmp_path, "--method=fit", "--keep_neurons=4", *lora)])
+    assert found["trained_parameters"] < 0.5 * found["parameters"]
+    assert found["feed_forward_share"] < 0.7 and found["latency"]["ratio"] > 0
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    # Loaded again it is what was evaluated, within the rounding of the merge.
+    kind = {"t": "SequenceClassification", "i": "ImageClassification", "l": "CausalLM"}[task[0]]
+    model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / "out").eval()
+    parsed = parse_data(data)
+    task = TASKS[task](parsed)
+    scores = task.score(model, task.batches(validation=True))
+    measured = found["after"]
+    expected = measured["eval_loss"] if "eval_perplexity" in measured else measured["eval_accuracy"]
+    assert float(scores.double().mean()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_lora_is_for_what_collapses_before_training(text, tmp_path):
+    from common import run
+    from text_classification import TextClassification
+
+    with pytest.raises(ValueError, match="--method layer_collapse trains all weights"):
+        run(TextClassification, "", [*text, *options(tmp_path, "--method=layer_collapse", "--use_peft")])
+
+
+def parse_data(words):
+    from common import DataArguments, parse
+
+    return parse([DataArguments], "", list(words))[0]
+
+
 def test_options_of_a_file_and_of_the_command_line(text, tmp_path):
     from common import DataArguments, MethodArguments, parse
 
@@ -204,7 +241,7 @@ def test_options_of_a_file_and_of_the_command_line(text, tmp_path):
     "path", sorted(RECIPES.glob("*_*/*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
 )
 def test_every_yaml_file_is_understood(path):
-    from common import DataArguments, MethodArguments, parse
+    from common import DataArguments, LoraArguments, MethodArguments, parse
     from sweep import Sweep, as_words
     from training_free import TrainingFreeArguments
     from transformers import TrainingArguments
@@ -212,7 +249,7 @@ def test_every_yaml_file_is_understood(path):
     from hf_layercollapse import LayerCollapseConfig
 
     assert path.read_text().startswith("# "), "the launch line comes first"
-    kinds = [DataArguments, MethodArguments, LayerCollapseConfig, TrainingArguments]
+    kinds = [DataArguments, MethodArguments, LoraArguments, LayerCollapseConfig, TrainingArguments]
     # Half precision is checked against the hardware, which is not there.
     any_hardware = ["--bf16=false", "--fp16=false"]
     if "training_free" in path.stem:
