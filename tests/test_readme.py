@@ -36,6 +36,9 @@ def stand_ins(tmp_path, monkeypatch):
     )
     torch.manual_seed(0)
     randomize(BertForSequenceClassification(config)).save_pretrained("google-bert/bert-base-uncased")
+    BertForSequenceClassification.from_pretrained("google-bert/bert-base-uncased").save_pretrained(
+        "textattack/bert-base-uncased-SST-2"
+    )
     BertTokenizer(vocab={word: index for index, word in enumerate(WORDS)}).save_pretrained(
         "google-bert/bert-base-uncased"
     )
