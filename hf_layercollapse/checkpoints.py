@@ -30,7 +30,12 @@ BASE_NOT_SAVED = "(patched in memory and not saved)"
 
 
 class CheckpointsMixin:
-    """The part of [`LayerCollapseTrainerMixin`] that writes checkpoints and loads them."""
+    """The part of [`LayerCollapseTrainerMixin`] that writes checkpoints and loads them. No mixin by itself: it uses
+    the config, the alphas and the optimizer of the other part.
+    """
+
+    # Whether a checkpoint is being written, and the folder that it is written in.
+    _writing_checkpoint, _staging = False, None
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         # What was interrupted while it was written or deleted is no checkpoint.

@@ -17,6 +17,7 @@ from .modeling_layercollapse import (
     CollapsibleActivation,
     NarrowActivation,
     NarrowFeedForward,
+    PassOnConv1D,
     linear_shape,
 )
 from .verification import DROPOUTS, NORMS, Refusal, Wiring, verify
@@ -323,8 +324,8 @@ def _scale_and_shift(norm):
 
 
 def weight_and_bias(linear):
-    """`(weight (out, in), bias (out,) or None)` of a Linear or Conv1D."""
-    return (linear.weight.T if isinstance(linear, Conv1D) else linear.weight), linear.bias
+    """`(weight (out, in), bias (out,) or None)` of what [`modeling_layercollapse.linear_shape`] knows."""
+    return (linear.weight.T if isinstance(linear, (Conv1D, PassOnConv1D)) else linear.weight), linear.bias
 
 
 def modules_of(model, block):

@@ -375,6 +375,13 @@ class NarrowActivation(nn.Module):
         return f"linear_channels={self.linear_channels}, neurons={self.neurons}"
 
 
+def _init_pass_on(layer, std=0.02):
+    """First values of a layer that passes its input on; tensors that a checkpoint holds stay."""
+    initialization.normal_(layer.weight, mean=0.0, std=std)
+    if layer.bias is not None:
+        initialization.zeros_(layer.bias)
+
+
 # No subclasses of the linears that they hold the weights of: what puts something in a linear's place, as peft and
 # quantizers do, would take `out_features` for the channels that come out.
 class PassOnLinear(nn.Module):
@@ -389,8 +396,10 @@ class PassOnLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        nn.init.normal_(self.weight, std=0.02)
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.init_weights()
+
+    init_weights = _init_pass_on
 
     def forward(self, hidden_states):
         neurons = nn.functional.linear(hidden_states, self.weight, self.bias)
@@ -411,8 +420,10 @@ class PassOnConv1D(nn.Module):
         super().__init__()
         self.nf, self.nx = nf, nx
         self.weight = nn.Parameter(torch.empty(nx, nf))
-        nn.init.normal_(self.weight, std=0.02)
-        self.bias = nn.Parameter(torch.zeros(nf))
+        self.bias = nn.Parameter(torch.empty(nf))
+        self.init_weights()
+
+    init_weights = _init_pass_on
 
     def forward(self, hidden_states):
         neurons = nn.functional.linear(hidden_states, self.weight.T, self.bias)
@@ -718,7 +729,7 @@ def linear_shape(module, what="module"):
     """`(in_features, out_features)` of the matrix of an `nn.Linear`, transformers' `Conv1D`, or what passes on too.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: It is none of these.
     """
     if isinstance(module, (nn.Linear, PassOnLinear)):
         return module.in_features, module.out_features
@@ -941,10 +952,15 @@ class LayerCollapseModelMixin:
         if module is self:
             # Comes last, and also where this model is loaded as a part of another, whose native class does not check.
             refuse_uninitialised(self)
-        if isinstance(module, CollapsibleActivation):
-            module.init_weights()
-        else:
-            super()._init_weights(module)
+            # Not when their turn comes: parts of a model are initialised by their native classes, which do not know
+            # these. What a checkpoint gave stays.
+            std = self.config.__dict__.get("initializer_range") or 0.02
+            for part in self.modules():
+                if isinstance(part, CollapsibleActivation):
+                    part.init_weights()
+                elif isinstance(part, PASS_ON):
+                    part.init_weights(std)
+        super()._init_weights(module)
 
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):

@@ -25,10 +25,9 @@ def count_parameters(model) -> int:
 def count_macs(model, inputs) -> int:
     """Multiply-accumulates of one forward pass (1 MAC = 2 FLOPs) in the model's linear and convolution layers.
 
-    Every call of an `nn.Linear`, `Conv1D` or `nn.Conv{1,2,3}d` (transposed ones too, and what stands for one in a
-    narrow block) counts, so a layer that is used
-    twice counts twice. Products without a weight layer (attention scores, softmax, norms, additions) and embedding
-    look-ups do not.
+    Every call of an `nn.Linear`, `Conv1D` or `nn.Conv{1,2,3}d` (transposed ones too, and what stands for a linear in a
+    narrow block) counts, so a layer that is used twice counts twice. Products without a weight layer (attention
+    scores, softmax, norms, additions) and embedding look-ups do not.
 
     Args:
         model (`nn.Module`): Runs in evaluation mode without gradients; its modes are put back.

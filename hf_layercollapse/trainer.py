@@ -107,7 +107,6 @@ class LayerCollapseTrainerMixin(CheckpointsMixin):
         self._penalty_sum, self._penalty_count = 0.0, 0  # since the last log
         self._block_indices = weakref.WeakKeyDictionary()  # activation -> index of its block
         self._collapsed_names = {}  # metric -> its name with the ready blocks collapsed
-        self._writing_checkpoint, self._staging = False, None
         self._reports = []  # of blocks that were collapsed while training ran
         self.collapse_report = None  # what `collapse` did last
         self._base_model = None  # what the model was before it was patched, by name

@@ -15,6 +15,7 @@ import torch
 import transformers
 import yaml
 from controls import TaughtTrainer, drop_blocks, feed_forward_share, prune_width
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, HfArgumentParser, TrainingArguments, set_seed
 
 from hf_layercollapse import (
@@ -147,24 +148,42 @@ class LoraArguments:
 
     use_peft: bool = field(
         default=False,
-        metadata={"help": "Train adapters and, in classifiers, the head; every method but 'layer_collapse' can."},
+        metadata={
+            "help": "Train adapters and, in classifiers, the head, and nothing else. Every method can but "
+            "'layer_collapse', on one device or with DDP."
+        },
     )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=32, metadata={"help": "Their scale, times the rank."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of their inputs, in [0, 1)."})
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names of the linears that get one. Default: all, but for the head."}
+        default=None,
+        metadata={
+            "help": "Ends of the names of the linears that get one, or one regular expression that names match in "
+            "full. Default: all linears, but for the head."
+        },
     )
 
-    def adapt(self, model, task_type):
-        """The model under adapters, ready to train."""
-        from peft import LoraConfig, get_peft_model
+    def __post_init__(self):
+        if self.lora_r < 1:
+            raise ValueError(f"--lora_r must be at least 1, got {self.lora_r}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora_dropout must be in [0, 1), got {self.lora_dropout}.")
 
+    def adapt(self, model, task_type, head):
+        """The model under adapters, ready to train.
+
+        Args:
+            task_type (`str`, *optional*): peft's name for it.
+            head (`list[str]`, *optional*): Names of modules that are trained whole, beside those that peft knows.
+        """
+        names = self.lora_target_modules or ["all-linear"]
         config = LoraConfig(
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=self.lora_target_modules or "all-linear",
+            target_modules=names[0] if len(names) == 1 else names,
+            modules_to_save=head,
             task_type=task_type,
         )
         return get_peft_model(model, config)
@@ -212,6 +231,11 @@ def run(task, description, arguments=None):
             "--use_peft heals what collapsed before training, or trains a control: --method layer_collapse trains all "
             f"weights. Methods for it are {', '.join(name for name in METHODS if name != 'layer_collapse')}."
         )
+    if lora.use_peft and (arguments.fsdp or arguments.deepspeed or arguments.push_to_hub):
+        raise ValueError(
+            "--use_peft merges adapters once training is over, on one device or with DDP, and pushes nothing: leave "
+            "out --fsdp, --deepspeed and --push_to_hub. The folder that it saves can be pushed afterwards."
+        )
     started = time.perf_counter()
     set_seed(arguments.seed)
     # Images are turned into tensors when a batch needs them; the Trainer would remove the columns they come from.
@@ -229,7 +253,7 @@ def run(task, description, arguments=None):
         dense = copy.deepcopy(model).requires_grad_(False)
     with arguments.main_process_first(desc="collapsing"):  # whose plan the others find in `plan_file`
         report = prepare(task, model, recipe, config)
-    trained = lora.adapt(model, task.peft_task) if lora.use_peft else model
+    trained = lora.adapt(model, task.peft_task, task.head) if lora.use_peft else model
     trainer_class, teaching = LayerCollapseTrainer, {}
     if heals or recipe.method == "layer_collapse":
         # Which makes a teacher of its own from a model that is dense.
@@ -249,26 +273,32 @@ def run(task, description, arguments=None):
         preprocess_logits_for_metrics=task.shorten_logits,
     )
     results = {"before": trainer.evaluate()}
+    results["trained_parameters"] = sum(p.numel() for p in trained.parameters() if p.requires_grad)
     if arguments.num_train_epochs or arguments.max_steps > 0:
         resume = arguments.resume_from_checkpoint
         results["training"] = trainer.train(resume_from_checkpoint=resume if resume != "true" else True).metrics
     if recipe.method == "layer_collapse":
         report = trainer.collapse(allow_none=True)
         print(report)
-    results["after"] = trainer.evaluate()
-    results["trained_parameters"] = sum(p.numel() for p in trained.parameters() if p.requires_grad)
     if lora.use_peft:
-        # What is saved is a model again, that needs no adapter.
-        model = trained.merge_and_unload()
-    if recipe.save_result and lora.use_peft and trainer.is_world_process_zero():
-        model.save_pretrained(arguments.output_dir)
-        task.processor.save_pretrained(arguments.output_dir)
-    elif recipe.save_result:
+        # A model again, that needs no adapter; what is evaluated is what is saved.
+        model = trained.merge_and_unload(safe_merge=True)
+        trainer = LayerCollapseTrainer(
+            model,
+            args=arguments,
+            eval_dataset=task.validation,
+            processing_class=task.processor,
+            data_collator=task.collate,
+            compute_metrics=task.metrics,
+            preprocess_logits_for_metrics=task.shorten_logits,
+        )
+    results["after"] = trainer.evaluate()
+    if recipe.save_result:
         trainer.save_model()
     if recipe.latency_rounds:
         batch = {name: value.to(arguments.device) for name, value in task.batches(32, batch_size=32)[0].items()}
         # Without the autocast that training put around one of them.
-        after = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        after = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         models = {"dense": dense.to(arguments.device), "after": after}
         times = compare_latency(models, batch, recipe.latency_rounds, progress=False)["after"]
         results["latency"] = {"ratio": times.ratio, "quartiles": times.ratio_quartiles}

@@ -39,7 +39,7 @@ class ImageClassification:
     """Data, model and metric of one run."""
 
     metric = "accuracy"
-    peft_task = None  # there is no such; the head gets an adapter too
+    peft_task, head = None, ["classifier"]  # peft has no such task
 
     def __init__(self, data):
         self.data = data

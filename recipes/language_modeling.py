@@ -26,7 +26,7 @@ class LanguageModeling:
     """Data, model and metric of one run."""
 
     metric = "perplexity"
-    peft_task = "CAUSAL_LM"
+    peft_task, head = "CAUSAL_LM", None
     collate = staticmethod(default_data_collator)
 
     def __init__(self, data):

@@ -22,7 +22,7 @@ class TextClassification:
     """Data, model and metric of one run."""
 
     metric = "accuracy"
-    peft_task = "SEQ_CLS"
+    peft_task, head = "SEQ_CLS", None
 
     def __init__(self, data):
         self.data = data

@@ -24,7 +24,7 @@ from hf_layercollapse import (
     find_feed_forward_blocks,
 )
 from hf_layercollapse.collapsing import fit_blocks
-from hf_layercollapse.families import modules_of
+from hf_layercollapse.families import modules_of, weight_and_bias
 from hf_layercollapse.merging import BlockChoice as Choice
 from hf_layercollapse.merging import Trial, cost_of, effective_rank, make_merge
 from hf_layercollapse.modeling_layercollapse import (
@@ -449,6 +449,18 @@ def test_a_missing_weight_is_an_error(tmp_path):
     assert issubclass(type(model), LlamaForCausalLM)
 
 
+def test_a_new_model_of_a_patched_config_is_as_if_dense():
+    model = apply_layer_collapse(BY_NAME["bert"].model(), LayerCollapseConfig(initial_alpha=0.5))
+    with torch.device("meta"):
+        new = type(model)(model.config)
+    new.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter.fill_(torch.nan)
+    new.init_weights()
+    assert alphas(new) == [0.0] * 3
+
+
 @every_layout
 @every_shape
 def test_lora_on_all_linears(case, rank, keep):
@@ -491,3 +503,21 @@ def test_the_layers_that_pass_their_input_on():
     for layer in (PassOnLinear(WIDTH, 4), PassOnConv1D(4, WIDTH)):
         output = layer(x)
         assert torch.equal(output[..., :WIDTH], x) and output.shape == (2, 3, WIDTH + 4)
+        weight, bias = weight_and_bias(layer)
+        torch.testing.assert_close(output[..., WIDTH:], torch.nn.functional.linear(x, weight, bias))
+
+
+def test_a_new_model_of_a_narrow_config_has_first_values():
+    """Native classes know linears only, and would leave what else there is as memory had it."""
+    model, _ = collapsed(BY_NAME["bert"], None, 5)
+    model.config.initializer_range = 0.5
+    with torch.device("meta"):
+        new = type(model)(model.config)
+    new.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter.fill_(torch.nan)
+    new.init_weights()
+    assert all(parameter.isfinite().all() for parameter in new.parameters())
+    layer = new.get_submodule(BY_NAME["bert"].blocks()[0] + ".intermediate.dense")
+    assert 0.3 < layer.weight.std() < 0.7 and not layer.bias.any()

@@ -211,6 +211,37 @@ def test_healing_with_lora_saves_a_model_without_adapters(task, request, tmp_pat
     assert float(scores.double().mean()) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("names", "count"), [(["all-linear"], 19), ([r".*\.(query|value)"], 6), (["query", "key"], 6)]
+)
+def test_lora_targets(names, count):
+    from common import LoraArguments
+
+    adapted = LoraArguments(lora_target_modules=names).adapt(BY_NAME["bert"].model(), "SEQ_CLS", None)
+    assert sum(name.endswith("lora_A.default") for name, _ in adapted.named_modules()) == count
+
+
+@pytest.mark.parametrize(("task", "model"), [("text_classification", "bert"), ("image_classification", "vit")])
+def test_lora_trains_the_head(task, model):
+    from common import LoraArguments
+    from tasks import TASKS
+
+    adapted = LoraArguments().adapt(BY_NAME[model].model(), TASKS[task].peft_task, TASKS[task].head)
+    assert all(parameter.requires_grad for parameter in adapted.classifier.modules_to_save.default.parameters())
+
+
+def test_lora_refuses_what_it_cannot_do(text, tmp_path):
+    from common import LoraArguments, run
+    from text_classification import TextClassification
+
+    with pytest.raises(ValueError, match="--lora_r must be at least 1"):
+        LoraArguments(lora_r=0)
+    with pytest.raises(ValueError, match=r"--lora_dropout must be in \[0, 1\)"):
+        LoraArguments(lora_dropout=1.5)
+    with pytest.raises(ValueError, match="pushes nothing"):
+        run(TextClassification, "", [*text, *options(tmp_path, "--method=fit", "--use_peft", "--push_to_hub")])
+
+
 def test_lora_is_for_what_collapses_before_training(text, tmp_path):
     from common import run
     from text_classification import TextClassification
