@@ -213,9 +213,10 @@ def table(content):
             cells.append(cell + (f", {statistics.mean(times):.2f}" if times else ""))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     seeds = len({run_["seed"] for run_ in runs})
+    spread = f"mean of {seeds} seeds (range)" if seeds > 1 else "one seed"
     lines.append(
-        f"\n{metric.capitalize()}, mean{f' of {seeds} seeds (range)' if seeds > 1 else ''}, by what is left of the "
-        "feed-forward weights (after *at*, where a method leaves another part)"
+        f"\n{metric.capitalize()}, {spread}, by what is left of the feed-forward weights (after *at*, where a method "
+        "leaves another part)"
         + (", and latency relative to the dense model." if any(run_["latency"] for run_ in runs) else ".")
     )
     return "\n".join(lines) + "\n"
