@@ -231,10 +231,10 @@ def run(task, description, arguments=None):
             "--use_peft heals what collapsed before training, or trains a control: --method layer_collapse trains all "
             f"weights. Methods for it are {', '.join(name for name in METHODS if name != 'layer_collapse')}."
         )
-    if lora.use_peft and (arguments.fsdp or arguments.deepspeed or arguments.push_to_hub):
+    if lora.use_peft and arguments.push_to_hub:
         raise ValueError(
-            "--use_peft merges adapters once training is over, on one device or with DDP, and pushes nothing: leave "
-            "out --fsdp, --deepspeed and --push_to_hub. The folder that it saves can be pushed afterwards."
+            "--use_peft merges adapters once training is over, and pushes nothing: leave out --push_to_hub. The "
+            "folder that it saves can be pushed afterwards."
         )
     started = time.perf_counter()
     set_seed(arguments.seed)
@@ -272,6 +272,12 @@ def run(task, description, arguments=None):
         compute_metrics=task.metrics,
         preprocess_logits_for_metrics=task.shorten_logits,
     )
+    # Also where a launcher asks for it and no argument does.
+    if lora.use_peft and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError(
+            "--use_peft merges adapters into whole weights: run it on one device or with DDP, not under FSDP or "
+            "DeepSpeed."
+        )
     results = {"before": trainer.evaluate()}
     results["trained_parameters"] = sum(p.numel() for p in trained.parameters() if p.requires_grad)
     if arguments.num_train_epochs or arguments.max_steps > 0:
