@@ -3,6 +3,8 @@
 import dataclasses
 from dataclasses import dataclass
 
+from .tables import table
+
 
 @dataclass(frozen=True)
 class BlockReport:
@@ -91,15 +93,8 @@ class CollapseReport:
             ]
             for block in self.blocks
         ]
-        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-
-        def line(cells):
-            left = "  ".join(cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True))
-            right = "  ".join(cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True))
-            return f"{left}  {right}"
-
         saved = 1 - self.parameters_after / self.parameters_before
-        lines = [line(header), line(["-" * width for width in widths]), *map(line, rows)]
+        lines = [table([header, *rows], left=2)]
         lines.append(
             f"{len(self.collapsed)} of {len(self.blocks)} blocks collapsed; model parameters "
             f"{self.parameters_before:,} -> {self.parameters_after:,} ({saved:.1%} fewer)"

@@ -449,8 +449,8 @@ def test_a_missing_weight_is_an_error(tmp_path):
     assert issubclass(type(model), LlamaForCausalLM)
 
 
-def test_a_new_model_of_a_patched_config_is_as_if_dense():
-    model = apply_layer_collapse(BY_NAME["bert"].model(), LayerCollapseConfig(initial_alpha=0.5))
+def initialised(model):
+    """A new model of the same class and config, whose memory held nothing of use before its first values came."""
     with torch.device("meta"):
         new = type(model)(model.config)
     new.to_empty(device="cpu")
@@ -458,6 +458,12 @@ def test_a_new_model_of_a_patched_config_is_as_if_dense():
         for parameter in new.parameters():
             parameter.fill_(torch.nan)
     new.init_weights()
+    return new
+
+
+def test_a_new_model_of_a_patched_config_is_as_if_dense():
+    model = apply_layer_collapse(BY_NAME["bert"].model(), LayerCollapseConfig(initial_alpha=0.5))
+    new = initialised(model)
     assert alphas(new) == [0.0] * 3
 
 
@@ -511,13 +517,7 @@ def test_a_new_model_of_a_narrow_config_has_first_values():
     """Native classes know linears only, and would leave what else there is as memory had it."""
     model, _ = collapsed(BY_NAME["bert"], None, 5)
     model.config.initializer_range = 0.5
-    with torch.device("meta"):
-        new = type(model)(model.config)
-    new.to_empty(device="cpu")
-    with torch.no_grad():
-        for parameter in new.parameters():
-            parameter.fill_(torch.nan)
-    new.init_weights()
+    new = initialised(model)
     assert all(parameter.isfinite().all() for parameter in new.parameters())
     layer = new.get_submodule(BY_NAME["bert"].blocks()[0] + ".intermediate.dense")
     assert 0.3 < layer.weight.std() < 0.7 and not layer.bias.any()
