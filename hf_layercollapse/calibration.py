@@ -459,8 +459,11 @@ def reiterable(data):
     return list(data) if iter(data) is data else data
 
 
-def run_over(model, data, handles, description, tokens=None):
-    """Runs the model over the data in evaluation mode, without gradients; removes the hooks whatever happens.
+def run_over(model, data, handles, description, tokens=None, gradients=False):
+    """Runs the model over the data in evaluation mode; removes the hooks whatever happens.
+
+    Args:
+        gradients (`bool`): Whether hooks may ask for gradients of what they see.
 
     Raises:
         ValueError: There is no batch, or a batch is not a dict of model inputs.
@@ -470,7 +473,7 @@ def run_over(model, data, handles, description, tokens=None):
     batches = 0
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             for batch in tqdm(data, desc=description, leave=False):
                 inputs = _inputs(batch, device)
                 if tokens is not None:

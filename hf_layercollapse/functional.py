@@ -300,6 +300,78 @@ def fit_block(mean_f, mean_o, cov_ff, cov_fo, var_o, width, neurons=(), rank=Non
     )
 
 
+def shrinkage(matrix_oo, fourth, rows):
+    """How much of a second moment `E[g g^T]` that was seen on few rows to replace by `mu I`, with the same trace.
+
+    `min(1, E|g g^T - G|^2 / (n |G - mu I|^2))`, Ledoit and Wolf 2004 (A well-conditioned estimator for
+    large-dimensional covariance matrices, lemma 3.4), which makes the expected squared error smallest.
+
+    Args:
+        matrix_oo: The moment over the rows, float64.
+        fourth (`float`): `E[|g|^4]` over the same.
+        rows (`int`): How many there were.
+
+    Returns:
+        A number in [0, 1]; 1 where the matrix is a multiple of the identity.
+    """
+    mean = matrix_oo.diagonal().mean()
+    squared = float(matrix_oo.square().sum())
+    spread = squared - matrix_oo.shape[0] * float(mean) ** 2
+    noise = max(fourth - squared, 0.0) / rows
+    return min(1.0, noise / spread) if spread > 0 else 1.0
+
+
+def shrunk(matrix_oo, share):
+    """`(1 - share) G + share mu I`, with `mu` the mean of the diagonal of `G`."""
+    mean = matrix_oo.diagonal().mean()
+    return (1 - share) * matrix_oo + share * mean * torch.eye(matrix_oo.shape[0]).to(matrix_oo)
+
+
+def psd_root(matrix_oo):
+    """The symmetric square root of a positive semidefinite matrix."""
+    values, vectors = torch.linalg.eigh((matrix_oo + matrix_oo.T) / 2)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+
+def allocate(options, budget, bins=20_000):
+    """One option of each list, so that the sum of their values is smallest while their costs stay within the budget.
+
+    Dynamic programming over the budget in `bins` parts; costs are rounded up to these, so the budget is never
+    exceeded, and what an option costs is known to within one part of `bins` for each list.
+
+    Args:
+        options (`Sequence[Sequence[tuple[float, float]]]`): Lists of `(cost, value)`, cost >= 0.
+        budget (`float`): Largest sum of costs, > 0.
+
+    Returns:
+        Indices, one for each list; `None` if even the cheapest options cost more.
+    """
+    unit = budget / bins
+    best = torch.zeros(bins + 1, dtype=torch.float64)
+    chosen = []
+    for row in options:
+        parts = [math.ceil(cost / unit - 1e-9) for cost, _ in row]
+        reached = torch.full_like(best, torch.inf)
+        index = torch.zeros(bins + 1, dtype=torch.int32)
+        for position, (part, (_, value)) in enumerate(zip(parts, row, strict=True)):
+            if part > bins:
+                continue
+            sums = best[: bins + 1 - part] + value
+            better = sums < reached[part:]
+            reached[part:][better] = sums[better]
+            index[part:][better] = position
+        chosen.append((parts, index))
+        best = reached
+    place = int(best.argmin())
+    if not math.isfinite(float(best[place])):
+        return None
+    result = []
+    for parts, index in reversed(chosen):
+        result.append(int(index[place]))
+        place -= parts[result[-1]]
+    return result[::-1]
+
+
 def odd_slope(points, values, mirrored):
     """The `c` of an activation with `act(z) - act(-z) = c * z`, or `None` if it is none such.
 

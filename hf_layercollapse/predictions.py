@@ -1,0 +1,138 @@
+"""What a model predicts, whatever its head: independent predictions, how far two of them are apart, and draws of them.
+
+The unit is nats for everything that has a likelihood: classes (of inputs, of tokens, of start and end positions),
+several labels, and values, which count as normal with variance 1. Embeddings have a direction and no likelihood: there
+it is the cosine distance.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+from transformers.modeling_utils import PreTrainedModel
+
+from . import functional
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Some independent predictions of one kind.
+
+    Args:
+        kind (`str`): `"classes"` (of a softmax), `"labels"` (a sigmoid each), `"values"` or `"embedding"`.
+        values (`Tensor`): Shape `(n, c)`: logits, values or embeddings, one row a prediction.
+    """
+
+    kind: str
+    values: torch.Tensor
+
+    def divergence_from(self, reference) -> torch.Tensor:
+        """How far each prediction is from what it was, shape `(n,)`, >= 0: `KL(reference || self)` in nats, half the
+        squared error of values, `1 - cos` of embeddings."""
+        now, before = self.values.float(), reference.values.to(self.values.device).float()
+        if self.kind == "classes":
+            return functional.soft_target_loss(now, before)
+        if self.kind == "labels":
+            return functional.soft_binary_loss(now, before).sum(-1)
+        if self.kind == "values":
+            return (now - before).square().sum(-1) / 2
+        return 1 - F.cosine_similarity(now, before, dim=-1)
+
+    def sampled_score(self, generator) -> torch.Tensor:
+        """A scalar whose gradient is that of the log likelihood of outcomes drawn from the predictions themselves,
+        summed over them.
+
+        Its second moment is the curvature of [`~Predictions.divergence_from`] at the reference: of the KL divergence
+        (the Fisher information), of half the squared error, and of the cosine distance.
+
+        Args:
+            generator (`torch.Generator`): Of the CPU; what is drawn depends on nothing else.
+        """
+        values = self.values.float()
+        with torch.no_grad():
+            if self.kind == "classes":
+                drawn = torch.multinomial(values.softmax(-1).cpu(), 1, generator=generator)
+            elif self.kind == "labels":
+                drawn = torch.bernoulli(values.sigmoid().cpu(), generator=generator)
+            else:
+                drawn = torch.randn(values.shape, generator=generator)
+            drawn = drawn.to(values.device)
+        if self.kind == "classes":
+            return values.log_softmax(-1).gather(-1, drawn).sum()
+        if self.kind == "labels":
+            return -F.binary_cross_entropy_with_logits(values, drawn, reduction="sum")
+        return (drawn * (values if self.kind == "values" else F.normalize(values, dim=-1))).sum()
+
+
+# Names under which models give embeddings of whole inputs.
+_EMBEDDINGS = ("sentence_embedding", "text_embeds", "image_embeds", "audio_embeds", "embeddings")
+
+
+def predictions_of(model, inputs, outputs) -> list[Predictions]:
+    """What a model predicts for one batch, padding left out.
+
+    Args:
+        model (`nn.Module`): The model itself, not wrapped.
+        inputs (`Mapping`): What it was given; the masks are used, labels only for their type.
+        outputs (`Mapping`): What it gave.
+
+    Raises:
+        ValueError: The outputs hold nothing that is known to be a prediction.
+    """
+    if not isinstance(outputs, Mapping):
+        raise ValueError("Predictions are read from the model's outputs by name: leave `return_dict=False` out.")
+    given = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+    if "start_logits" in given and "end_logits" in given:
+        return [Predictions("classes", given[name]) for name in ("start_logits", "end_logits")]
+    if "logits" in given and given["logits"].dim() in (2, 3):
+        logits = given["logits"]
+        return [Predictions(_kind_of(model, inputs, logits), _real_rows(model, inputs, logits))]
+    embeddings = [given[name] for name in _EMBEDDINGS if name in given and given[name].dim() == 2]
+    if embeddings:
+        return [Predictions("embedding", value) for value in embeddings]
+    hidden = given.get("last_hidden_state")
+    if hidden is not None and hidden.dim() >= 3:
+        return [Predictions("embedding", _mean_of_real(model, inputs, hidden))]
+    raise ValueError(
+        f"This {type(model).__name__} gives {sorted(outputs)}, of which nothing is known to be a prediction. Known are "
+        "`logits` of shape (inputs, classes) or (inputs, tokens, classes), `start_logits` with `end_logits`, "
+        f"{', '.join(f'`{name}`' for name in _EMBEDDINGS)} and `last_hidden_state`."
+    )
+
+
+def _kind_of(model, inputs, logits):
+    if logits.dim() == 3:
+        return "classes" if logits.shape[-1] > 1 else "values"
+    kind = model.config.problem_type if isinstance(model, PreTrainedModel) else None
+    if kind == "regression" or (kind is None and logits.shape[-1] == 1):
+        return "values"
+    labels = inputs.get("labels")
+    several = isinstance(labels, torch.Tensor) and labels.is_floating_point() and labels.shape == logits.shape
+    return "labels" if kind == "multi_label_classification" or several else "classes"
+
+
+def _real_mask(model, inputs, shape):
+    """Which positions of an output are no padding, or `None` where no mask has its shape."""
+    decoder = isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder
+    mask = inputs.get("decoder_attention_mask" if decoder else "attention_mask")
+    labels = inputs.get("labels")
+    if decoder and mask is None and isinstance(labels, torch.Tensor) and not labels.is_floating_point():
+        mask = labels != -100
+    return mask if isinstance(mask, torch.Tensor) and mask.shape == shape else None
+
+
+def _real_rows(model, inputs, logits):
+    rows = logits.reshape(-1, logits.shape[-1])
+    mask = _real_mask(model, inputs, logits.shape[:-1]) if logits.dim() == 3 else None
+    return rows if mask is None else rows[mask.reshape(-1).to(rows.device) > 0]
+
+
+def _mean_of_real(model, inputs, hidden):
+    if hidden.dim() > 3:  # feature maps: (inputs, channels, height, width)
+        return hidden.flatten(2).mean(-1)
+    mask = _real_mask(model, inputs, hidden.shape[:-1])
+    if mask is None:
+        return hidden.mean(1)
+    weights = (mask.to(hidden.device) > 0).to(hidden.dtype)[..., None]
+    return (hidden * weights).sum(1) / weights.sum(1).clamp_min(1)

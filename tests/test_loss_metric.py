@@ -1,0 +1,204 @@
+"""The metric of the loss: what it is, that it predicts divergences, and that measuring it changes nothing."""
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForQuestionAnswering, BertConfig
+
+from hf_layercollapse import find_feed_forward_blocks, functional
+from hf_layercollapse.families import modules_of
+from hf_layercollapse.loss_metric import loss_metrics
+from hf_layercollapse.predictions import Predictions, predictions_of
+
+from .models import BY_NAME
+
+
+def batches_of(case, count=4, batch=8):
+    return [case.inputs(batch=batch, seed=seed) for seed in range(count)]
+
+
+def exact_metric(model, block, batches):
+    """The expectation over all classes, one backward pass each, with gradients from plain autograd."""
+    down = modules_of(model, block).down
+    total, predictions = 0.0, 0
+    for batch in batches:
+        outputs = []
+        handle = down.register_forward_hook(lambda module, args, output: outputs.append(output))
+        logits = model(**batch).logits
+        handle.remove()
+        logits = logits.reshape(-1, logits.shape[-1])
+        predictions += logits.shape[0]
+        for row in range(logits.shape[0]):
+            log_p = logits[row].log_softmax(-1)
+            for value in log_p:
+                (grad,) = torch.autograd.grad(value, outputs, retain_graph=True)
+                grad = grad.reshape(-1, grad.shape[-1]).double()
+                total = total + float(value.detach().exp()) * grad.T @ grad
+    return total / predictions
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_it_is_the_fisher_information_at_a_blocks_output(name):
+    case = BY_NAME[name]
+    model, batches = case.model(), batches_of(case)
+    blocks = find_feed_forward_blocks(model)
+    metrics = loss_metrics(model, model, blocks, batches, draws=200)
+    for block in blocks:
+        expected = exact_metric(model, block, batches)
+        assert functional.relative_error(expected, metrics[block.name].matrix) < 0.1
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "vit"])
+def test_it_predicts_what_a_small_change_of_an_output_costs(name):
+    case = BY_NAME[name]
+    model, batches = case.model(), batches_of(case, count=8)
+    block = find_feed_forward_blocks(model)[1]
+    metric = loss_metrics(model, model, [block], batches, draws=20)[block.name].matrix
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.01
+
+    def disturb(module, args, output):
+        return output + noise * torch.randn(output.shape, generator=generator)
+
+    cost = predictions = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            (before,) = predictions_of(model, batch, model(**batch))
+            handle = modules_of(model, block).down.register_forward_hook(disturb)
+            (after,) = predictions_of(model, batch, model(**batch))
+            handle.remove()
+            cost += float(after.divergence_from(before).sum())
+            predictions += before.values.shape[0]
+    assert cost / predictions == pytest.approx(float(metric.trace()) * noise**2 / 2, rel=0.25)
+
+
+def test_measuring_changes_nothing():
+    case = BY_NAME["bert"]
+    model, batches = case.model().train(), batches_of(case)
+    frozen = next(model.parameters()).requires_grad_(False)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    generator = torch.get_rng_state()
+    loss_metrics(model, model, find_feed_forward_blocks(model), batches)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [p for p in model.parameters() if not p.requires_grad] == [frozen]
+    assert model.training and torch.equal(torch.get_rng_state(), generator)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_same_seed_gives_the_same_metric_and_padding_counts_for_nothing():
+    case = BY_NAME["bert"]
+    model, (batch,) = case.model(), batches_of(case, count=1)
+    (block, *_) = find_feed_forward_blocks(model)
+    mask = torch.ones_like(batch["input_ids"])
+    plain = loss_metrics(model, model, [block], [{**batch, "attention_mask": mask}])[block.name]
+    padding = torch.zeros_like(mask[:, :3])
+    padded = {
+        "input_ids": torch.cat([batch["input_ids"], padding], dim=1),
+        "attention_mask": torch.cat([mask, padding], dim=1),
+    }
+    again = loss_metrics(model, model, [block], [padded])[block.name]
+    assert (plain.tokens, plain.predictions) == (again.tokens, again.predictions) == (mask.numel(), len(mask))
+    assert torch.allclose(plain.matrix, again.matrix, rtol=1e-3, atol=1e-3 * float(plain.matrix.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["embedding", "positions"])
+def test_heads_without_classes(kind):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2
+    )
+    auto = AutoModel if kind == "embedding" else AutoModelForQuestionAnswering
+    model = auto.from_config(config).eval()
+    batches = batches_of(BY_NAME["bert"])
+    blocks = find_feed_forward_blocks(model)
+    metrics = loss_metrics(model, model, blocks, batches)
+    assert all(float(metric.matrix.trace()) > 0 for metric in metrics.values())
+    found = predictions_of(model, batches[0], model(**batches[0]))
+    assert [part.kind for part in found] == (["embedding"] if kind == "embedding" else ["classes", "classes"])
+
+
+def test_a_block_that_no_prediction_depends_on_is_named():
+    case = BY_NAME["bert"]
+    model = case.model()
+    blocks = find_feed_forward_blocks(model)
+
+    def cut(module, args, output):
+        return output.detach()
+
+    handle = model.get_submodule(blocks[1].name).register_forward_hook(cut)
+    with pytest.raises(ValueError, match=f"No gradient reaches block {blocks[0].name}"):
+        loss_metrics(model, model, blocks, batches_of(case))
+    handle.remove()
+
+
+def test_outputs_that_are_no_predictions_are_refused():
+    with pytest.raises(ValueError, match="nothing is known to be a prediction"):
+        predictions_of(torch.nn.Identity(), {}, {"loss": torch.zeros(())})
+
+
+@pytest.mark.parametrize("kind", ["classes", "labels", "values", "embedding"])
+def test_the_sampled_score_has_the_curvature_of_the_divergence(kind):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(1, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    reference = Predictions(kind, values.detach())
+
+    def divergence(moved):
+        return Predictions(kind, moved).divergence_from(reference).sum()
+
+    curvature = torch.autograd.functional.hessian(divergence, values.detach()).reshape(4, 4)
+    seen = 0.0
+    draws = 20_000
+    score = Predictions(kind, values.detach().expand(draws, 4).clone().requires_grad_())
+    (grad,) = torch.autograd.grad(score.sampled_score(generator), score.values)
+    seen = grad.T @ grad / draws
+    assert functional.relative_error(curvature, seen) < 0.05
+
+
+def test_shrinkage_is_small_for_many_rows_and_large_for_few():
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(16, 16, generator=generator, dtype=torch.float64)
+    truth = root @ root.T
+
+    def seen(rows):
+        g = torch.randn(rows, 16, generator=generator, dtype=torch.float64) @ root.T
+        matrix = g.T @ g / rows
+        share = functional.shrinkage(matrix, float(g.square().sum(1).square().mean()), rows)
+        return matrix, share
+
+    few, many = seen(10), seen(10_000)
+    assert 0 < many[1] < 0.01 < few[1] < 1
+    assert functional.relative_error(truth, functional.shrunk(*few)) < functional.relative_error(truth, few[0])
+    identity = torch.eye(4, dtype=torch.float64)
+    assert functional.shrinkage(identity, 4.0, 10) == 1.0
+    assert torch.allclose(functional.shrunk(few[0], 0.3).trace(), few[0].trace())
+
+
+def test_psd_root():
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    root = functional.psd_root(half @ half.T)
+    assert torch.allclose(root @ root, half @ half.T) and torch.allclose(root, root.T)
+
+
+def test_allocation_is_as_good_as_trying_everything():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        options = [[(float(c), float(v)) for c, v in torch.rand(5, 2, generator=generator)] for _ in range(4)]
+        budget = 1.5
+        found = functional.allocate(options, budget)
+        every = torch.cartesian_prod(*[torch.arange(5)] * 4).tolist()
+        costs = [sum(row[i][0] for row, i in zip(options, pick, strict=True)) for pick in every]
+        values = [sum(row[i][1] for row, i in zip(options, pick, strict=True)) for pick in every]
+        possible = [value for cost, value in zip(costs, values, strict=True) if cost <= budget]
+        if found is None:
+            assert not possible
+            continue
+        assert sum(row[i][0] for row, i in zip(options, found, strict=True)) <= budget
+        # Costs are rounded up to 1 / 20,000 of the budget.
+        tight = [v for c, v in zip(costs, values, strict=True) if c <= budget * (1 - 4 / 20_000)]
+        assert min(possible) <= sum(row[i][1] for row, i in zip(options, found, strict=True)) <= min(tight)
+
+
+def test_allocation_within_too_small_a_budget():
+    assert functional.allocate([[(2.0, 0.0)], [(1.0, 1.0)]], 2.5) is None
+    assert functional.allocate([[(2.0, 0.0), (1.0, 5.0)], [(1.0, 1.0)]], 3.01) == [0, 0]
