@@ -393,7 +393,7 @@ def best_fit(moments, rank, count=None):
     if count is not None and count < len(moments.neurons):
         cov_ff, cov_fo, width = moments.cov_ff, moments.cov_fo, moments.width
         if rank is None:
-            chosen = functional.greedy_neurons(cov_ff, cov_fo, width, count)
+            chosen, _ = functional.greedy_neurons(cov_ff, cov_fo, width, count)
         else:
             # Neurons for a given map, then the map for these neurons: twice, after which little changes.
             right = functional.reduced_rank(cov_ff[:width, :width], cov_fo[:width], width, rank)[1]
@@ -401,7 +401,7 @@ def best_fit(moments, rank, count=None):
                 if step:
                     part = moments.restricted(chosen)
                     right = functional.reduced_rank(part.cov_ff, part.cov_fo, width, rank)[1]
-                chosen = functional.greedy_neurons(cov_ff, cov_fo, width, count, given=right)
+                chosen, _ = functional.greedy_neurons(cov_ff, cov_fo, width, count, given=right)
         moments = moments.restricted(sorted(chosen))
     return moments.fit(rank)
 

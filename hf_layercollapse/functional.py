@@ -17,6 +17,11 @@ RIDGE = 1e-6
 # Steps of iterative refinement that take the ridge back.
 REFINE = 2
 
+# Up to so many candidates neurons are chosen one by one, in float64.
+EXACT_CANDIDATES = 512
+
+_TINY = 1e-30
+
 
 def merge_plain(up_weight_mi, up_bias_m, down_weight_om, down_bias_o, slope_m=1.0, offset_m=0.0):
     """`down(slope * up(x) + offset)` as one linear map (LayerCollapse, arXiv 2311.17943, with slope 1 and offset 0).
@@ -187,50 +192,95 @@ def line_residual(count, sum_z_m, sum_zz_m, sum_a_m, sum_aa_m, sum_za_m):
     return (variance_a - slope * covariance).clamp_min(0)
 
 
-def greedy_neurons(cov_ff, cov_fo, width, count, given=None, ridge=RIDGE):
-    """Neurons one by one, each the one whose addition explains most of what is left of `y` (orthogonal least squares).
+def greedy_neurons(cov_ff, cov_fo, width, count, given=None, ridge=RIDGE, batch=None):
+    """Neurons in the order of greedy orthogonal least squares: each the one whose addition explains most of what is
+    left of `y`, and how much all up to it explain.
+
+    In batches: the candidates with the largest gains, four for each of a batch, are chosen from one by one, exactly,
+    and what the batch explains is then taken out of all others at once. Up to `EXACT_CANDIDATES` neurons the order is
+    that of choosing one by one. With more it explains as much (MiniLM, 307 of 1,536 neurons in batches of 32: 0.0222
+    of the variance left, one by one 0.0220), and the time is that of a few products of `(m, m)` matrices.
 
     Args:
         cov_ff, cov_fo: Centred moments of `f = [x, h]` and `y`; the candidates are the features after the first
-            `width`.
+            `width`. With `cov_fo S` in place of `cov_fo`, `y` is explained in the metric `S S`.
         count (`int`): How many to choose, at most the number of candidates.
         given: Directions `(r, i)` of `x` that are features already; default: all of `x`. Shape `(0, i)`: none.
+        batch (`int`, *optional*): Default: a twentieth of `count`, at least 32.
 
     Returns:
-        Indices among the candidates, in order of choice.
+        `(chosen, explained)`: indices among the candidates, in order of choice, and a float64 tensor `(count + 1,)` of
+        the variance that the given features and the first `k` neurons explain, summed over outputs.
     """
     xh, hh, ho = cov_ff[:width, width:], cov_ff[width:, width:], cov_fo[width:]
     xx, xo = cov_ff[:width, :width], cov_fo[:width]
     if given is not None:
         xx, xh, xo = given @ xx @ given.T, given @ xh, given @ xo
-    variance = hh.diagonal().clone()
+    floor = 1e-6 * hh.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
+    base = 0.0
     if xx.shape[0]:
         # Features that are there already are taken out of candidates and target.
         solution = regress(xx, torch.cat([xh, xo], dim=1), ridge)
         of_h, of_o = solution[:, : xh.shape[1]], solution[:, xh.shape[1] :]
+        base = float((of_o * xo).sum())
         hh, ho = hh - xh.T @ of_h, ho - xh.T @ of_o
-    left = hh.diagonal().clone()
-    rest = ho.clone()
-    # Below this part of its own variance a neuron is a combination of what is there; noise would choose it.
-    floor = 1e-6 * variance.clamp_min(torch.finfo(torch.float64).tiny)
-    gains = rest.square().sum(1)
-    columns = hh.new_zeros(count, hh.shape[0])
+    # Of what is left and changes in place; a large block's is exact enough in float32, and twice as fast.
+    dtype = torch.float32 if hh.shape[0] > EXACT_CANDIDATES else torch.float64
+    left_hh, rest_ho, floor = (t.to(dtype, copy=True) for t in (hh, ho, floor))
+    batch = max(32, count // 20) if batch is None else batch
+    pool = max(4 * batch, EXACT_CANDIDATES if hh.shape[0] <= EXACT_CANDIDATES else 0)
+    taken = torch.zeros(hh.shape[0], dtype=torch.bool, device=hh.device)
+    chosen, gains = [], []
+    while len(chosen) < count:
+        diagonal = left_hh.diagonal()
+        score = torch.where(diagonal > floor, rest_ho.square().sum(1) / diagonal.clamp_min(_TINY), -1.0)
+        score = score.masked_fill(taken, -torch.inf)
+        candidates = score.topk(min(pool, hh.shape[0] - len(chosen))).indices
+        size = min(batch, count - len(chosen)) if len(candidates) < hh.shape[0] - len(chosen) else count - len(chosen)
+        picked, gained, factor_bh = _greedy_among(
+            left_hh[candidates][:, candidates], rest_ho[candidates], floor[candidates], size
+        )
+        picked = candidates[picked]
+        chosen += picked.tolist()
+        gains += gained
+        taken[picked] = True
+        if len(chosen) < count:
+            # What the batch explains, out of all that is left: H -= U^T U and rest -= U^T V.
+            of_hb = torch.linalg.solve_triangular(factor_bh, left_hh[picked], upper=False)
+            of_ob = torch.linalg.solve_triangular(factor_bh, rest_ho[picked], upper=False)
+            left_hh.addmm_(of_hb.T, of_hb, alpha=-1)
+            rest_ho.addmm_(of_hb.T, of_ob, alpha=-1)
+    explained = base + torch.cat([torch.zeros(1), torch.tensor(gains)]).double().cumsum(0)
+    return chosen, explained
+
+
+def _greedy_among(left_cc, rest_co, floor_c, count):
+    """`(picked, gains, L)`: greedy choice one by one, what each explains, and the Cholesky factor of the picked ones'
+    moments, in order. Below `floor` a candidate is a combination of what is there; noise would choose it."""
+    left, rest = left_cc.diagonal().clone(), rest_co.clone()
+    squares = rest.square().sum(1)
+    columns = left_cc.new_zeros(count, len(left))
     taken = torch.zeros_like(left, dtype=torch.bool)
-    chosen = []
+    picked, gains = [], []
     for step in range(count):
-        score = torch.where(left > floor, gains / left.clamp_min(1e-300), -1.0)
+        score = torch.where(left > floor_c, squares / left.clamp_min(_TINY), -1.0)
         best = int(score.masked_fill(taken, -torch.inf).argmax())
-        pivot = torch.maximum(left[best], floor[best]).sqrt()
-        column = (hh[:, best] - columns[:step].T @ columns[:step, best]) / pivot
+        pivot = torch.maximum(left[best], floor_c[best]).sqrt()
+        column = (left_cc[:, best] - columns[:step].T @ columns[:step, best]) / pivot
+        # Exactly what a triangular factor holds, whatever the rounding.
+        column[best] = pivot
         columns[step] = column
         direction = rest[best] / pivot
+        gain = direction.square().sum()
+        gains.append(float(gain) if bool(left[best] > floor_c[best]) else 0.0)
         # `rest` is large, and this loop reads it all: updated in place, and its rows' squares with it.
-        gains += column.square() * direction.square().sum() - 2 * column * (rest @ direction)
+        squares += column.square() * gain - 2 * column * (rest @ direction)
         rest.addr_(column, direction, alpha=-1)
         left -= column.square()
         taken[best] = True
-        chosen.append(best)
-    return chosen
+        picked.append(best)
+    picked = torch.tensor(picked, device=left.device)
+    return picked, gains, columns[:, picked].T.tril()
 
 
 @dataclass(frozen=True)

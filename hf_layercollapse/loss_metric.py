@@ -13,7 +13,7 @@ from .predictions import predictions_of
 
 @dataclass(frozen=True)
 class LossMetric:
-    """`G = E[g g^T]` of one block, with `g` the gradient of `log p(y)` at its output and `y` drawn from the model's own
+    """`G = E[g g^T]` of one block, `g` the gradient of `log p(y)` at its output and `y` drawn from the model's own
     predictions: the Fisher information of what the model predicts, as a function of the block's output.
 
     A change of the output with covariance `R` over tokens costs about `1/2 tr(G R)` nats of KL divergence a prediction

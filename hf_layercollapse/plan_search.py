@@ -131,7 +131,7 @@ class Search:
             given = None
             if rank is not None:
                 given = functional.reduced_rank(moments.cov_ff[:width, :width], moments.cov_fo[:width], width, rank)[1]
-            order = functional.greedy_neurons(moments.cov_ff, moments.cov_fo, width, counts[-1], given)
+            order, _ = functional.greedy_neurons(moments.cov_ff, moments.cov_fo, width, counts[-1], given)
             positions[rank] = order
             for count in counts:
                 # What a block is in the end is fitted anew, and refined.

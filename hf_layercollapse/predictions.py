@@ -95,8 +95,8 @@ def predictions_of(model, inputs, outputs) -> list[Predictions]:
     if hidden is not None and hidden.dim() >= 3:
         return [Predictions("embedding", _mean_of_real(model, inputs, hidden))]
     raise ValueError(
-        f"This {type(model).__name__} gives {sorted(outputs)}, of which nothing is known to be a prediction. Known are "
-        "`logits` of shape (inputs, classes) or (inputs, tokens, classes), `start_logits` with `end_logits`, "
+        f"This {type(model).__name__} gives {sorted(outputs)}, of which nothing is known to be a prediction. Known "
+        "are `logits` of shape (inputs, classes) or (inputs, tokens, classes), `start_logits` with `end_logits`, "
         f"{', '.join(f'`{name}`' for name in _EMBEDDINGS)} and `last_hidden_state`."
     )
 

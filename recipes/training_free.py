@@ -206,7 +206,7 @@ class Comparison:
             moments = self.moments[block.name]
             given = moments.cov_ff.new_zeros(0, moments.width) if rank == 0 else None
             # The first of them are the choice for every smaller size.
-            orders[block.name] = functional.greedy_neurons(
+            orders[block.name], _ = functional.greedy_neurons(
                 moments.cov_ff, moments.cov_fo, moments.width, max(counts.values()), given
             )
         for size, keep in counts.items():

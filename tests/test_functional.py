@@ -248,7 +248,7 @@ def test_a_negative_rank_is_refused():
 def test_greedy_neurons_takes_the_best_one_each_time(given):
     x, h, y = relu_block()
     directions = None if given is None else random(given, IN, seed=9)
-    chosen = functional.greedy_neurons(*moments(torch.cat([x, h], dim=1), y)[2:4], IN, 4, given=directions)
+    chosen, _ = functional.greedy_neurons(*moments(torch.cat([x, h], dim=1), y)[2:4], IN, 4, given=directions)
     base = x if given is None else x @ directions.T
 
     def residual(neurons):
@@ -266,10 +266,48 @@ def test_greedy_neurons_never_takes_one_twice():
     h[:, 3] = h[:, 5]
     h[:, 7] = 0
     h[:, 8] = x @ random(IN, seed=4)
-    chosen = functional.greedy_neurons(*moments(torch.cat([x, h], dim=1), y)[2:4], IN, HIDDEN)
+    chosen, _ = functional.greedy_neurons(*moments(torch.cat([x, h], dim=1), y)[2:4], IN, HIDDEN)
     assert sorted(chosen) == list(range(HIDDEN))
     # The dead, the linear and one of the equal ones explain nothing, and come last.
     assert set(chosen[-3:]) in ({3, 7, 8}, {5, 7, 8})
+
+
+@pytest.mark.parametrize("given", [None, 3, 0])
+def test_greedy_neurons_says_what_each_number_of_them_explains(given):
+    x, h, y = relu_block()
+    directions = None if given is None else random(given, IN, seed=9)
+    mean_f, mean_o, cov_ff, cov_fo, var_o = moments(torch.cat([x, h], dim=1), y)
+    chosen, explained = functional.greedy_neurons(cov_ff, cov_fo, IN, 4, given=directions)
+    base = x if given is None else x @ directions.T
+    for count in range(5):
+        features = torch.cat([base, h[:, chosen[:count]]], dim=1)
+        solution, bias = lstsq(features, y)
+        left = (y - features @ solution - bias).square().mean(0).sum()
+        assert float(var_o.sum() - explained[count]) == pytest.approx(float(left), rel=1e-5)
+
+
+def test_greedy_neurons_in_batches_explain_nearly_as_much_as_one_by_one():
+    torch.manual_seed(0)
+    width, hidden, rows = 16, 700, 4000
+    x = torch.randn(rows, width, dtype=torch.float64)
+    h = (x @ torch.randn(width, hidden, dtype=torch.float64)).relu()
+    y = h @ torch.randn(hidden, width, dtype=torch.float64)
+    _, _, cov_ff, cov_fo, var_o = moments(torch.cat([x, h], dim=1), y)
+    count = 200
+    one_by_one, _ = functional.greedy_neurons(cov_ff, cov_fo, width, count, batch=1)
+    chosen, explained = functional.greedy_neurons(cov_ff, cov_fo, width, count)
+    assert hidden > functional.EXACT_CANDIDATES and len(set(chosen)) == count
+
+    def left(neurons):
+        keep = torch.cat([torch.arange(width), width + torch.tensor(neurons)])
+        solution = functional.regress(cov_ff[keep][:, keep], cov_fo[keep])
+        return functional.unexplained(cov_ff[keep][:, keep], cov_fo[keep], var_o, solution)
+
+    assert left(chosen) < 1.05 * left(one_by_one)
+    assert left(chosen) < 0.9 * left(list(range(count)))
+    # The curve is what a fit of the chosen ones leaves, to float32.
+    assert float(var_o.sum() - explained[-1]) == pytest.approx(left(chosen), rel=0.01)
+    assert (explained.diff() >= 0).all()
 
 
 def test_line_residual_is_the_variance_around_the_line():

@@ -22,7 +22,7 @@ def exact_metric(model, block, batches):
     total, predictions = 0.0, 0
     for batch in batches:
         outputs = []
-        handle = down.register_forward_hook(lambda module, args, output: outputs.append(output))
+        handle = down.register_forward_hook(lambda *call, into=outputs: into.append(call[-1]))
         logits = model(**batch).logits
         handle.remove()
         logits = logits.reshape(-1, logits.shape[-1])
