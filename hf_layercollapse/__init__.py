@@ -29,6 +29,7 @@ _EXPORTS = {
     "find_feed_forward_blocks": "families",
     "linearity_map": "planning",
     "plan_collapse": "planning",
+    "recover_model": "recovery",
     "register_feed_forward_layout": "families",
     "remove_layer_collapse": "patching",
 }

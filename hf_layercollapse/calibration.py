@@ -1,5 +1,6 @@
 """Passes over calibration data: sums over tokens, never the activations themselves."""
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -468,14 +469,12 @@ def run_over(model, data, handles, description, tokens=None, gradients=False):
     Raises:
         ValueError: There is no batch, or a batch is not a dict of model inputs.
     """
-    training = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     batches = 0
-    model.eval()
     try:
-        with torch.set_grad_enabled(gradients):
+        with evaluating(model), torch.set_grad_enabled(gradients):
             for batch in tqdm(data, desc=description, leave=False):
-                inputs = _inputs(batch, device)
+                inputs = inputs_of(batch, device)
                 if tokens is not None:
                     tokens.start(inputs)
                 model(**inputs)
@@ -483,13 +482,28 @@ def run_over(model, data, handles, description, tokens=None, gradients=False):
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     if not batches:
         raise ValueError("The calibration data is empty: it must give at least one batch of model inputs.")
 
 
-def _inputs(batch, device):
+@contextlib.contextmanager
+def evaluating(model):
+    """The model in evaluation mode; afterwards every module is in the mode that it was in."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def inputs_of(batch, device):
+    """A batch of model inputs on a device.
+
+    Raises:
+        ValueError: It is no mapping.
+    """
     if not isinstance(batch, Mapping):  # as dicts and BatchEncodings are
         raise ValueError(
             f"Calibration data must be an iterable of model inputs (dicts of tensors), got a {type(batch).__name__}."

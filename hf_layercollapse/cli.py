@@ -1,6 +1,7 @@
 """`layercollapse`: look at a model's feed-forward blocks, collapse them under a budget, compare what comes of it with
 what was there, and export it, from the shell."""
 
+import copy
 import json
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from .model_card import auto_class_of, create_model_card
 from .planning import linearity_map, plan_collapse
 from .plans import CollapsePlan
 from .profiling import measure_speedup
+from .recovery import recover_model
 from .tables import table
 
 
@@ -167,11 +169,18 @@ def collapse(
     plan: Annotated[Path | None, typer.Option(help="A plan that was made before, in place of --budget.")] = None,
     save_plan: Annotated[Path | None, typer.Option(help="Write the plan, with the curve of all plans (JSON).")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of that curve; .png or .svg.")] = None,
+    recovery_steps: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Steps of training afterwards towards the dense model's predictions on the data, without labels.",
+        ),
+    ] = 0,
     blocks: Blocks = "all",
     device: Device = "cpu",
     trust_remote_code: Trust = False,
 ):
-    """Collapses a model under a budget, with no training, and saves it."""
+    """Collapses a model under a budget, with no training or a short one without labels, and saves it."""
     _check_plot(plot)
     if (budget is None) == (plan is None):
         raise ValueError("Pass either --budget or --plan.")
@@ -192,7 +201,9 @@ def collapse(
         plot_plan(made, [plot])
     if not made.point.choices:
         raise ValueError("No block can collapse within this budget; nothing was saved.")
+    teacher = copy.deepcopy(live) if recovery_steps else None
     report = collapse_model(live, plan=made, calibration_data=batches)
+    recovery = recover_model(live, teacher, batches, max_steps=recovery_steps) if recovery_steps else None
     live.save_pretrained(output)
     base = None if Path(model).exists() else model
     create_model_card(live, report, name=output.name, base_model=base).save(output / "README.md")
@@ -200,6 +211,8 @@ def collapse(
     if processor is not None:
         processor.save_pretrained(output)
     typer.echo(str(report))
+    if recovery is not None:
+        typer.echo(f"\n{recovery}")
     typer.echo(
         f"\nSaved in {output}. Load it with\n\n    import hf_layercollapse\n"
         f"    from transformers import {auto_class_of(live.config)}\n\n"

@@ -101,6 +101,14 @@ def predictions_of(model, inputs, outputs) -> list[Predictions]:
     )
 
 
+def without_labels(model, inputs) -> dict:
+    """Model inputs without labels, which predictions do not need, except where decoder inputs are made from them."""
+    decoder = isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder
+    if decoder and "decoder_input_ids" not in inputs:
+        return dict(inputs)
+    return {name: value for name, value in inputs.items() if name != "labels"}
+
+
 def _kind_of(model, inputs, logits):
     if logits.dim() == 3:
         return "classes" if logits.shape[-1] > 1 else "values"

@@ -90,6 +90,12 @@ def test_collapse_saves_a_model_that_loads(classifier, tmp_path):
     for key, value in loaded.state_dict().items():
         torch.testing.assert_close(again.state_dict()[key], value)
     assert "collapsed" in run("inspect", output).output
+    # And a few steps towards the dense model.
+    arguments[-1] = tmp_path / "recovered"
+    result = run("collapse", folder, *arguments, "--plan", plan, "--recovery-steps", 8)
+    assert result.exit_code == 0 and "divergence from the teacher in nats" in result.output
+    recovered = AutoModelForSequenceClassification.from_pretrained(tmp_path / "recovered")
+    assert recovered.state_dict().keys() == loaded.state_dict().keys()
 
 
 def test_images(tmp_path):

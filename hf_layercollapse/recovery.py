@@ -1,0 +1,361 @@
+"""Recovery: a short training on unlabelled inputs after a collapse, towards what the dense model predicts."""
+
+import contextlib
+import dataclasses
+import random
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .calibration import evaluating, inputs_of
+from .families import unwrap
+from .patching import alpha_parameters
+from .predictions import Predictions, predictions_of, without_labels
+from .scoring import split
+from .tables import table
+
+
+# Share of all steps in which the learning rate rises to its full value; it then falls to 0, both linearly.
+WARMUP_RATIO = 0.1
+
+# Largest norm of all gradients together, as in `TrainingArguments`.
+MAX_GRAD_NORM = 1.0
+
+# How many times in a run the rows held aside are measured, and how many times in turn without a gain end it.
+EVALUATIONS = 6
+PATIENCE = 3
+
+
+@dataclass(frozen=True)
+class RecoveryReport:
+    """What a recovery gained. Prints as a table.
+
+    Args:
+        unit (`str`): Of the divergences: `"nats"`, or `"cosine distance"` for embeddings, `"squared error / 2"` for
+            values.
+        before, after (`float`): Mean divergence of a prediction from the teacher's, on rows held aside.
+        steps (`int`): Optimizer steps that were taken.
+        best_step (`int`): Of the weights that were kept; 0: as they were.
+        curve (`list[tuple[int, float | None, float]]`): Step, mean divergence in training since the one before, and
+            on the rows held aside.
+        predictions, held_aside (`int`): What was trained on, counted once, and what was held aside.
+        seconds (`float`): In all.
+    """
+
+    unit: str
+    before: float
+    after: float
+    steps: int
+    best_step: int
+    curve: list[tuple[int, float | None, float]]
+    predictions: int
+    held_aside: int
+    seconds: float
+
+    def to_dict(self):
+        """Plain data, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def __str__(self):
+        rows = [["step", "in training", "held aside"]]
+        for step, training, held in self.curve:
+            mark = "  kept" if step == self.best_step else ""
+            rows.append([str(step), "" if training is None else f"{training:.5f}", f"{held:.5f}{mark}"])
+        return (
+            f"{table(rows)}\ndivergence from the teacher in {self.unit}, on {self.held_aside:,} predictions held "
+            f"aside: {self.before:.5f} -> {self.after:.5f}; trained on {self.predictions:,}, {self.seconds:.0f} s"
+        )
+
+
+def recover_model(
+    model,
+    teacher,
+    calibration_data,
+    max_steps: int = 150,
+    learning_rate: float = 5e-5,
+    evaluation_data=None,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> RecoveryReport:
+    """Trains a collapsed model in place for a few minutes, towards the teacher's predictions; needs no labels.
+
+    The loss is the divergence of the predictions: KL for classes, tokens and several labels (distillation at
+    temperature 1, arXiv 1503.02531), half the squared error for values, the cosine distance for embeddings. Dropout is
+    off, the optimizer is AdamW without weight decay, the learning rate rises over a tenth of the steps and falls to 0.
+    After least squares more is not better: at 2e-4 Adam leaves the fit and does not come back, at 3e-5 to 5e-5 it
+    gains. More rows help more than more steps.
+
+    Rows held aside are measured in between: what was best on them is kept, and without a gain the run ends early.
+
+    Args:
+        model (`nn.Module`): Collapsed, or any model that is to come closer to the teacher. Trained are the parameters
+            that want gradients; alphas stay. A PeftModel trains its adapter. Half-precision weights are trained in
+            float32, and are half precision again in the end.
+        teacher (`nn.Module`): The dense model, with the same head. It runs in evaluation mode, unchanged.
+        calibration_data (iterable of `dict[str, Tensor]`): Model inputs; their batches are those of the training, in
+            an order of each epoch's own.
+        max_steps (`int`): Optimizer steps at most, one batch each.
+        learning_rate (`float`): The highest.
+        evaluation_data (*optional*): Rows to hold aside. Default: every fourth batch of the calibration data.
+        top_k (`int`, *optional*): Keep the teacher's `k` largest classes and the mass of all others of each
+            prediction, from one pass over the data, in place of asking it in every step. Default: ask it.
+        seed (`int`): Of the order of batches.
+
+    Returns:
+        [`RecoveryReport`]
+
+    Raises:
+        TypeError: The model is wrapped or sharded for distributed training, or an argument of a wrong type.
+        ValueError: The teacher is the model or predicts something else, the data is empty or the model cannot take
+            it, nothing is to be trained, or a loss is not finite. The model is as it was then.
+    """
+    _check_numbers(max_steps, learning_rate, top_k)
+    inner, _ = unwrap(model)
+    if not isinstance(teacher, nn.Module):
+        raise TypeError(f"`teacher` must be a model, got {type(teacher).__name__}.")
+    if unwrap(teacher)[0] is inner:
+        raise ValueError("`teacher` is the model itself; pass the dense model, a copy of what was collapsed.")
+    frozen = {id(alpha) for alpha in alpha_parameters(inner)}
+    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in frozen]
+    if not parameters:
+        raise ValueError("No parameter of the model wants a gradient, so there is nothing to train.")
+    if not all(p.is_floating_point() for p in parameters):
+        raise ValueError("Quantized weights cannot be trained: put an adapter (LoRA) on the model and pass that.")
+    training, held = split(calibration_data, evaluation_data)
+    started = time.perf_counter()
+    with evaluating(model), evaluating(teacher), _restored_on_failure(model), _in_float32(model):
+        targets = _Targets(teacher, top_k)
+        before, held_count = _measure(model, inner, held, targets)
+        run = _Run(model, inner, targets, parameters, learning_rate, max_steps, seed)
+        curve, best, best_step, since = [(0, None, before)], before, 0, 0
+        kept = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+        every = max(1, -(-max_steps // EVALUATIONS))
+        for step, loss in run.steps(training, every):
+            value, _ = _measure(model, inner, held, targets)
+            curve.append((step, loss, value))
+            since += 1
+            if value < best:
+                best, best_step, since = value, step, 0
+                for copy, parameter in zip(kept, parameters, strict=True):
+                    copy.copy_(parameter.detach())
+            if since == PATIENCE:
+                break
+        with torch.no_grad():
+            for copy, parameter in zip(kept, parameters, strict=True):
+                parameter.copy_(copy)
+    return RecoveryReport(
+        targets.unit,
+        before,
+        best,
+        curve[-1][0],
+        best_step,
+        curve,
+        run.predictions,
+        held_count,
+        time.perf_counter() - started,
+    )
+
+
+def _check_numbers(max_steps, learning_rate, top_k):
+    for name, value in (("max_steps", max_steps), ("top_k", top_k)):
+        if value is None and name == "top_k":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    if isinstance(learning_rate, bool) or not isinstance(learning_rate, (int, float)):
+        raise TypeError(f"`learning_rate` must be a number, got {learning_rate!r}.")
+    if not 0 < learning_rate < float("inf"):
+        raise ValueError(f"`learning_rate` must be in (0, inf), got {learning_rate}.")
+
+
+class _Targets:
+    """What the teacher predicts for a batch: asked each time, or kept as its largest classes."""
+
+    def __init__(self, teacher, top_k):
+        self.teacher, self.inner, self.top_k = teacher, unwrap(teacher)[0], top_k
+        self.unit = None
+        self._kept = {}  # position of a batch -> what it predicts
+
+    def of(self, key, inputs):
+        """The teacher's predictions; `key` tells batches apart."""
+        if key in self._kept:
+            return self._kept[key]
+        device = next(self.teacher.parameters()).device
+        given = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
+        with torch.no_grad():
+            found = predictions_of(self.inner, given, self.teacher(**without_labels(self.inner, given)))
+        self.unit = self.unit or _UNITS[found[0].kind]
+        if self.top_k is not None:
+            found = self._kept[key] = [_Largest.of(part, self.top_k) for part in found]
+        return found
+
+
+_UNITS = {"classes": "nats", "labels": "nats", "values": "squared error / 2", "embedding": "cosine distance"}
+
+
+@dataclass(frozen=True)
+class _Largest:
+    """The `k` largest classes of each prediction, and all others as one: what is compared with them is reduced to the
+    same, so that the divergence is a lower bound of the whole one."""
+
+    log_probabilities: torch.Tensor  # (n, k + 1), the last of all others together
+    classes: torch.Tensor  # (n, k)
+
+    @classmethod
+    def of(cls, part, k):
+        if part.kind != "classes" or part.values.shape[-1] <= k + 1:
+            return dataclasses.replace(part, values=part.values.cpu())
+        log_p = part.values.float().log_softmax(-1)
+        largest = log_p.topk(k, dim=-1).indices
+        return cls(cls._reduced(log_p, largest).cpu(), largest.cpu())
+
+    @staticmethod
+    def _reduced(log_p, classes):
+        chosen = log_p.gather(-1, classes)
+        others = torch.log1p(-chosen.exp().sum(-1, keepdim=True).clamp_max(1 - 1e-7))
+        return torch.cat([chosen, others], dim=-1)
+
+    def divergence(self, now):
+        """Of predictions by classes from these, shape `(n,)`."""
+        classes = self.classes.to(now.values.device)
+        reduced = self._reduced(now.values.float().log_softmax(-1), classes)
+        return Predictions("classes", reduced).divergence_from(Predictions("classes", self.log_probabilities))
+
+
+def _divergence(model, inner, inputs, targets, key):
+    """`(sum over predictions, their number)` for one batch."""
+    found = predictions_of(inner, inputs, model(**without_labels(inner, inputs)))
+    expected = targets.of(key, inputs)
+    total, count = 0.0, 0
+    for now, then in zip(found, expected, strict=True):
+        if isinstance(then, _Largest):
+            total = total + then.divergence(now).sum()
+        else:
+            if now.kind != then.kind or now.values.shape != then.values.shape:
+                raise ValueError(
+                    f"The teacher predicts {then.kind} of shape {tuple(then.values.shape)} for a batch, the model "
+                    f"{now.kind} of shape {tuple(now.values.shape)}: both must have the same head."
+                )
+            total = total + now.divergence_from(then).sum()
+        count += now.values.shape[0]
+    return total, count
+
+
+@torch.no_grad()
+def _measure(model, inner, data, targets):
+    """`(mean divergence, predictions)` on rows held aside."""
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    for index, batch in enumerate(tqdm(data, desc="Measuring", leave=False)):
+        part, rows = _divergence(model, inner, inputs_of(batch, device), targets, ("held", index))
+        total, count = total + float(part), count + rows
+    if not count:
+        raise ValueError("There is no row to hold aside: pass more calibration data, or `evaluation_data`.")
+    return _finite(total / count), count
+
+
+def _finite(value):
+    if not torch.isfinite(torch.tensor(value)):
+        raise ValueError(f"The divergence from the teacher is {value}: the model's or the teacher's outputs are.")
+    return value
+
+
+class _Run:
+    """The optimizer's steps."""
+
+    def __init__(self, model, inner, targets, parameters, learning_rate, max_steps, seed):
+        self.model, self.inner, self.targets, self.parameters = model, inner, targets, parameters
+        self.max_steps, self.order = max_steps, random.Random(seed)
+        self.optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+        warmup = max(1, round(WARMUP_RATIO * max_steps))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min((step + 1) / warmup, (max_steps - step) / max(1, max_steps - warmup))
+        )
+        self._seen = {}  # position of a batch -> its predictions
+
+    @property
+    def predictions(self):
+        """How many different ones were trained on."""
+        return sum(self._seen.values())
+
+    def steps(self, data, every):
+        """Yields `(step, mean divergence since the last yield)` after every so many steps, and at the end."""
+        device = next(self.model.parameters()).device
+        total, count = 0.0, 0
+        with tqdm(total=self.max_steps, desc="Recovering", leave=False) as progress:
+            for step, (index, batch) in enumerate(self._batches(data), start=1):
+                part, rows = _divergence(self.model, self.inner, inputs_of(batch, device), self.targets, index)
+                self._step(part / rows)
+                self._seen[index] = rows
+                total, count = total + _finite(float(part.detach())), count + rows
+                progress.update()
+                if step % every == 0 or step == self.max_steps:
+                    yield step, total / count
+                    total, count = 0.0, 0
+
+    def _step(self, loss):
+        if not loss.requires_grad:
+            raise ValueError("What the model predicts depends on no parameter that is trained.")
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _batches(self, data):
+        """`max_steps` batches with their positions, each epoch in an order of its own."""
+        batches = list(data)
+        taken = 0
+        while True:
+            order = list(range(len(batches)))
+            self.order.shuffle(order)
+            for index in order:
+                if taken == self.max_steps:
+                    return
+                taken += 1
+                yield index, batches[index]
+
+
+@contextlib.contextmanager
+def _restored_on_failure(model):
+    """Weights and gradients as they were, if what is done inside raises."""
+    state = [(parameter, parameter.detach().to("cpu", copy=True), parameter.grad) for parameter in model.parameters()]
+    for parameter, *_ in state:
+        parameter.grad = None
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for parameter, weight, _ in state:
+                parameter.data = weight.to(parameter.device)
+        raise
+    finally:
+        for parameter, _, grad in state:
+            parameter.grad = grad
+
+
+@contextlib.contextmanager
+def _in_float32(model):
+    """Half-precision weights in float32 for a while: a step of 5e-5 is below what bfloat16 can add to a weight."""
+    cast = [(p, p.dtype) for p in model.parameters() if p.is_floating_point() and p.element_size() < 4]
+    buffers = [(m, n, b.dtype) for m in model.modules() for n, b in m._buffers.items() if _is_half(b)]
+    try:
+        for parameter, _ in cast:
+            parameter.data = parameter.data.float()
+        for module, name, _ in buffers:
+            module._buffers[name] = module._buffers[name].float()
+        yield
+    finally:
+        for parameter, dtype in cast:
+            parameter.data = parameter.data.to(dtype)
+        for module, name, dtype in buffers:
+            module._buffers[name] = module._buffers[name].to(dtype)
+
+
+def _is_half(buffer):
+    return buffer is not None and buffer.is_floating_point() and buffer.element_size() < 4

@@ -1,0 +1,241 @@
+"""Recovery: it brings a collapsed model closer to the dense one without labels, or leaves it as it was."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForQuestionAnswering, BertConfig
+
+from hf_layercollapse import (
+    LayerCollapseConfig,
+    apply_layer_collapse,
+    collapse_model,
+    predictions,
+    recover_model,
+    recovery,
+)
+from hf_layercollapse.patching import alpha_parameters
+
+from .models import BY_NAME
+
+
+def batches_of(case, count=16, batch=8):
+    return [case.inputs(batch=batch, seed=seed) for seed in range(count)]
+
+
+def collapsed(case, blocks="all", dtype=torch.float32):
+    """A dense model, and one whose blocks became the identity target's maps: much is left to gain."""
+    dense = case.model(dtype=dtype)
+    model = apply_layer_collapse(copy.deepcopy(dense), LayerCollapseConfig(blocks=blocks, initial_alpha=1.0))
+    collapse_model(model)
+    return dense, model
+
+
+def divergence(model, dense, batches):
+    total = count = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            (now,) = predictions.predictions_of(model, batch, model(**batch))
+            (then,) = predictions.predictions_of(dense, batch, dense(**batch))
+            total, count = total + float(now.divergence_from(then).sum()), count + len(now.values)
+    return total / count
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "gpt2"])
+def test_it_brings_the_model_closer_to_the_dense_one_on_other_data(name):
+    case = BY_NAME[name]
+    batches, others = batches_of(case), [case.inputs(batch=8, seed=seed) for seed in range(100, 108)]
+    dense, model = collapsed(case)
+    before = divergence(model, dense, others)
+    report = recover_model(model, dense, batches, max_steps=60, learning_rate=2e-3)
+    assert divergence(model, dense, others) < 0.8 * before
+    assert report.after < report.before and report.unit == "nats" and 0 < report.best_step <= report.steps <= 60
+    # What is reported is what the model now does on the rows held aside.
+    held = batches[3::4]
+    assert report.after == pytest.approx(divergence(model, dense, held), rel=1e-4)
+    assert str(report.held_aside) in str(report).replace(",", "") and "kept" in str(report)
+
+
+def test_only_what_wants_gradients_is_trained_and_all_else_is_as_it_was():
+    case = BY_NAME["bert"]
+    batches = batches_of(case)
+    dense, model = collapsed(case, blocks=[0])
+    model.train()
+    teacher = {name: value.clone() for name, value in dense.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("classifier" in name)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    generator = torch.get_rng_state()
+    recover_model(model, dense, batches, max_steps=12, learning_rate=1e-2)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, kept[name])}
+    assert changed and all("classifier" in name for name in changed)
+    assert all(torch.equal(value, teacher[name]) for name, value in dense.state_dict().items())
+    assert model.training and not dense.training and torch.equal(torch.get_rng_state(), generator)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_alphas_stay():
+    case = BY_NAME["bert"]
+    batches = batches_of(case)
+    dense = case.model()
+    model = apply_layer_collapse(copy.deepcopy(dense), LayerCollapseConfig(initial_alpha=0.5))
+    recover_model(model, dense, batches, max_steps=6, learning_rate=1e-3)
+    assert all(float(alpha.detach()) == 0.5 for alpha in alpha_parameters(model))
+
+
+def test_what_does_not_gain_on_rows_held_aside_is_not_kept():
+    case = BY_NAME["bert"]
+    batches = batches_of(case)
+    dense, model = collapsed(case, blocks=[0])
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    report = recover_model(model, dense, batches, max_steps=30, learning_rate=10.0)
+    assert (report.best_step, report.after) == (0, report.before)
+    assert report.steps < 30  # given up early
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+
+
+def test_the_same_seed_gives_the_same_weights():
+    case = BY_NAME["bert"]
+    batches = batches_of(case)
+    dense, first = collapsed(case)
+    second, third = copy.deepcopy(first), copy.deepcopy(first)
+    recover_model(first, dense, batches, max_steps=8, learning_rate=1e-3)
+    torch.manual_seed(5)
+    recover_model(second, dense, iter(batches), max_steps=8, learning_rate=1e-3)
+    recover_model(third, dense, batches, max_steps=8, learning_rate=1e-3, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), third.parameters(), strict=True))
+
+
+def test_half_precision_weights_are_trained_in_float32():
+    case = BY_NAME["bert"]
+    batches = batches_of(case)
+    dense, model = collapsed(case, dtype=torch.bfloat16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = recover_model(model, dense, batches, max_steps=30, learning_rate=1e-3)
+    assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {torch.bfloat16}
+    assert report.after < report.before
+    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_largest_classes_stand_for_all():
+    case = BY_NAME["gpt2"]
+    batches = batches_of(case)
+    dense, model = collapsed(case)
+    same = copy.deepcopy(model)
+    whole = recover_model(model, dense, batches, max_steps=20, learning_rate=1e-3)
+    calls = []
+    handle = dense.register_forward_hook(lambda *_: calls.append(1))
+    part = recover_model(same, dense, batches, max_steps=20, learning_rate=1e-3, top_k=60)
+    handle.remove()
+    assert len(calls) == len(batches)  # once each, whatever the steps
+    # A little less than the whole divergence, and nearly the same gain.
+    assert 0.8 * whole.before < part.before <= whole.before + 1e-6
+    assert divergence(same, dense, batches) < whole.before
+
+
+@pytest.mark.parametrize("auto, unit", [(AutoModel, "cosine distance"), (AutoModelForQuestionAnswering, "nats")])
+def test_heads_without_classes(auto, unit):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    dense = auto.from_config(BertConfig(vocab_size=64, **sizes)).eval()
+    batches = batches_of(BY_NAME["bert"])
+    model = copy.deepcopy(dense)
+    with torch.no_grad():
+        for parameter in model.encoder.parameters() if auto is AutoModel else model.bert.encoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    report = recover_model(model, dense, batches, max_steps=40, learning_rate=2e-3)
+    assert report.unit == unit and report.after < 0.9 * report.before
+
+
+def test_an_adapter_is_what_is_trained():
+    peft = pytest.importorskip("peft")
+    case = BY_NAME["bert"]
+    batches = batches_of(case)
+    dense, model = collapsed(case)
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["query", "value"]))
+    report = recover_model(adapted, dense, batches, max_steps=30, learning_rate=5e-3)
+    assert report.after < report.before
+    unloaded = adapted.unload()
+    assert all(torch.equal(value, base[name]) for name, value in unloaded.state_dict().items())
+
+
+def _interrupt_at(model, call):
+    calls = []
+
+    def hook(module, args, output):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+
+    return model.register_forward_hook(hook)
+
+
+def test_an_interrupted_recovery_leaves_the_model_as_it_was():
+    case = BY_NAME["bert"]
+    batches = batches_of(case)
+    dense, model = collapsed(case, dtype=torch.bfloat16)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    handle = _interrupt_at(model, 10)
+    with pytest.raises(KeyboardInterrupt):
+        recover_model(model, dense, batches, max_steps=20, learning_rate=1e-2)
+    handle.remove()
+    after = model.state_dict()
+    assert all(torch.equal(value, kept[name]) and value.dtype == kept[name].dtype for name, value in after.items())
+    assert not model.training and all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_bad_input_is_refused_and_changes_nothing():
+    case = BY_NAME["bert"]
+    batches = batches_of(case)
+    dense, model = collapsed(case, blocks=[0])
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    config = case.config()
+    config.num_labels = 5
+    other = case.model(config=config)
+    for arguments, error, message in (
+        ((model, batches), ValueError, "is the model itself"),
+        (("dense", batches), TypeError, "must be a model, got str"),
+        ((other, batches), ValueError, r"must have the same head"),
+        ((dense, []), ValueError, "fewer than four"),
+        ((dense, [[1]] * 8), ValueError, "dicts of tensors"),
+        ((dense, [{"pixel_values": torch.zeros(1, 3, 8, 8)}] * 8), ValueError, "input_ids"),
+    ):
+        with pytest.raises(error, match=message):
+            recover_model(model, *arguments, max_steps=4)
+    for values, error in (
+        ({"max_steps": 0}, ValueError),
+        ({"max_steps": 1.5}, TypeError),
+        ({"learning_rate": 0}, ValueError),
+        ({"learning_rate": "1"}, TypeError),
+        ({"top_k": 0}, ValueError),
+    ):
+        with pytest.raises(error, match=next(iter(values))):
+            recover_model(model, dense, batches, **values)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        recover_model(model, dense, batches, max_steps=4)
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+
+
+def test_a_loss_that_is_not_finite_leaves_the_model_as_it_was():
+    case = BY_NAME["bert"]
+    batches = batches_of(case)
+    dense, model = collapsed(case, blocks=[0])
+    broken = copy.deepcopy(dense)
+    with torch.no_grad():
+        broken.classifier.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="is nan"):
+        recover_model(model, broken, batches, max_steps=4)
+
+
+def test_reduced_divergences_are_a_lower_bound():
+    generator = torch.Generator().manual_seed(0)
+    now, then = (predictions.Predictions("classes", 3 * torch.randn(50, 30, generator=generator)) for _ in range(2))
+    whole = now.divergence_from(then)
+    for k in (1, 5, 28):
+        part = recovery._Largest.of(then, k).divergence(now)
+        assert (part <= whole + 1e-5).all() and (part >= 0).all()
+    assert torch.allclose(recovery._Largest.of(then, 28).divergence(now), whole, rtol=0.05, atol=1e-3)
