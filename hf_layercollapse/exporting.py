@@ -28,6 +28,7 @@ from .families import find_feed_forward_blocks, unwrap
 from .modeling_layercollapse import SAVING_PREFIX
 from .profiling import weights_size
 from .stock import StockReport, export_stock, native_config
+from .upstream import refuse_old_exporters
 
 
 # format -> (packages that it needs, extra that brings them)
@@ -126,8 +127,8 @@ def export_model(model, inputs, output, to="onnx", *, cache=None, processor=None
 
     Raises:
         TypeError: It is no transformers model, or is sharded.
-        ValueError: A package is missing, the folder is not empty, the model cannot be exported, or the exported one
-            differs: nothing is written then.
+        ValueError: A package is missing or too old, the folder is not empty, the model cannot be exported, or the
+            exported one differs: nothing is written then.
     """
     if to not in FORMATS:
         raise ValueError(f"`to` must be one of {sorted(FORMATS)}, got {to!r}.")
@@ -135,6 +136,8 @@ def export_model(model, inputs, output, to="onnx", *, cache=None, processor=None
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f'Exporting to {to} needs {", ".join(missing)}: pip install "hf_layercollapse[{extra}]".')
+    if to != "stock":
+        refuse_old_exporters(to)
     model = unwrap(model)[0]
     _check(model, inputs)
     output = Path(output)
@@ -419,10 +422,12 @@ def load_exported(folder, precision="f32") -> nn.Module:
     if not (folder / "export.json").exists():
         architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
         return getattr(transformers, architecture).from_pretrained(folder).eval()
+    export_format = json.loads((folder / "export.json").read_text())["export_format"]
+    refuse_old_exporters(export_format)
     from transformers.exporters import ExportedModel
 
     threads = torch.get_num_threads()
-    if json.loads((folder / "export.json").read_text())["export_format"] == "onnx":
+    if export_format == "onnx":
         import onnxruntime
 
         session_options = onnxruntime.SessionOptions()

@@ -41,6 +41,7 @@ from .optimization import AlphaSteps, TaskParameters, exchange_parameters, penal
 from .patching import collapsible_activations, layer_collapse_config_of, patch_or_check, penalty, shorten
 from .reports import CollapseReport
 from .sharding import gathered, in_turn, leave_out_of_sharding, refuse_deepspeed_setup, refuse_fsdp_setup
+from .upstream import checkpointing_of, loss_is_scaled
 
 
 logger = logging.get_logger(__name__)
@@ -144,8 +145,8 @@ class LayerCollapseTrainerMixin(CheckpointsMixin):
         if self.is_fsdp_enabled:
             plugin, precision = self.accelerator.state.fsdp_plugin, self.accelerator.mixed_precision
             refuse_fsdp_setup(plugin, self.model, self.args.torch_compile, precision)
-        reentrant = (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant", False)
-        if self.args.activation_checkpointing and reentrant and self.args.world_size > 1:
+        checkpointing, options = checkpointing_of(self.args)
+        if checkpointing and options.get("use_reentrant", False) and self.args.world_size > 1:
             raise ValueError(
                 "Reentrant activation checkpointing runs a backward pass of its own, in which DistributedDataParallel "
                 "would see each alpha a second time, after the penalty. Set use_reentrant=False, the default."
@@ -416,11 +417,7 @@ class LayerCollapseTrainerMixin(CheckpointsMixin):
         return items / (self.accelerator.num_processes // self.get_tp_size()) if averaged else items
 
     def _loss_is_scaled(self, num_items_in_batch):
-        """What `Trainer.training_step` asks before it divides the loss by the number of accumulated batches."""
-        if self.loss_is_scaled_for_ga is not None:
-            return self.loss_is_scaled_for_ga
-        counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return counted or self.compute_loss_func is not None
+        return loss_is_scaled(self, num_items_in_batch)
 
     # ---- Optimizer ----
 

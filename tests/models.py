@@ -18,6 +18,8 @@ from transformers import (
     ViTConfig,
 )
 
+from hf_layercollapse.upstream import TRANSFORMERS
+
 
 WIDTH, HIDDEN, LAYERS, VOCABULARY = 16, 40, 3, 64
 
@@ -160,7 +162,7 @@ CASES = [
         image_inputs,
         "dinov2.encoder.layer.{i}.mlp",
         hidden=48,
-        **_FC,
+        **(_FC if TRANSFORMERS >= (5, 18) else {**_FC, "activation": "activation"}),
     ),
     Case(
         "distilbert",

@@ -31,6 +31,7 @@ from tests.training import (
     Gradients,
     alphas_of,
     assert_same,
+    checkpointing,
     counted_cross_entropy,
     model_of,
     rows,
@@ -429,12 +430,12 @@ def test_compiled(tmp_path):
 def test_checkpointed_activations(tmp_path):
     """What runs again during backward is not seen a second time."""
     found = [
-        one_step("bert", tmp_path, BOTH, teacher=teacher_of("bert"), args={"activation_checkpointing": again})[0]
+        one_step("bert", tmp_path, BOTH, teacher=teacher_of("bert"), args=checkpointing(again))[0]
         for again in (False, True)
     ]
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6)
-    reentrant = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+    reentrant = checkpointing(use_reentrant=True)
     with pytest.raises(ValueError, match="use_reentrant=False"):
         one_step("bert", tmp_path, BOTH, teacher=teacher_of("bert"), args=reentrant)
 

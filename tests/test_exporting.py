@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MambaConfig
-from transformers.exporters import ExportedModel
 
-from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model, exporting
+from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model, exporting, upstream
 from hf_layercollapse.exporting import decoder_step, export_model, load_exported
 from hf_layercollapse.patching import alpha_parameters
 from hf_layercollapse.profiling import compare_latency
+from hf_layercollapse.upstream import TRANSFORMERS
 
 from .models import BY_NAME, image_inputs, randomize, text_inputs
 from .test_stock import t5
@@ -64,6 +64,8 @@ def in_state(name, state):
 
 
 def needs(to):
+    if TRANSFORMERS < (5, 23):
+        pytest.skip("transformers before 5.23 cannot load again what it exports")
     packages = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}[to]
     for package in packages:
         pytest.importorskip(package, reason=f"the extra {to} is not installed")
@@ -176,6 +178,8 @@ def exported(tmp_path_factory):
 
 def test_the_folder(exported):
     """Native config, so that neither the package nor its code is needed; nothing of the model's own weights."""
+    from transformers.exporters import ExportedModel
+
     model, folder, _ = exported
     assert sorted(os.listdir(folder)) == ["config.json", "export.json", "model.onnx", "model.onnx.data"]
     content = json.loads((folder / "config.json").read_text())
@@ -253,3 +257,13 @@ def test_errors(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r'needs no_such_package: pip install "hf_layercollapse\[onnx\]"'):
         export_model(model, inputs, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["full"]
+
+
+def test_transformers_that_cannot_load_exports_is_refused_by_name(tmp_path, monkeypatch):
+    for to in ("onnx", "openvino"):
+        monkeypatch.setitem(exporting.FORMATS, to, ((), to))
+    monkeypatch.setattr(upstream, "TRANSFORMERS", (5, 22, 2))
+    for to in ("onnx", "openvino"):
+        with pytest.raises(ValueError, match=f"Exporting to {to} needs transformers 5.23 or newer"):
+            export_model(MODELS["bert"](), masked(2, 9), tmp_path / "out", to=to)
+    assert os.listdir(tmp_path) == []

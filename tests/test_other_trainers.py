@@ -14,7 +14,7 @@ from transformers import (
 
 from hf_layercollapse import LayerCollapseConfig, LayerCollapseTrainerMixin, apply_layer_collapse
 from tests.models import BY_NAME, LAYERS, VOCABULARY, randomize
-from tests.training import Gradients, alphas_of, assert_same, model_of, state_of
+from tests.training import Gradients, alphas_of, assert_same, checkpointing, model_of, state_of
 
 
 PLAIN = {
@@ -145,7 +145,7 @@ def sft_trainer(folder, accumulate=1, model=None, **kwargs):
             gradient_accumulation_steps=accumulate,
             train_sampling_strategy="sequential",
             bf16=False,
-            activation_checkpointing=False,
+            **checkpointing(False),
             lr_scheduler_type="constant",
             learning_rate=1e-3,
             max_length=32,

@@ -17,6 +17,7 @@ from hf_layercollapse import (
 
 from .models import BY_NAME, CASES, LAYERS, WIDTH, randomize, text_inputs
 from .test_modeling import saved_storages
+from .training import enable_checkpointing
 
 
 every_model = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -612,7 +613,7 @@ def test_gradient_checkpointing(name, use_reentrant):
     models = [apply_layer_collapse(case.model()) for _ in range(2)]
     for model in models:
         set_alphas(model, 0.3)
-    models[1].activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    enable_checkpointing(models[1], use_reentrant=use_reentrant)
     calls = []
     first = models[1].get_submodule(f"{case.blocks()[0]}.{case.activation}")
     first.register_forward_hook(lambda *_: calls.append(1))

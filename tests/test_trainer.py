@@ -38,6 +38,7 @@ from tests.training import (
     SetAlphas,
     alphas_of,
     assert_same,
+    checkpointing,
     counted_cross_entropy,
     model_of,
     rows,
@@ -186,9 +187,8 @@ def test_gradient_checkpointing_changes_nothing(reentrant, tmp_path):
         trainer.train()
         return state_of(trainer.model)
 
-    kwargs = {"use_reentrant": reentrant}
     plain = train()
-    checkpointed = train(activation_checkpointing=True, activation_checkpointing_kwargs=kwargs)
+    checkpointed = train(**checkpointing(use_reentrant=reentrant))
     for name in plain:
         torch.testing.assert_close(checkpointed[name], plain[name], rtol=1e-5, atol=1e-6)
 
@@ -472,8 +472,7 @@ def test_optimizers_that_step_in_backward_are_refused(optim, tmp_path):
 
 
 def test_reentrant_checkpointing_on_several_processes_is_refused(tmp_path, monkeypatch):
-    args = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
-    trainer = trainer_for("bert", tmp_path, args=args)
+    trainer = trainer_for("bert", tmp_path, args=checkpointing(use_reentrant=True))
     monkeypatch.setattr(type(trainer.args), "world_size", property(lambda self: 2))
     with pytest.raises(ValueError, match="Set use_reentrant=False"):
         trainer._refuse_setup()

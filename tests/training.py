@@ -6,6 +6,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_layercollapse import LayerCollapseConfig, LayerCollapseTrainer
+from hf_layercollapse.upstream import TRANSFORMERS
 from tests.models import BY_NAME
 
 
@@ -22,6 +23,20 @@ def rows(case, count, seed=0):
             example["labels"] = torch.tensor((i * 7 + seed) % 3)
         examples.append(example)
     return examples
+
+
+def checkpointing(enabled=True, **options):
+    """Training arguments that compute activations again in backward, or do not."""
+    name = "activation_checkpointing" if TRANSFORMERS >= (5, 23) else "gradient_checkpointing"
+    return {name: enabled, f"{name}_kwargs": options or None}
+
+
+def enable_checkpointing(model, **options):
+    """As the Trainer does with [`checkpointing`]."""
+    if TRANSFORMERS >= (5, 23):
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(options)
 
 
 def model_of(case, seed=0, dropout=False, **kwargs):
