@@ -17,7 +17,7 @@ from .modeling_layercollapse import (
     PassOnConv1D,
     PassOnLinear,
 )
-from .patching import replace_module
+from .patching import mark_initialized, replace_module
 from .reports import BlockReport
 
 
@@ -229,6 +229,7 @@ def _make_linear(like, weight, bias):
     if linear.bias is not None:
         linear.bias.copy_(torch.zeros(()) if bias is None else bias)
     linear.requires_grad_(like.weight.requires_grad)
+    mark_initialized(linear)
     return linear.train(like.training)
 
 
@@ -246,6 +247,7 @@ def put_in_place(inner, merge, originals=None):
     def put(name, module, spec):
         if originals is not None:
             originals.append((name, inner.get_submodule(name)))
+        mark_initialized(module)
         replace_module(inner, name, module.train(training))
         entries.append((name, spec))
 

@@ -27,6 +27,7 @@ from transformers.models.auto import auto_factory, modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 
 logger = logging.get_logger(__name__)
@@ -919,7 +920,13 @@ _under_construction: list[dict] = []
 class LayerCollapseModelMixin:
     """In front of a native model class: builds the native model, reshapes it by the table, and loads strictly."""
 
-    def __init__(self, config, *args, **kwargs):
+    def __init__(self, config=None, *args, **kwargs):
+        if not isinstance(config, LayerCollapseConfigMixin):
+            raise TypeError(
+                f"This {type(self).__name__} is patched or collapsed as its config says, and a "
+                f"{type(config).__name__} says nothing of that. Pass the config of a patched or collapsed model, or "
+                "use the native class."
+            )
         table = validate_layer_collapse(config.layer_collapse)["modules"]
         if table in _under_construction:
             # A part that its whole builds from the config of the whole; the paths are the whole's.
@@ -1053,11 +1060,28 @@ def _refuse_uncarried_part(model, prefix):
     outer = frame.f_locals["self"]
     wanted = model.config.layer_collapse
     carried = [part.__dict__.get("layer_collapse") for _, part, free in _parts_of(outer.config) if free]
-    if outer is not model and wanted not in carried:
+    if outer is not model and wanted not in carried and not _names_all_of(outer, model, prefix):
         raise ValueError(
             f"`{prefix.removesuffix('.')}` of this {type(outer).__name__} is patched or collapsed, and the config of "
             f"the whole does not say so: what is saved would come back as a native model. {PATCH_THE_WHOLE}"
         )
+
+
+def _names_all_of(outer, part, prefix):
+    """Whether a model's own table names all that the table of its part does, as where a head makes its base model from
+    the config of the whole."""
+    if not isinstance(outer, LayerCollapseModelMixin):
+        return False
+    own = _specs_of(outer)
+    return all(own.get(f"{prefix}{name}") == spec for name, spec in _specs_of(part).items())
+
+
+def _specs_of(model):
+    """Qualified name -> spec without its scope, of what a model's table says."""
+    return {
+        name: {key: value for key, value in spec.items() if key != "scope"}
+        for _, name, _, spec in resolve_table(model, model.config.layer_collapse["modules"])
+    }
 
 
 def state_dict_without_adapters(model):
@@ -1211,13 +1235,28 @@ def model_class_for(native_class, config_class):
     if (native_class, config_class) not in _built:
         namespace = {
             "__module__": __name__,
+            # With the module of the native class: what is keyed by a class's name keeps namesakes apart.
+            "__qualname__": f"{native_class.__module__}.{native_class.__qualname__}",
             "__doc__": native_class.__doc__,
+            "__init__": _constructor_of(native_class),
             "native_class": native_class,
             "config_class": config_class,
         }
         built = type(native_class.__name__, (LayerCollapseModelMixin, native_class), namespace)
+        # Else filled by `PreTrainedModel.__init__`, which a live model that changes its class has behind it.
+        _CAN_RECORD_REGISTRY[built.__new__(built)] = built._can_record_outputs
         _built[native_class, config_class] = built
     return _built[native_class, config_class]
+
+
+def _constructor_of(native_class):
+    """`__init__` of a built class, with the signature and the docstring of the native one."""
+
+    @functools.wraps(native_class.__init__)
+    def __init__(self, *args, **kwargs):
+        LayerCollapseModelMixin.__init__(self, *args, **kwargs)
+
+    return __init__
 
 
 def _register(native_config, built_config):
@@ -1274,10 +1313,6 @@ def set_layer_collapse(model, layer_collapse, holders=()):
     The config is copied first: another model made from the same config object must not change. `holders` are further
     modules (a PeftModel around the model) whose `config` is the same object.
     """
-    # The whole carries the table of all its parts.
-    for part in model.modules():
-        if part is not model and isinstance(part, LayerCollapseModelMixin):
-            set_layer_collapse(part, None)
     old = model.config
     native_config = type(old).native_class if isinstance(old, LayerCollapseConfigMixin) else type(old)
     native_model = type(model).native_class if isinstance(model, LayerCollapseModelMixin) else type(model)
@@ -1285,6 +1320,16 @@ def set_layer_collapse(model, layer_collapse, holders=()):
     config = copy.deepcopy(old, copies)
     for _, part, _ in _parts_of(config):
         _make_native(part)
+    # The whole carries the table of all its parts.
+    for part in model.modules():
+        if part is not model and isinstance(part, LayerCollapseModelMixin):
+            part.__class__ = type(part).native_class
+            part.name_or_path = ""
+            if id(part.config) not in copies:
+                part_config = copy.deepcopy(part.config, copies)
+                for _, inner, _ in [(None, part_config, None), *_parts_of(part_config)]:
+                    _make_native(inner)
+                part_config._name_or_path = ""
     if layer_collapse is None:
         _make_native(config)
         model.__class__ = native_model

@@ -64,7 +64,7 @@ def apply_layer_collapse(model, config: LayerCollapseConfig | None = None, calib
     activations = {}
     for block in chosen:
         parts = modules_of(inner, block)
-        activations[block.name] = CollapsibleActivation(
+        activations[block.name] = activation = CollapsibleActivation(
             parts.activation,
             block.hidden_features,
             linear_target=config.linear_target,
@@ -74,6 +74,7 @@ def apply_layer_collapse(model, config: LayerCollapseConfig | None = None, calib
             alpha=config.initial_alpha,
             device=next(parts.up.parameters()).device,
         )
+        mark_initialized(activation)
     if config.linear_target == "affine":
         if calibration_data is None:
             raise ValueError(
@@ -193,6 +194,12 @@ def replace_module(model, name, module):
     """Puts `module` where `name` stands, keeping the position among its siblings."""
     parent, _, child = name.rpartition(".")
     model.get_submodule(parent)._modules[child] = module
+
+
+def mark_initialized(module):
+    """Says of a module that it has its values, as all modules do that a native model was built with. `init_weights()`
+    and `post_init()`, of the model and of any other that it is put into, give first values to every other module."""
+    module._is_hf_initialized = True
 
 
 def collapsible_activations(model) -> dict[str, CollapsibleActivation]:
