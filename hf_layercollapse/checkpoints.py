@@ -17,14 +17,16 @@ from transformers.utils import CONFIG_NAME, logging
 
 from .collapsing import collapse_as
 from .families import find_feed_forward_blocks, is_fully_sharded, unwrap
-from .modeling_layercollapse import CODE_FILE, SAVING_PREFIX, base_model_prefix_of
-from .patching import collapsible_activations, shorten
+from .modeling_layercollapse import CODE_FILE, SAVING_PREFIX, resolve_table
+from .patching import carriers_of, collapsible_activations, shorten, tables_of
 
 
 logger = logging.get_logger(__name__)
 
 # Alphas that train under a PeftModel but not in it, in a checkpoint.
 ALPHAS_NAME = "layer_collapse_alphas.safetensors"
+# Tables of the models inside a module that has no config of its own, in a checkpoint.
+TABLES_NAME = "layer_collapse_tables.json"
 # What an adapter in a checkpoint names as its base where that is nowhere but in memory. No folder, and no repository.
 BASE_NOT_SAVED = "(patched in memory and not saved)"
 
@@ -36,6 +38,7 @@ class CheckpointsMixin:
 
     # Whether a checkpoint is being written, and the folder that it is written in.
     _writing_checkpoint, _staging = False, None
+    _loading_failed = None  # of the best checkpoint
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         # What was interrupted while it was written or deleted is no checkpoint.
@@ -150,8 +153,10 @@ class CheckpointsMixin:
         # `from_pretrained` would convert. It does not name the model: only a save by the user does.
         model = self.model
         inner, holders = unwrap(model, sharded=True)
-        if not (self._writing_checkpoint and isinstance(inner, PreTrainedModel)):
+        if not self._writing_checkpoint:
             return super()._save(output_dir, state_dict)
+        if not isinstance(inner, PreTrainedModel):
+            return self._save_module(output_dir, state_dict)
         names = inner.name_or_path, inner.config._name_or_path
         if not holders:
             model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
@@ -170,6 +175,20 @@ class CheckpointsMixin:
         if alphas and self.args.should_save:
             tensors = {name: alpha.detach().contiguous() for name, alpha in alphas.items()}
             safetensors.torch.save_file(tensors, os.path.join(output_dir, ALPHAS_NAME))
+
+    def _save_module(self, output_dir, state_dict):
+        """Saves a module with transformers models inside, and the tables of these."""
+        inner, holders = unwrap(self.model, sharded=True)
+        carriers = [carrier for _, carrier in carriers_of(inner)]
+        names = [(carrier.name_or_path, carrier.config._name_or_path) for carrier in carriers]
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            for carrier, (name, in_config) in zip(carriers, names, strict=True):
+                carrier.name_or_path, carrier.config._name_or_path = name, in_config
+        if carriers and not holders and self.args.should_save:
+            with open(os.path.join(output_dir, TABLES_NAME), "w", encoding="utf-8") as file:
+                json.dump(self._tables(), file, indent=2, sort_keys=True)
 
     def _alphas_beside_adapters(self):
         """Name -> alpha, for those that train under a PeftModel that does not save them."""
@@ -207,25 +226,51 @@ class CheckpointsMixin:
         return self._alpha_steps.aside() if alone else contextlib.nullcontext()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        # Before any weight is changed.
-        self._follow(resume_from_checkpoint)
-        self._refuse_other_life(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_alphas(resume_from_checkpoint)
+        try:
+            # Before any weight is changed.
+            self._follow(resume_from_checkpoint)
+            self._refuse_other_life(resume_from_checkpoint)
+            # sentence-transformers' trainers take no model here.
+            super()._load_from_checkpoint(resume_from_checkpoint, *([] if model is None else [model]))
+            self._load_alphas(resume_from_checkpoint)
+        except Exception as error:
+            self._loading_failed = error
+            raise
 
     def _load_best_model(self):
         # As above.
         folder = self.state.best_model_checkpoint
         config = self.layer_collapse_config
-        if config is not None and config.progressive and _stored_table(folder) != live_table(self.model):
+        stored = self._stored_tables(folder)
+        if config is not None and config.progressive and stored not in (None, self._tables()):
             logger.warning(
                 f"The best checkpoint, {folder}, holds fewer collapsed blocks than the model does by now, which goes "
                 "on as it is. Load that one with `from_pretrained`."
             )
             return
         self._refuse_other_life(folder)
+        self._loading_failed = None
         super()._load_best_model()
+        if self._loading_failed is not None:
+            # sentence-transformers' trainers log it, and end with the last model in place of the best.
+            raise self._loading_failed
         self._load_alphas(self.state.best_model_checkpoint)
+
+    def _tables(self):
+        return tables_of(unwrap(self.model, sharded=True)[0])
+
+    def _stored_tables(self, folder):
+        """What [`tables_of`] gave for the model of a checkpoint; `None` if that does not say, as one of an adapter."""
+        inner, holders = unwrap(self.model, sharded=True)
+        if holders:
+            return None
+        if not isinstance(inner, PreTrainedModel):
+            return _read_json(os.path.join(folder, TABLES_NAME))
+        config = _read_json(os.path.join(folder, CONFIG_NAME))
+        if config is None:
+            return None
+        layer_collapse = config.get("layer_collapse")
+        return {"": layer_collapse["modules"]} if layer_collapse else {}
 
     def _load_alphas(self, folder):
         alphas = self._alphas_beside_adapters()
@@ -246,34 +291,43 @@ class CheckpointsMixin:
     def _follow(self, folder):
         """Collapses the blocks that a checkpoint of this run holds collapsed; its weights come afterwards."""
         config = self.layer_collapse_config
-        if config is None or not config.progressive or not isinstance(self.model, PreTrainedModel):
+        if config is None or not config.progressive:
             return
-        stored, live = _stored_table(folder), live_table(self.model)
-        waiting = {path for path, spec in live.items() if spec["type"] == "activation" and stored.get(path) != spec}
-        # Of the same model, only further on.
-        if not waiting or not all(stored.get(path) == spec for path, spec in live.items() if path not in waiting):
-            return
-        prefix = base_model_prefix_of(self.model)
+        stored, waiting = self._stored_tables(folder) or {}, []
+        carriers = dict(carriers_of(unwrap(self.model, sharded=True)[0]))
+        for name, live in self._tables().items():
+            there = stored.get(name, {})
+            waits = {path: spec for path, spec in live.items() if there.get(path) != spec}
+            waits = {path: spec for path, spec in waits.items() if spec["type"] == "activation"}
+            # Of the same model, only further on.
+            if not all(there.get(path) == spec for path, spec in live.items() if path not in waits):
+                return
+            if waits:
+                waiting += [f"{name}.{path}".lstrip(".") for _, path, _, _ in resolve_table(carriers[name], waits)]
         names = [
             block.name
             for block in find_feed_forward_blocks(self.model)
-            if block.state == "patched" and block.path(block.layout.activation).removeprefix(prefix) in waiting
+            if block.state == "patched" and block.path(block.layout.activation) in waiting
         ]
+        if not names:
+            return
         with self._optimizer_follows():
             collapse_as(self.model, names)
 
     def _refuse_other_life(self, folder):
         self._refuse_other_adapter(folder)
-        # Adapters, and modules that are no PreTrainedModel, are saved without one.
-        if not os.path.isfile(os.path.join(folder, CONFIG_NAME)) or not isinstance(self.model, PreTrainedModel):
+        stored, live = self._stored_tables(folder), self._tables()
+        if stored is None:
             return
-        stored, live = _stored_table(folder), live_table(self.model)
-        if stored != live:
-            raise ValueError(
-                f"The checkpoint {folder} holds a model that is {_life(stored)}, and the model here is {_life(live)}. "
-                "Give the Trainer the model that the checkpoint was made from, patched by the same config, or load it "
-                "from the checkpoint with `from_pretrained`."
-            )
+        for name in sorted(stored.keys() | live.keys()):
+            there, here = stored.get(name, {}), live.get(name, {})
+            if there != here:
+                which = f"`{name}`" if name else "a model"
+                raise ValueError(
+                    f"The checkpoint {folder} holds {which} that is {_life(there)}, and the model here is "
+                    f"{_life(here)}. Give the Trainer the model that the checkpoint was made from, patched by the "
+                    "same config, or load it from the checkpoint with `from_pretrained`."
+                )
 
     def _refuse_other_adapter(self, folder):
         file = os.path.join(folder, "adapter_model.safetensors")
@@ -291,7 +345,7 @@ class CheckpointsMixin:
 
     def _issue_warnings_after_load(self, load_result):
         # A missing alpha or merged matrix is not a warning: the model would be another one.
-        if isinstance(self.model, PreTrainedModel) and self.model.config.__dict__.get("layer_collapse"):
+        if self._tables() and not unwrap(self.model, sharded=True)[1]:
             missing = _not_tied(self.model, load_result.missing_keys)
             if missing or load_result.unexpected_keys:
                 raise ValueError(
@@ -341,17 +395,11 @@ def forget_base(model, only=None):
                 adapter.base_model_name_or_path = None
 
 
-def _stored_table(folder):
-    file = os.path.join(folder, CONFIG_NAME)
+def _read_json(file):
     if not os.path.isfile(file):
-        return {}
+        return None
     with open(file, encoding="utf-8") as stream:
-        return (json.load(stream).get("layer_collapse") or {}).get("modules", {})
-
-
-def live_table(model):
-    """The replacement table of a model in memory; empty if it is dense."""
-    return (model.config.__dict__.get("layer_collapse") or {}).get("modules", {})
+        return json.load(stream)
 
 
 def _life(table):

@@ -109,7 +109,7 @@ def collapse_model(
     if options.not_ready == "restore":
         restore_blocks(inner, waiting)
     # What the model was patched with describes the blocks that still are.
-    refresh_layer_collapse(inner, None if layer_collapse_config_of(inner) else config, holders, replaced)
+    refresh_layer_collapse(inner, None, holders, replaced, default=config)
 
     reports = [merge.report for merge in merges] + [_waiting_report(inner, block, options) for block in waiting]
     difference = None

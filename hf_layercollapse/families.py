@@ -689,30 +689,46 @@ def unwrap(model, sharded=False):
     holders = []
     while True:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"Expected a model (`nn.Module`), got {type(model).__name__}.")
-        kind = type(model)
+            raise TypeError(
+                f"Expected a model (`nn.Module`), got {type(model).__name__}. If it holds one, as SetFit's "
+                "`model_body`, pass that."
+            )
         if isinstance(model, torch._dynamo.OptimizedModule):
             holders.append(model)
             model = model._orig_mod
-        elif kind.__module__.startswith("peft.") and isinstance(model, _peft_model_class()):
+        elif is_peft_model(model):
             holders.append(model)
             model = model.get_base_model()
         elif sharded and is_fully_sharded(model):
             return model, holders
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or kind.__module__.startswith(
-            ("deepspeed.", "torch.distributed.fsdp.")
-        ):
-            raise TypeError(
-                f"The model is wrapped in {kind.__name__}. Patch it before it is wrapped (before the Trainer or "
-                "`accelerator.prepare` gets it), and collapse the unwrapped one: `accelerator.unwrap_model(model)`."
-            )
-        elif re.fullmatch(r"transformers_modules\..*\.modeling_layercollapse", kind.__module__):
-            raise TypeError(
-                "The model was built by the code in its own folder (`trust_remote_code=True`). Load it again after "
-                "`import hf_layercollapse`, which then builds it."
-            )
         else:
+            _refuse_wrapped(model, "The model")
+            if not isinstance(model, PreTrainedModel):
+                for name, module in model.named_modules():
+                    if not is_fully_sharded(module):
+                        _refuse_wrapped(module, f"`{name}`")
             return model, holders
+
+
+def _refuse_wrapped(module, which):
+    """Raises if the model, or a model inside of it, is wrapped in a way that it cannot be changed under."""
+    kind = type(module)
+    by_class = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    if isinstance(module, by_class) or kind.__module__.startswith(("deepspeed.", "torch.distributed.fsdp.")):
+        raise TypeError(
+            f"{which} is wrapped in {kind.__name__}. Patch it before it is wrapped (before the Trainer or "
+            "`accelerator.prepare` gets it), and collapse the unwrapped one: `accelerator.unwrap_model(model)`."
+        )
+    if re.fullmatch(r"transformers_modules\..*\.modeling_layercollapse", kind.__module__):
+        raise TypeError(
+            f"{which} was built by the code in its own folder (`trust_remote_code=True`). Load it again after "
+            "`import hf_layercollapse`, which then builds it."
+        )
+
+
+def is_peft_model(module):
+    """Whether a module is a PeftModel."""
+    return type(module).__module__.startswith("peft.") and isinstance(module, _peft_model_class())
 
 
 def is_fully_sharded(model):
@@ -740,7 +756,10 @@ def check_weights(model, blocks, merging):
         TypeError: Weights are sharded over processes.
         ValueError: Weights are quantized, on the meta device, tied, or under an adapter.
     """
-    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    # By what holds them: a module that is reached by several ways, in models that share a part, is changed once.
+    modules = list(model.modules())
+    uses = Counter(id(child) for module in modules for child in module._modules.values())
+    uses += Counter(id(parameter) for module in modules for parameter in module._parameters.values())
     for block in blocks:
         for path in block.layout.linears:
             name = block.path(path)
@@ -779,6 +798,13 @@ def check_weights(model, blocks, merging):
                 raise ValueError(
                     f"`{name}` shares its {' and '.join(shared)} with another module (tied weights): merging it would "
                     "change that module too. Untie it first."
+                )
+            replaced = {name: linear, block.holder: model.get_submodule(block.holder)}
+            shared = [path for path, module in replaced.items() if uses[id(module)] > 1]
+            if shared:
+                raise ValueError(
+                    f"`{shared[0]}` stands in several places of the model: merging it would change one of them, and "
+                    "leave it as it is in the others. Put a copy into each."
                 )
 
 

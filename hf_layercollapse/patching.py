@@ -9,6 +9,7 @@ from .config import LayerCollapseConfig
 from .families import (
     check_weights,
     find_feed_forward_blocks,
+    is_peft_model,
     modules_of,
     select_blocks,
     survey_blocks,
@@ -124,10 +125,11 @@ def patch_or_check(model, config, calibration_data):
             + "\nLeave `layer_collapse_config` out to train the model as it is patched, or take it back to dense "
             "first: `remove_layer_collapse(model)`."
         )
-    if isinstance(inner, LayerCollapseModelMixin):
-        inner.config.layer_collapse = {**inner.config.layer_collapse, "options": config.to_dict()}
-    elif isinstance(inner, PreTrainedModel):  # a part of it was patched
+    carriers = [carrier for _, carrier in carriers_of(inner) if collapsible_activations(carrier)]
+    if not all(isinstance(carrier, LayerCollapseModelMixin) for carrier in carriers):  # a part of one was patched
         refresh_layer_collapse(inner, config, holders)
+    for carrier in carriers:
+        carrier.config.layer_collapse = {**carrier.config.layer_collapse, "options": config.to_dict()}
 
 
 def _patch_differences(inner, blocks, activations, config):
@@ -217,36 +219,99 @@ def refuse_adapted_alphas(model):
         )
 
 
+def carriers_of(model) -> list[tuple[str, PreTrainedModel]]:
+    """`[(qualified name, model)]` of the transformers models whose configs hold the tables: the outermost ones, each
+    once, wherever they stand in a module. A transformers model is its own and only carrier, whatever its parts are.
+    """
+    if isinstance(model, PreTrainedModel):
+        return [("", model)]
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel)]
+    inside = {id(part) for _, outer in found for part in outer.modules() if part is not outer}
+    return [(name, outer) for name, outer in found if id(outer) not in inside]
+
+
+def tables_of(model) -> dict[str, dict]:
+    """Qualified name of a carrier -> its replacement table, without those that are dense."""
+    stored = {name: carrier.config.__dict__.get("layer_collapse") for name, carrier in carriers_of(model)}
+    return {name: layer_collapse["modules"] for name, layer_collapse in stored.items() if layer_collapse}
+
+
 def layer_collapse_config_of(model) -> LayerCollapseConfig | None:
-    """The [`LayerCollapseConfig`] that a patched or collapsed transformers model carries, else `None`."""
-    if not isinstance(model, PreTrainedModel):
+    """The [`LayerCollapseConfig`] that a patched or collapsed model carries, else `None`. Of several models inside of
+    a module those that are patched count, if one is.
+
+    Raises:
+        ValueError: They carry different ones.
+    """
+    carriers = carriers_of(model)
+    carriers = [(name, carrier) for name, carrier in carriers if collapsible_activations(carrier)] or carriers
+    stored = {name: carrier.config.__dict__.get("layer_collapse") for name, carrier in carriers}
+    options = {name: table["options"] for name, table in stored.items() if table and table.get("options")}
+    if not options:
         return None
-    stored = model.config.__dict__.get("layer_collapse")
-    return LayerCollapseConfig.from_dict(stored["options"]) if stored and stored.get("options") else None
+    (first, chosen), *others = options.items()
+    different = [name for name, other in others if other != chosen]
+    if different:
+        raise ValueError(
+            f"`{first}` and `{different[0]}` of this {type(model).__name__} were patched or collapsed with different "
+            "options: pass the LayerCollapseConfig that is meant."
+        )
+    return LayerCollapseConfig.from_dict(chosen)
 
 
-def refresh_layer_collapse(inner, config=None, holders=(), replaced=()):
+def refresh_layer_collapse(inner, config=None, holders=(), replaced=(), default=None):
     """Writes what the modules now are into the model's config in place, and gives it the classes that belong to that.
 
-    A part that is a patched or collapsed model of its own becomes a part of this one: its table is taken over.
+    A part that is a patched or collapsed model of its own becomes a part of this one: its table is taken over. Of a
+    module that is no transformers model, but holds some, each of these is written to that has changed.
 
     Args:
         config ([`LayerCollapseConfig`], *optional*): Options to record. Default: those that are there.
+        default ([`LayerCollapseConfig`], *optional*): What they are where none are there.
         replaced (`Sequence[tuple[str, dict]]`): Qualified names and specs of modules that a collapse replaced.
     """
-    if not isinstance(inner, PreTrainedModel):
-        return
-    stored = inner.config.__dict__.get("layer_collapse") or {}
+    # By module and not by name: models inside a module may share parts.
+    specs = {id(inner.get_submodule(name)): spec for name, spec in replaced}
+    carriers, exchanged = carriers_of(inner), []
+    for _, carrier in carriers:
+        own = [(name, specs[id(module)]) for name, module in carrier.named_modules() if id(module) in specs]
+        layer_collapse = _described(carrier, config, default, own)
+        stored = carrier.config.__dict__.get("layer_collapse")
+        if carrier is inner or _modules_of(layer_collapse) != _modules_of(stored):
+            exchanged.append((carrier, carrier.config))
+            set_layer_collapse(carrier, layer_collapse, [*holders, *_adapters_around(carrier, inner)])
+    in_carriers = {id(module) for _, carrier in carriers for module in carrier.modules()}
+    for module in inner.modules():
+        if id(module) not in in_carriers:
+            # Their own config, or that of the model inside: then it is a copy by now.
+            for carrier, old in exchanged:
+                if module.__dict__.get("config") is old:
+                    module.config = carrier.config
+                    break
+
+
+def _adapters_around(carrier, inner):
+    """PeftModels inside a module that hold one of its carriers."""
+    return [module for module in inner.modules() if is_peft_model(module) and carrier in module.modules()]
+
+
+def _modules_of(layer_collapse):
+    return layer_collapse["modules"] if layer_collapse else None
+
+
+def _described(model, config, default, replaced):
+    """What the config of a transformers model has to say of its modules as they are now; `None` if it is dense."""
+    stored = model.config.__dict__.get("layer_collapse") or {}
     options = stored.get("options", {})
-    prefix = base_model_prefix_of(inner)
+    prefix = base_model_prefix_of(model)
     table = {path: spec for path, spec in stored.get("modules", {}).items() if spec["type"] != "activation"}
     from_parts = []
-    for name, part in inner.named_modules():
-        if part is not inner and isinstance(part, LayerCollapseModelMixin):
+    for name, part in model.named_modules():
+        if part is not model and isinstance(part, LayerCollapseModelMixin):
             options = options or part.config.layer_collapse.get("options", {})
             from_parts += [(f"{name}.{path}", spec) for path, spec in replaced_modules(part)]
-    if config is not None:
-        options = config.to_dict()
+    if config is not None or (default is not None and not options):
+        options = (config or default).to_dict()
 
     def add(name, spec):
         if name.startswith(prefix):
@@ -256,12 +321,11 @@ def refresh_layer_collapse(inner, config=None, holders=(), replaced=()):
 
     for name, spec in from_parts:
         add(name, {key: value for key, value in spec.items() if key != "scope"})
-    for name, activation in collapsible_activations(inner).items():
+    for name, activation in collapsible_activations(model).items():
         add(name, activation.spec)
     for name, spec in replaced:
         add(name, spec)
-    layer_collapse = {"version": FORMAT_VERSION, "options": options, "modules": table} if table else None
-    set_layer_collapse(inner, layer_collapse, holders)
+    return {"version": FORMAT_VERSION, "options": options, "modules": table} if table else None
 
 
 def replaced_modules(model):

@@ -26,7 +26,7 @@ from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from .callbacks import LayerCollapseCallback
-from .checkpoints import CheckpointsMixin, forget_base, live_table
+from .checkpoints import CheckpointsMixin, forget_base
 from .collapsing import collapse_model
 from .config import LayerCollapseConfig
 from .distillation import Distillation, teacher_for
@@ -38,7 +38,14 @@ from .modeling_layercollapse import (
     push_failed,
 )
 from .optimization import AlphaSteps, TaskParameters, exchange_parameters, penalty_strength_at, replicate_alphas
-from .patching import collapsible_activations, layer_collapse_config_of, patch_or_check, penalty, shorten
+from .patching import (
+    collapsible_activations,
+    layer_collapse_config_of,
+    patch_or_check,
+    penalty,
+    shorten,
+    tables_of,
+)
 from .reports import CollapseReport
 from .sharding import gathered, in_turn, leave_out_of_sharding, refuse_deepspeed_setup, refuse_fsdp_setup
 from .upstream import checkpointing_of, loss_is_scaled
@@ -649,7 +656,7 @@ class LayerCollapseTrainerMixin(CheckpointsMixin):
                 a name on the Hub.
         """
         inner, holders = unwrap(self.model)
-        if holders or not (isinstance(inner, PreTrainedModel) and live_table(inner)):
+        if holders or not (isinstance(inner, PreTrainedModel) and tables_of(inner)):
             return super().create_model_card(
                 language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
             )
