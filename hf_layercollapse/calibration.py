@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -38,6 +38,7 @@ class BlockMoments:
         width (`int`): Input width, the size of `x`.
         neurons (`list[int]`): Hidden indices `C` of the other features.
         mean_f, mean_o, cov_ff, cov_fo, var_o (`Tensor`): Centred, float64.
+        constant (`bool`): Whether a fit has a constant term. Without one the last three are about the origin.
     """
 
     tokens: int
@@ -48,26 +49,30 @@ class BlockMoments:
     cov_ff: torch.Tensor
     cov_fo: torch.Tensor
     var_o: torch.Tensor
+    constant: bool = True
+
+    def without_constant(self):
+        """The same for fits that have no constant term: least squares through the origin."""
+        moments = self.mean_f, self.mean_o, self.cov_ff, self.cov_fo, self.var_o
+        cov_ff, cov_fo, var_o = functional.about_origin(*moments)
+        return replace(self, cov_ff=cov_ff, cov_fo=cov_fo, var_o=var_o, constant=False)
 
     def restricted(self, positions):
         """The same for the neurons at these positions of `neurons` only."""
         keep = torch.cat([torch.arange(self.width), self.width + torch.as_tensor(positions, dtype=torch.long)])
         keep = keep.to(self.cov_ff.device)
-        return BlockMoments(
-            self.tokens,
-            self.width,
-            [self.neurons[position] for position in positions],
-            self.mean_f[keep],
-            self.mean_o,
-            self.cov_ff[keep][:, keep],
-            self.cov_fo[keep],
-            self.var_o,
+        return replace(
+            self,
+            neurons=[self.neurons[position] for position in positions],
+            mean_f=self.mean_f[keep],
+            cov_ff=self.cov_ff[keep][:, keep],
+            cov_fo=self.cov_fo[keep],
         )
 
     def fit(self, rank=None, refine=functional.REFINE):
         """The least-squares [`functional.Fit`] on all features."""
         moments = self.mean_f, self.mean_o, self.cov_ff, self.cov_fo, self.var_o
-        return functional.fit_block(*moments, self.width, self.neurons, rank, refine=refine)
+        return functional.fit_block(*moments, self.width, self.neurons, rank, refine=refine, constant=self.constant)
 
 
 def calibrate_affine_targets(model, inner, blocks, activations, calibration_data, token_mask_fn=None):

@@ -295,24 +295,24 @@ class CheckpointsMixin:
             return
         stored, waiting = self._stored_tables(folder) or {}, []
         carriers = dict(carriers_of(unwrap(self.model, sharded=True)[0]))
+        patched = [block for block in find_feed_forward_blocks(self.model) if block.state == "patched"]
+        patched = {block.path(block.layout.activation): block for block in patched}
         for name, live in self._tables().items():
             there = stored.get(name, {})
-            waits = {path: spec for path, spec in live.items() if there.get(path) != spec}
-            waits = {path: spec for path, spec in waits.items() if spec["type"] == "activation"}
-            # Of the same model, only further on.
-            if not all(there.get(path) == spec for path, spec in live.items() if path not in waits):
+            waits = {path for path, spec in live.items() if spec["type"] == "activation" and there.get(path) != spec}
+            resolved = resolve_table(carriers[name], live) if waits else []
+            resolved = {path: f"{name}.{qualified}".lstrip(".") for path, qualified, _, _ in resolved}
+            blocks = [patched[resolved[path]] for path in waits if resolved.get(path) in patched]
+            # Of the same model, only further on. A block that was narrowed before has entries of its linears, too.
+            inside = {block.path(linear) for block in blocks for linear in block.layout.linears}
+            rest = [path for path in live if path not in waits and resolved.get(path) not in inside]
+            if not all(there.get(path) == live[path] for path in rest):
                 return
-            if waits:
-                waiting += [f"{name}.{path}".lstrip(".") for _, path, _, _ in resolve_table(carriers[name], waits)]
-        names = [
-            block.name
-            for block in find_feed_forward_blocks(self.model)
-            if block.state == "patched" and block.path(block.layout.activation) in waiting
-        ]
-        if not names:
+            waiting += [block.name for block in blocks]
+        if not waiting:
             return
         with self._optimizer_follows():
-            collapse_as(self.model, names)
+            collapse_as(self.model, waiting)
 
     def _refuse_other_life(self, folder):
         self._refuse_other_adapter(folder)

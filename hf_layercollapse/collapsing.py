@@ -13,6 +13,7 @@ from .calibration import CANDIDATES_PER_NEURON, collect_moments, logits_of, reit
 from .config import LayerCollapseConfig
 from .families import (
     check_weights,
+    confirm_wiring,
     is_adapted,
     modules_of,
     select_blocks,
@@ -25,8 +26,11 @@ from .merging import (
     cost_of,
     effective_rank,
     fit_of_weights,
+    has_constant,
+    is_cut,
     is_ready,
     make_merge,
+    native_activation,
     put_in_place,
     ready_neurons,
 )
@@ -67,8 +71,8 @@ def collapse_model(
     Args:
         model (`nn.Module`): A patched or dense model. A PeftModel or compiled model is looked through.
         config ([`LayerCollapseConfig`], *optional*): `blocks`, `collapse_threshold`, `not_ready`, `rank`,
-            `keep_neurons`, `neuron_choice`, `sequential` and `adapters` are used. Default: the one the model was
-            patched with, and every patched block.
+            `keep_neurons`, `neuron_choice`, `constant_term`, `sequential` and `adapters` are used. Default: the one
+            the model was patched with, and every patched block.
         calibration_data (iterable of `dict[str, Tensor]`, *optional*): Model inputs. Read once; twice with kept
             neurons, and once more for each block with `sequential`.
         plan ([`CollapsePlan`], *optional*): Blocks, ranks and neurons of a dense model, in place of the config's.
@@ -99,6 +103,8 @@ def collapse_model(
     if plan is not None and config is not None:
         raise ValueError("Pass `plan` or `config`, not both: each says which blocks collapse, and how.")
     options = config or layer_collapse_config_of(inner) or LayerCollapseConfig()
+    if plan is not None:
+        options = replace(options, constant_term=plan.constant_term)
     with _adapters_merged(model, inner, options, allow_none):
         merges, waiting, kept_batches, logits = _checked_merges(
             model, inner, config, options, calibration_data, plan, max_error, allow_none, token_mask_fn
@@ -139,8 +145,8 @@ def _checked_merges(model, inner, config, options, calibration_data, plan, max_e
                 "The model is dense: pass `calibration_data` (batches of model inputs) to fit each block's linear "
                 "map, or patch it with `apply_layer_collapse` and train until its blocks are ready."
             )
-        chosen = select_blocks(blocks, options.blocks, refused)
-        ready, waiting = [block for block in chosen if block.state == "dense"], []
+        chosen = blocks if plan is not None else select_blocks(blocks, options.blocks, refused)
+        ready, waiting = [block for block in chosen if block.can_collapse], []
         if not ready:
             raise ValueError("All chosen blocks are collapsed already.")
     check_weights(inner, ready, merging=True)
@@ -151,15 +157,17 @@ def _checked_merges(model, inner, config, options, calibration_data, plan, max_e
         ready = [block for block in ready if block.name in choices]
     else:
         choices = {block.name: _choice(inner, block, options) for block in ready}
-    check_choices(ready, choices)
+    check_choices(inner, ready, choices)
 
     kept_batches, data = _keep_first(calibration_data)
     refit = [block for block in ready if calibration_data is not None and not _exactly_linear(inner, block, choices)]
     if refit and options.sequential:
         merges = _merge_in_turn(model, inner, ready, refit, choices, data, options, token_mask_fn)
     else:
-        fits = fit_blocks(model, inner, refit, choices, data, options.neuron_choice, token_mask_fn) if refit else {}
+        how = options.neuron_choice, token_mask_fn, options.constant_term
+        fits = fit_blocks(model, inner, refit, choices, data, *how) if refit else {}
         merges = _merge_all(inner, ready, fits, options.collapse_threshold)
+    _confirm_cuts(inner, merges)
     _refuse_errors(merges, max_error)
     logits = None if kept_batches is None else logits_of(model, kept_batches)
     if logits is not None and not all(output.isfinite().all() for output in logits):
@@ -191,7 +199,7 @@ def _adapters_merged(model, inner, options, allow_none):
         block.path(path)
         for block in blocks
         for path in block.layout.linears
-        if block.state != "collapsed" and is_adapted(inner.get_submodule(block.path(path)))
+        if block.can_collapse and is_adapted(inner.get_submodule(block.path(path)))
     ]
     if not alphas and not linears:
         yield
@@ -207,7 +215,7 @@ def _adapters_merged(model, inner, options, allow_none):
             + (' Or let the collapse do so: `adapters="merge"` in the config.' if model is not inner else "")
         )
     # Whatever can be refused is refused before that.
-    check_weights(inner, [block for block in blocks if block.state != "collapsed"], merging=False)
+    check_weights(inner, [block for block in blocks if block.can_collapse], merging=False)
     in_use = {name: module.alpha for name, module in collapsible_activations(inner).items() if not _is_copied(name)}
     ready = [alpha for alpha in in_use.values() if is_ready(alpha, options.collapse_threshold)]
     if in_use and not ready and not allow_none:
@@ -301,7 +309,7 @@ def _choice(inner, block, options):
     return BlockChoice(options.rank, options.keep_neurons)
 
 
-def check_choices(blocks, choices):
+def check_choices(inner, blocks, choices):
     """Raises if a block cannot become what is asked of it.
 
     Raises:
@@ -315,15 +323,24 @@ def check_choices(blocks, choices):
             )
         if effective_rank(block, choice.rank) == 0 and not choice.count:
             raise ValueError(f"Rank 0 without kept neurons leaves nothing of block {block.name}.")
-        if not choice.count and effective_rank(block, choice.rank) is None:
+        rank, parts = effective_rank(block, choice.rank), modules_of(inner, block)
+        activation = native_activation(parts)[2]
+        if choice.count and (block.hidden_features,) in [tuple(tensor.shape) for tensor in activation.parameters()]:
+            raise ValueError(
+                f"Block {block.name} can only collapse whole (`rank=None`, `keep_neurons=0`): its activation, "
+                f"{type(activation).__name__}, has a weight for each neuron."
+            )
+        if is_cut(parts, rank) or (rank is None and not choice.count):
             continue
         enters, leaves, _ = block.wiring.scales
         if (enters, leaves) != (1.0, 1.0) or (
             block.wiring.own_module and any("." in path for path in (*block.layout.linears, block.layout.activation))
         ):
             raise ValueError(
-                f"Block {block.name} can only collapse whole (`rank=None`, `keep_neurons=0`): its code scales what "
-                "goes into its activation or its last linear, or its parts lie in modules of their own."
+                f"Block {block.name} can only collapse whole (`rank=None`, `keep_neurons=0`)"
+                + (" or to neurons alone (`rank=0`)" if is_cut(parts, 0) else "")
+                + ": its code scales what goes into its activation or its last linear, or its parts lie in modules of "
+                "their own."
             )
 
 
@@ -360,7 +377,9 @@ def _exactly_linear(inner, block, choices):
     return whole and block.state == "patched" and _smallest_alpha(inner, block) == 1
 
 
-def fit_blocks(model, inner, blocks, choices, data, neuron_choice="greedy", token_mask_fn=None):
+def fit_blocks(
+    model, inner, blocks, choices, data, neuron_choice="greedy", token_mask_fn=None, constant_term="native"
+):
     """Block name -> the least-squares [`functional.Fit`] of what it is to become, in one pass over the data, or in two
     where neurons have to be chosen.
     """
@@ -384,7 +403,10 @@ def fit_blocks(model, inner, blocks, choices, data, neuron_choice="greedy", toke
     fits = {}
     for block in blocks:
         rank, neurons = effective_rank(block, choices[block.name].rank), open_choices.get(block.name)
-        fits[block.name] = best_fit(moments[block.name], rank, neurons)
+        found = moments[block.name]
+        if not has_constant(modules_of(inner, block), rank, constant_term):
+            found = found.without_constant()
+        fits[block.name] = best_fit(found, rank, neurons)
     return fits
 
 
@@ -433,10 +455,20 @@ def _merge_in_turn(model, inner, ready, refit, choices, data, options, token_mas
         for block in ready:
             fits = {}
             if block.name in names:
-                fits = fit_blocks(model, inner, [block], choices, data, options.neuron_choice, token_mask_fn)
+                how = options.neuron_choice, token_mask_fn, options.constant_term
+                fits = fit_blocks(model, inner, [block], choices, data, *how)
             merges += _merge_all(inner, [block], fits, options.collapse_threshold)
             trial.put(merges[-1])
     return merges
+
+
+def _confirm_cuts(inner, merges):
+    """Raises if native code does not run with the linears that it is to get."""
+    cut = [merge for merge in merges if is_cut(modules_of(inner, merge.block), merge.fit.rank)]
+    with Trial(inner) as trial:
+        for merge in cut:
+            trial.put(merge)
+        confirm_wiring(inner, [merge.block for merge in cut])
 
 
 def _check_max_error(max_error):

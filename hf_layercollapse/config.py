@@ -19,6 +19,7 @@ _CHOICES = {
     "alpha_lr_schedule": ("constant", "same"),
     "not_ready": ("keep", "restore"),
     "neuron_choice": ("greedy", "variance"),
+    "constant_term": ("native", "always"),
     "adapters": ("merge", "refuse"),
 }
 
@@ -168,6 +169,14 @@ class LayerCollapseConfig:
         metadata={
             "help": "Which neurons are kept: 'greedy', one by one the one that explains most of what is left of the "
             "block's output, or 'variance', those with the most variance that a line does not explain."
+        },
+    )
+    constant_term: str = field(
+        default="native",
+        metadata={
+            "help": "Whether what is fitted to calibration data has a constant term: 'native', where the block's last "
+            "linear has a bias, so that Llama's blocks stay without one; or 'always'. A gated block with a linear "
+            "part (rank > 0 or None) has one in any case, as it cannot be a native module."
         },
     )
     sequential: bool = field(

@@ -27,8 +27,9 @@ from transformers.cache_utils import DynamicLayer
 from .families import find_feed_forward_blocks, unwrap
 from .modeling_layercollapse import SAVING_PREFIX
 from .profiling import weights_size
-from .stock import StockReport, export_stock, native_config
+from .stock import StockReport, export_stock
 from .upstream import refuse_old_exporters
+from .widths import native_config
 
 
 # format -> (packages that it needs, extra that brings them)

@@ -15,10 +15,12 @@ from .modeling_layercollapse import (
     CollapsedBlock,
     CollapsedIdentity,
     CollapsibleActivation,
+    LayerCollapseModelMixin,
     NarrowActivation,
     NarrowFeedForward,
     PassOnConv1D,
     linear_shape,
+    resolve_table,
 )
 from .verification import DROPOUTS, NORMS, Refusal, Wiring, verify
 
@@ -214,7 +216,8 @@ class FeedForwardBlock:
             holds several blocks.
         index (`int`): Position in forward order, from 0. Collapsed blocks keep their place.
         kind (`str`): `"plain"` or `"gated"`.
-        state (`str`): `"dense"`, `"patched"` or `"collapsed"`.
+        state (`str`): `"dense"`, `"patched"` or `"collapsed"`. A block that keeps neurons only is collapsed too; it is
+            the native module with narrower linears.
         layout (`FeedForwardLayout`): How it is spelled.
         in_features, hidden_features, out_features (`int`): Widths; once collapsed `hidden_features` counts the neurons
             that were kept.
@@ -222,7 +225,8 @@ class FeedForwardBlock:
         macs (`int`): Multiply-accumulates per token.
         alpha (`float`, *optional*): Mean alpha if patched, else `None`.
         holder (`str`): Qualified name of the module that holds the block's parts.
-        wiring ([`Wiring`], *optional*): What its code does with them; `None` once collapsed.
+        wiring ([`Wiring`], *optional*): What its code does with them; `None` where a collapse left other modules than
+            the native ones.
     """
 
     name: str
@@ -238,6 +242,12 @@ class FeedForwardBlock:
     alpha: float | None = None
     holder: str = ""
     wiring: Wiring | None = None
+
+    @property
+    def can_collapse(self):
+        """Whether its own code computes it: it is dense, patched, or collapsed to fewer neurons. Such a block can be
+        patched and collapsed, and narrowed again."""
+        return self.wiring is not None
 
     def path(self, part):
         """Qualified name of a part, given its path inside the block."""
@@ -375,6 +385,7 @@ def survey_blocks(model):
     """`(blocks, refused)` as [`find_feed_forward_blocks`] and [`refused_blocks`] give them, in one pass."""
     model = unwrap(model)[0]
     blocks, refused, verified = [], {}, {}
+    cut = _cut_linears(model)
     ups, downs, names = set(), set(), set()
     for holder_name, holder in model.named_modules():
         if _holds_experts(holder):
@@ -391,12 +402,14 @@ def survey_blocks(model):
             if id(up) in ups or id(down) in downs:
                 continue
             try:
-                if state != "collapsed":
+                if state != "collapsed" and down not in cut:
                     _refuse_shapes(model, holder, layout)
                 wiring = None if state == "collapsed" else _wiring(model, holder_name, holder, layout, verified)
             except Refusal as refusal:
                 reason = reason or str(refusal)
                 continue
+            if state == "dense" and down in cut:
+                state = "collapsed"
             if _is_linear(up):
                 ups.add(id(up))
             downs.add(id(down))
@@ -408,6 +421,43 @@ def survey_blocks(model):
         if reason and not found:
             refused[holder_name] = reason
     return _in_forward_order(model, blocks), refused
+
+
+# Marks the last linear of a block that a collapse made narrower, where no table says so: in a plain torch module.
+CUT = "cut_by_layer_collapse"
+
+
+def _cut_linears(model):
+    """The linears that a collapse put into a model and that are called by native code."""
+    cut = {module for module in model.modules() if CUT in module.__dict__}
+    for part in model.modules():
+        if isinstance(part, LayerCollapseModelMixin):
+            resolved = resolve_table(part, part.config.layer_collapse["modules"])
+            cut.update(module for _, _, module, spec in resolved if spec["type"] in ("linear", "conv1d"))
+    return cut
+
+
+def confirm_wiring(model, blocks):
+    """Raises if these blocks, whose linears have become narrower, do not run as they did.
+
+    Raises:
+        ValueError: The code of one needs its native width.
+    """
+    seen = set()
+    for block in blocks:
+        holder = model.get_submodule(block.holder)
+        if (type(holder), block.layout) in seen:
+            continue
+        seen.add((type(holder), block.layout))
+        try:
+            found = _wiring(model, block.holder, holder, block.layout, {})
+        except Refusal as refusal:
+            found = refusal
+        if isinstance(found, Refusal) or not found.is_like(block.wiring):
+            raise ValueError(
+                f"Block {block.name} cannot keep fewer neurons in its native module, whose code does something else "
+                f"then ({found}). Give it a linear map beside them (`rank` > 0)."
+            )
 
 
 def _in_forward_order(model, blocks):
@@ -564,7 +614,7 @@ def _describe(name, index, state, holder_name, holder, layout, wiring):
     shapes = [linear_shape(linear) for linear in linears]
     activation = _descend(holder, layout.activation) if isinstance(layout.activation, str) else None
     hidden = shapes[-1][0]
-    if state == "collapsed":
+    if state == "collapsed" and wiring is None:
         narrow = holder if isinstance(holder, NarrowFeedForward) else activation
         hidden = narrow.neurons if isinstance(narrow, (NarrowFeedForward, NarrowActivation)) else 0
     return FeedForwardBlock(

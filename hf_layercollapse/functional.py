@@ -159,10 +159,13 @@ def reduced_rank(cov_ff, cov_fo, width, rank, ridge=RIDGE, refine=REFINE):
     Returns:
         `(left_or, right_ri, down_fo)`: `P`, `V`, and `D^T` with one row per feature of `h`.
     """
+    kept = cov_ff.shape[0] > width
+    if rank == 0 and kept:
+        left, right = cov_fo.new_zeros(cov_fo.shape[1], 0), cov_fo.new_zeros(0, width)
+        return left, right, regress(cov_ff[width:, width:], cov_fo[width:], ridge, refine)
     solution = regress(cov_ff, cov_fo, ridge, refine)
     weight_io = solution[:width]
     xx, xh, hh = cov_ff[:width, :width], cov_ff[:width, width:], cov_ff[width:, width:]
-    kept = hh.shape[0] > 0
     if kept and rank < width:
         # What of x the neurons do not give already.
         xx = xx - xh @ regress(hh, xh.T, ridge, refine)
@@ -291,7 +294,7 @@ class Fit:
         weight_oi: `W`, or `None` where it has a lower rank.
         left_or, right_ri: `P` and `V`, or `None` at full rank.
         down_ok: `D`.
-        bias_o: `b`.
+        bias_o: `b`, or `None` where there is none.
         neurons (`list[int]`): `K`, indices of hidden neurons, ascending.
         r2 (`float`): Share of the output's (weighted) variance that is explained, 1 = all.
         error (`float`): `|new - old| / |old|` over the (weighted) tokens.
@@ -301,7 +304,7 @@ class Fit:
     left_or: torch.Tensor | None
     right_ri: torch.Tensor | None
     down_ok: torch.Tensor
-    bias_o: torch.Tensor
+    bias_o: torch.Tensor | None
     neurons: list[int]
     r2: float | None = None
     error: float | None = None
@@ -312,7 +315,14 @@ class Fit:
         return None if self.left_or is None else self.left_or.shape[1]
 
 
-def fit_block(mean_f, mean_o, cov_ff, cov_fo, var_o, width, neurons=(), rank=None, ridge=RIDGE, refine=REFINE):
+def about_origin(mean_f, mean_o, cov_ff, cov_fo, var_o):
+    """Centred moments about the origin: `(E f f^T, E f y^T, E y^2)`. What is fitted to them has no constant term."""
+    return cov_ff + torch.outer(mean_f, mean_f), cov_fo + torch.outer(mean_f, mean_o), var_o + mean_o.square()
+
+
+def fit_block(
+    mean_f, mean_o, cov_ff, cov_fo, var_o, width, neurons=(), rank=None, ridge=RIDGE, refine=REFINE, constant=True
+):
     """The least-squares [`Fit`] of a block from the moments of its features `[x, h_K]`.
 
     Args:
@@ -320,6 +330,8 @@ def fit_block(mean_f, mean_o, cov_ff, cov_fo, var_o, width, neurons=(), rank=Non
         neurons (`Sequence[int]`): Hidden indices of the other features, in their order.
         rank (`int`, *optional*): Of the linear part; `None`: full.
         ridge, refine: As in [`regress`].
+        constant (`bool`): Whether there is a constant term. Without one `cov_ff`, `cov_fo` and `var_o` are the moments
+            [`about_origin`]; `r2` still is of the variance about the mean.
 
     Raises:
         ValueError: `rank` is negative.
@@ -334,9 +346,10 @@ def fit_block(mean_f, mean_o, cov_ff, cov_fo, var_o, width, neurons=(), rank=Non
         left, right, down = reduced_rank(cov_ff, cov_fo, width, min(rank, width, cov_fo.shape[1]), ridge, refine)
         solution = torch.cat([(left @ right).T, down])
         left, right = balance(left, right)
-    bias = mean_o - solution.T @ mean_f
+    bias = mean_o - solution.T @ mean_f if constant else None
     residual = unexplained(cov_ff, cov_fo, var_o, solution)
-    variance, squares = float(var_o.sum()), float(var_o.sum() + mean_o.square().sum())
+    total, squared_mean = float(var_o.sum()), float(mean_o.square().sum())
+    variance, squares = (total, total + squared_mean) if constant else (max(0.0, total - squared_mean), total)
     order = sorted(range(len(neurons)), key=lambda index: neurons[index])
     return Fit(
         weight_oi=None if weight is None else weight.contiguous(),

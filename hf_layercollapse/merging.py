@@ -1,13 +1,13 @@
 """What one block becomes: its new linears from a fit or from its own weights, and their place in the model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from . import functional
-from .families import FeedForwardBlock, modules_of, weight_and_bias
+from .families import CUT, FeedForwardBlock, modules_of, weight_and_bias
 from .modeling_layercollapse import (
     CollapsedBlock,
     CollapsedIdentity,
@@ -69,6 +69,22 @@ def cost_of(block, rank, neurons) -> int:
     width, out = block.in_features, block.out_features
     linear = width * out if rank is None else rank * (width + out)
     return linear + neurons * (width * (2 if block.kind == "gated" else 1) + out)
+
+
+def is_cut(parts, rank) -> bool:
+    """Whether a block of these modules with a linear map of this rank is the native module with narrower linears:
+    neurons only, of which nothing between the linears knows how many there are."""
+    return rank == 0 and not parts.before and not parts.between and native_activation(parts)[1] == "native"
+
+
+def has_constant(parts, rank, constant_term) -> bool:
+    """Whether what is fitted in the place of these modules has a constant term.
+
+    By `constant_term="native"` where the last linear of the native class has a bias, and where the result is a module
+    of this package in any case: a gated block is linear only beside a constant gate, and batch norms shift.
+    """
+    ours = parts.before or parts.between or (parts.layout.gated and rank != 0)
+    return constant_term == "always" or parts.down.bias is not None or bool(ours)
 
 
 def is_ready(alpha, collapse_threshold) -> bool:
@@ -147,8 +163,6 @@ def fit_of_weights(parts, collapse_threshold):
         weight, bias = functional.merge_gated(*up, down, down_bias, offset)
     else:
         weight, bias = functional.merge_plain(*up, down, down_bias, slope, offset)
-    if neurons and bias is None:
-        bias = weight.new_zeros(weight.shape[0])
     kept = down.double()[:, neurons] * (1 - alpha.double()[neurons] if neurons else 1.0)
     return functional.Fit(weight, None, None, kept, bias, neurons)
 
@@ -156,6 +170,8 @@ def fit_of_weights(parts, collapse_threshold):
 def _linears_of(block, parts, fit):
     """Path in the block -> linear, for what the fit leaves of a block's linears, in the order they are called."""
     layout, neurons = block.layout, fit.neurons
+    if is_cut(parts, fit.rank):
+        return _cut_linears(parts, fit)
     linear = fit.weight_oi if fit.left_or is None else fit.left_or
     linears = {}
     if neurons or fit.right_ri is not None:
@@ -179,7 +195,34 @@ def _linears_of(block, parts, fit):
             else:
                 linears[layout.gate] = _make_linear(parts.gate, gate, gate_bias)
         linears[layout.up] = _make_linear(parts.up, torch.cat(rows), _stack_biases(rows, biases))
-    linears[layout.down] = _make_linear(parts.down, torch.cat([linear, fit.down_ok], dim=1), fit.bias_o)
+    bias = fit.bias_o
+    if bias is None and linears and block.wiring.own_module:
+        bias = linear.new_zeros(linear.shape[0])  # a `NarrowFeedForward` has one
+    linears[layout.down] = _make_linear(parts.down, torch.cat([linear, fit.down_ok], dim=1), bias)
+    return linears
+
+
+def _cut_linears(parts, fit):
+    """The native linears with the kept neurons only; what the last one gives is fitted."""
+    layout, linears = parts.layout, {}
+
+    def rows(tensor):
+        return None if tensor is None else tensor.double()[fit.neurons]
+
+    up = weight_and_bias(parts.up)
+    if layout.gate is not None:
+        gate = weight_and_bias(parts.gate)
+        linears[layout.gate] = _make_linear(parts.gate, *map(rows, gate))
+    if layout.fused:
+        halves = [None if tensor is None else layout.split(tensor, 0) for tensor in up]
+        up = [None if pair is None else layout.join(*map(rows, pair), 0) for pair in halves]
+        linears[layout.up] = _make_linear(parts.up, *up)
+    else:
+        linears[layout.up] = _make_linear(parts.up, *map(rows, up))
+    # The block's code goes on to multiply by its constants.
+    _, leaves, returned = parts.scales
+    bias = None if fit.bias_o is None else fit.bias_o / returned
+    linears[layout.down] = _make_linear(parts.down, fit.down_ok / (leaves * returned), bias)
     return linears
 
 
@@ -191,8 +234,8 @@ def _stack_biases(rows, biases):
     )
 
 
-def _native_activation(parts):
-    """`(the activation of kept neurons, its name in a table)`."""
+def native_activation(parts):
+    """`(the activation that stood there, the name in a table of the one that kept neurons have, that one)`."""
     activation = parts.activation
     if isinstance(activation, CollapsibleActivation):
         return activation.native, activation.act_name, activation.act
@@ -202,6 +245,9 @@ def _native_activation(parts):
 def _compute(block, parts, linears, fit, x):
     """What the block is going to compute."""
     layout = block.layout
+    if is_cut(parts, fit.rank):
+        cut = {"up": linears[layout.up], "gate": linears.get(layout.gate), "down": linears[layout.down]}
+        return replace(parts, **cut, activation=native_activation(parts)[0]).forward(x)
     if fit.right_ri is None and not fit.neurons:
         return linears[layout.down](x)
     gate, up = None, linears[layout.up](x)
@@ -211,7 +257,7 @@ def _compute(block, parts, linears, fit, x):
     elif layout.fused and count:
         gate, up = up[..., :count], up[..., count:]
     linear, up = (x, up) if fit.right_ri is None else (up[..., : fit.rank], up[..., fit.rank :])
-    act = _native_activation(parts)[2]
+    act = native_activation(parts)[2]
     return linears[layout.down](torch.cat([linear, act(up) if gate is None else act(gate) * up], dim=-1))
 
 
@@ -253,8 +299,18 @@ def put_in_place(inner, merge, originals=None):
 
     narrow = fit.right_ri is not None or fit.neurons
     channels = block.in_features if fit.right_ri is None else fit.rank
-    native, act_name, _ = _native_activation(parts)
-    if wiring.own_module and narrow:
+    native, act_name, _ = native_activation(parts)
+    if is_cut(parts, fit.rank):
+        for path, linear in linears.items():
+            put(block.path(path), linear, _linear_spec(linear))
+        linears[layout.down].__dict__[CUT] = True
+        if block.state == "patched":
+            # No entry: the native one stands there again.
+            activation = block.path(layout.activation)
+            if originals is not None:
+                originals.append((activation, parts.activation))
+            replace_module(inner, activation, native.train(training))
+    elif wiring.own_module and narrow:
         put(block.holder, *_narrow_module(inner, merge, parts, channels))
     elif wiring.own_module:
         holder, then = inner.get_submodule(block.holder), list(wiring.then)
@@ -309,7 +365,7 @@ def _narrow_module(inner, merge, parts, channels):
     """`(module, spec)` of a narrow block in place of an own module."""
     block, layout, linears, fit = merge.block, merge.block.layout, merge.linears, merge.fit
     holder, then = inner.get_submodule(block.holder), list(block.wiring.then)
-    native, act_name, act = _native_activation(parts)
+    native, act_name, act = native_activation(parts)
     names = {"up": layout.up, "activation": layout.activation, "down": layout.down}
     if layout.gate is not None:
         names = {"gate": layout.gate, **names}

@@ -223,6 +223,8 @@ def _scientific(value):
 def _form(block, entry):
     if block.state != "collapsed":
         return block.state
+    if block.can_collapse:
+        return f"{block.hidden_features} neurons"
     rank = f"rank {entry.rank}" if entry is not None and entry.rank is not None else "linear"
     return f"{rank} + {block.hidden_features} neurons" if block.hidden_features else rank
 

@@ -741,7 +741,9 @@ def linear_shape(module, what="module"):
 
 def apply_table(model, table):
     """Reshapes a natively built model in place, as the table says; the weights are loaded afterwards."""
-    for path, _, native, spec in resolve_table(model, table):
+    # Activations last: the linears beside them may have become narrower.
+    entries = sorted(resolve_table(model, table), key=lambda entry: entry[3]["type"] == "activation")
+    for path, _, native, spec in entries:
         # Found anew: an earlier `block` entry may have replaced the parent.
         *above, name = path.split(".")
         parents = [model if spec.get("scope") == "model" else base_model_of(model)]
@@ -773,11 +775,15 @@ def _check_activation_width(path, width, parents):
 
 def prune_parallel_plans(model):
     """Takes modules that a collapse replaced out of the model's tensor-parallel and FSDP plans: sharding one half of a
-    pair of linears whose other half is gone would give wrong results."""
+    pair of linears whose other half is gone would give wrong results. Where a layer got narrower linears and nothing
+    else, its blocks are what they were, and are sharded as before."""
+    resolved = resolve_table(model, model.config.layer_collapse["modules"])
+    linears = ("linear", "conv1d")
+    changed = {_layer_of(name) for _, name, _, spec in resolved if spec["type"] not in ("activation", *linears)}
     replaced = [
         re.sub(r"\d+", "*", name)
-        for _, name, _, spec in resolve_table(model, model.config.layer_collapse["modules"])
-        if spec["type"] != "activation"
+        for _, name, _, spec in resolved
+        if spec["type"] != "activation" and (spec["type"] not in linears or _layer_of(name) in changed)
     ]
     for prefix, module in model.named_modules():
         if not isinstance(module, PreTrainedModel):
@@ -787,6 +793,14 @@ def prune_parallel_plans(model):
         for plan in (module._tp_plan, module._fsdp_plan):
             for key in [key for key in plan if any(key == name or key.startswith(f"{name}.") for name in gone)]:
                 del plan[key]
+
+
+def _layer_of(name):
+    """The innermost numbered module that a module lies in; an empty name if it lies in none."""
+    parts = name.split(".")[:-1]
+    while parts and not parts[-1].isdigit():
+        parts.pop()
+    return ".".join(parts)
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -32,8 +32,8 @@ def apply_layer_collapse(model, config: LayerCollapseConfig | None = None, calib
     those that save and load with the patch; `isinstance` of the native class stays true.
 
     Args:
-        model (`nn.Module`): A dense model, or one that was collapsed before (its dense blocks are patched). A
-            PeftModel or compiled model is looked through and stays valid.
+        model (`nn.Module`): A dense model, or one that was collapsed before (its dense blocks are patched, and those
+            that were only narrowed). A PeftModel or compiled model is looked through and stays valid.
         config ([`LayerCollapseConfig`], *optional*): Which blocks, and how. Default: all blocks, identity target.
         calibration_data (iterable of `dict[str, Tensor]`, *optional*): Model inputs; needed, and only used, for
             `linear_target="affine"`.
@@ -54,10 +54,10 @@ def apply_layer_collapse(model, config: LayerCollapseConfig | None = None, calib
     if collapsible_activations(inner):
         raise ValueError("The model is patched already. `remove_layer_collapse(model)` takes it back to dense.")
     chosen = select_blocks(blocks, config.blocks, refused)
-    collapsed = [block.name for block in chosen if block.state == "collapsed"]
+    collapsed = [block.name for block in chosen if not block.can_collapse]
     if collapsed and config.blocks != "all":
         raise ValueError(f"`blocks` names blocks that are collapsed already: {collapsed}.")
-    chosen = [block for block in chosen if block.state == "dense"]
+    chosen = [block for block in chosen if block.can_collapse]
     if not chosen:
         raise ValueError("Every block of the model is collapsed already; there is nothing to patch.")
     check_weights(inner, chosen, merging=False)
@@ -313,19 +313,31 @@ def _described(model, config, default, replaced):
     if config is not None or (default is not None and not options):
         options = (config or default).to_dict()
 
+    def entry(name, spec):
+        return (name[len(prefix) :], spec) if name.startswith(prefix) else (name, {**spec, "scope": "model"})
+
     def add(name, spec):
-        if name.startswith(prefix):
-            table[name[len(prefix) :]] = spec
-        else:
-            table[name] = {**spec, "scope": "model"}
+        path, spec = entry(name, spec)
+        table[path] = spec
 
     for name, spec in from_parts:
         add(name, {key: value for key, value in spec.items() if key != "scope"})
     for name, activation in collapsible_activations(model).items():
         add(name, activation.spec)
+    # What was narrowed before may lie inside what is replaced as a whole now.
+    gone = {entry(name, spec)[0] for name, spec in replaced}
+    for path in list(table):
+        if gone.intersection(_and_above(path)):
+            del table[path]
     for name, spec in replaced:
         add(name, spec)
     return {"version": FORMAT_VERSION, "options": options, "modules": table} if table else None
+
+
+def _and_above(path):
+    """A path and those of the modules around it."""
+    parts = path.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 def replaced_modules(model):

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from . import functional
 from .calibration import score_neurons
 from .families import find_feed_forward_blocks, modules_of
-from .merging import Trial, cost_of, effective_rank, make_merge
+from .merging import Trial, cost_of, effective_rank, has_constant, make_merge
 from .plans import PlanPoint, key_of
 from .profiling import compare_latency
 
@@ -93,7 +93,20 @@ class _Walk:
 class Search:
     """The greedy walk from the dense model to the smallest plan; on exit the model is as it was."""
 
-    def __init__(self, inner, blocks, moments, score, total, levels, rank_shares, points):
+    def __init__(
+        self,
+        inner,
+        blocks,
+        moments,
+        score,
+        total,
+        levels,
+        rank_shares,
+        points,
+        multiple_of=1,
+        constant_term="native",
+    ):
+        self.multiple_of, self.constant_term = multiple_of, constant_term
         self.inner, self.blocks, self.score, self.total = inner, {block.name: block for block in blocks}, score, total
         self.neurons, self.options, self.merges = {}, {}, {}
         for block in tqdm(blocks, desc="Fitting", leave=False):
@@ -117,11 +130,17 @@ class Search:
         width, positions = block.in_features, {}
         parts = modules_of(self.inner, block)
         found = {}
-        ranks = {effective_rank(block, None if s is None else round(s * width)) for s in rank_shares}
+        ranks = {effective_rank(block, self._rank(s, width)) for s in rank_shares}
+        centred, about_origin = moments, None
         per_neuron = cost_of(block, 0, 1)
         for rank in sorted(ranks, key=lambda rank: math.inf if rank is None else rank):
+            if has_constant(parts, rank, self.constant_term):
+                moments = centred
+            else:
+                moments = about_origin = about_origin or centred.without_constant()
             base = cost_of(block, rank, 0)
             counts = {int((level * block.macs - base) // per_neuron) for level in levels}
+            counts = {count // self.multiple_of * self.multiple_of for count in counts}
             if rank is None:
                 counts.add(0)
             counts = sorted(count for count in counts if count > 0 or (count == 0 and rank != 0))
@@ -152,6 +171,16 @@ class Search:
         self.neurons[block.name] = {
             key_of(rank): [moments.neurons[p] for p in order] for rank, order in positions.items()
         }
+
+    def _rank(self, share, width):
+        if share is None or share == 0:
+            return None if share is None else 0
+        return max(1, round(share * width / self.multiple_of)) * self.multiple_of
+
+    def put(self, index):
+        """Puts a point of the curve into the model."""
+        for name, (rank, count) in self.curve[index].choices.items():
+            self.trials[name].put(self.merges[name, rank, count])
 
     def _set(self, name, option):
         self.trials[name].undo()
@@ -276,8 +305,7 @@ def within_latency(model, inner, search, batch, share):
 
     def measure(index):
         with search:
-            for name, (rank, count) in search.curve[index].choices.items():
-                search.trials[name].put(search.merges[name, rank, count])
+            search.put(index)
             result = compare_latency({"dense": dense, "plan": inner}, batch, rounds=10, warmup=2, progress=False)
         return result["plan"].ratio
 

@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from .calibration import collect_moments
 from .families import check_weights, find_feed_forward_blocks, modules_of, select_blocks, survey_blocks, unwrap
-from .merging import Trial, make_merge
+from .merging import Trial, has_constant, make_merge
 from .plan_search import (
     LEVELS,
     MOST_STEPPED_BLOCKS,
@@ -21,6 +21,8 @@ from .plan_search import (
 from .plans import CollapsePlan, first_within, one_budget, weights_fingerprint
 from .scoring import Score, split
 from .tables import table
+from .uniform_plans import UniformSearch, widths_for
+from .widths import width_groups
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,9 @@ def linearity_map(
     moments = collect_moments(model, inner, chosen, fitting, token_mask_fn=token_mask_fn)
     rows = []
     for block in tqdm(chosen, desc="Measuring blocks", leave=False):
-        merge = make_merge(block, modules_of(inner, block), moments[block.name].fit(), refit=True)
+        parts, found = modules_of(inner, block), moments[block.name]
+        fit = (found if has_constant(parts, None, "native") else found.without_constant()).fit()
+        merge = make_merge(block, parts, fit, refit=True)
         with Trial(inner) as trial:
             trial.put(merge)
             change = score() - before
@@ -125,7 +129,7 @@ def linearity_map(
 
 def _candidates(inner, selector):
     blocks, refused = survey_blocks(inner)
-    chosen = [block for block in select_blocks(blocks, selector, refused) if block.state != "collapsed"]
+    chosen = [block for block in select_blocks(blocks, selector, refused) if block.can_collapse]
     if not chosen:
         raise ValueError("All chosen blocks are collapsed already.")
     check_weights(inner, chosen, merging=True)
@@ -146,6 +150,9 @@ def plan_collapse(
     rank_shares=RANK_SHARES,
     points=None,
     whole_curve: bool = False,
+    uniform_width: bool = False,
+    multiple_of: int = 1,
+    constant_term: str = "native",
     token_mask_fn=None,
 ) -> CollapsePlan:
     """Chooses blocks, ranks and kept neurons under a budget; changes nothing.
@@ -176,26 +183,55 @@ def plan_collapse(
             in (0, 1); between them steps are taken on expectation, which each measurement corrects. Default: every
             step is measured up to eight blocks; with more, 23 evenly spaced shares and the budget's own.
         whole_curve (`bool`): Go on below the budget, to the smallest plan, so that `plan.at` can reach it.
+        uniform_width (`bool`): One hidden width for all blocks, and no linear part: what is left is the native
+            architecture with a smaller number in its config, which [`export_stock`] writes. Which neurons stay is
+            chosen for each block. Where several fields set widths (an encoder's and a decoder's, two towers'), each
+            gets the same share of its own, and blocks of one field that differ already get at most the narrowest's.
+            With a budget of parameters or MACs one width is measured, otherwise those of `points` or `levels`.
+        multiple_of (`int`): What the number of neurons that a block keeps, and the rank of a linear map below full
+            rank, are multiples of.
+        constant_term (`str`): `"native"` or `"always"`, as in [`LayerCollapseConfig`].
 
     Raises:
         ValueError: There is not exactly one budget, too little data, or the budget cannot be met.
     """
+    if uniform_width and rank_shares is not RANK_SHARES:
+        raise ValueError("`uniform_width` leaves no linear part: leave `rank_shares` out.")
+    if constant_term not in ("native", "always"):
+        raise ValueError(f'`constant_term` must be "native" or "always", got {constant_term!r}.')
+    if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
+        raise ValueError(f"`multiple_of` must be an integer of at least 1, got {multiple_of!r}.")
     budget = one_budget(parameters=parameters, macs=macs, latency=latency, max_drop=max_drop)
     if points is not None and (not points or not all(0 < share < 1 for share in points)):
         raise ValueError(f"`points` must be shares in (0, 1), got {list(points)}.")
     inner, _ = unwrap(model)
     chosen = _candidates(inner, blocks)
+    widest = max(block.hidden_features for block in chosen)
+    if multiple_of > widest:
+        raise ValueError(
+            f"`multiple_of` is {multiple_of}, and no chosen block has more than {widest} neurons: none could keep any."
+        )
     total = sum(parameter.numel() for parameter in inner.parameters())
-    if points is None and len(chosen) > MOST_STEPPED_BLOCKS:
+    if uniform_width:
+        groups = width_groups(inner, chosen, multiple_of)
+    elif points is None and len(chosen) > MOST_STEPPED_BLOCKS:
         points = default_points(budget, total, sum(block.macs for block in find_feed_forward_blocks(inner)))
     if any(block.state == "patched" for block in find_feed_forward_blocks(inner)):
         raise ValueError("The model is patched; plans are for dense models. `remove_layer_collapse` takes it back.")
     fitting, scoring = split(calibration_data, evaluation_data)
     score = Score(model, inner, scoring, metric)
-    moments = collect_moments(
-        model, inner, chosen, fitting, candidate_neurons(model, inner, chosen, fitting, token_mask_fn), token_mask_fn
-    )
-    search = Search(inner, chosen, moments, score, total, levels, rank_shares, points)
+    if uniform_width:
+        macs_before = sum(block.macs for block in find_feed_forward_blocks(inner))
+        shares = (points or levels) if whole_curve or not budget.keys() & {"parameters", "macs"} else []
+        widths = widths_for(inner, groups, total, macs_before, budget, shares, constant_term)
+        neurons = {block.name: list(range(block.hidden_features)) for block in chosen}
+        moments = collect_moments(model, inner, chosen, fitting, neurons, token_mask_fn)
+        search = UniformSearch(inner, groups, moments, score, total, macs_before, widths, constant_term)
+    else:
+        neurons = candidate_neurons(model, inner, chosen, fitting, token_mask_fn)
+        moments = collect_moments(model, inner, chosen, fitting, neurons, token_mask_fn)
+        options = levels, rank_shares, points, multiple_of, constant_term
+        search = Search(inner, chosen, moments, score, total, *options)
     del moments
     with search:
         for _ in search.steps():
@@ -222,5 +258,5 @@ def plan_collapse(
             + (f", and takes {measured:.3f} of its time." if measured is not None else ".")
         )
     return CollapsePlan(
-        weights_fingerprint(inner), score.name, budget, search.neurons, search.curve, index, latency=measured
+        weights_fingerprint(inner), score.name, budget, search.neurons, search.curve, index, measured, constant_term
     )

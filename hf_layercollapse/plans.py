@@ -11,7 +11,7 @@ from .merging import BlockChoice
 from .tables import table
 
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class CollapsePlan:
         curve (`list[PlanPoint]`): From the model as it is to the smallest plan.
         chosen (`int`): Index in the curve.
         latency (`float`, *optional*): Measured share of the dense model's time, where that was the budget.
+        constant_term (`str`): Which blocks get one, as in [`LayerCollapseConfig`]; with version 1 all do.
     """
 
     fingerprint: str
@@ -57,6 +58,7 @@ class CollapsePlan:
     curve: list[PlanPoint]
     chosen: int
     latency: float | None = None
+    constant_term: str = "native"
     version: int = PLAN_VERSION
     made_by: str = field(default=f"hf_layercollapse {__version__}")
 
@@ -125,6 +127,8 @@ class CollapsePlan:
                 f"This plan has version {values['version']}, and this code reads versions up to {PLAN_VERSION}. "
                 "Upgrade with `pip install -U hf_layercollapse`."
             )
+        if values["version"] == 1 and "constant_term" not in values:
+            values = {**values, "constant_term": "always", "version": PLAN_VERSION}
         names = {f.name for f in dataclasses.fields(cls)}
         required = names - {"latency", "made_by"}
         if values.keys() - names or required - values.keys():
@@ -144,6 +148,7 @@ class CollapsePlan:
             ]
             plan = cls(**{**values, "curve": curve})
             checks = [isinstance(plan.chosen, int) and 0 <= plan.chosen < len(curve), isinstance(plan.neurons, dict)]
+            checks.append(plan.constant_term in ("native", "always"))
             for point in curve:
                 checks += [count <= len(plan.neurons[n][key_of(rank)]) for n, (rank, count) in point.choices.items()]
         except (KeyError, TypeError, AttributeError, ValueError) as error:

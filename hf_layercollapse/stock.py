@@ -7,7 +7,6 @@ is a native feed-forward block of width `2 r`, with `up = [V; -V]` and `down = [
 
 import copy
 import dataclasses
-import math
 from dataclasses import dataclass
 
 import torch
@@ -26,13 +25,20 @@ from .modeling_layercollapse import (
     PASS_ON,
     CollapsedBlock,
     CollapsedIdentity,
-    LayerCollapseConfigMixin,
     LayerCollapseModelMixin,
     NarrowActivation,
     NarrowFeedForward,
-    linear_shape,
 )
 from .profiling import count_parameters
+from .widths import (
+    build_native,
+    governing_fields,
+    native_config,
+    part_of,
+    resized_blocks,
+    shapes_outside,
+    value_for,
+)
 
 
 # A gate's bias where it is to be constant: what activations give there is far from 0.
@@ -140,7 +146,7 @@ def export_stock(model):
         )
     _check_weights(model)
     config = native_config(model.config)
-    dense = _build(model, config, meta=True)
+    dense = build_native(model, config, meta=True)
     native_blocks = {block.name: block for block in find_feed_forward_blocks(dense)}
     wanted = {}
     for name, block in blocks.items():
@@ -148,11 +154,11 @@ def export_stock(model):
             wanted[name] = _as_neurons(model, block, dense, native_blocks[name])
     config, fields, stock_blocks = _fit_config(model, config, dense, blocks, native_blocks, wanted)
 
-    native = _build(model, config)
+    native = build_native(model, config)
     state, native_state = model.state_dict(), native.state_dict()
     new = {key: value.clone() for key, value in state.items() if key in native_state}
     for name, block in stock_blocks.items():
-        neurons = wanted[name] if name in wanted else _dense_neurons(model, blocks[name])
+        neurons = wanted[name] if name in wanted else _native_neurons(model, blocks[name])
         new.update(_weights(native, block, neurons, next(model.get_submodule(blocks[name].holder).parameters()).dtype))
     native.load_state_dict(new, assign=True)
     native.tie_weights()
@@ -189,25 +195,6 @@ def _check_weights(model):
             )
 
 
-def native_config(config):
-    """A copy of a config, without what patching and collapsing put there."""
-    config = copy.deepcopy(config)
-    if isinstance(config, LayerCollapseConfigMixin):
-        native_class = type(config).native_class
-        config.__dict__.pop("layer_collapse")
-        config.__class__ = native_class
-    return config
-
-
-def _build(model, config, meta=False):
-    native_class = type(model).native_class
-    config = copy.deepcopy(config)
-    if meta:
-        with torch.device("meta"):
-            return native_class(config)
-    return native_class(config)
-
-
 # ----------------------------------------------------------------------------------------------------
 # One block
 # ----------------------------------------------------------------------------------------------------
@@ -215,6 +202,8 @@ def _build(model, config, meta=False):
 
 def _as_neurons(model, block, dense, native_block):
     """A collapsed block as native neurons, whatever biases that takes."""
+    if block.can_collapse:
+        return _native_neurons(model, block)
     wiring = native_block.wiring
     native = modules_of(dense, native_block)
     if native.before or native.between or wiring.scales != (1.0, 1.0, 1.0):
@@ -310,8 +299,8 @@ def _parts(model, block):
     return down_weight[:, :channels], right, _nonzero(shift), neurons, _nonzero(down_bias), act
 
 
-def _dense_neurons(model, block):
-    """A block that is not collapsed."""
+def _native_neurons(model, block):
+    """A block whose modules are native, dense or narrowed."""
     layout = block.layout
     up, up_bias = _affine(model.get_submodule(block.path(layout.up)))
     down, down_bias = _affine(model.get_submodule(block.path(layout.down)))
@@ -372,19 +361,22 @@ def _weights(native, block, neurons, dtype):
 def _error(model, block, native, native_block):
     """Relative error of the native block, on Gaussian inputs."""
     holder = model.get_submodule(block.holder)
+    x = functional.gaussian_inputs(block.in_features).to(model.device, next(holder.parameters()).dtype)
+    actual = modules_of(native, native_block).forward(x)
+    if block.can_collapse:
+        return functional.relative_error(modules_of(model, block).forward(x), actual)
     if isinstance(holder, (CollapsedBlock, NarrowFeedForward)):
         collapsed = holder
     else:
         parts = (block.layout.up, block.layout.activation, block.layout.down)
         collapsed = torch.nn.Sequential(*(model.get_submodule(block.path(part)) for part in parts))
     modes = {module: module.training for module in collapsed.modules()}
-    x = functional.gaussian_inputs(block.in_features).to(model.device, next(holder.parameters()).dtype)
     try:
         expected = collapsed.eval()(x)
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return functional.relative_error(expected, modules_of(native, native_block).forward(x))
+    return functional.relative_error(expected, actual)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -395,7 +387,7 @@ def _error(model, block, native, native_block):
 def _fit_config(model, config, dense, blocks, native_blocks, wanted):
     """`(config, {field: (old, new)}, {name: block})`: a native config in which every block fits, and saves."""
     needed = {name: wanted[name].width if name in wanted else native_blocks[name].hidden_features for name in blocks}
-    governed = _governing_fields(model, config, native_blocks)
+    governed = governing_fields(model, config, native_blocks)
     missing = [name for name in wanted if name not in governed]
     if missing:
         raise ValueError(
@@ -407,12 +399,8 @@ def _fit_config(model, config, dense, blocks, native_blocks, wanted):
     for path, name in dict.fromkeys(governed.values()):
         names = [block for block in governed if governed[block] == (path, name)]
         width = max(needed[block] for block in names)
-        part, old = _part(changed, path), getattr(_part(config, path), name)
-        new = width
-        if name in RATIO_FIELDS:
-            features = native_blocks[names[0]].in_features
-            # The native class rounds down.
-            new = math.ceil(width / features) if isinstance(old, int) else (width + 0.5) / features
+        part, old = part_of(changed, path), getattr(part_of(config, path), name)
+        new = value_for(name, old, width, native_blocks[names[0]].in_features)
         if not any(block in wanted for block in names):
             continue
         setattr(part, name, new)
@@ -425,12 +413,12 @@ def _fit_config(model, config, dense, blocks, native_blocks, wanted):
             setattr(changed, name, True)
             fields[name] = (False, True)
         if flags:
-            lacking = _lacking_biases(_build(model, changed, meta=True), native_blocks, wanted)
+            lacking = _lacking_biases(build_native(model, changed, meta=True), native_blocks, wanted)
         if lacking:
             _refuse_biases(config, native_blocks, needed, wanted, lacking)
 
-    stock = _build(model, changed, meta=True)
-    stock_blocks = _resized_blocks(stock, native_blocks)
+    stock = build_native(model, changed, meta=True)
+    stock_blocks = resized_blocks(stock, native_blocks)
     _check_shapes(dense, stock, native_blocks, stock_blocks, needed, fields)
     before, after = count_parameters(dense), count_parameters(stock)
     if after >= before:
@@ -445,58 +433,6 @@ def _fit_config(model, config, dense, blocks, native_blocks, wanted):
             "to a lower rank."
         )
     return changed, fields, stock_blocks
-
-
-def _resized_blocks(model, native_blocks):
-    """The same blocks in a model of other widths. Not looked for: the narrowest would be refused as bottlenecks."""
-    resized = {}
-    for name, block in native_blocks.items():
-        linears = [model.get_submodule(block.path(path)) for path in block.layout.linears]
-        resized[name] = dataclasses.replace(
-            block,
-            hidden_features=linear_shape(linears[-1])[0],
-            parameters=sum(parameter.numel() for linear in linears for parameter in linear.parameters()),
-            macs=sum(math.prod(linear_shape(linear)) for linear in linears),
-        )
-    return resized
-
-
-def _part(config, path):
-    for name in path:
-        config = getattr(config, name)
-    return config
-
-
-def _config_parts(config, path=()):
-    yield path, config
-    for name in config.sub_configs:
-        if config.__dict__.get(name) is not None:
-            yield from _config_parts(getattr(config, name), (*path, name))
-
-
-def _governing_fields(model, config, native_blocks):
-    """Block -> the config field that sets its hidden width, seen by building models with each field changed."""
-    governed = {}
-    hidden = {block.hidden_features for block in native_blocks.values()}
-    features = {block.in_features for block in native_blocks.values()}
-    for path, part in _config_parts(config):
-        values = part.to_dict()
-        for name in (*WIDTH_FIELDS, *RATIO_FIELDS):
-            if name not in values:
-                continue
-            old = values[name]
-            if name in RATIO_FIELDS:
-                fits = isinstance(old, (int, float)) and any(int(width * old) in hidden for width in features)
-            else:
-                fits = old is None or old in hidden
-            if not fits:
-                continue
-            changed = copy.deepcopy(config)
-            setattr(_part(changed, path), name, 2 * (max(hidden) if old is None else old))
-            for block in _resized_blocks(_build(model, changed, meta=True), native_blocks).values():
-                if block.hidden_features != native_blocks[block.name].hidden_features:
-                    governed.setdefault(block.name, (path, name))
-    return governed
 
 
 def _lacking_biases(native, native_blocks, wanted):
@@ -532,16 +468,7 @@ def _refuse_biases(config, native_blocks, needed, wanted, lacking):
 def _check_shapes(dense, stock, native_blocks, stock_blocks, needed, fields):
     """The changed fields must have changed the blocks, and nothing else."""
     short = [name for name in needed if stock_blocks[name].hidden_features < needed[name]]
-    inside = {
-        f"{block.path(path)}.{kind}"
-        for block in native_blocks.values()
-        for path in block.layout.linears
-        for kind in ("weight", "bias")
-    }
-    shapes = [
-        {key: tuple(value.shape) for key, value in model.state_dict().items() if key not in inside}
-        for model in (dense, stock)
-    ]
+    shapes = [shapes_outside(model, native_blocks) for model in (dense, stock)]
     if short or shapes[0] != shapes[1]:
         other = sorted(key for key in shapes[0] | shapes[1] if shapes[0].get(key) != shapes[1].get(key))
         raise ValueError(

@@ -153,7 +153,7 @@ def test_the_native_model_computes_the_same(name, options):
     for field, (_, new) in report.fields.items():
         if field != "mlp_bias":
             assert new == width
-    assert ("mlp_bias" in report.fields) == (name in ("llama", "granite"))
+    assert ("mlp_bias" in report.fields) == (name in ("llama", "granite") and rank > 0)
 
 
 @pytest.mark.parametrize("name", ["bert", "vit", "llama"])
@@ -201,6 +201,21 @@ def test_one_part_of_an_encoder_decoder():
         torch.testing.assert_close(native(**batch).logits, model(**batch).logits, rtol=1e-5, atol=3e-6)
 
 
+@pytest.mark.parametrize("name", ["t5", "qwen2", "phi3"])
+@pytest.mark.parametrize("rank", [0, 5])
+def test_fits_of_families_without_biases(name, rank):
+    """Neurons alone for all of them; in plain blocks a linear map too."""
+    if rank and name != "t5":
+        assert "gate would need a bias" in refused(name, rank=rank, keep_neurons=4)
+        return
+    model, batch = collapsed(name, rank=rank, keep_neurons=4)
+    native, report = export_stock(model)
+    (new,) = [new for _, new in report.fields.values()]
+    assert new == 4 + 2 * rank and max(report.errors.values()) < 1e-6
+    with torch.no_grad():
+        torch.testing.assert_close(native(**batch).logits, model(**batch).logits, rtol=1e-5, atol=3e-6)
+
+
 def test_trained_collapse_of_bias_free_blocks():
     """At alpha = 1 nothing has a constant term: T5 needs no bias then."""
     model = t5()
@@ -241,7 +256,7 @@ def test_what_cannot_be_expressed_is_said():
     for name in ("qwen2", "phi3"):
         message = refused(name, rank=5, keep_neurons=4)
         assert "gate would need a bias" in message and "9 of 48 neurons" in message
-    message = refused("t5", rank=5)
+    message = refused("t5", rank=5, constant_term="always")
     assert "down would need a bias" in message and "10 of 48 neurons" in message
     message = refused("bert", blocks=[0, 1])
     assert "saves nothing" in message and "'bert.encoder.layer.2'" in message and "of 40 neurons" in message

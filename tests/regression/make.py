@@ -68,9 +68,17 @@ FOLDERS = {
     "llama-half": ("llama", {"linear_target": "affine"}, (0.5, 1.0)),
     "llama-neurons": ("llama", {"granularity": "neuron"}, (0.5, 0.1)),
 }
+# folder -> model, and what its blocks are fitted to
+NARROW = {
+    "bert-neurons-only": ("bert", {"rank": 0, "keep_neurons": 5}),
+    "llama-neurons-only": ("llama", {"rank": 0, "keep_neurons": 5}),
+    "llama-narrow": ("llama", {"rank": 2, "keep_neurons": 3}),
+}
 
 
-def inputs_of(config):
+def inputs_of(config, seed=None):
+    if seed is not None:
+        return {"input_ids": torch.randint(1, 16, (2, 7), generator=torch.Generator().manual_seed(seed))}
     if config.model_type == "vit":
         return {"pixel_values": torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(3))}
     return {"input_ids": torch.arange(1, 15).reshape(2, 7)}
@@ -91,6 +99,15 @@ def machine():
     }
 
 
+def save(model, path):
+    inputs = inputs_of(model.config)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    model.save_pretrained(path)
+    os.remove(os.path.join(path, CODE_FILE))
+    save_file({**inputs, "logits": logits.contiguous()}, os.path.join(path, "expected.safetensors"))
+
+
 def make(root):
     os.makedirs(root, exist_ok=False)
     for folder, (name, options, values) in FOLDERS.items():
@@ -106,12 +123,12 @@ def make(root):
                 activation.alpha.copy_(value - spread * torch.rand(activation.alpha.shape, generator=generator))
             if 1.0 in values:
                 collapse_model(model)
-            inputs = inputs_of(model.config)
-            logits = model(**inputs).logits
-        path = os.path.join(root, folder)
-        model.save_pretrained(path)
-        os.remove(os.path.join(path, CODE_FILE))
-        save_file({**inputs, "logits": logits.contiguous()}, os.path.join(path, "expected.safetensors"))
+        save(model, os.path.join(root, folder))
+    for folder, (name, options) in NARROW.items():
+        auto_class, config = MODELS[name]
+        model = randomize(auto_class.from_config(config())).eval()
+        collapse_model(model, LayerCollapseConfig(**options), [inputs_of(model.config, seed) for seed in range(12)])
+        save(model, os.path.join(root, folder))
     with open(os.path.join(root, "machine.json"), "w") as file:
         json.dump(machine(), file, indent=2)
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from hf_layercollapse import find_feed_forward_blocks
 from hf_layercollapse.modeling_layercollapse import FORMAT_VERSION
 
-from .make import FOLDERS, HERE, MODELS, machine
+from .make import FOLDERS, HERE, MODELS, NARROW, machine
 
 
 VERSIONS = sorted(name for name in os.listdir(HERE) if name.startswith("v"))
@@ -26,7 +26,7 @@ def saved_folders():
 @pytest.mark.parametrize("folder", list(saved_folders()))
 def test_loads_and_computes_what_it_did(folder):
     path = os.path.join(HERE, folder)
-    name, _, values = FOLDERS[os.path.basename(folder)]
+    name, _, values = {**FOLDERS, **{name: (*row, (1, 1)) for name, row in NARROW.items()}}[os.path.basename(folder)]
     auto_class, _ = MODELS[name]
     model, info = auto_class.from_pretrained(path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -67,7 +67,7 @@ def test_every_version_and_kind_is_kept():
                 activations.add(
                     (spec["linear_target"], len(spec["alpha_shape"]), spec["alpha_shape"] == [1], spec["gate"])
                 )
-    assert kinds == {"activation", "linear", "conv1d", "identity", "block"}
+    assert kinds == {"activation", "linear", "conv1d", "identity", "block", "narrow_ffn"}
     assert {(target, gate) for target, _, _, gate in activations} == {
         (target, gate) for target in ("identity", "affine") for gate in (True, False)
     }
