@@ -22,6 +22,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, initialization
 from transformers.activations import ACT2FN
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import auto_factory, modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -1368,6 +1370,28 @@ def set_layer_collapse(model, layer_collapse, holders=()):
     return model
 
 
+class _RefuseNativeClass(WeightRenaming):
+    """Stands for the weight conversions of `model_type: layercollapse`.
+
+    No model of ours has that model type in memory. What asks for them is a native class that read the config.json of a
+    patched or collapsed model, and would load it as dense, or leave every key that its own conversions rename random.
+    """
+
+    __slots__ = ()
+
+    def __init__(self):
+        super().__init__(source_patterns=r"(.+)", target_patterns=r"\1")
+
+    def rename_source_key(self, source_key):
+        raise RuntimeError(
+            "This folder holds a patched or collapsed model: its weights are of other sizes, more, or under other "
+            f"names than those of the native class (the first is {source_key!r}). Load it with an Auto class "
+            "(`AutoModelFor….from_pretrained(folder)`), and give what takes a model or a path, as trl's trainers do, "
+            "the model. For a dense model again: `remove_layer_collapse(model)`, which takes a patched model back."
+        )
+
+
 # A copy of this file inside a repository must not answer for other repositories.
 if not __name__.startswith("transformers_modules."):
     AutoConfig.register(MODEL_TYPE, StoredConfig, exist_ok=True)
+    register_checkpoint_conversion_mapping(MODEL_TYPE, [_RefuseNativeClass()], overwrite=True)
