@@ -529,6 +529,9 @@ def validate_layer_collapse(layer_collapse):
         )
     if not isinstance(layer_collapse.get("options", {}), dict):
         raise ValueError("`layer_collapse.options` must be an object.")
+    part = layer_collapse.get("part")
+    if part is not None and not (isinstance(part, str) and part.isidentifier()):
+        raise ValueError(f"`layer_collapse.part` must be the name of a model class, got {part!r}.")
     table = layer_collapse.get("modules")
     if not isinstance(table, dict) or not table:
         raise ValueError("`layer_collapse.modules` must be an object with at least one entry.")
@@ -850,6 +853,9 @@ class LayerCollapseConfigMixin:
                 "`AutoModel.register` (or that of another Auto class) with the native classes first, here and where "
                 "the model is loaded."
             )
+        part = _part_being_saved(self)
+        if part is not None:
+            return _config_of_part(self, part).save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         # Here and not in the model's: `push_to_hub` uploads what this call leaves behind.
         os.makedirs(save_directory, exist_ok=True)
         target = os.path.join(save_directory, CODE_FILE)
@@ -909,6 +915,57 @@ def _parts_of(config, within=""):
             parts.append((f"{within}{name}", part, free))
             parts += [(inner, inside, free and also) for inner, inside, also in _parts_of(part, f"{within}{name}.")]
     return parts
+
+
+def _part_being_saved(config):
+    """The part of a patched or collapsed model that is being saved by itself, with the config of the whole, if its
+    modules are not where the table of the whole has them."""
+    frame = sys._getframe(2)
+    if frame.f_code is not PreTrainedModel.save_pretrained.__code__:
+        return None
+    part = frame.f_locals["model_to_save"]
+    if isinstance(part, LayerCollapseModelMixin) or part.config is not config:
+        return None
+    base = base_model_of(part)
+    in_place = any(
+        _child(part if spec.get("scope") == "model" else base, path.split(".")[0]) is not None
+        for path, spec in config.layer_collapse["modules"].items()
+    )
+    return None if in_place else part
+
+
+def _config_of_part(config, part):
+    """A config for a part of a model alone: its table is that of the whole below the place of the part."""
+    table = config.layer_collapse["modules"]
+    places = {path[: match.start()] for path in table for match in re.finditer(r"\.", path)}
+    for place in sorted(places, key=len):
+        own = {path[len(place) + 1 :]: spec for path, spec in table.items() if path.startswith(f"{place}.")}
+        own = {path: {key: spec[key] for key in spec if key != "scope"} for path, spec in own.items()}
+        if all(_stands_at(part, path, spec) for path, spec in own.items()):
+            alone = copy.deepcopy(config)
+            alone.layer_collapse = {**config.layer_collapse, "part": type(part).__name__, "modules": own}
+            return alone
+    raise ValueError(
+        f"This {type(part).__name__} is a part of a patched or collapsed model, and nothing that the table of the "
+        "whole names stands in it. Save the whole, and take the part from it where it is loaded: "
+        "`AutoModel.from_pretrained(folder)`."
+    )
+
+
+def _stands_at(part, path, spec):
+    """Whether what a spec describes stands at a path of a module."""
+    module = part
+    for name in path.split("."):
+        module = _child(module, name)
+        if module is None:
+            return False
+    if spec["type"] in ("linear", "conv1d"):
+        kind = Conv1D if spec["type"] == "conv1d" else nn.Linear
+        return isinstance(module, kind) and linear_shape(module) == (spec["in_features"], spec["out_features"])
+    if spec["type"] == "activation":
+        return isinstance(module, CollapsibleActivation) and module.spec == {"gate": False, **spec}
+    kinds = {"identity": CollapsedIdentity, "block": CollapsedBlock}
+    return isinstance(module, kinds.get(spec["type"], (NarrowFeedForward, NarrowActivation, *PASS_ON)))
 
 
 def _refuse_fixed_part(outer, config):
@@ -1217,6 +1274,9 @@ class StoredConfig(PreTrainedConfig):
         built = config_class_for(native_class)
         if not native_class.__module__.startswith("transformers."):
             _register(native_class, built)  # again: a user may have registered models since
+        part = config_dict["layer_collapse"].get("part")
+        if part is not None:
+            built = _config_class_for_part(native_class, part)
         return built.from_dict(config_dict, **kwargs)
 
 
@@ -1238,6 +1298,21 @@ def config_class_for(native_class):
         )
         _register(native_class, _built[native_class])
     return _built[native_class]
+
+
+def _config_class_for_part(native_class, name):
+    """The config class of a part that was saved by itself: an encoder, which `AutoModel` does not know."""
+    base = modeling_auto.AutoModel._model_mapping[native_class]
+    module = importlib.import_module((base[0] if isinstance(base, (tuple, list)) else base).__module__)
+    part = module.__dict__.get(name)
+    if not (isinstance(part, type) and issubclass(part, PreTrainedModel) and part.__module__ == module.__name__):
+        raise ValueError(f"`layer_collapse.part` in config.json is {name!r}, which {module.__name__} does not have.")
+    if (native_class, part) not in _built:
+        built = config_class_for(native_class)
+        namespace = {"__module__": __name__, "__annotations__": {}}
+        _built[native_class, part] = alone = type(built.__name__, (built,), namespace)
+        modeling_auto.AutoModel.register(alone, model_class_for(part, alone), exist_ok=True)
+    return _built[native_class, part]
 
 
 def model_class_for(native_class, config_class):
@@ -1346,15 +1421,25 @@ def set_layer_collapse(model, layer_collapse, holders=()):
                 for _, inner, _ in [(None, part_config, None), *_parts_of(part_config)]:
                     _make_native(inner)
                 part_config._name_or_path = ""
+    # Some parts hold a copy of the config of the whole, as T5's encoder and decoder do.
+    configs = [config]
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and isinstance(part.config, native_config):
+            if id(part.config) not in copies:
+                configs.append(copy.deepcopy(part.config, copies))
     if layer_collapse is None:
-        _make_native(config)
         model.__class__ = native_model
     else:
-        config.__class__ = config_class_for(native_config)
-        config.layer_collapse = validate_layer_collapse(layer_collapse)
-        model.__class__ = model_class_for(native_model, config.__class__)
-    # An adapter would otherwise name the dense folder as its base.
-    config._name_or_path = ""
+        validate_layer_collapse(layer_collapse)
+        model.__class__ = model_class_for(native_model, config_class_for(native_config))
+    for each in configs:
+        if layer_collapse is None:
+            _make_native(each)
+        else:
+            each.__class__ = config_class_for(native_config)
+            each.layer_collapse = layer_collapse
+        # An adapter would otherwise name the dense folder as its base.
+        each._name_or_path = ""
     for holder in holders:
         if type(holder).__module__.startswith("peft."):
             for adapter in holder.peft_config.values():

@@ -331,7 +331,10 @@ def _described(model, config, default, replaced):
             del table[path]
     for name, spec in replaced:
         add(name, spec)
-    return {"version": FORMAT_VERSION, "options": options, "modules": table} if table else None
+    if not table:
+        return None
+    layer_collapse = {"version": FORMAT_VERSION, "options": options, "modules": table}
+    return {**layer_collapse, "part": stored["part"]} if "part" in stored else layer_collapse
 
 
 def _and_above(path):
