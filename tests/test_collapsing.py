@@ -172,6 +172,7 @@ def test_a_max_error_of_a_wrong_type(bad):
 # ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 @every_model
 def test_a_collapsed_model(case):
     model = patched(case)
@@ -439,6 +440,7 @@ def rows(model, case, index, data):
     return torch.cat(xs), torch.cat(ys)
 
 
+@pytest.mark.smoke
 @every_model
 def test_a_dense_model_collapses_to_its_least_squares_maps(case):
     model, data = case.model(), data_of(case)

@@ -22,6 +22,8 @@ def load_recipe():
 coverage = load_recipe()
 LIST = coverage.read_list()
 
+SMOKE = ("bert", "clip", "dinov2", "gpt2", "llama", "mixtral", "swin", "t5", "vit", "whisper")
+
 # The list may grow. To take a type out of it is to lower this number.
 MODEL_TYPES = 415
 
@@ -51,7 +53,9 @@ FEWER = {
 }
 
 
-@pytest.mark.parametrize("model_type", LIST["passed"])
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(name, marks=[pytest.mark.smoke] * (name in SMOKE)) for name in LIST["passed"]]
+)
 def test_model_type(model_type):
     result = coverage.examine(model_type)
     assert result["status"] == "passed", result

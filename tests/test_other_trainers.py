@@ -81,6 +81,7 @@ def seq2seq_trainer(folder, accumulate=1, options=None, **kwargs):
     )
 
 
+@pytest.mark.smoke
 def test_seq2seq(tmp_path):
     def compute_metrics(prediction):
         return {"length": float((prediction.predictions > 0).sum(-1).mean())}
@@ -158,6 +159,7 @@ def sft_trainer(folder, accumulate=1, model=None, **kwargs):
     )
 
 
+@pytest.mark.smoke
 def test_sft(tmp_path):
     config = LayerCollapseConfig(alpha_learning_rate=0.1)
     states = []

@@ -149,6 +149,7 @@ def trained_step(model, case):
     return output.loss.detach(), output.logits.detach(), gradients
 
 
+@pytest.mark.smoke
 @every_model
 @dtypes
 @pytest.mark.parametrize("granularity", ["block", "neuron"])
@@ -606,6 +607,7 @@ def test_compiled_to_native_code(name, compiler):
     assert_within_twice_the_dense_error(case.model, case.inputs(), "inductor")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("name", ["bert", "vit", "gpt2"])
 def test_gradient_checkpointing(name, use_reentrant):

@@ -53,6 +53,7 @@ def logits(model):
 # ---- Training ----
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("how", ["saved", "unfrozen"])
 def test_train_and_collapse(how, tmp_path):
     model = with_adapter(apply_layer_collapse(model_of(CASE), LayerCollapseConfig(**FAST)), how)

@@ -85,6 +85,7 @@ def run(root, code, hidden=True):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.smoke
 def test_without_the_package(folders):
     run(
         folders,

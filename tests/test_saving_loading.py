@@ -85,6 +85,7 @@ def assert_same_weights(model, other):
 # ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 @every_model
 @every_life
 def test_saved_and_loaded_logits_are_equal_bit_for_bit(case, life, tmp_path):
@@ -107,6 +108,7 @@ def test_saved_and_loaded_logits_are_equal_bit_for_bit(case, life, tmp_path):
         assert torch.equal(steps[1][2][name], gradient), name
 
 
+@pytest.mark.smoke
 @every_model
 @pytest.mark.parametrize("life", ["patched", "half"])
 def test_every_auto_class_that_knows_the_native_class(case, life, tmp_path):
@@ -197,6 +199,7 @@ def test_from_config_has_the_structure_and_first_values(case, life, tmp_path):
     assert torch.equal(logits(fresh.eval(), case.inputs()), logits(model, case.inputs()))
 
 
+@pytest.mark.smoke
 @every_model
 def test_the_native_class_refuses_a_collapsed_folder(case, tmp_path):
     for life in ("collapsed", "half"):
@@ -405,6 +408,7 @@ def hub(monkeypatch):
     return uploaded
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained", "save_pretrained-named"])
 def test_what_is_pushed_loads(hub, how, tmp_path):
     case = BY_NAME["bert"]
@@ -541,6 +545,7 @@ def tokenizer():
     return BertTokenizer(vocab={word: index for index, word in enumerate(WORDS)})
 
 
+@pytest.mark.smoke
 def test_text_pipeline(tmp_path):
     model = in_life(BY_NAME["bert"], "half")
     model.config.id2label = {0: "bad", 1: "good", 2: "neither"}

@@ -71,6 +71,7 @@ def full_batch(case):
     return {name: torch.stack([row[name] for row in batch]) for name in batch[0]}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("loss", ["model", "smoothing", "function"])
 @pytest.mark.parametrize("case", FAMILIES)
 def test_gradients_do_not_depend_on_accumulation(case, loss, tmp_path):
@@ -180,6 +181,7 @@ def test_bfloat16_model_keeps_float32_alphas(tmp_path):
         assert 0.003 < float(alpha) < 0.005
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(reentrant, tmp_path):
     def train(**args):
@@ -385,6 +387,7 @@ def test_alphas_have_their_own_group_without_decay(tmp_path):
     assert [float(alpha.detach()) for alpha in alphas] == [0.5] * LAYERS
 
 
+@pytest.mark.smoke
 def test_clipping_is_of_the_task_alone(tmp_path):
     """Twelve alphas at 0 have a gradient of norm 6.9, which would scale the task's down."""
     config = BY_NAME["bert"].config()
@@ -558,6 +561,7 @@ class Counter(TrainerCallback):
         self.events.append("step")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "options",
     [{}, {"not_ready": "restore"}, {"not_ready": "restore", "activation": "relu"}, {"granularity": "neuron"}],
@@ -770,6 +774,7 @@ def test_search_objective_counts_a_metric_once(tmp_path, monkeypatch):
 RESUMED = {"penalty_schedule": "cosine", "alpha_learning_rate": 0.05}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case, optim", [*((case, "adamw_torch") for case in FAMILIES), ("bert", "adafactor")])
 def test_resumed_equals_uninterrupted(case, optim, tmp_path):
     args = {
@@ -812,6 +817,7 @@ def test_upstream_resumes_a_vit_incompletely(tmp_path):
     assert len(found) == len(expected)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", FAMILIES)
 def test_load_best_model_at_end(case, tmp_path):
     # Ready only at step 1, so that the best is not the last.
@@ -911,6 +917,7 @@ def test_a_pushed_checkpoint_has_its_code(tmp_path, monkeypatch):
 # ---- Collapse ----
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "case, auto_class",
     [

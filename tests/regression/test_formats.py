@@ -23,6 +23,7 @@ def saved_folders():
                 yield f"{version}/{folder}"
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("folder", list(saved_folders()))
 def test_loads_and_computes_what_it_did(folder):
     path = os.path.join(HERE, folder)
