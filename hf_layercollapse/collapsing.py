@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import islice
 
 import torch
+from transformers.modeling_utils import PreTrainedModel
 
 from . import functional
 from .calibration import CANDIDATES_PER_NEURON, collect_moments, logits_of, reiterable, score_neurons
@@ -34,6 +35,7 @@ from .merging import (
     put_in_place,
     ready_neurons,
 )
+from .modeling_layercollapse import refuse_lost_code
 from .patching import (
     collapsible_activations,
     layer_collapse_config_of,
@@ -88,8 +90,9 @@ def collapse_model(
 
     Raises:
         TypeError: `model` or `config` is of a wrong type, or the model is wrapped or sharded.
-        ValueError: No block is ready, a dense model comes without data, weights cannot be merged, or an error is above
-            `max_error`. Nothing has been changed then.
+        ValueError: No block is ready, a dense model comes without data, weights cannot be merged, an error is above
+            `max_error`, or the model's class is the user's own and no Auto class knows it. Nothing has been changed
+            then.
     """
     if config is not None and not isinstance(config, LayerCollapseConfig):
         raise TypeError(f"`config` must be a LayerCollapseConfig, got {type(config).__name__}.")
@@ -102,6 +105,8 @@ def collapse_model(
     inner, holders = unwrap(model)
     if plan is not None and config is not None:
         raise ValueError("Pass `plan` or `config`, not both: each says which blocks collapse, and how.")
+    if isinstance(inner, PreTrainedModel):
+        refuse_lost_code(inner)
     options = config or layer_collapse_config_of(inner) or LayerCollapseConfig()
     if plan is not None:
         options = replace(options, constant_term=plan.constant_term)

@@ -8,6 +8,7 @@ not installed. It therefore imports torch and transformers only, knows no family
 Three parts: the modules that a table can name, the table itself, and the registered classes.
 """
 
+import contextlib
 import copy
 import functools
 import importlib
@@ -17,6 +18,7 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
 
 import torch
 from torch import nn
@@ -24,6 +26,7 @@ from transformers import AutoConfig, PreTrainedConfig, initialization
 from transformers.activations import ACT2FN
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
+from transformers.dynamic_module_utils import get_class_from_dynamic_module, resolve_trust_remote_code
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import auto_factory, modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -31,6 +34,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+
+# Absent on Windows. Not imported in the usual way, which `trust_remote_code` takes for a requirement.
+fcntl = importlib.import_module("fcntl") if os.name == "posix" else None
 
 logger = logging.get_logger(__name__)
 
@@ -532,6 +538,9 @@ def validate_layer_collapse(layer_collapse):
     part = layer_collapse.get("part")
     if part is not None and not (isinstance(part, str) and part.isidentifier()):
         raise ValueError(f"`layer_collapse.part` must be the name of a model class, got {part!r}.")
+    classes = layer_collapse.get("model_classes", {})
+    if not isinstance(classes, dict) or not all(isinstance(name, str) for name in classes.values()):
+        raise ValueError("`layer_collapse.model_classes` must be an object of Auto classes and names of classes.")
     table = layer_collapse.get("modules")
     if not isinstance(table, dict) or not table:
         raise ValueError("`layer_collapse.modules` must be an object with at least one entry.")
@@ -842,7 +851,10 @@ class LayerCollapseConfigMixin:
         content = json.loads(super().to_json_string(use_diff=use_diff))
         content["base_model_type"] = content["model_type"]
         content["model_type"] = MODEL_TYPE
-        content["auto_map"] = {"AutoConfig": f"{os.path.splitext(CODE_FILE)[0]}.{StoredConfig.__name__}"}
+        content["auto_map"] = {
+            **_own_code(content),
+            "AutoConfig": f"{os.path.splitext(CODE_FILE)[0]}.{StoredConfig.__name__}",
+        }
         return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
@@ -986,12 +998,17 @@ PATCH_THE_WHOLE = (
 )
 
 
-# Tables of the models whose constructor is running, outermost first.
-_under_construction: list[dict] = []
+# (thread, table) of the models whose constructor is running.
+_under_construction: list[tuple[int, dict]] = []
 
 
 class LayerCollapseModelMixin:
     """In front of a native model class: builds the native model, reshapes it by the table, and loads strictly."""
+
+    # What `push_to_hub` is given while it runs.
+    _model_card = None
+    # Keys of the state dict that the table made, in a model that was built by it.
+    _table_keys = frozenset()
 
     def __init__(self, config=None, *args, **kwargs):
         if not isinstance(config, LayerCollapseConfigMixin):
@@ -1001,18 +1018,30 @@ class LayerCollapseModelMixin:
                 "use the native class."
             )
         table = validate_layer_collapse(config.layer_collapse)["modules"]
-        if table in _under_construction:
+        running = (threading.get_ident(), table)
+        if running in _under_construction:
             # A part that its whole builds from the config of the whole; the paths are the whole's.
             super().__init__(config, *args, **kwargs)
             return
-        _under_construction.append(table)
+        _under_construction.append(running)
         try:
             super().__init__(config, *args, **kwargs)
         finally:
-            _under_construction.pop()
+            _under_construction.remove(running)
         apply_table(self, table)
+        prefixes = tuple(f"{name}." for _, name, _, _ in resolve_table(self, table))
+        self._table_keys = frozenset(key for key in self.state_dict() if key.startswith(prefixes))
         prune_parallel_plans(self)
         self.init_weights()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        # An Auto class passes the config, and knows no code in a folder of a type that is registered.
+        if isinstance(config, LayerCollapseConfigMixin):
+            own = _class_of_own(cls, config, pretrained_model_name_or_path, kwargs)
+            if own is not cls:
+                return own.from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 
     @classmethod
     def is_custom_code(cls):
@@ -1059,13 +1088,13 @@ class LayerCollapseModelMixin:
         """As `PreTrainedModel.save_pretrained`, and safe to interrupt.
 
         Everything is written into a folder beside the old files, then moved in, `config.json` last: a save that is
-        interrupted leaves the old model whole or a folder that does not load.
+        interrupted leaves the old model whole or a folder that does not load. Of several that save into one folder at
+        a time, the last one's model is there as a whole, where the file system has locks.
         """
         if state_dict is None and not self._hf_peft_config_loaded:
             state_dict = state_dict_without_adapters(self)
         kwargs |= {"state_dict": state_dict, "max_shard_size": max_shard_size}
-        in_place = self._hf_peft_config_loaded or kwargs.get("distributed_checkpoint", False)
-        if in_place or os.path.isfile(save_directory):
+        if kwargs.get("distributed_checkpoint", False) or os.path.isfile(save_directory):
             return super().save_pretrained(save_directory, is_main_process, push_to_hub=push_to_hub, **kwargs)
         hub_kwargs = {key: kwargs.pop(key) for key in ("commit_message", "repo_id", "create_pr") if key in kwargs}
         if not is_main_process:
@@ -1073,13 +1102,14 @@ class LayerCollapseModelMixin:
             return super().save_pretrained(save_directory, is_main_process=False, **kwargs)
 
         os.makedirs(save_directory, exist_ok=True)
-        for name in os.listdir(save_directory):
-            if name.startswith(SAVING_PREFIX):  # left by a save that was killed
-                shutil.rmtree(os.path.join(save_directory, name))
-        with tempfile.TemporaryDirectory(prefix=SAVING_PREFIX, dir=save_directory) as beside:
-            super().save_pretrained(beside, **kwargs)
-            _move_in(beside, save_directory, kwargs.get("variant"))
-        self._name_if_new(os.fspath(save_directory))
+        if self._hf_peft_config_loaded:
+            super().save_pretrained(save_directory, **kwargs)
+        else:
+            with _folder_beside(save_directory) as beside:
+                super().save_pretrained(beside, **kwargs)
+                with _lock(save_directory):
+                    _move_in(beside, save_directory, kwargs.get("variant"))
+            self._name_if_new(os.fspath(save_directory))
         if push_to_hub:
             hub_kwargs.setdefault("repo_id", os.path.basename(os.path.normpath(save_directory)))
             hub_kwargs |= {key: kwargs[key] for key in ("token", "max_shard_size", "variant") if key in kwargs}
@@ -1115,7 +1145,8 @@ class LayerCollapseModelMixin:
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _name_if_new(self, name):
-        if not self.name_or_path:
+        # A folder of an adapter is no folder of the model.
+        if not self.name_or_path and not self._hf_peft_config_loaded:
             self.name_or_path = self.config._name_or_path = name
 
     def __reduce_ex__(self, protocol):
@@ -1178,6 +1209,47 @@ def state_dict_without_adapters(model):
     return state_dict
 
 
+@contextlib.contextmanager
+def _lock(folder, wait=True):
+    """Holds the lock of a folder, which a process that ends leaves free. Gives whether it is held: not where the
+    system or the file system has no locks, nor, without `wait`, where somebody else holds it.
+    """
+    if fcntl is None:
+        yield False
+        return
+    held, descriptor = False, os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        yield held
+    finally:
+        if held:
+            # Closing would not do: a process that was forked meanwhile has the descriptor too.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _folder_beside(folder):
+    """A temporary folder in `folder`, locked while it is in use; what saves that were killed left there is removed."""
+    with contextlib.ExitStack() as in_use:
+        with _lock(folder) as alone:
+            # Without locks, what somebody is saving at the moment looks the same.
+            left = [name for name in os.listdir(folder) if alone and name.startswith(SAVING_PREFIX)]
+            for path in (os.path.join(folder, name) for name in left):
+                with _lock(path, wait=False) as nobody_saves:
+                    if nobody_saves:
+                        shutil.rmtree(path)
+            beside = tempfile.mkdtemp(prefix=SAVING_PREFIX, dir=folder)
+            in_use.enter_context(_lock(beside))
+        try:
+            yield beside
+        finally:
+            with _lock(folder):
+                shutil.rmtree(beside)
+
+
 def _move_in(source, target, variant):
     """Moves the files of a finished save into a folder that may hold another model."""
     config_file = os.path.join(target, "config.json")
@@ -1218,20 +1290,20 @@ def refuse_incomplete(model, loading_info):
 
 
 def refuse_uninitialised(model):
-    """Raises if a model that is being loaded has tensors below the paths of its table that no checkpoint gave.
+    """Raises if a model that is being loaded has tensors of its table that no checkpoint gave.
 
-    What is loaded carries transformers' mark for it, and a model that is only built has none.
+    What is loaded carries transformers' mark for it, and a model that is only built has none. What a quantizer added
+    to what the table made, or put in its place, is the quantizer's.
     """
-    if not any(_is_loaded(tensor) for tensor in model.state_dict(keep_vars=True).values()):
-        return
-    prefixes = tuple(f"{name}." for _, name, _, _ in resolve_table(model, model.config.layer_collapse["modules"]))
     tensors = model.state_dict(keep_vars=True)
-    missing = [key for key, tensor in tensors.items() if key.startswith(prefixes) and not _is_loaded(tensor)]
-    _refuse_checkpoint(model, [f"missing: {key}" for key in missing])
+    if any(_is_loaded(tensor) for tensor in tensors.values()):
+        made = {key: tensors[key] for key in sorted(model._table_keys) if key in tensors}
+        _refuse_checkpoint(model, [f"missing: {key}" for key, tensor in made.items() if not _is_loaded(tensor)])
 
 
 def _is_loaded(tensor):
-    return tensor.__dict__.get("_is_hf_initialized", False)
+    # What lies on a disk is on the meta device by now, and nothing else is.
+    return tensor.__dict__.get("_is_hf_initialized", False) or tensor.device.type == "meta"
 
 
 def _refuse_checkpoint(model, problems):
@@ -1245,17 +1317,24 @@ def _refuse_checkpoint(model, problems):
 
 def _in_memory(content):
     """What a config.json of the format holds, with the native model type, checked."""
-    content = {key: value for key, value in content.items() if key != "auto_map"}
-    base_model_type = content.pop("base_model_type", None)
+    base_model_type = content.get("base_model_type")
     known = isinstance(base_model_type, str) and base_model_type in CONFIG_MAPPING
     if not known or base_model_type == MODEL_TYPE:
         raise ValueError(
             f"`base_model_type` in config.json must name a model type that transformers knows, got "
             f"{base_model_type!r}. If it is newer than this transformers, upgrade with "
-            "`pip install -U transformers`."
+            "`pip install -U transformers`; if it is of your own, call `AutoConfig.register` first."
         )
     validate_layer_collapse(content.get("layer_collapse"))
-    return {**content, "model_type": base_model_type}
+    own_code = _own_code(content)
+    content = {key: value for key, value in content.items() if key not in ("base_model_type", "auto_map")}
+    return {**content, "model_type": base_model_type, **({"auto_map": own_code} if own_code else {})}
+
+
+def _own_code(content):
+    """The entries of a config's `auto_map` that name model classes which lie in the folder as code."""
+    auto_map, classes = content.get("auto_map"), content["layer_collapse"].get("model_classes", {})
+    return {auto: auto_map[auto] for auto in classes if auto in auto_map} if isinstance(auto_map, dict) else {}
 
 
 class StoredConfig(PreTrainedConfig):
@@ -1272,8 +1351,7 @@ class StoredConfig(PreTrainedConfig):
         config_dict = _in_memory(config_dict)
         native_class = CONFIG_MAPPING[config_dict["model_type"]]
         built = config_class_for(native_class)
-        if not native_class.__module__.startswith("transformers."):
-            _register(native_class, built)  # again: a user may have registered models since
+        _register(native_class, built)  # again: a user may have registered models since
         part = config_dict["layer_collapse"].get("part")
         if part is not None:
             built = _config_class_for_part(native_class, part)
@@ -1293,10 +1371,9 @@ def config_class_for(native_class):
         return native_class
     if native_class not in _built:
         namespace = {"__module__": __name__, "native_class": native_class, "__annotations__": {}}
-        _built[native_class] = type(
-            f"LayerCollapse{native_class.__name__}", (LayerCollapseConfigMixin, native_class), namespace
-        )
-        _register(native_class, _built[native_class])
+        built = type(f"LayerCollapse{native_class.__name__}", (LayerCollapseConfigMixin, native_class), namespace)
+        # One class, whichever thread is first.
+        _register(native_class, _built.setdefault(native_class, built))
     return _built[native_class]
 
 
@@ -1325,7 +1402,8 @@ def model_class_for(native_class, config_class):
     # Some native classes serve several configs.
     if (native_class, config_class) not in _built:
         namespace = {
-            "__module__": __name__,
+            # Of a class of the user's own, `save_pretrained` copies the file of its module.
+            "__module__": __name__ if is_native(native_class) else native_class.__module__,
             # With the module of the native class: what is keyed by a class's name keeps namesakes apart.
             "__qualname__": f"{native_class.__module__}.{native_class.__qualname__}",
             "__doc__": native_class.__doc__,
@@ -1334,9 +1412,10 @@ def model_class_for(native_class, config_class):
             "config_class": config_class,
         }
         built = type(native_class.__name__, (LayerCollapseModelMixin, native_class), namespace)
+        # One class, whichever thread is first.
+        built = _built.setdefault((native_class, config_class), built)
         # Else filled by `PreTrainedModel.__init__`, which a live model that changes its class has behind it.
         _CAN_RECORD_REGISTRY[built.__new__(built)] = built._can_record_outputs
-        _built[native_class, config_class] = built
     return _built[native_class, config_class]
 
 
@@ -1350,9 +1429,15 @@ def _constructor_of(native_class):
     return __init__
 
 
-def _register(native_config, built_config):
-    for name in modeling_auto.__dict__:
-        auto_class = modeling_auto.__dict__[name]
+def is_native(native_class):
+    """Whether a class is transformers' own, which every process knows, and not of the user's code."""
+    return native_class.__module__.startswith("transformers.")
+
+
+def _native_models(native_config):
+    """`[(Auto class, its native model classes, whether it has several)]`, for the Auto classes that know a config."""
+    found = []
+    for auto_class in list(modeling_auto.__dict__.values()):
         if not (isinstance(auto_class, type) and issubclass(auto_class, auto_factory._BaseAutoModelClass)):
             continue
         mapping = auto_class._model_mapping
@@ -1363,10 +1448,16 @@ def _register(native_config, built_config):
         except ValueError:  # transformers names a class there that it does not have
             continue
         several = isinstance(native_models, (list, tuple))
+        found.append((auto_class, tuple(native_models) if several else (native_models,), several))
+    return found
+
+
+def _register(native_config, built_config):
+    for auto_class, native_models, several in _native_models(native_config):
         # A class that is made from a part's config (Mllama's text model) is not made from this one.
         built_models = tuple(
             model_class_for(model, built_config)
-            for model in (native_models if several else (native_models,))
+            for model in native_models
             if model.config_class not in native_config.sub_configs.values()
         )
         if built_models:
@@ -1380,6 +1471,74 @@ def _register(native_config, built_config):
         mapping = importlib.import_module(f"transformers.models.auto.{module}").__dict__[mapping_name]
         if native_config in mapping:
             mapping.register(built_config, mapping[native_config], exist_ok=True)
+
+
+def model_classes_of_own(native_model, config):
+    """`{name of an Auto class: name of a model class}`: what Auto classes have to give for this model, as far as that
+    is code of the user's own; empty for a model of transformers.
+    """
+    if is_native(native_model):
+        return {}
+    native_config = type(config).native_class if isinstance(config, LayerCollapseConfigMixin) else type(config)
+    known = {auto_class.__name__: models for auto_class, models, _ in _native_models(native_config)}
+    classes = {name: native_model.__name__ for name, models in known.items() if native_model in models}
+    # `save_pretrained` puts the code of what was loaded with `trust_remote_code=True` into the folder. That code may
+    # have classes for other tasks too.
+    if native_model.is_remote_code() and native_model.__module__ != "__main__" and native_model._auto_class in known:
+        auto_map = config.__dict__.get("auto_map") or {}
+        classes |= {name: auto_map[name].rpartition(".")[2] for name in known if name in auto_map}
+        classes[native_model._auto_class] = native_model.__name__
+    return classes
+
+
+def refuse_lost_code(model):
+    """Raises if `from_pretrained` would make another model of what this one saves: its class or that of its config is
+    the user's own, and no Auto class knows it.
+
+    Raises:
+        ValueError: The message names the calls that register the classes.
+    """
+    native_model = type(model).native_class if isinstance(model, LayerCollapseModelMixin) else type(model)
+    config = model.config
+    native_config = type(config).native_class if isinstance(config, LayerCollapseConfigMixin) else type(config)
+    model_type, calls = native_config.model_type, []
+    if not is_native(native_config):
+        if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] is not native_config:
+            calls.append(f"AutoConfig.register({model_type!r}, {native_config.__name__})")
+    if not is_native(native_model) and not model_classes_of_own(native_model, config):
+        calls.append(f"AutoModel.register({native_config.__name__}, {native_model.__name__}, exist_ok=True)")
+    if calls:
+        raise ValueError(
+            f"{native_model.__name__} with {native_config.__name__} is code of your own that no Auto class knows: "
+            "what is saved would be loaded as another model. Call "
+            f"{' and '.join(f'`{call}`' for call in calls)} first (AutoModel, or the Auto class of its task), here "
+            "and where the model is loaded. A config class of your own needs a `model_type` of its own for that."
+        )
+
+
+def _class_of_own(built_class, config, name_or_path, kwargs):
+    """The class to load where an Auto class gave `built_class`: another one, if what was saved was code of the user's
+    own that is not registered here, and its code lies in the folder.
+    """
+    native_config = type(config).native_class
+    for auto_class, native_models, _ in _native_models(native_config):
+        name = config.layer_collapse.get("model_classes", {}).get(auto_class.__name__)
+        if name in (None, built_class.native_class.__name__) or built_class.native_class not in native_models:
+            continue
+        reference = (config.__dict__.get("auto_map") or {}).get(auto_class.__name__, "")
+        if reference.rpartition(".")[2] != name:
+            raise ValueError(
+                f"This folder holds a {name}, which is code that neither transformers nor the folder has. Call "
+                f"`{auto_class.__name__}.register({native_config.__name__}, {name}, exist_ok=True)` first."
+            )
+        resolve_trust_remote_code(kwargs.get("trust_remote_code"), name_or_path, False, True)
+        options = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+        own = get_class_from_dynamic_module(
+            reference, name_or_path, **{key: kwargs[key] for key in options if key in kwargs}
+        )
+        own.register_for_auto_class(auto_class)
+        return model_class_for(auto_factory.add_generation_mixin_to_remote_model(own), type(config))
+    return built_class
 
 
 def _empty_config(native_class):
@@ -1430,7 +1589,8 @@ def set_layer_collapse(model, layer_collapse, holders=()):
     if layer_collapse is None:
         model.__class__ = native_model
     else:
-        validate_layer_collapse(layer_collapse)
+        own = model_classes_of_own(native_model, config)
+        layer_collapse = validate_layer_collapse({**layer_collapse, "model_classes": own} if own else layer_collapse)
         model.__class__ = model_class_for(native_model, config_class_for(native_config))
     for each in configs:
         if layer_collapse is None:

@@ -20,6 +20,7 @@ from .modeling_layercollapse import (
     CollapsibleActivation,
     LayerCollapseModelMixin,
     base_model_prefix_of,
+    refuse_lost_code,
     resolve_table,
     set_layer_collapse,
 )
@@ -44,12 +45,15 @@ def apply_layer_collapse(model, config: LayerCollapseConfig | None = None, calib
     Raises:
         TypeError: `model` or `config` is of a wrong type, or the model is wrapped or sharded.
         ValueError: Nothing or something unknown is chosen, the model is patched already, its weights cannot be used,
-            or calibration data is missing, empty or not finite. Nothing has been changed then.
+            its class is the user's own and no Auto class knows it, or calibration data is missing, empty or not
+            finite. Nothing has been changed then.
     """
     config = LayerCollapseConfig() if config is None else config
     if not isinstance(config, LayerCollapseConfig):
         raise TypeError(f"`config` must be a LayerCollapseConfig, got {type(config).__name__}.")
     inner, holders = unwrap(model)
+    if isinstance(inner, PreTrainedModel):
+        refuse_lost_code(inner)
     blocks, refused = survey_blocks(inner)
     if collapsible_activations(inner):
         raise ValueError("The model is patched already. `remove_layer_collapse(model)` takes it back to dense.")

@@ -47,7 +47,7 @@ def trained(folder, name):
 
 
 def push(folder):
-    """The three ways to push."""
+    """The ways to push: models, a trainer's, and an adapter of a model by transformers."""
     from hf_layercollapse.model_card import create_model_card
 
     model, report = collapsed()
@@ -64,6 +64,15 @@ def push(folder):
     trainer = trained(folder, "user/trained")
     trainer.push_to_hub(tags="a-tag", dataset_tags="stanfordnlp/sst2")
     result["trained"] = logits_of(trainer.model)
+
+    from peft import LoraConfig
+
+    model, _ = collapsed(seed=2)
+    model.save_pretrained(folder / "base")
+    model.add_adapter(LoraConfig(target_modules=["query"], init_lora_weights=False))
+    model.save_pretrained(folder / "adapter", push_to_hub=True, repo_id="user/adapter")
+    assert model.name_or_path == str(folder / "base")
+    result["adapter"] = logits_of(model)
     save_file(result, folder / "pushed.safetensors")
 
 

@@ -1,5 +1,6 @@
 """The one table of test models: tiny, built from configs, with random weights and random non-zero biases."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,6 +114,16 @@ def randomize(model, seed=0):
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(0.2 * noise.to(parameter.dtype))
     return model
+
+
+@contextlib.contextmanager
+def registered(auto_class, config_class, model_class):
+    """A class of one's own is what an Auto class gives for a config, for a while."""
+    auto_class.register(config_class, model_class, exist_ok=True)
+    try:
+        yield
+    finally:
+        del auto_class._model_mapping._extra_content[config_class]
 
 
 _SPLIT = {"activation": "intermediate.intermediate_act_fn", "down": "output.dense"}

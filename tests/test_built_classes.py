@@ -10,6 +10,7 @@ from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    BertConfig,
     BertForSequenceClassification,
     BertLMHeadModel,
     BertModel,
@@ -23,7 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model, remove_layer_collapse
 
-from .models import BY_NAME, randomize
+from .models import BY_NAME, randomize, registered
 from .test_families import (
     bert_config,
     llama_config,
@@ -181,9 +182,10 @@ def test_hidden_states_and_attentions_of_a_class_that_was_never_constructed(case
     config = case.config()
     config._attn_implementation = "eager"
     model = fresh(config).eval()
-    apply_layer_collapse(model, LayerCollapseConfig(initial_alpha=1.0))
-    if life == "collapsed":
-        collapse_model(model)
+    with registered(AutoModel, type(config), fresh):
+        apply_layer_collapse(model, LayerCollapseConfig(initial_alpha=1.0))
+        if life == "collapsed":
+            collapse_model(model)
     assert captured(model, case.inputs(), how) == captured(base(config).eval(), case.inputs(), how) == (4, 3)
 
 
@@ -216,7 +218,10 @@ class Other(nn.Identity):
 
 
 def test_namesakes_record_each_their_own():
-    models = [apply_layer_collapse(namesake(layer)(bert_config()).eval()) for layer in (One, Other)]
+    models = [namesake(layer)(bert_config()).eval() for layer in (One, Other)]
+    for model in models:
+        with registered(AutoModel, BertConfig, type(model)):
+            apply_layer_collapse(model)
     for model in models:
         assert len(model(torch.arange(3, 9)[None], output_hidden_states=True).hidden_states) == 2
 

@@ -77,6 +77,11 @@ def test_what_is_in_the_repositories(hub, pushed):
         assert "layercollapse" in card_of(hub.repositories[f"user/{name}"]).data.tags
         # In one commit.
         assert len(hub.repositories[f"user/{name}"].commits) == 2
+    # An adapter alone; the model it is for lies elsewhere.
+    files = hub.repositories["user/adapter"].files
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= files.keys()
+    assert not {"config.json", "model.safetensors"} & files.keys()
+    assert len(hub.repositories["user/adapter"].commits) == 2
     assert not hub.unknown
 
 

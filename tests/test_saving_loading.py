@@ -511,16 +511,16 @@ class OwnModel(PreTrainedModel):
 def test_models_that_auto_classes_do_not_know(tmp_path):
     model, x = OwnModel(OwnConfig()), torch.randn(3, 8)
     expected = model(x)
-    apply_layer_collapse(model)
-    assert torch.equal(model(x), expected)
-    # What could never be loaded again is not saved.
-    with pytest.raises(ValueError, match="own-model.*AutoConfig.register"):
-        model.save_pretrained(tmp_path)
-    assert os.listdir(tmp_path) == []
-    # Registered, also after it was patched, it is as good as any.
+    # What could never be loaded again is not changed.
+    with pytest.raises(ValueError, match="AutoConfig.register.'own-model', OwnConfig.* and `AutoModel.register"):
+        apply_layer_collapse(model)
+    assert type(model) is OwnModel and type(model.mlp.activation_fn) is torch.nn.GELU
+    # Registered, it is as good as any.
     AutoConfig.register("own-model", OwnConfig)
     AutoModel.register(OwnConfig, OwnModel)
     try:
+        apply_layer_collapse(model)
+        assert torch.equal(model(x), expected)
         model.save_pretrained(tmp_path)
         loaded = AutoModel.from_pretrained(tmp_path)
         assert isinstance(loaded, OwnModel) and torch.equal(loaded(x), expected)
@@ -674,6 +674,28 @@ def test_device_map_and_attention(tmp_path):
     loaded = case.auto_class.from_pretrained(tmp_path, attn_implementation="eager")
     assert loaded.config._attn_implementation == "eager"
     torch.testing.assert_close(logits(loaded, case.inputs()), logits(model, case.inputs()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("life", ["affine", "half", "narrow"])
+def test_disk_offload(life, tmp_path):
+    """What lies on a disk is not missing."""
+    case = BY_NAME["bert"]
+    if life == "narrow":
+        model = case.model()
+        config = LayerCollapseConfig(rank=4, keep_neurons=6)
+        collapse_model(model, config, calibration_data=[case.inputs(batch=8, seed=seed) for seed in range(4)])
+    else:
+        model = in_life(case, life)
+    expected = logits(model, case.inputs())
+    model.save_pretrained(tmp_path)
+    rest = ["bert.embeddings", "bert.encoder.layer.0", "bert.pooler", "dropout", "classifier"]
+    device_map = {**dict.fromkeys(rest, "cpu"), "bert.encoder.layer.1": "disk", "bert.encoder.layer.2": "disk"}
+    loaded = case.auto_class.from_pretrained(tmp_path, device_map=device_map, offload_folder=tmp_path / "offloaded")
+    assert any(parameter.device.type == "meta" for parameter in loaded.parameters())
+    assert torch.equal(logits(loaded, case.inputs()), expected)
+    with pytest.warns(UserWarning, match="offloaded modules"):
+        loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(case.auto_class.from_pretrained(tmp_path / "again"), case.inputs()), expected)
 
 
 def test_resized_embeddings(tmp_path):

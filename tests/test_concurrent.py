@@ -1,0 +1,94 @@
+"""Several threads that load, and several processes that save, at one time."""
+
+import multiprocessing
+import os
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+
+from hf_layercollapse.modeling_layercollapse import SAVING_PREFIX
+
+from .models import BY_NAME
+from .test_interrupted_saving import save_interrupted, what_loads
+from .test_patching import logits
+from .test_saving_loading import in_life
+
+
+CASE = BY_NAME["bert"]
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
+
+
+@pytest.fixture
+def switching_often():
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("life", ["patched", "collapsed"])
+def test_threads_that_load(life, switching_often, tmp_path):
+    model = in_life(CASE, life)
+    expected = logits(model, CASE.inputs())
+    model.save_pretrained(tmp_path)
+    outcomes = []
+
+    def load(start):
+        start.wait()
+        try:
+            outcomes.append(torch.equal(logits(CASE.auto_class.from_pretrained(tmp_path), CASE.inputs()), expected))
+        except Exception as error:  # noqa: BLE001 (a thread cannot fail a test)
+            outcomes.append(error)
+
+    for _ in range(4):
+        start = threading.Barrier(3)
+        threads = [threading.Thread(target=load, args=(start,)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert outcomes == [True] * 12
+
+
+def _save(model, folder, start, times):
+    for _ in range(times):
+        start.wait(60)
+        model.save_pretrained(folder)
+
+
+def in_processes(models, folder, times):
+    """Saves each model in a forked process of its own, `times` times at once; gives their exit codes."""
+    context = multiprocessing.get_context("fork")
+    start = context.Barrier(len(models))
+    processes = [context.Process(target=_save, args=(model, folder, start, times)) for model in models]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: the child uses none
+        for process in processes:
+            process.start()
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
+@needs_fork
+def test_processes_that_save_into_one_folder(tmp_path):
+    """Each save goes through, and what lies there is one of the models, whole."""
+    first, second = in_life(CASE, "half"), in_life(CASE, "half", model=CASE.model(seed=5))
+    second.config.id2label = {0: "this", 1: "is", 2: "another"}
+    for _ in range(3):
+        assert in_processes([first, second, first], tmp_path, times=5) == [0, 0, 0]
+        assert what_loads(tmp_path, first, second) in ("old", "new")
+        assert not [name for name in os.listdir(tmp_path) if name.startswith(SAVING_PREFIX)]
+
+
+@needs_fork
+def test_what_a_killed_process_left_does_not_stop_others(tmp_path):
+    model = in_life(CASE, "half")
+    assert save_interrupted(model, tmp_path, 6, "killed") != 0
+    assert [name for name in os.listdir(tmp_path) if name.startswith(SAVING_PREFIX)]
+    assert in_processes([model, model], tmp_path, times=2) == [0, 0]
+    assert what_loads(tmp_path, None, model) == "new"
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(SAVING_PREFIX)]
