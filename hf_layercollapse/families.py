@@ -22,7 +22,7 @@ from .modeling_layercollapse import (
     linear_shape,
     resolve_table,
 )
-from .verification import DROPOUTS, NORMS, Refusal, Wiring, verify
+from .verification import BATCH, DROPOUTS, LENGTH, NORMS, Refusal, Verifier, Wiring
 
 
 # Names under which blocks keep their activation module.
@@ -384,12 +384,14 @@ def refused_blocks(model) -> dict[str, str]:
 def survey_blocks(model):
     """`(blocks, refused)` as [`find_feed_forward_blocks`] and [`refused_blocks`] give them, in one pass."""
     model = unwrap(model)[0]
-    blocks, refused, verified = [], {}, {}
+    blocks, refused, verifier = [], {}, Verifier(model, _base_layer)
     cut = _cut_linears(model)
     ups, downs, names = set(), set(), set()
     for holder_name, holder in model.named_modules():
         if _holds_experts(holder):
             refused[holder_name] = "MoE experts held as 3-D parameters"
+            continue
+        if not holder._modules:
             continue
         found = False
         reason = None
@@ -404,7 +406,7 @@ def survey_blocks(model):
             try:
                 if state != "collapsed" and down not in cut:
                     _refuse_shapes(model, holder, layout)
-                wiring = None if state == "collapsed" else _wiring(model, holder_name, holder, layout, verified)
+                wiring = None if state == "collapsed" else _wiring(verifier, holder_name, holder, layout)
             except Refusal as refusal:
                 reason = reason or str(refusal)
                 continue
@@ -443,14 +445,10 @@ def confirm_wiring(model, blocks):
     Raises:
         ValueError: The code of one needs its native width.
     """
-    seen = set()
+    verifier = Verifier(model, _base_layer)
     for block in blocks:
-        holder = model.get_submodule(block.holder)
-        if (type(holder), block.layout) in seen:
-            continue
-        seen.add((type(holder), block.layout))
         try:
-            found = _wiring(model, block.holder, holder, block.layout, {})
+            found = _wiring(verifier, block.holder, model.get_submodule(block.holder), block.layout)
         except Refusal as refusal:
             found = refusal
         if isinstance(found, Refusal) or not found.is_like(block.wiring):
@@ -527,8 +525,11 @@ def _match(holder, layout):
         if not same or holder.gated != layout.gated:
             return None
         return "collapsed", replace(layout, activation=holder.names["activation"])
-    up, down = _descend(holder, layout.up), _descend(holder, layout.down)
-    if up is None or not _is_linear(down) or (layout.gate and not _is_linear(_descend(holder, layout.gate))):
+    up = _descend(holder, layout.up)
+    if up is None:  # so it is of most rows
+        return None
+    down = _descend(holder, layout.down)
+    if not _is_linear(down) or (layout.gate and not _is_linear(_descend(holder, layout.gate))):
         return None
     paths = layout.activation if isinstance(layout.activation, tuple) else (layout.activation,)
     path = next((path for path in paths if _descend(holder, path) is not None), None)
@@ -583,29 +584,16 @@ def _refuse_shapes(model, holder, layout):
         raise Refusal(f"it is a bottleneck {up_in} -> {down_in} -> {down_out}: one map would be larger than the two")
 
 
-def _wiring(model, holder_name, holder, layout, verified):
-    """The block's wiring; checked once for holders of one class with the same attributes and children."""
-    if layout.name == "sequential":
-        names = list(holder._modules)
-        first, middle, last = (names.index(path) for path in (layout.up, layout.activation, layout.down))
-        return Wiring(False, tuple(names[first + 1 : middle]), tuple(names[middle + 1 : last]))
-    key = (
-        type(holder),
-        layout,
-        not holder_name,
-        tuple((name, type(child)) for name, child in holder._modules.items()),
-        tuple(_linear_shape(_descend(holder, path)) for path in layout.linears),
-        tuple((k, v) for k, v in sorted(holder.__dict__.items()) if isinstance(v, (bool, float, str))),
-    )
-    if key not in verified:
-        try:
-            with torch.device("cpu"):  # a caller may have made another device the default
-                verified[key] = verify(model, holder_name, layout, _base_layer)
-        except Refusal as refusal:
-            verified[key] = refusal
-    if isinstance(verified[key], Refusal):
-        raise verified[key]
-    return verified[key]
+def _wiring(verifier, holder_name, holder, layout):
+    """The block's wiring, as its code shows it; that of an `nn.Sequential` stands there."""
+    if layout.name != "sequential":
+        return verifier.wiring(holder_name, layout)
+    activation = _descend(holder, layout.activation)
+    native = activation.native if isinstance(activation, CollapsibleActivation) else activation
+    verifier.check_activation(native, (BATCH, LENGTH, _linear_shape(_descend(holder, layout.down))[0]))
+    names = list(holder._modules)
+    first, middle, last = (names.index(path) for path in (layout.up, layout.activation, layout.down))
+    return Wiring(False, tuple(names[first + 1 : middle]), tuple(names[middle + 1 : last]))
 
 
 def _describe(name, index, state, holder_name, holder, layout, wiring):
