@@ -21,6 +21,7 @@ import tempfile
 import threading
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, initialization
 from transformers.activations import ACT2FN
@@ -288,16 +289,60 @@ def _out_of_place(activation, pre_activation):
     return activation(pre_activation.clone())
 
 
-class CollapsedIdentity(nn.Identity):
+class _Remains(nn.Module):
+    """What a collapse left of linears: refuses what an adapter learned on those that it took away.
+
+    peft and `load_state_dict(strict=False)` would drop it without a word.
+    """
+
+    # Components of the key of a parameter that a linear has here, `weight` or `up_proj.weight`. Adapters' have more.
+    _key_length = 1
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        keys = [key for key in state_dict if key.startswith(prefix) and not self._has_place(key[len(prefix) :])]
+        if keys:
+            error_msgs.append(adapter_of_another_life(keys))
+
+    def _has_place(self, key):
+        first, *rest = key.split(".")
+        return first in self._modules or len(rest) < self._key_length
+
+
+class _NoAdapter(_Remains):
+    """Where no adapter can be put, though the name may be among those that an adapter asks for."""
+
+    def named_modules(self, memo=None, prefix="", remove_duplicate=True):
+        """As of any module; nothing for peft when it looks for names to put adapters on, so that it passes on."""
+        frame = sys._getframe(1)
+        while frame.f_code.co_name == "named_modules":  # of the modules around
+            frame = frame.f_back
+        if frame.f_globals.get("__name__", "").startswith("peft.tuners."):
+            return iter(())
+        return super().named_modules(memo, prefix, remove_duplicate)
+
+
+def adapter_of_another_life(keys):
+    """What to say of adapter weights without a place."""
+    return (
+        f"{keys[0]!r} and {len(keys) - 1} more belong to an adapter that was trained before its block was collapsed, "
+        "on a layer that is not there any more. Merge the adapter into the model that it was trained on "
+        "(`merge_and_unload()`) and collapse that, or train an adapter on the collapsed model."
+    )
+
+
+class CollapsedIdentity(_NoAdapter, nn.Identity):
     """Stands where a collapse took a linear or an activation away; native models have identities of their own."""
 
 
-class CollapsedBlock(nn.Module):
+class CollapsedBlock(_Remains):
     """A feed-forward module that became one linear map: what is left of its children, applied in order.
 
     The linear map keeps the name that the block's last linear had, and so its key in the state dict; modules that came
     after it in the block (output dropout) follow.
     """
+
+    _key_length = 2
 
     def __init__(self, children):
         super().__init__()
@@ -310,7 +355,7 @@ class CollapsedBlock(nn.Module):
         return hidden_states
 
 
-class NarrowFeedForward(nn.Module):
+class NarrowFeedForward(_Remains):
     """A feed-forward module in which some channels skip the activation: `down([V x ; act(U x)])`, or
     `down([x ; act(U x)])` where the linear part has full rank. In a gated one only the neurons are gated.
 
@@ -324,6 +369,8 @@ class NarrowFeedForward(nn.Module):
         neurons (`int`): Channels that do not.
         gated (`bool`): Whether the neurons are `act(gate(x)) * up(x)`.
     """
+
+    _key_length = 2
 
     def __init__(self, children, names, in_features, linear_channels, neurons, gated, act="native"):
         super().__init__()
@@ -393,7 +440,7 @@ def _init_pass_on(layer, std=0.02):
 
 # No subclasses of the linears that they hold the weights of: what puts something in a linear's place, as peft and
 # quantizers do, would take `out_features` for the channels that come out.
-class PassOnLinear(nn.Module):
+class PassOnLinear(_NoAdapter):
     """The first linear of a narrow feed-forward block at full rank, whose code runs around it: `[x ; U x + u]`.
 
     Args:
@@ -418,7 +465,7 @@ class PassOnLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-class PassOnConv1D(nn.Module):
+class PassOnConv1D(_NoAdapter):
     """[`PassOnLinear`] with the weights of transformers' `Conv1D`.
 
     Args:
@@ -1076,6 +1123,15 @@ class LayerCollapseModelMixin:
         refuse_incomplete(model, loading_info)
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
+    def load_adapter(self, *args, **kwargs):
+        loading_info = super().load_adapter(*args, **kwargs)
+        resolved = resolve_table(self, self.config.layer_collapse["modules"])
+        prefixes = tuple(f"{name}." for _, name, _, spec in resolved if spec["type"] != "activation")
+        keys = [key for key in sorted(loading_info.unexpected_keys) if key.startswith(prefixes)]
+        if keys:
+            raise ValueError(adapter_of_another_life(keys))
+        return loading_info
+
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
         # Inside another model that is being saved: its native class asks nothing else of its parts.
         if prefix:
@@ -1427,6 +1483,17 @@ def _constructor_of(native_class):
         LayerCollapseModelMixin.__init__(self, *args, **kwargs)
 
     return __init__
+
+
+def __getattr__(name):
+    """The class of patched and collapsed models by the name of its native one: in this module, an adapter without a
+    `task_type` says, is the class of its base, and AutoPeft looks it up.
+    """
+    if not name.startswith("_") and name in dir(transformers):
+        native = getattr(transformers, name)
+        if isinstance(native, type) and issubclass(native, PreTrainedModel) and native.config_class is not None:
+            return model_class_for(native, config_class_for(native.config_class))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def is_native(native_class):

@@ -1,21 +1,35 @@
 """Adapters over patched and collapsed models: training, checkpoints, the collapse, and what comes back."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from peft import (
+    AdaLoraConfig,
     AutoPeftModel,
     AutoPeftModelForSequenceClassification,
+    BOFTConfig,
+    FourierFTConfig,
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
+    OFTConfig,
     PeftModel,
+    RandLoraConfig,
+    VBLoRAConfig,
+    VeraConfig,
     get_peft_model,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, OPTConfig, OPTForCausalLM
 
 from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model, find_feed_forward_blocks
-from tests.models import BY_NAME, LAYERS
+from tests.models import BY_NAME, HIDDEN, LAYERS, VOCABULARY, WIDTH, randomize, text_inputs
 from tests.training import alphas_of, assert_same, model_of, set_alphas, state_of, trainer_for
 
 
@@ -293,12 +307,168 @@ def test_on_a_dense_base_that_is_passed_by_hand_peft_drops_alphas(tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "adapter")), logits(model))
 
 
-def test_without_a_task_type_peft_refuses(tmp_path):
-    """Third case: it would have to import the class from this package."""
-    model = with_adapter(patched_on_disk(tmp_path / "base"), task_type=None)
+@pytest.mark.parametrize("process", ["here", "fresh"])
+def test_without_a_task_type(process, tmp_path):
+    """Third case: peft has to import the class from this package, and says how to allow it."""
+    model = with_adapter(patched_on_disk(tmp_path / "base"), task_type=None, init_lora_weights=False)
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="not in the import allowlist"):
+    with pytest.raises(ValueError, match="not in the import allowlist") as refused:
         AutoPeftModel.from_pretrained(tmp_path / "adapter")
+    module = "hf_layercollapse.modeling_layercollapse"
+    assert f"`import_allowlist=['{module}']`" in str(refused.value)
+    if process == "here":
+        loaded = AutoPeftModel.from_pretrained(tmp_path / "adapter", import_allowlist=[module])
+        assert torch.equal(logits(loaded), logits(model))
+        return
+    # Where no class has been made yet.
+    code = (
+        "import sys, torch; from peft import AutoPeftModel\n"
+        f"model = AutoPeftModel.from_pretrained(sys.argv[1], import_allowlist=['{module}'])\n"
+        "torch.save(model.get_base_model().state_dict(), sys.argv[2])"
+    )
+    file = tmp_path / "state.pt"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "adapter", file], check=True, capture_output=True)
+    assert_same(torch.load(file), state_of(model.get_base_model()))
+
+
+# ---- Adapters that name linears ----
+
+# Names of a dense model's linears, as its adapters have them, and with `None` all linears.
+TARGETS = {"bert": ["query", "value", "dense"], "opt": ["q_proj", "fc1", "fc2"], "gpt2": ["c_attn", "c_fc", "c_proj"]}
+TARGETS["vit"] = ["q_proj", "fc1", "fc2"]
+
+
+def tiny_opt():
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        word_embed_proj_dim=WIDTH,
+        ffn_dim=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        max_position_embeddings=40,
+        dropout=0.0,
+    )
+    torch.manual_seed(0)
+    return randomize(OPTForCausalLM(config)).eval()
+
+
+def dense_model(family):
+    return tiny_opt() if family == "opt" else model_of(BY_NAME[family])
+
+
+def inputs_of(family, **kwargs):
+    return text_inputs(**kwargs) if family == "opt" else BY_NAME[family].inputs(**kwargs)
+
+
+def mixed(family):
+    """A block with kept neurons, one of low rank, and one that is a linear map."""
+    model, data = dense_model(family), [inputs_of(family, batch=40)]
+    collapse_model(model, LayerCollapseConfig(blocks=[0], keep_neurons=4), data)
+    collapse_model(model, LayerCollapseConfig(blocks=[1], rank=4), data)
+    collapse_model(model, LayerCollapseConfig(blocks=[2]), data)
+    return model
+
+
+def outputs(model, inputs):
+    return model.eval()(**inputs).logits
+
+
+@pytest.fixture(scope="module")
+def mixed_bert(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixed")
+    mixed("bert").save_pretrained(folder)
+    return folder
+
+
+def methods():
+    """Every method of peft that works on linears."""
+    options = {
+        "lora": LoraConfig(r=2, init_lora_weights=False),
+        "dora": LoraConfig(r=2, init_lora_weights=False, use_dora=True),
+        "ia3": IA3Config(feedforward_modules=["dense"], init_ia3_weights=False),
+        "loha": LoHaConfig(r=2, init_weights=False),
+        "lokr": LoKrConfig(r=2, init_weights=False),
+        "oft": OFTConfig(oft_block_size=4, init_weights=False),
+        "boft": BOFTConfig(boft_block_size=2, init_weights=False),
+        "hra": HRAConfig(r=2, init_weights=False),
+        "adalora": AdaLoraConfig(init_r=2, total_step=10, init_lora_weights=False),
+        "vera": VeraConfig(r=2, init_weights=False),
+        "randlora": RandLoraConfig(r=2, init_weights=False),
+        "fourierft": FourierFTConfig(n_frequency=4, init_weights=False),
+        "vblora": VBLoRAConfig(r=2, vector_length=4, num_vectors=8, topk=2),
+    }
+    for config in options.values():
+        config.task_type = "SEQ_CLS"
+    return options
+
+
+@pytest.mark.parametrize("targets", ["names", "all-linear"])
+@pytest.mark.parametrize("method", list(methods()))
+def test_every_method_by_names(method, targets, mixed_bert, tmp_path):
+    config = methods()[method]
+    base = AutoModelForSequenceClassification.from_pretrained(mixed_bert)
+    keys, inputs = list(base.state_dict()), CASE.inputs(batch=4)
+    before = outputs(base, inputs)
+    config.target_modules = set(TARGETS["bert"]) if targets == "names" else "all-linear"
+    if method == "ia3" and targets == "all-linear":
+        config.feedforward_modules = []
+    model = get_peft_model(base, config)
+    adapted = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    blocks = [name.partition("layer.")[2] for name in adapted if "attention" not in name and "layer." in name]
+    # Down of each; up where it is a linear: the one of low rank.
+    assert sorted(blocks) == ["0.output.dense", "1.intermediate.dense", "1.output.dense", "2.output.dense"]
+    model(**inputs, labels=torch.zeros(4, dtype=torch.long)).loss.backward()
+    assert any(parameter.grad is not None for parameter in model.parameters())
+    expected = outputs(model, inputs)
+    assert not torch.equal(expected, before)
+    model.save_pretrained(tmp_path)
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(outputs(loaded, inputs), expected, rtol=1e-5, atol=1e-5)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(outputs(merged, inputs), expected, rtol=1e-3, atol=1e-3)
+    assert list(merged.state_dict()) == keys
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert_same(state_of(again), state_of(merged))
+
+
+@pytest.mark.parametrize("road", ["peft", "transformers"])
+@pytest.mark.parametrize("family", ["bert", "opt", "gpt2", "vit"])
+def test_the_dense_models_adapter_config(family, road, tmp_path):
+    """Is that of the collapsed one, whatever the layout. An adapter that the dense model has learned is none of it."""
+    config = LoraConfig(r=2, target_modules=TARGETS[family], init_lora_weights=False)
+    get_peft_model(dense_model(family), config).save_pretrained(tmp_path / "of the dense")
+    up = {"bert": "intermediate.dense", "opt": "fc1", "gpt2": "c_fc", "vit": "fc1"}[family]
+    up_only = LoraConfig(r=2, target_modules=[TARGETS[family][0], up], layers_to_transform=[2])
+    get_peft_model(dense_model(family), up_only).save_pretrained(tmp_path / "up only")
+    base, inputs = mixed(family), inputs_of(family)
+    before = outputs(base, inputs)
+    if road == "peft":
+        model = get_peft_model(base, config)
+    else:
+        base.add_adapter(config)
+        model = base
+    assert not torch.equal(outputs(model, inputs), before)
+    # Sizes that do not fit are refused upstream.
+    errors = {"of the dense": "size mismatch|ignore_mismatched_sizes", "up only": "trained before its block was"}
+    for folder, error in errors.items():
+        other = mixed(family)
+        with pytest.raises((RuntimeError, ValueError), match=error):
+            if road == "peft":
+                PeftModel.from_pretrained(other, tmp_path / folder)
+            else:
+                other.load_adapter(str(tmp_path / folder))
+
+
+def test_what_peft_passes_over_is_there_for_everything_else():
+    model = mixed("bert")
+    names = {name for name, _ in model.named_modules()}
+    ups = [f"bert.encoder.layer.{i}.intermediate.dense" for i in (0, 2)]
+    assert names.issuperset(ups) and f"{ups[0]}.weight" in dict(model.named_parameters())
+    # Also for peft, where it is to be trained as it is.
+    trained = get_peft_model(model, LoraConfig(target_modules=["query"], modules_to_save=["intermediate.dense"]))
+    assert any(f"{ups[0]}.modules_to_save" in name for name, _ in trained.named_parameters())
 
 
 @pytest.mark.parametrize("case", ["vit", "gpt2"])
