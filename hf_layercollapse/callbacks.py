@@ -1,10 +1,10 @@
 """LayerCollapse for a Trainer whose class cannot be changed."""
 
-import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
+from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from .config import LayerCollapseConfig
@@ -20,9 +20,8 @@ logger = logging.get_logger(__name__)
 class LayerCollapseCallback(TrainerCallback):
     """Drives alphas to 1 from inside any [`~transformers.Trainer`], as [`LayerCollapseTrainer`] does.
 
-    The penalty's gradient joins that of each alpha just before the optimizer steps: after accumulated batches and
-    processes have been added up, gradients clipped and loss scaling undone. So it counts once per step, whatever the
-    training is split into, and whatever loss the Trainer computes. Alphas take the same plain steps as there.
+    Alphas take the same plain steps as there, in which the penalty joins. So it counts once per step, whatever the
+    training is split into, and whatever loss the Trainer computes.
 
     What a callback cannot do, and [`LayerCollapseTrainerMixin`] in front of the class does: the logged loss does not
     contain the penalty; the alphas' task gradients take part in clipping; evaluation does not report what the
@@ -81,18 +80,16 @@ class LayerCollapseCallback(TrainerCallback):
             optimizer = optimizer.optimizer
         if self._alpha_steps is None or self._alpha_steps.optimizer is not optimizer:
             # The schedule counts the groups that are there.
-            self._alpha_steps = AlphaSteps(optimizer, alphas, self.config, scheduled=True)
-        elif not self._alpha_steps.drives(alphas):
-            raise ValueError("The optimizer was made for other alphas: construct a new Trainer after a collapse.")
-        self._activations = activations
+            self._alpha_steps = AlphaSteps(optimizer, alphas, self.config, self._penalty_strength, scheduled=True)
+        self._state, self._activations = state, activations
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        alphas = self._alpha_steps.alphas
-        strength = penalty_strength_at(self.config, state.global_step, state.max_steps)
-        with torch.enable_grad():
-            gradients = torch.autograd.grad(strength * penalty(alphas), alphas)
-        for alpha, gradient in zip(alphas, gradients, strict=True):
-            alpha.grad = gradient if alpha.grad is None else alpha.grad + gradient
+    def _penalty_strength(self):
+        return penalty_strength_at(self.config, self._state.global_step, self._state.max_steps)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        # fp16 on a GPU, where the Trainer scales the loss.
+        alone = args.parallel_mode != ParallelMode.DISTRIBUTED and not args.fp16
+        self._alpha_steps.follow(model, alone)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs or not self._activations:

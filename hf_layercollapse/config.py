@@ -52,7 +52,11 @@ class LayerCollapseConfig:
         },
     )
     granularity: str = field(
-        default="block", metadata={"help": "One alpha per 'block' (the paper's), or per 'neuron'."}
+        default="block",
+        metadata={
+            "help": "One alpha per 'block' (the paper's), or per 'neuron'. A block's penalty is the mean over its "
+            "neurons, and an alpha of a neuron takes as many times the step, so that both are as fast."
+        },
     )
     activation: str = field(
         default="native",

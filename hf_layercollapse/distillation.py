@@ -14,7 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 from . import functional
 from .calibration import TokenFilter
 from .config import LayerCollapseConfig
-from .families import find_feed_forward_blocks, unwrap
+from .families import find_feed_forward_blocks, select_blocks, unwrap
 from .patching import collapsible_activations, layer_collapse_config_of, remove_layer_collapse, shorten
 
 
@@ -44,6 +44,10 @@ def teacher_for(model, config: LayerCollapseConfig, teacher=None):
             )
         if unwrap(teacher)[0] is unwrap(model)[0]:
             raise ValueError("`teacher` is the model itself, which training changes; pass a copy.")
+        if config.hidden_state_weight:
+            blocks = find_feed_forward_blocks(unwrap(model)[0])
+            patched = [block for block in blocks if block.state != "dense"] or select_blocks(blocks, config.blocks)
+            _refuse_blocks_without_a_teacher([block.path(block.layout.down) for block in patched], teacher)
         return teacher.eval()
     if not config.distils:
         return None
@@ -108,14 +112,7 @@ class Distillation:
         if not blocks:
             raise ValueError("`hidden_state_weight` compares patched and collapsed blocks, and the model has none.")
         self._blocks = {block.path(block.layout.down): block for block in blocks}
-        known = {name for name, _ in unwrap(self.teacher)[0].named_modules()}
-        missing = [path for path in self._blocks if path not in known]
-        if missing:
-            raise ValueError(
-                f"`hidden_state_weight` compares blocks of one name, and the teacher, a "
-                f"{type(unwrap(self.teacher)[0]).__name__}, has no {shorten(missing)}. Take a teacher of the model's "
-                "own architecture, or `distillation_weight` alone."
-            )
+        _refuse_blocks_without_a_teacher(self._blocks, self.teacher)
 
     @contextlib.contextmanager
     def watching(self, model, wrapped):
@@ -218,6 +215,17 @@ class Distillation:
         student, teacher = student.reshape(rows, -1, width), teacher.reshape(rows, -1, width)
         real = real.to(student.device).reshape(rows, -1)
         return functional.unexplained_share(student, teacher, real)[real.any(dim=1)]
+
+
+def _refuse_blocks_without_a_teacher(paths, teacher):
+    teacher = unwrap(teacher)[0]
+    known = {name for name, _ in teacher.named_modules()}
+    missing = [path for path in paths if path not in known]
+    if missing:
+        raise ValueError(
+            f"`hidden_state_weight` compares blocks of one name, and the teacher, a {type(teacher).__name__}, has no "
+            f"{shorten(missing)}. Take a teacher of the model's own architecture, or `distillation_weight` alone."
+        )
 
 
 def _shapes(tensors):

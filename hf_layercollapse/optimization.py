@@ -8,7 +8,7 @@ import torch.distributed as dist
 from transformers.utils import logging
 
 from .config import LayerCollapseConfig
-from .patching import refuse_sharded
+from .patching import collapsible_activations, penalty, refuse_sharded
 
 
 logger = logging.get_logger(__name__)
@@ -26,24 +26,37 @@ def penalty_strength_at(config: LayerCollapseConfig, step: int, max_steps: int) 
 
 
 class AlphaSteps:
-    """Makes an optimizer leave alphas alone, and steps them itself: `alpha -= lr * gradient`, clamped to [0, 1].
+    """Makes an optimizer leave alphas alone, and steps them itself, with the penalty: `alpha -= lr * gradient` of
+    `loss + strength * penalty`, clamped to [0, 1].
 
-    A gradient that is not finite moves nothing. Alphas are in the optimizer's groups nevertheless, since it is there
-    that a GradScaler finds what to unscale: in a group of their own, or, if a schedule is already attached, which
-    counts the groups, in those that exist. What those groups say of learning rate and decay does not touch them.
+    The penalty's gradient joins here, where a step is taken: by then the task's has been added up over batches and
+    processes, clipped and unscaled, so that the penalty counts once per step, whatever the loss is computed by and
+    however often. An alpha of a neuron takes `width` times the step, since its block's penalty is a mean over neurons:
+    both gradients weigh as they do with one alpha for the block, and alphas are as fast. A gradient that is not finite
+    moves nothing, and an alpha that is frozen at the time stays where it is.
+
+    Alphas are in the optimizer's groups nevertheless, since it is there that a GradScaler finds what to unscale: in a
+    group of their own, or, if a schedule is already attached, which counts the groups, in those that exist. What those
+    groups say of learning rate and decay does not touch them.
 
     Args:
         optimizer (`torch.optim.Optimizer`): Changed in place: hooks around its `step` hide the alphas' gradients.
         alphas (`list[nn.Parameter]`): Taken out of the optimizer's other groups.
         config ([`LayerCollapseConfig`]): `alpha_learning_rate` and `alpha_lr_schedule` are used.
+        strength (`Callable[[], float]`): Gives the strength of the penalty in the step that is being taken.
         scheduled (`bool`): Whether a learning rate schedule is attached.
         apart (`bool`): Whether alphas are in none of the groups, and take their steps when `step` is called.
+
+    Attributes:
+        taken (`int`): How many steps there were.
     """
 
-    def __init__(self, optimizer, alphas, config, scheduled=False, apart=False):
+    def __init__(self, optimizer, alphas, config, strength, scheduled=False, apart=False):
         self.optimizer, self.alphas, self.config, self.apart = optimizer, alphas, config, apart
-        self._hidden = []
-        self._not_finite = torch.zeros((), dtype=torch.bool, device=alphas[0].device)
+        self.strength, self.taken = strength, 0
+        self._hidden = None  # while the optimizer steps: alphas and their gradients
+        self._aside = False
+        self._not_finite = None  # a flag on the device of an alpha
         self._warned = False
 
         ours = {id(alpha) for alpha in alphas}
@@ -71,15 +84,41 @@ class AlphaSteps:
         for alpha, value in zip(self.alphas, self._values, strict=True):
             alpha.data = value.to(alpha.device, copy=True)
 
-    def drives(self, alphas):
-        """Whether these are the alphas, in any order."""
-        return {id(alpha) for alpha in alphas} == {id(alpha) for alpha in self.alphas}
+    def follow(self, model, alone):
+        """Drives those alphas too that have become trainable since.
+
+        Args:
+            model (`nn.Module`): What is trained.
+            alone (`bool`): Whether gradients are what backward leaves: neither averaged over processes nor scaled.
+
+        Raises:
+            RuntimeError: An alpha is gone from the model, or one became trainable and there is more to be done to its
+                gradient than was made ready for.
+        """
+        present = {id(module.alpha): module.alpha for module in collapsible_activations(model).values()}
+        known = {id(alpha) for alpha in self.alphas}
+        others = [alpha for key, alpha in present.items() if key not in known]
+        if known - present.keys():
+            raise RuntimeError(
+                f"The optimizer was made for {len(known)} alphas, and the model now has {len(others)} others. Patch "
+                "and collapse between two calls of `train`, with `trainer.collapse()`."
+            )
+        unfrozen = [alpha for alpha in others if alpha.requires_grad]
+        if unfrozen and not alone:
+            raise RuntimeError(
+                f"{len(unfrozen)} alphas became trainable after training had been made ready without them: their "
+                "gradients would be neither averaged over processes nor unscaled. Leave alphas trainable until "
+                "`train` has begun, and freeze them in `on_train_begin` (in DDP with "
+                "`ddp_find_unused_parameters=True`)."
+            )
+        self.alphas = [*self.alphas, *unfrozen]
 
     @contextlib.contextmanager
     def aside(self):
-        """The optimizer without the alphas. torch's distributed state dicts want a state for each of its parameters,
-        and these have none.
+        """The optimizer without the alphas, which rest. torch's distributed state dicts want a state for each of its
+        parameters, and these have none; to get the others' they take a step of no length.
         """
+        self._aside = True
         ours = {id(alpha) for alpha in self.alphas}
         groups = self.optimizer.param_groups
         held = [[parameter for parameter in group["params"] if id(parameter) in ours] for group in groups]
@@ -90,6 +129,7 @@ class AlphaSteps:
         try:
             yield
         finally:
+            self._aside = False
             # Other dicts, if a state was loaded.
             groups = self.optimizer.param_groups
             for i, group in empty.items():
@@ -110,34 +150,46 @@ class AlphaSteps:
         # Every optimizer passes over parameters without a gradient. The hooks run once more where a subclass's `step`
         # calls its parent's; by then nothing is left to hide.
         hidden = [(alpha, alpha.grad) for alpha in self.alphas if alpha.grad is not None]
-        if hidden:
+        if hidden or self._hidden is None:
             self._hidden = hidden
         for alpha, _ in hidden:
             alpha.grad = None
 
     def _show_and_step(self, optimizer, args, kwargs):
-        hidden, self._hidden = self._hidden, []
+        if self._hidden is None:
+            return
+        hidden, self._hidden = self._hidden, None
         for alpha, gradient in hidden:
             alpha.grad = gradient
-            self._step(alpha)
+        if not self._aside:
+            self._step_all()
 
     def step(self):
         """One step of all alphas, which uses their gradients up. For alphas that are apart from the optimizer."""
+        self._step_all()
         for alpha in self.alphas:
-            if alpha.grad is not None:
-                self._step(alpha)
-                alpha.grad = None
+            alpha.grad = None
+
+    def _step_all(self):
+        driven = [alpha for alpha in self.alphas if alpha.requires_grad]
+        if driven:
+            with torch.enable_grad():
+                gradients = torch.autograd.grad(self.strength() * penalty(driven), driven)
+            for alpha, gradient in zip(driven, gradients, strict=True):
+                self._step(alpha, gradient if alpha.grad is None else gradient + alpha.grad)
+        self.taken += 1
 
     @torch.no_grad()
-    def _step(self, alpha):
-        finite = alpha.grad.isfinite()
-        stepped = (alpha - self.learning_rate * alpha.grad).clamp(0, 1)
+    def _step(self, alpha, gradient):
+        finite = gradient.isfinite()
+        stepped = (alpha - self.learning_rate * alpha.numel() * gradient).clamp(0, 1)
         alpha.copy_(torch.where(finite, stepped, alpha))
-        self._not_finite |= ~finite.all().to(self._not_finite.device)
+        found = ~finite.all()
+        self._not_finite = found if self._not_finite is None else self._not_finite | found.to(self._not_finite.device)
 
     def warn_if_not_finite(self):
         """Once; waits for the device, so not at every step."""
-        if not self._warned and bool(self._not_finite):
+        if not self._warned and self._not_finite is not None and bool(self._not_finite):
             self._warned = True
             logger.warning(
                 "The gradient of an alpha was not finite; that alpha was left as it was. If the loss is NaN or "

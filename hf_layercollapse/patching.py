@@ -372,7 +372,8 @@ def penalty(alphas) -> torch.Tensor:
     for alpha in alphas:
         refuse_sharded(alpha)
     terms = [(1 - alpha).square().mean() for alpha in alphas]
-    return torch.stack(terms).sum() if terms else torch.zeros(())
+    # A model may be spread over several devices.
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else torch.zeros(())
 
 
 def refuse_sharded(alpha):

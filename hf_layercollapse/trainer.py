@@ -7,7 +7,6 @@ import itertools
 import math
 import os
 import random
-import textwrap
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -17,11 +16,12 @@ import numpy as np
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from transformers import Trainer
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
-from transformers.trainer_utils import default_compute_objective
+from transformers.trainer_utils import default_compute_objective, has_length
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
@@ -64,12 +64,16 @@ class LayerCollapseTrainerMixin(CheckpointsMixin):
     optimizer, clamped to [0, 1]: with no task gradient `1 - alpha` shrinks by the factor
     `1 - 2 * alpha_learning_rate * penalty_strength` a step, so twice the strength takes half the steps. They take no
     weight decay and stay out of gradient clipping, and a gradient that is not finite leaves an alpha as it is. The
-    penalty counts once per optimizer step, however many batches are accumulated and processes take part.
+    penalty counts once per optimizer step, however many batches are accumulated and processes take part: it joins
+    where alphas step, so that a subclass may compute its loss as it likes, with or without `super().compute_loss`. A
+    step that leaves trainable alphas out raises. Alphas may be frozen and unfrozen while training runs.
 
-    While the model is patched, evaluation reports each metric a second time as `eval_collapsed_<metric>`: as if
-    [`~LayerCollapseTrainerMixin.collapse`] had been called. `eval_runtime` covers both passes. The best checkpoint is
-    the one with the best such metric among those with the most ready blocks. The evaluation loss never contains the
-    penalty.
+    Evaluation of a patched model reports each metric a second time as `eval_collapsed_<metric>`: as if
+    [`~LayerCollapseTrainerMixin.collapse`] had been called. They stay when all blocks have collapsed, if training is
+    `progressive` or `metric_for_best_model` names one of them. `eval_runtime` covers both passes. `compute_metrics` is
+    called in both, last for the model as it is, unless the data have no length: those may be such that can be read
+    only once. The best checkpoint is the one with the best such metric among those with the most ready blocks. The
+    evaluation loss never contains the penalty.
 
     With `distillation_weight` or `hidden_state_weight` in the config, a teacher's predictions, or the outputs of its
     blocks, add terms to the training loss, scaled as the model's own loss is. A model that is collapsed is healed in
@@ -115,11 +119,16 @@ class LayerCollapseTrainerMixin(CheckpointsMixin):
         self._penalty_sum, self._penalty_count = 0.0, 0  # since the last log
         self._block_indices = weakref.WeakKeyDictionary()  # activation -> index of its block
         self._collapsed_names = {}  # metric -> its name with the ready blocks collapsed
+        self._penalty = 0.0  # times its strength, in the step that is being taken
+        self._steps_before, self._taught = 0, False
         self._reports = []  # of blocks that were collapsed while training ran
         self.collapse_report = None  # what `collapse` did last
         self._base_model = None  # what the model was before it was patched, by name
-        if model is not None and layer_collapse_config is not None:
-            self._patch(model)
+        loads_by_name = super().__init__.__func__ is not Trainer.__init__
+        if model is not None and layer_collapse_config is not None and not (loads_by_name and isinstance(model, str)):
+            unwrap(model)  # refuses what is no model or is wrapped, before anything is moved
+        # Patched afterwards: a trainer that loads models or tokenizers by the name of this one still finds it (trl's
+        # do), and what is refused leaves the model as it was.
         super().__init__(model, *args, **kwargs)
 
         if self.layer_collapse_config is None and collapsible_activations(self.model):
@@ -140,7 +149,15 @@ class LayerCollapseTrainerMixin(CheckpointsMixin):
             self.model_accepts_loss_kwargs = False
         if self.layer_collapse_config is not None:
             self._refuse_setup()
-        if self._activations() and not self._trainable_alphas():
+        if layer_collapse_config is not None and model is not None:
+            self._patch(self.model)
+        self.add_callback(_EveryStep(self))
+        self._warned_of_frozen = False
+        self._warn_of_frozen_alphas()
+
+    def _warn_of_frozen_alphas(self):
+        if not self._warned_of_frozen and self._activations() and not self._trainable_alphas():
+            self._warned_of_frozen = True
             logger.warning(
                 "The model is patched, but no alpha is trainable, so its blocks will not become linear. Under peft, "
                 "name the activation modules in `modules_to_save`."
@@ -369,40 +386,18 @@ class LayerCollapseTrainerMixin(CheckpointsMixin):
     # ---- Loss ----
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # The penalty joins here, where autograd and loss scaling see it. After super(), which multiplies by the number
-        # of processes; of the unwrapped model's alphas, since what replicas of nn.DataParallel compute is lost.
+        # After super(), which multiplies by the number of processes.
         distils = self._distillation is not None and model.training
         given = dict(inputs)  # label smoothing takes labels out
         with self._distillation.watching(self.model, model) if distils else contextlib.nullcontext() as seen:
             result = super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
-        if not model.training or self.layer_collapse_config is None:
+        if not distils:
             return result
-        if distils:
-            taught = self._distillation_terms(given, seen, num_items_in_batch)
-            result = (result[0] + taught, result[1]) if return_outputs else result + taught
-        alphas = self._trainable_alphas()
-        if self._alpha_steps is not None and not self._alpha_steps.drives(alphas):
-            raise RuntimeError(
-                f"The optimizer was made for {len(self._alpha_steps.alphas)} alphas, and the model now has "
-                f"{len(alphas)} others. Patch and collapse between two calls of `train`, with `trainer.collapse()`."
-            )
-        if not alphas:
-            return result
-        strength = penalty_strength_at(self.layer_collapse_config, self.state.global_step, self.state.max_steps)
-        term = strength * penalty(alphas)
-        if torch.is_grad_enabled() and not term.requires_grad:
-            raise RuntimeError("The penalty has no gradient, so that this step would not drive any alpha.")
-        self._penalty_sum = self._penalty_sum + term.detach()
-        self._penalty_count += 1
-        if self._loss_is_scaled(num_items_in_batch):
-            # training_step will not divide, and adds up this many of them.
-            term = term / self.current_gradient_accumulation_steps
-        if return_outputs:
-            loss, outputs = result
-            return loss + term, outputs
-        return result + term
+        self._taught = True
+        taught = self._distillation_terms(given, seen, num_items_in_batch)
+        return (result[0] + taught, result[1]) if return_outputs else result + taught
 
     def _distillation_terms(self, inputs, seen, num_items_in_batch):
         """They weigh each label as the model's own loss does."""
@@ -452,17 +447,31 @@ class LayerCollapseTrainerMixin(CheckpointsMixin):
             if config is not None and config.progressive and self.lr_scheduler is None:
                 # In place of theirs, which checkpoints of this run have: they were there when it began.
                 optimizer.add_param_group({"params": [], "lr": config.alpha_learning_rate, "weight_decay": 0.0})
-        elif self._alpha_steps is None or self._alpha_steps.optimizer is not optimizer:
-            scheduled = self.lr_scheduler is not None
-            # DeepSpeed flattens what is in the optimizer into parts, in the model's dtype.
-            apart = self.is_deepspeed_enabled
-            if apart:
-                self._replicate(alphas)
-            self._alpha_steps = AlphaSteps(optimizer, alphas, self.layer_collapse_config, scheduled, apart)
-            if self._alphas_beside_adapters():
-                # The base is about to change, so it is not the saved one any more.
-                forget_base(self.model)
+        else:
+            self._drive(alphas)
         return self.optimizer
+
+    def _drive(self, alphas):
+        """Takes alphas over from the optimizer that there is, unless that was done."""
+        optimizer = self.optimizer
+        while isinstance(optimizer, AcceleratedOptimizer):
+            optimizer = optimizer.optimizer
+        if self._alpha_steps is not None and self._alpha_steps.optimizer is optimizer:
+            return
+        scheduled = self.lr_scheduler is not None
+        # DeepSpeed flattens what is in the optimizer into parts, in the model's dtype.
+        apart = self.is_deepspeed_enabled
+        if apart:
+            self._replicate(alphas)
+        self._alpha_steps = AlphaSteps(
+            optimizer, alphas, self.layer_collapse_config, self._penalty_strength, scheduled, apart
+        )
+        if self._alphas_beside_adapters():
+            # The base is about to change, so it is not the saved one any more.
+            forget_base(self.model)
+
+    def _penalty_strength(self):
+        return penalty_strength_at(self.layer_collapse_config, self.state.global_step, self.state.max_steps)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         # By now DeepSpeed has the model, and has cast every parameter to one dtype.
@@ -482,10 +491,50 @@ class LayerCollapseTrainerMixin(CheckpointsMixin):
             waits = waits if self.accelerator.sync_gradients else model.no_sync()
         with waits:
             loss = super().training_step(model, *args, **kwargs)
-        # DeepSpeed has taken its step by now.
-        if self._alpha_steps is not None and self._alpha_steps.apart and self.accelerator.sync_gradients:
+        # What is logged is what is minimised. As many of them are added up.
+        return loss + self._penalty / self.current_gradient_accumulation_steps
+
+    def _begin(self):
+        """When training begins, with the optimizer and what wraps the model."""
+        if self.layer_collapse_config is None or not self._activations():
+            return
+        self._warn_of_frozen_alphas()
+        # Those that a subclass's own `create_optimizer` left to it, or none as long as all are frozen.
+        self._drive(self._trainable_alphas())
+
+    def _before_step(self):
+        """Before the first batch of a step, and again before the optimizer takes it."""
+        if self.layer_collapse_config is None:
+            return
+        if self._alpha_steps is not None:
+            one_process = self.args.parallel_mode != ParallelMode.DISTRIBUTED
+            self._alpha_steps.follow(self.model, alone=one_process and self.accelerator.scaler is None)
+            self._steps_before = self._alpha_steps.taken
+        with torch.no_grad():
+            self._penalty = (self._penalty_strength() * penalty(self._trainable_alphas())).to(self.args.device)
+
+    def _take_step(self):
+        """Where the optimizer takes its step; DeepSpeed has by now."""
+        if self._alpha_steps is not None and self._alpha_steps.apart:
             self._alpha_steps.step()
-        return loss
+
+    def _after_step(self):
+        if self._distillation is not None and not self._taught:
+            raise RuntimeError(
+                f"This step was taken without the teacher: {type(self).__name__} computes a loss of its own. Add to "
+                "`super().compute_loss(...)`, or set `distillation_weight` and `hidden_state_weight` to 0."
+            )
+        self._taught = False
+        if self._alpha_steps is None:
+            return
+        skipped = self.accelerator.optimizer_step_was_skipped
+        if not skipped and self._trainable_alphas() and self._alpha_steps.taken == self._steps_before:
+            raise RuntimeError(
+                "This step left alphas where they were, though they are trainable: something else than the `step` of "
+                "`trainer.optimizer` was taken. Pass the optimizer as `optimizers`, or let `create_optimizer` make it."
+            )
+        self._penalty_sum = self._penalty_sum + self._penalty
+        self._penalty_count += 1
 
     def _clip_grad_norm(self, model):
         # Twelve alphas at 0 have a gradient of norm 6.9, for which the task's would be scaled down.
@@ -514,38 +563,72 @@ class LayerCollapseTrainerMixin(CheckpointsMixin):
         loop = partial(
             super().evaluation_loop, dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        gather = self.gather_function
-        output = loop()
-        activations = self._activations().values() if self.layer_collapse_config is not None else ()
-        if not activations or description != "Evaluation":
-            return output
-        metrics = output.metrics
-        if not self._is_collapsed_already(activations):
-            callback_handler = self.callback_handler
-            # Prediction steps must not be reported twice.
-            self.callback_handler = CallbackHandler([DefaultFlowCallback], self.model, None, None, None)
+        if description != "Evaluation" or not self._reports_collapsed():
+            return loop()
+        measured, gather = None, self.gather_function  # which each loop resets
+        again = not self._is_collapsed_already()
+        # What `compute_metrics` may write into a file is written last for the model as it is. Data without a length
+        # may be such that they can be read only once: by the model as it is.
+        if again and has_length(dataloader):
+            measured = self._loop_as_if_collapsed(loop)
             self.gather_function = gather
-            try:
-                with _same_random_state(), self._as_if_collapsed(activations):
-                    metrics = loop().metrics
-            finally:
-                self.callback_handler = callback_handler
+        output = loop()
+        if again and measured is None:
+            if self._is_used_up(dataloader):
+                logger.warning_once(
+                    "The evaluation data can be read only once, so that nothing is measured of the collapsed model. "
+                    "Pass a dataset, or an iterable that starts anew each time."
+                )
+                return output
+            self.gather_function = gather
+            measured = self._loop_as_if_collapsed(loop)
+        metrics = output.metrics if measured is None else measured.metrics
         for name, value in list(metrics.items()):
             if name != f"{metric_key_prefix}_model_preparation_time":
                 collapsed = f"{metric_key_prefix}_collapsed_{name.removeprefix(f'{metric_key_prefix}_')}"
                 self._collapsed_names[name] = collapsed
                 output.metrics[collapsed] = value
+        # A notebook's table takes the prefix of the last loss for that of all metrics.
+        own_loss = f"{metric_key_prefix}_loss"
+        if own_loss in output.metrics:
+            output.metrics[own_loss] = output.metrics.pop(own_loss)
         return output
 
-    def _is_collapsed_already(self, activations):
+    def _reports_collapsed(self):
+        """Whether evaluation tells what the collapsed model would do: while a block is patched, and, where it goes on
+        or is asked for, when all have collapsed."""
+        if self.layer_collapse_config is None:
+            return False
+        asked_for = "collapsed_" in (self.args.metric_for_best_model or "")
+        return bool(asked_for or self._activations() or self._count_collapsed())
+
+    def _is_used_up(self, dataloader):
+        """Whether data that were read have nothing more to give, on any process."""
+        source = dataloader.dataset if isinstance(dataloader, DataLoader) else dataloader
+        used_up = torch.tensor([all(False for _ in source)], dtype=torch.float32, device=self.args.device)
+        return bool(self.accelerator.reduce(used_up, reduction="sum"))
+
+    def _loop_as_if_collapsed(self, loop):
+        callback_handler = self.callback_handler
+        # Prediction steps must not be reported twice.
+        self.callback_handler = CallbackHandler([DefaultFlowCallback], self.model, None, None, None)
+        try:
+            with _same_random_state(), self._as_if_collapsed():
+                return loop()
+        finally:
+            self.callback_handler = callback_handler
+
+    def _is_collapsed_already(self):
         """Whether the model computes what it would after a collapse, so that nothing need be measured."""
+        activations = self._activations().values()
         ready = [activation for activation in activations if self._is_ready(activation)]
         restores = self.layer_collapse_config.not_ready == "restore" and len(ready) < len(activations)
         return not ready or (all(bool((module.alpha == 1).all()) for module in ready) and not restores)
 
     @contextlib.contextmanager
-    def _as_if_collapsed(self, activations):
+    def _as_if_collapsed(self):
         """What `collapse` would make of the model, without the merging: alpha 1 where ready, native where restored."""
+        activations = self._activations().values()
         before = [(module, module.alpha.detach().clone(), module.replacement) for module in activations]
         restores = self.layer_collapse_config.not_ready == "restore"
         try:
@@ -704,6 +787,28 @@ class LayerCollapseTrainer(LayerCollapseTrainerMixin, Trainer):
     )
 
 
+class _EveryStep(TrainerCallback):
+    """Reaches a trainer at points that no override of its methods can lose."""
+
+    def __init__(self, trainer):
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._trainer._begin()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._trainer._before_step()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._trainer._before_step()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self._trainer._take_step()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._trainer._after_step()
+
+
 # ----------------------------------------------------------------------------------------------------
 # The model that a Trainer is given, and what it does
 # ----------------------------------------------------------------------------------------------------
@@ -721,13 +826,18 @@ def counts_items(model) -> bool:
     three kinds of labels only, and heads that make a `CrossEntropyLoss()` in `forward` never do. Where this says False
     of a loss that does count, the Trainer averages over batches instead of over items.
     """
+    forward = type(model).forward
+    if not inspect.isfunction(forward):
+        return False
     try:
-        source = inspect.getsource(type(model).forward)
-    except OSError:
+        source = inspect.getsource(forward)
+        # Indented as it is: what a docstring holds may stand further left than the code around it.
+        tree = ast.parse(f"if True:\n{source}" if source[0].isspace() else source)
+    except (OSError, SyntaxError):  # typed in, or a lambda among other code
         return False
     calls = [
         node
-        for node in ast.walk(ast.parse(textwrap.dedent(source)))
+        for node in ast.walk(tree)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "loss_function"
     ]
     passed_on = all(any(keyword.arg in (None, "num_items_in_batch") for keyword in call.keywords) for call in calls)

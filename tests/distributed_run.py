@@ -29,6 +29,7 @@ from hf_layercollapse.patching import alpha_parameters, penalty  # noqa: E402
 from tests.models import BY_NAME  # noqa: E402
 from tests.test_progressive import ARGS, PROGRESSIVE, SCHEDULE, Watch  # noqa: E402
 from tests.training import (
+    OwnLoss,
     SetAlphas,
     alphas_of,
     counted_cross_entropy,
@@ -55,6 +56,7 @@ TRAJECTORIES = {
         "gpt2",
         {"loss_function": counted_cross_entropy, "distilled": True, "average_tokens": False},
     ),
+    "classification, own compute_loss": ("bert", {"trainer_class": OwnLoss}),
     "causal, own loss": ("gpt2", {"loss_function": counted_cross_entropy, "uneven": True}),
 }
 RUN = {"alpha_learning_rate": 0.2, "penalty_strength": 1.0}
@@ -112,14 +114,13 @@ def full_shard(folder, rank):
         fully_shard(model, ignored_params=ignored)
         replicate_alphas(alphas)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    AlphaSteps(optimizer, alphas, config)
+    steps = AlphaSteps(optimizer, alphas, config, lambda: penalty_strength_at(config, steps.taken, 30))
     data, history = rows(case, 32), []
     for step in range(30):
         batch = data[8 * (step % 4) :][:8]
         batch = batch if rank is None else batch[4 * rank :][:4]
         inputs = {name: torch.stack([row[name] for row in batch]) for name in batch[0]}
-        strength = penalty_strength_at(config, step, 30)
-        (model(**inputs).loss + strength * penalty(alphas)).backward()
+        model(**inputs).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         history.append(torch.cat([alpha.detach().clone() for alpha in alphas]))

@@ -70,8 +70,6 @@ def train_save_collapse(folder, rank, name, options, more_args, make=sharding):
     """Train with checkpoints, resume, collapse, save, train on."""
     config = {"alpha_learning_rate": 0.2, **options}
     data = [BY_NAME["bert"].inputs(batch=16, seed=i) for i in range(3)]
-    if config.get("granularity") == "neuron":
-        config["alpha_learning_rate"] *= 40  # the penalty is a mean over neurons
     args = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "linear"}
     args |= more_args
     best = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}

@@ -129,7 +129,37 @@ def test_it_is_off_by_default(tmp_path):
 
 
 def test_nothing_is_ready(tmp_path):
-    run("bert", tmp_path, schedule=[(0.5,) * LAYERS] * 8)
+    trainer = run("bert", tmp_path, schedule=[(0.5,) * LAYERS] * 8)
+    assert {block.state for block in find_feed_forward_blocks(trainer.model)} == {"patched"}
+    assert trainer._reports == []
+    assert [log["layer_collapse/ready_blocks"] for log in trainer.state.log_history if "eval_loss" in log] == [0] * 4
+
+
+@pytest.mark.parametrize("scheduler", ["constant", "reduce_lr_on_plateau"])
+def test_metrics_of_the_collapsed_model_stay_when_all_are_collapsed(scheduler, tmp_path):
+    """The best checkpoint and the learning rate may hang on them."""
+    trainer = run(
+        "bert",
+        tmp_path,
+        schedule=[(0.96,) * LAYERS] * 2 + [()] * 6,
+        lr_scheduler_type=scheduler,
+        metric_for_best_model="eval_collapsed_loss",
+        load_best_model_at_end=True,
+        greater_is_better=False,
+    )
+    logs = [log for log in trainer.state.log_history if "eval_loss" in log]
+    assert len(logs) == 4 and all("eval_collapsed_loss" in log for log in logs)
+    assert all(log["eval_collapsed_loss"] == log["eval_loss"] for log in logs[1:])
+    assert trainer.state.best_metric == min(log["eval_collapsed_loss"] for log in logs)
+
+
+def test_a_metric_that_is_asked_for_stays_after_a_collapse(tmp_path):
+    args = {"metric_for_best_model": "collapsed_loss", "eval_strategy": "steps", "eval_steps": 1}
+    trainer = trainer_for("bert", tmp_path, {"initial_alpha": 1.0}, args=args)
+    trainer.train()
+    trainer.collapse()
+    trainer.train()
+    assert trainer.state.log_history[-2]["eval_collapsed_loss"] == trainer.state.log_history[-2]["eval_loss"]
 
 
 class Converge(TrainerCallback):

@@ -1,5 +1,7 @@
 """What is done about sharding in one process; on two: test_sharded.py, test_zero.py."""
 
+import copy
+
 import pytest
 import torch
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
@@ -77,15 +79,18 @@ def parameters():
 def test_a_state_dict_without_alphas(scheduled):
     """Also where it is loaded, which gives the optimizer other groups."""
     alpha, weight, optimizer = parameters()
-    steps = AlphaSteps(optimizer, [alpha], CONFIG, scheduled)
+    steps = AlphaSteps(optimizer, [alpha], CONFIG, lambda: 1.0, scheduled)
     (weight.sum() + alpha.sum()).backward()
     optimizer.step()
     with steps.aside():
-        state = optimizer.state_dict()
+        state = copy.deepcopy(optimizer.state_dict())
         assert [[id(p) for p in group["params"]] for group in optimizer.param_groups] == [[id(weight)]]
+        before = float(alpha.detach())
+        optimizer.step()
+        assert float(alpha.detach()) == before
     assert list(state["state"]) == [0]
     other_alpha, other_weight, other = parameters()
-    other_steps = AlphaSteps(other, [other_alpha], CONFIG, scheduled)
+    other_steps = AlphaSteps(other, [other_alpha], CONFIG, lambda: 0.0, scheduled)
     count = len(other.param_groups)
     with other_steps.aside():
         other.load_state_dict(state)
@@ -100,7 +105,7 @@ def test_a_state_dict_without_alphas(scheduled):
 
 def test_alphas_apart_from_the_optimizer():
     alpha, weight, optimizer = parameters()
-    steps = AlphaSteps(optimizer, [alpha], CONFIG, apart=True)
+    steps = AlphaSteps(optimizer, [alpha], CONFIG, lambda: 0.0, apart=True)
     assert [id(p) for group in optimizer.param_groups for p in group["params"]] == [id(weight)]
     alpha.data = alpha.data.to(torch.bfloat16)
     steps.restore()

@@ -2,6 +2,8 @@
 
 import pytest
 
+from hf_layercollapse import LayerCollapseTrainer
+from hf_layercollapse.patching import penalty
 from tests.training import STEPS, assert_close, counted_cross_entropy, trajectory
 
 
@@ -21,11 +23,17 @@ def test_batch_8_is_2_by_4_accumulated(case, options, tmp_path):
     assert len({round(float(loss), 3) for loss in whole["loss"]}) > STEPS // 2
 
 
-def test_a_penalty_counted_once_per_batch_would_be_seen(tmp_path, monkeypatch):
-    """The invariant can fail."""
-    from hf_layercollapse import LayerCollapseTrainer
+class OncePerBatch(LayerCollapseTrainer):
+    """The mistake that the trajectories are there to find: the penalty in each batch's loss."""
 
-    once = trajectory("gpt2", tmp_path, 2)["alphas"]
-    monkeypatch.setattr(LayerCollapseTrainer, "_loss_is_scaled", lambda self, count: False)
-    twice = trajectory("gpt2", tmp_path, 2)["alphas"]
-    assert float((twice[-1] - once[-1]).min()) > 0.05
+    def compute_loss(self, *args, **kwargs):
+        again = self._penalty_strength() * penalty(self._trainable_alphas())
+        return super().compute_loss(*args, **kwargs) + again
+
+
+def test_a_penalty_counted_once_per_batch_would_be_seen(tmp_path):
+    """The invariant can fail."""
+    ours, theirs = (
+        trajectory("gpt2", tmp_path, 2, trainer_class=kind)["alphas"] for kind in (LayerCollapseTrainer, OncePerBatch)
+    )
+    assert float((theirs[-1] - ours[-1]).min()) > 0.05
