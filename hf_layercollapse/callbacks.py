@@ -4,9 +4,11 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
+from transformers.modeling_utils import PreTrainedModel
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
+from .checkpoints import forget_base
 from .config import LayerCollapseConfig
 from .families import unwrap
 from .merging import is_ready
@@ -15,6 +17,11 @@ from .patching import collapsible_activations, layer_collapse_config_of, patch_o
 
 
 logger = logging.get_logger(__name__)
+
+NO_TRAINABLE_ALPHA = (
+    "The model is patched, but no alpha is trainable, so its blocks will not become linear. Under peft, name the "
+    "activation modules in `modules_to_save`."
+)
 
 
 class LayerCollapseCallback(TrainerCallback):
@@ -38,8 +45,8 @@ class LayerCollapseCallback(TrainerCallback):
     Raises:
         TypeError: `config` is of a wrong type.
         ValueError: `config` has distillation. When the Trainer is constructed: the model is patched in another way, or
-            collapsed. When training starts: it is not patched, or for distillation, no alpha is trainable, or training
-            runs under FSDP or DeepSpeed, or with an optimizer that steps during backward.
+            collapsed. When training starts: it is not patched, or for distillation, or training runs under FSDP or
+            DeepSpeed, or with an optimizer that steps during backward.
     """
 
     def __init__(self, config: LayerCollapseConfig | None = None, calibration_data=None):
@@ -50,20 +57,36 @@ class LayerCollapseCallback(TrainerCallback):
         self._calibration_data = calibration_data
         self._alpha_steps = None
         self._activations = {}
+        self._names_base, self._warned_of_frozen = False, False
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
-        if self.config is not None:
-            patch_or_check(model, self.config, self._calibration_data)
+        if self.config is None:
+            return
+        inner = unwrap(model)[0]
+        name = inner.config._name_or_path if isinstance(inner, PreTrainedModel) else ""
+        patch_or_check(model, self.config, self._calibration_data)
+        if name:
+            # The constructor goes on, and trl's read there whose reference model and tokenizer to load. The config
+            # only: adapters ask the model.
+            inner.config._name_or_path, self._names_base = name, True
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
-        activations = collapsible_activations(model)
-        alphas = [module.alpha for module in activations.values() if module.alpha.requires_grad]
-        if not alphas:
+        if self._names_base:
+            forget_base(model)
+            self._names_base = False
+        # peft's `modules_to_save` keeps the module that it copied.
+        activations = {
+            n: module for n, module in collapsible_activations(model).items() if ".original_module" not in n
+        }
+        if not activations:
             raise ValueError(
                 "The model has no alpha to train. Give the Trainer this callback when it is constructed "
-                "(`callbacks=[...]`), with a config, or a model from `apply_layer_collapse`; under peft, name the "
-                "activation modules in `modules_to_save`."
+                "(`callbacks=[...]`), with a config, or a model from `apply_layer_collapse`."
             )
+        alphas = [module.alpha for module in activations.values() if module.alpha.requires_grad]
+        if not alphas and not self._warned_of_frozen:
+            self._warned_of_frozen = True
+            logger.warning(NO_TRAINABLE_ALPHA)
         if self.config is None:
             self.config = layer_collapse_config_of(unwrap(model)[0])
             if self.config is None:
@@ -95,15 +118,16 @@ class LayerCollapseCallback(TrainerCallback):
         if "loss" not in logs or not self._activations:
             return
         threshold = self.config.collapse_threshold
+        alphas = [module.alpha.detach() for module in self._activations.values()]
         driven = [module.alpha.detach() for module in self._activations.values() if module.alpha.requires_grad]
         step = max(0, state.global_step - 1)
         strength = penalty_strength_at(self.config, step, state.max_steps)
         added = {
-            "layer_collapse/ready_blocks": sum(is_ready(alpha, threshold) for alpha in driven),
+            "layer_collapse/ready_blocks": sum(is_ready(alpha, threshold) for alpha in alphas),
             "layer_collapse/penalty": strength * float(penalty(driven)),
             "layer_collapse/penalty_strength": strength,
-            "layer_collapse/alpha_mean": sum(float(alpha.mean()) for alpha in driven) / len(driven),
-            **{f"layer_collapse/alpha/{i}": float(alpha.mean()) for i, alpha in enumerate(driven)},
+            "layer_collapse/alpha_mean": sum(float(alpha.mean()) for alpha in alphas) / len(alphas),
+            **{f"layer_collapse/alpha/{i}": float(alpha.mean()) for i, alpha in enumerate(alphas)},
         }
         logs.update(added)
         state.log_history[-1].update(added)

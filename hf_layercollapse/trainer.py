@@ -25,7 +25,7 @@ from transformers.trainer_utils import default_compute_objective, has_length
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
-from .callbacks import LayerCollapseCallback
+from .callbacks import NO_TRAINABLE_ALPHA, LayerCollapseCallback
 from .checkpoints import CheckpointsMixin, forget_base
 from .collapsing import collapse_model
 from .config import LayerCollapseConfig
@@ -85,8 +85,8 @@ class LayerCollapseTrainerMixin(CheckpointsMixin):
     do not grow with `gradient_accumulation_steps`.
 
     Args:
-        model (`nn.Module`, *optional*): Dense: it is patched, in place. Or patched already, as the config says. Or,
-            without a config, any model.
+        model (`nn.Module` or `str`, *optional*): Dense: it is patched, in place. Or patched already, as the config
+            says. Or, without a config, any model. A name where the Trainer class takes one, as trl's do.
         layer_collapse_config ([`LayerCollapseConfig`], *optional*): What to patch, and how to drive it. Default: what
             the model was patched with; on a dense or collapsed model, no LayerCollapse at all.
         calibration_data (iterable of `dict[str, Tensor]`, *optional*): Model inputs, for `linear_target="affine"`;
@@ -121,6 +121,7 @@ class LayerCollapseTrainerMixin(CheckpointsMixin):
         self._collapsed_names = {}  # metric -> its name with the ready blocks collapsed
         self._penalty = 0.0  # times its strength, in the step that is being taken
         self._steps_before, self._taught = 0, False
+        self._collapsed_blocks = None  # how many, once they were counted
         self._reports = []  # of blocks that were collapsed while training ran
         self.collapse_report = None  # what `collapse` did last
         self._base_model = None  # what the model was before it was patched, by name
@@ -158,10 +159,7 @@ class LayerCollapseTrainerMixin(CheckpointsMixin):
     def _warn_of_frozen_alphas(self):
         if not self._warned_of_frozen and self._activations() and not self._trainable_alphas():
             self._warned_of_frozen = True
-            logger.warning(
-                "The model is patched, but no alpha is trainable, so its blocks will not become linear. Under peft, "
-                "name the activation modules in `modules_to_save`."
-            )
+            logger.warning(NO_TRAINABLE_ALPHA)
 
     def _refuse_setup(self):
         if self.is_deepspeed_enabled:
@@ -227,6 +225,7 @@ class LayerCollapseTrainerMixin(CheckpointsMixin):
         inner = unwrap(model)[0]
         if isinstance(inner, PreTrainedModel) and inner.name_or_path:
             self._base_model = inner.name_or_path
+        self._collapsed_blocks = None
         # The teacher first: by default it is what the model was before.
         teacher = teacher_for(model, self.layer_collapse_config, self._given_teacher)
         patch_or_check(model, self.layer_collapse_config, self._calibration_data)
@@ -282,7 +281,10 @@ class LayerCollapseTrainerMixin(CheckpointsMixin):
         """Blocks that were ready before, and are collapsed since."""
         if not self.layer_collapse_config.progressive:
             return 0
-        return sum(block.state == "collapsed" for block in find_feed_forward_blocks(self.model))
+        if self._collapsed_blocks is None:
+            blocks = find_feed_forward_blocks(self.model)
+            self._collapsed_blocks = sum(block.state == "collapsed" for block in blocks)
+        return self._collapsed_blocks
 
     def collapse(self, calibration_data=None, max_error=None, allow_none=False) -> CollapseReport:
         """Collapses the ready blocks of the model in place; see [`collapse_model`].
@@ -337,6 +339,7 @@ class LayerCollapseTrainerMixin(CheckpointsMixin):
             self.deepspeed = model if self.is_deepspeed_enabled else None
         if self._distillation is not None:
             self._distillation.find_blocks(inner)
+        self._collapsed_blocks = None
         # They hold parameters that are gone.
         self.optimizer = self.lr_scheduler = self._alpha_steps = None
         self.model = self.model_wrapped = self.callback_handler.model = model
@@ -358,6 +361,8 @@ class LayerCollapseTrainerMixin(CheckpointsMixin):
     def _ready_names(self):
         """The patched blocks whose turn it is."""
         indices = [int(index) for index, activation in self._activations().items() if self._is_ready(activation)]
+        if not indices:
+            return []
         blocks = find_feed_forward_blocks(self.model)
         ready = [block.name for block in blocks if block.index in indices]
         collapsed = [block.name for block in blocks if block.state == "collapsed"]
@@ -370,6 +375,7 @@ class LayerCollapseTrainerMixin(CheckpointsMixin):
         """Parameters that are exchanged inside are exchanged in the optimizer too."""
         before = dict(self.model.named_parameters())
         yield
+        self._collapsed_blocks = None
         optimizer = self.optimizer
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     GenerationConfig,
     PreTrainedTokenizerFast,
@@ -10,9 +11,16 @@ from transformers import (
     Seq2SeqTrainingArguments,
     T5Config,
     T5ForConditionalGeneration,
+    TrainingArguments,
 )
 
-from hf_layercollapse import LayerCollapseConfig, LayerCollapseTrainerMixin, apply_layer_collapse
+from hf_layercollapse import (
+    LayerCollapseCallback,
+    LayerCollapseConfig,
+    LayerCollapseTrainer,
+    LayerCollapseTrainerMixin,
+    apply_layer_collapse,
+)
 from tests.models import BY_NAME, LAYERS, VOCABULARY, randomize
 from tests.training import Gradients, alphas_of, assert_same, checkpointing, model_of, state_of
 
@@ -130,7 +138,7 @@ def tokenizer():
 
 
 def sft_trainer(folder, accumulate=1, model=None, **kwargs):
-    trl = pytest.importorskip("trl", reason="needs the extra: pip install hf_layercollapse[trl]")
+    import trl
     from datasets import Dataset
 
     class LayerCollapseSFTTrainer(LayerCollapseTrainerMixin, trl.SFTTrainer):
@@ -209,3 +217,92 @@ def test_sft_with_an_adapter(tmp_path):
     trainer.train()
     assert len(trainer.collapse().collapsed) == LAYERS
     assert type(trainer.model).__name__ == "GPT2LMHeadModel"
+
+
+@pytest.fixture(scope="module")
+def dense_folder(tmp_path_factory):
+    """A model with its tokenizer, to be loaded by name."""
+    folder = str(tmp_path_factory.mktemp("dense"))
+    model_of(BY_NAME["gpt2"]).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def trl_trainers():
+    """name -> (trainer class, config class, options, rows). Without a tokenizer or a reference model, which trl then
+    loads by the name of the model."""
+    import trl
+
+    prompts = [{"prompt": "w5 w6"}] * 4
+    pairs = [{"prompt": "w5 w6", "chosen": " w7 w8", "rejected": " w9 w4"}] * 4
+    judged = [{"prompt": "w5 w6", "completion": " w7 w8", "label": i % 2 == 0} for i in range(4)]
+    sampled = {"num_generations": 2, "max_completion_length": 4, "beta": 0.1}
+    return {
+        "sft": (trl.SFTTrainer, trl.SFTConfig, {}, [{"text": "w5 w6 w7 w8"}] * 4),
+        "dpo": (trl.DPOTrainer, trl.DPOConfig, {}, pairs),
+        "kto": (trl.KTOTrainer, trl.KTOConfig, {}, judged),
+        "grpo": (trl.GRPOTrainer, trl.GRPOConfig, sampled, prompts),
+        "rloo": (trl.RLOOTrainer, trl.RLOOConfig, sampled, prompts),
+    }
+
+
+def trl_trainer(name, folder, model, callback=False, **kwargs):
+    from datasets import Dataset
+
+    trainer_class, config_class, options, data = trl_trainers()[name]
+    config = LayerCollapseConfig(alpha_learning_rate=0.1)
+    if "beta" in options:
+        kwargs["reward_funcs"] = lambda completions, **_: [float(len(completion)) for completion in completions]
+    if callback:
+        kwargs["callbacks"] = [LayerCollapseCallback(config)]
+    else:
+        trainer_class = type(f"LayerCollapse{trainer_class.__name__}", (LayerCollapseTrainerMixin, trainer_class), {})
+        kwargs["layer_collapse_config"] = config
+    args = config_class(
+        str(folder),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        bf16=False,
+        activation_checkpointing=False,
+        **options,
+        **PLAIN,
+    )
+    return trainer_class(model=model, args=args, train_dataset=Dataset.from_list(data), **kwargs)
+
+
+@pytest.mark.parametrize("way", ["mixin", "mixin, by name", "callback"])
+@pytest.mark.parametrize("name", ["sft", "dpo", "kto", "grpo", "rloo"])
+def test_trl_loads_by_the_name_of_the_model(name, way, dense_folder, tmp_path):
+    """Its tokenizer, and the reference model, which stays dense."""
+    model = dense_folder if way == "mixin, by name" else AutoModelForCausalLM.from_pretrained(dense_folder)
+    trainer = trl_trainer(name, tmp_path, model, callback=way == "callback")
+    assert len(alphas_of(trainer.model)) == LAYERS
+    if name != "sft":
+        assert not alphas_of(trainer.ref_model)
+    seen = Gradients()
+    trainer.add_callback(seen)
+    trainer.train()
+    for key, alpha in alphas_of(trainer.model).items():
+        assert float(alpha) == pytest.approx(0.1 * (2.0 - float(seen.steps[0][key])), rel=1e-4)
+    assert trainer.model.name_or_path == trainer.model.config._name_or_path == ""
+
+
+@pytest.mark.parametrize("way", ["mixin", "mixin, by name", "callback"])
+def test_an_adapter_of_trl_does_not_name_the_dense_model(way, dense_folder, tmp_path):
+    from peft import LoraConfig
+
+    model = dense_folder if way == "mixin, by name" else AutoModelForCausalLM.from_pretrained(dense_folder)
+    peft_config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn", "c_fc"])
+    trainer = trl_trainer("sft", tmp_path, model, callback=way == "callback", peft_config=peft_config)
+    trainer.train()
+    assert trainer.model.peft_config["default"].base_model_name_or_path is None
+    assert all(0.15 < float(alpha) < 0.25 for alpha in alphas_of(trainer.model).values())
+    with pytest.raises(ValueError, match="Save the base first"):
+        trainer.model.save_pretrained(tmp_path / "adapter")
+
+
+def test_a_name_is_no_model_where_the_trainer_loads_none(tmp_path):
+    with pytest.raises(TypeError, match="got str"):
+        LayerCollapseTrainer(
+            "some/where", TrainingArguments(str(tmp_path)), layer_collapse_config=LayerCollapseConfig()
+        )
