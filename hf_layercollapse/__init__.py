@@ -37,6 +37,10 @@ _EXPORTS = {
 __all__ = sorted(_EXPORTS)
 
 
+def register():
+    """Called by vLLM in each of its processes, as a plugin; importing this package has registered the model type."""
+
+
 def __getattr__(name):
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -29,11 +29,9 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, resolve_trust_remote_code
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.auto import auto_factory, modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto import auto_factory, configuration_auto, modeling_auto
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+from transformers.utils import logging, output_capturing
 
 
 # Absent on Windows. Not imported in the usual way, which `trust_remote_code` takes for a requirement.
@@ -905,7 +903,7 @@ class LayerCollapseConfigMixin:
         return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
-        if self.model_type not in CONFIG_MAPPING:
+        if self.model_type not in configuration_auto.CONFIG_MAPPING:
             raise ValueError(
                 f"`AutoConfig` does not know the model type {self.model_type!r}, so what is saved could not be loaded "
                 f"again. Call `AutoConfig.register({self.model_type!r}, {type(self).native_class.__name__})` and "
@@ -1374,7 +1372,7 @@ def _refuse_checkpoint(model, problems):
 def _in_memory(content):
     """What a config.json of the format holds, with the native model type, checked."""
     base_model_type = content.get("base_model_type")
-    known = isinstance(base_model_type, str) and base_model_type in CONFIG_MAPPING
+    known = isinstance(base_model_type, str) and base_model_type in configuration_auto.CONFIG_MAPPING
     if not known or base_model_type == MODEL_TYPE:
         raise ValueError(
             f"`base_model_type` in config.json must name a model type that transformers knows, got "
@@ -1405,7 +1403,7 @@ class StoredConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         config_dict = _in_memory(config_dict)
-        native_class = CONFIG_MAPPING[config_dict["model_type"]]
+        native_class = configuration_auto.CONFIG_MAPPING[config_dict["model_type"]]
         built = config_class_for(native_class)
         _register(native_class, built)  # again: a user may have registered models since
         part = config_dict["layer_collapse"].get("part")
@@ -1470,9 +1468,13 @@ def model_class_for(native_class, config_class):
         built = type(native_class.__name__, (LayerCollapseModelMixin, native_class), namespace)
         # One class, whichever thread is first.
         built = _built.setdefault((native_class, config_class), built)
-        # Else filled by `PreTrainedModel.__init__`, which a live model that changes its class has behind it.
-        _CAN_RECORD_REGISTRY[built.__new__(built)] = built._can_record_outputs
+        _record_outputs(built)
     return _built[native_class, config_class]
+
+
+def _record_outputs(built):
+    # Else filled by `PreTrainedModel.__init__`, which a live model that changes its class has behind it.
+    output_capturing._CAN_RECORD_REGISTRY[built.__new__(built)] = built._can_record_outputs
 
 
 def _constructor_of(native_class):
@@ -1568,9 +1570,9 @@ def refuse_lost_code(model):
     native_model = type(model).native_class if isinstance(model, LayerCollapseModelMixin) else type(model)
     config = model.config
     native_config = type(config).native_class if isinstance(config, LayerCollapseConfigMixin) else type(config)
-    model_type, calls = native_config.model_type, []
+    model_type, known, calls = native_config.model_type, configuration_auto.CONFIG_MAPPING, []
     if not is_native(native_config):
-        if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] is not native_config:
+        if model_type not in known or known[model_type] is not native_config:
             calls.append(f"AutoConfig.register({model_type!r}, {native_config.__name__})")
     if not is_native(native_model) and not model_classes_of_own(native_model, config):
         calls.append(f"AutoModel.register({native_config.__name__}, {native_model.__name__}, exist_ok=True)")
@@ -1608,13 +1610,21 @@ def _class_of_own(built_class, config, name_or_path, kwargs):
     return built_class
 
 
+# What a pickle calls, maybe in a process that knows nothing of these classes: a pickle by value, as servers send it to
+# their workers, brings this module and what it has built along, and no entry in transformers' registries.
+
+
 def _empty_config(native_class):
     built = config_class_for(native_class)
+    _register(native_class, built)
     return built.__new__(built)
 
 
 def _empty_model(native_class, native_config_class):
-    built = model_class_for(native_class, config_class_for(native_config_class))
+    built_config = config_class_for(native_config_class)
+    _register(native_config_class, built_config)
+    built = model_class_for(native_class, built_config)
+    _record_outputs(built)
     return built.__new__(built)
 
 

@@ -2,8 +2,10 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 
 import pytest
 import torch
@@ -138,6 +140,47 @@ assert type(model) is transformers.BertForSequenceClassification
     case = BY_NAME["bert"]
     loaded = case.auto_class.from_pretrained(folders / "again")
     assert torch.equal(logits(loaded, case.inputs()), torch.load(folders / "logits.pt")["bert"])
+
+
+def test_pickled_by_value(folders):
+    """As vLLM, Ray and workers of a DataLoader send objects to processes that have neither package nor folder."""
+    run(
+        folders,
+        """
+import cloudpickle, pathlib
+config = AutoConfig.from_pretrained("bert", trust_remote_code=True)
+model = check("bert", "bert", trust_remote_code=True)
+import transformers_modules
+cloudpickle.register_pickle_by_value(transformers_modules)
+pathlib.Path("config.pkl").write_bytes(cloudpickle.dumps(config))
+pathlib.Path("model.pkl").write_bytes(cloudpickle.dumps(model))
+""",
+    )
+    for first, second in (("config", "model"), ("model", "config")):
+        run(
+            folders,
+            f"""
+import pickle, sys
+loaded = {{name: pickle.load(open(name + ".pkl", "rb")) for name in ({first!r}, {second!r})}}
+config, model = loaded["config"], loaded["model"]
+"""
+            + """
+new = AutoModelForSequenceClassification.from_config(config)
+assert new.state_dict().keys() == model.state_dict().keys()
+assert "transformers_modules" not in sys.modules
+with torch.no_grad():
+    output = model(**inputs["bert"], output_hidden_states=True)
+    assert torch.equal(output.logits, expected["bert"]) and len(output.hidden_states) == 4
+    assert len(new(**inputs["bert"], output_hidden_states=True).hidden_states) == 4
+    assert type(AutoModelForSequenceClassification.from_config(model.config)) is type(model)
+""",
+        )
+
+
+def test_the_plugin_of_vllm():
+    with open(os.path.join(os.path.dirname(os.path.dirname(__file__)), "pyproject.toml")) as file:
+        value = re.search(r'"vllm.general_plugins"\]\nhf_layercollapse = "(.+)"', file.read())[1]
+    assert EntryPoint("hf_layercollapse", value, "vllm.general_plugins").load()() is None
 
 
 def test_the_package_wins_over_the_code_in_the_folder(folders):
