@@ -24,6 +24,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, initialization
+from transformers import __version__ as transformers_version
 from transformers.activations import ACT2FN
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -933,6 +934,7 @@ class LayerCollapseConfigMixin:
         # there already: the outer config rebuilds this one from what it finds, and a native type would give it a
         # native model without a word. The outer classes are native, so only the caller tells.
         if _is_nested(self, caller):
+            # Configs of the families call it of their parts, and so may their functions and models.
             outer = caller.f_locals.get("self")
             if isinstance(outer, PreTrainedConfig):
                 _refuse_fixed_part(outer, self)
@@ -959,7 +961,23 @@ def _is_nested(config, caller):
     module = caller.f_globals.get("__name__", "")
     if module != PreTrainedConfig.__module__ and not module.startswith("transformers.models."):
         return False
+    # What asks a config there is a method of another or its own, but for two that ask for default values.
+    if module == PreTrainedConfig.__module__ and caller.f_code.co_name not in ("from_dict", "recursive_diff_dict"):
+        _local(caller, "self", PreTrainedConfig)
     return not isinstance(caller.f_locals.get("self"), type(config))
+
+
+def _local(frame, name, kind):
+    """What a function of transformers that is running calls `name`. An error if that is not of this kind: then it is
+    written in another way than those that this was tried on, and who calls cannot be told."""
+    value = frame.f_locals.get(name)
+    if not isinstance(value, kind):
+        raise RuntimeError(
+            f"`{frame.f_code.co_name}` of transformers {transformers_version} has no `{name}` that is a "
+            f"{kind.__name__}: what is being saved cannot be told. Install a transformers that this version of "
+            "hf_layercollapse supports, or a newer hf_layercollapse."
+        )
+    return value
 
 
 def _parts_of(config, within=""):
@@ -980,7 +998,7 @@ def _part_being_saved(config):
     frame = sys._getframe(2)
     if frame.f_code is not PreTrainedModel.save_pretrained.__code__:
         return None
-    part = frame.f_locals["model_to_save"]
+    part = _local(frame, "model_to_save", PreTrainedModel)
     if isinstance(part, LayerCollapseModelMixin) or part.config is not config:
         return None
     base = base_model_of(part)
@@ -1215,7 +1233,7 @@ def _refuse_uncarried_part(model, prefix):
         frame = frame.f_back
     if frame is None:
         return
-    outer = frame.f_locals["self"]
+    outer = _local(frame, "self", PreTrainedModel)
     wanted = model.config.layer_collapse
     carried = [part.__dict__.get("layer_collapse") for _, part, free in _parts_of(outer.config) if free]
     if outer is not model and wanted not in carried and not _names_all_of(outer, model, prefix):
