@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from itertools import islice
 
-import torch
+from accelerate.utils import is_compiled_module
 from transformers.modeling_utils import PreTrainedModel
 
 from . import functional
@@ -43,6 +43,7 @@ from .patching import (
     restore_blocks,
 )
 from .reports import BlockReport, CollapseReport
+from .upstream import uncompiled
 
 
 # Batches whose logits are compared before and after; enough to see a difference, few enough to hold.
@@ -211,8 +212,8 @@ def _adapters_merged(model, inner, options, allow_none):
         return
     where = f"The alpha of `{alphas[0]}`" if alphas else f"`{linears[0]}`"
     # `torch.compile` may be around the PeftModel.
-    while isinstance(model, torch._dynamo.OptimizedModule):
-        model = model._orig_mod
+    while is_compiled_module(model):
+        model = uncompiled(model)
     if options.adapters == "refuse" or model is inner:
         raise ValueError(
             f"{where} belongs to an adapter that is not merged. Call `model = model.merge_and_unload()` first, and "

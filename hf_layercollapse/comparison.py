@@ -13,13 +13,13 @@ import torch
 import transformers
 from torch import nn
 from tqdm.auto import tqdm
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ._version import __version__
 from .families import unwrap
 from .metrics import accuracy_interval, paired_difference, paired_perplexity_difference, perplexity_interval
 from .profiling import compare_latency, count_macs, count_parameters, describe_hardware, weights_size
 from .tables import table
+from .upstream import is_causal_language_model
 
 
 CONFIDENCE = 0.95
@@ -273,7 +273,7 @@ def _on(device, batch):
 
 def _metric_of(models, batches):
     inner = [unwrap(model)[0] for model in models.values()]
-    if all(type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for model in inner):
+    if all(is_causal_language_model(model) for model in inner):
         return "perplexity"
     labels = [batch.get("labels") for batch in batches]
     if all(isinstance(value, torch.Tensor) and value.dim() == 1 for value in labels):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_utils import PreTrainedModel
 
 from . import functional
@@ -16,6 +15,7 @@ from .calibration import TokenFilter
 from .config import LayerCollapseConfig
 from .families import find_feed_forward_blocks, select_blocks, unwrap
 from .patching import collapsible_activations, layer_collapse_config_of, remove_layer_collapse, shorten
+from .upstream import has_causal_loss
 
 
 IGNORED = -100
@@ -236,7 +236,7 @@ def _shifts_labels(model):
     """Whether the model's loss compares position i with label i + 1."""
     if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
         return False
-    return model.loss_function is ForCausalLMLoss
+    return has_causal_loss(model)
 
 
 def _head_losses(model, inputs, forwards, taught, temperature):

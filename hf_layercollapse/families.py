@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
+from accelerate.utils import is_compiled_module
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -22,6 +23,7 @@ from .modeling_layercollapse import (
     linear_shape,
     resolve_table,
 )
+from .upstream import uncompiled
 from .verification import BATCH, DROPOUTS, LENGTH, NORMS, Refusal, Verifier, Wiring
 
 
@@ -731,9 +733,9 @@ def unwrap(model, sharded=False):
                 f"Expected a model (`nn.Module`), got {type(model).__name__}. If it holds one, as SetFit's "
                 "`model_body`, pass that."
             )
-        if isinstance(model, torch._dynamo.OptimizedModule):
+        if is_compiled_module(model):
             holders.append(model)
-            model = model._orig_mod
+            model = uncompiled(model)
         elif is_peft_model(model):
             holders.append(model)
             model = model.get_base_model()

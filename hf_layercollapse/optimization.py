@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from .config import LayerCollapseConfig
 from .patching import collapsible_activations, penalty, refuse_sharded
+from .upstream import let_the_scaler_unscale
 
 
 logger = logging.get_logger(__name__)
@@ -73,9 +74,7 @@ class AlphaSteps:
             return
         if not scheduled:
             optimizer.add_param_group({"params": alphas, "lr": config.alpha_learning_rate, "weight_decay": 0.0})
-        # Fused optimizers unscale gradients inside their kernel, so that the GradScaler does not.
-        if vars(optimizer).get("_step_supports_amp_scaling"):
-            optimizer._step_supports_amp_scaling = False
+        let_the_scaler_unscale(optimizer)
         optimizer.register_step_pre_hook(self._hide)
         optimizer.register_step_post_hook(self._show_and_step)
 

@@ -343,18 +343,18 @@ def _restored_on_failure(model):
 def _in_float32(model):
     """Half-precision weights in float32 for a while: a step of 5e-5 is below what bfloat16 can add to a weight."""
     cast = [(p, p.dtype) for p in model.parameters() if p.is_floating_point() and p.element_size() < 4]
-    buffers = [(m, n, b.dtype) for m in model.modules() for n, b in m._buffers.items() if _is_half(b)]
+    buffers = [(m, n, b.dtype) for m in model.modules() for n, b in m.named_buffers(recurse=False) if _is_half(b)]
     try:
         for parameter, _ in cast:
             parameter.data = parameter.data.float()
         for module, name, _ in buffers:
-            module._buffers[name] = module._buffers[name].float()
+            setattr(module, name, module.get_buffer(name).float())
         yield
     finally:
         for parameter, dtype in cast:
             parameter.data = parameter.data.to(dtype)
         for module, name, dtype in buffers:
-            module._buffers[name] = module._buffers[name].to(dtype)
+            setattr(module, name, module.get_buffer(name).to(dtype))
 
 
 def _is_half(buffer):

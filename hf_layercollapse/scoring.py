@@ -3,9 +3,9 @@
 import math
 
 import torch
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .calibration import reiterable, run_over
+from .upstream import is_causal_language_model
 
 
 class Score:
@@ -15,7 +15,7 @@ class Score:
         self.model, self.inner, self.data, self.metric = model, inner, data, metric
         self.sign = 1.0 if metric is None else -1.0
         self.reference = None
-        causal = type(inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        causal = is_causal_language_model(inner)
         first = next(iter(data), None)
         if first is None:
             raise ValueError("There is no batch to score plans on.")

@@ -6,12 +6,43 @@ and says what to install. What saved models carry with them has a section of its
 `modeling_layercollapse.py`.
 """
 
+import inspect
+
+import accelerate
+import torch
 import transformers
 from packaging.version import Version
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 # A comparison with a tuple of numbers; what leads to a release counts as that release.
 TRANSFORMERS = Version(transformers.__version__).release
+# What the names below were seen in, all of them unless a seam says otherwise.
+SEEN = "transformers 5.16.1 to 5.24.0, torch 2.8 to 2.13, accelerate 1.10 to 1.15 and peft 0.19.1 to 0.21.2"
+
+
+def require(present, name, of):
+    """Raises if an upstream name is gone.
+
+    Args:
+        present (`bool`): Whether it is there.
+        name (`str`): The name.
+        of (module): The package that should have it.
+
+    Raises:
+        ImportError: It is not.
+    """
+    if not present:
+        raise ImportError(
+            f"hf_layercollapse uses `{name}`, which {of.__name__} {of.__version__} does not have as it was. Install "
+            f"versions that were tried: {SEEN}."
+        )
+
+
+def _set_in(function, name):
+    """Whether a function, such as a constructor, reads or sets an attribute of this name."""
+    return name in inspect.unwrap(function).__code__.co_names
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -51,3 +82,60 @@ def refuse_old_exporters(to):
             f"Exporting to {to} needs transformers 5.23 or newer, and here is {transformers.__version__}: "
             "pip install -U transformers."
         )
+
+
+# ----------------------------------------------------------------------------------------------------
+# torch
+# ----------------------------------------------------------------------------------------------------
+
+
+def uncompiled(module):
+    """What `torch.compile` wrapped, one layer of it; accelerate's public function looks through DDP as well.
+
+    Upstream: `OptimizedModule._orig_mod`. Not looked for at import, which would load the compiler.
+    """
+    return module._orig_mod
+
+
+def let_the_scaler_unscale(optimizer):
+    """Fused optimizers unscale gradients inside their kernel, so that the GradScaler does not; ours must find them
+    unscaled.
+
+    Upstream: `Optimizer._step_supports_amp_scaling`, which only some optimizers have.
+    """
+    if vars(optimizer).get("_step_supports_amp_scaling"):
+        optimizer._step_supports_amp_scaling = False
+
+
+require(_set_in(torch.optim.Adam.__init__, "_step_supports_amp_scaling"), "Adam._step_supports_amp_scaling", torch)
+
+
+# ----------------------------------------------------------------------------------------------------
+# accelerate
+# ----------------------------------------------------------------------------------------------------
+
+
+def prepared_models(accelerator) -> list:
+    """The models that an accelerator has prepared: what stands there is evaluated as it is. May be changed.
+
+    Nothing public takes a model out again, or in without preparing it. Upstream: `Accelerator._models`.
+    """
+    return accelerator._models
+
+
+require(_set_in(accelerate.Accelerator.__init__, "_models"), "Accelerator._models", accelerate)
+
+
+# ----------------------------------------------------------------------------------------------------
+# transformers: models
+# ----------------------------------------------------------------------------------------------------
+
+
+def is_causal_language_model(model) -> bool:
+    """Whether `AutoModelForCausalLM` gives this class. Upstream: `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES`."""
+    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def has_causal_loss(model) -> bool:
+    """Whether a model's loss is that of next tokens. Upstream: `transformers.loss.loss_utils.ForCausalLMLoss`."""
+    return model.loss_function is ForCausalLMLoss
