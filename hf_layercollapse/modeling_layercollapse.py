@@ -1483,7 +1483,9 @@ def model_class_for(native_class, config_class):
             "native_class": native_class,
             "config_class": config_class,
         }
-        built = type(native_class.__name__, (LayerCollapseModelMixin, native_class), namespace)
+        # Whether a class can generate is looked up by name among its own bases.
+        bases = (LayerCollapseModelMixin, native_class, *native_class.__bases__[1:])
+        built = type(native_class.__name__, bases, namespace)
         # One class, whichever thread is first.
         built = _built.setdefault((native_class, config_class), built)
         _record_outputs(built)

@@ -242,6 +242,16 @@ def test_a_constructor_looks_like_the_native_one(build):
     assert inspect.signature(built.config_class) == inspect.signature(native.config_class)
 
 
+@every_model
+def test_a_class_generates_as_the_native_one_does(case):
+    native = type(case.model())
+    built = type(apply_layer_collapse(case.model()))
+    for each in (native, built):
+        # What transformers looks at, and its own model tests.
+        assert ("GenerationMixin" in str(each.__bases__)) is (case.name == "gpt2")
+        assert each.can_generate() is (case.name == "gpt2")
+
+
 def test_arguments_of_a_constructor():
     model = apply_layer_collapse(BertModel(bert_config()))
     for new in (type(model)(model.config, add_pooling_layer=False), type(model)(config=model.config)):
