@@ -177,6 +177,17 @@ def collapse(
         ),
     ] = 0,
     blocks: Blocks = "all",
+    uniform_width: Annotated[
+        bool,
+        typer.Option(
+            "--uniform-width",
+            help="One hidden width for all blocks: `export --to stock` then gives the native architecture with a "
+            "smaller number in its config, for whatever serves that.",
+        ),
+    ] = False,
+    multiple_of: Annotated[
+        int, typer.Option(min=1, help="What numbers of neurons, and ranks, are multiples of (64 suits accelerators).")
+    ] = 1,
     device: Device = "cpu",
     trust_remote_code: Trust = False,
 ):
@@ -191,7 +202,8 @@ def collapse(
     live = load_model(model, trust_remote_code).to(device)
     batches = load_batches(live, model, data, options)
     if made is None:
-        made = plan_collapse(live, batches, **wanted, blocks=blocks)
+        shape = {"uniform_width": uniform_width, "multiple_of": multiple_of}
+        made = plan_collapse(live, batches, **wanted, blocks=blocks, **shape)
     typer.echo(str(made) + "\n")
     if save_plan is not None:
         made.save(save_plan)
@@ -270,23 +282,30 @@ def export(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of the example batch, which is timed.")] = 8,
     length: Annotated[int, typer.Option(min=4, help="Tokens of each row, the longest that is compared.")] = 32,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, float16 or bfloat16. Default: that of the weights for a stock checkpoint, else float32."
+        ),
+    ] = None,
     trust_remote_code: Trust = False,
 ):
     """Exports a dense, patched or collapsed model, compared with the PyTorch model in the runtime itself."""
     from .exporting import decoder_step, export_model, load_exported
     from .profiling import compare_latency
 
-    if dtype not in ("float32", "float16", "bfloat16"):
+    if dtype not in (None, "float32", "float16", "bfloat16"):
         raise ValueError(f"--dtype must be float32, float16 or bfloat16, got {dtype!r}.")
-    live = load_model(model, trust_remote_code).to(getattr(torch, dtype))
+    live = load_model(model, trust_remote_code)
+    if dtype is not None or to != "stock":
+        live = live.to(getattr(torch, dtype or "float32"))
     processor = _processor_of(live, model)
     inputs = example_inputs(live, processor, batch_size, length)
     report = export_model(live, inputs, output, to, cache=cache, processor=processor)
     typer.echo(str(report))
     if benchmark is None:
         return
-    dense = load_model(benchmark, trust_remote_code).to(getattr(torch, dtype))
+    dense = load_model(benchmark, trust_remote_code).to(live.dtype)
     with tempfile.TemporaryDirectory() as work:
         if to != "stock":
             export_model(dense, inputs, Path(work) / "dense", to, cache=cache)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -199,17 +200,30 @@ def test_export(classifier, tmp_path):
     assert (output / "model.onnx").exists() and (output / "tokenizer.json").exists()
 
 
-def test_export_to_stock(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_export_to_stock(dtype, tmp_path):
+    """In the dtype of the folder."""
     model = BY_NAME["vit"].model()
     data = [BY_NAME["vit"].inputs(seed=seed) for seed in range(20)]
     collapse_model(model, LayerCollapseConfig(rank=4), calibration_data=data)
-    model.save_pretrained(tmp_path / "model")
+    model.to(dtype).save_pretrained(tmp_path / "model")
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "model")
     result = run("export", tmp_path / "model", "--to", "stock", "--output", tmp_path / "stock")
     assert result.exit_code == 0, result.output
     assert "intermediate_size 40 -> 8" in result.stdout
     assert (tmp_path / "stock" / "preprocessor_config.json").exists()
-    assert json.loads((tmp_path / "stock" / "config.json").read_text())["model_type"] == "vit"
+    config = json.loads((tmp_path / "stock" / "config.json").read_text())
+    assert config["model_type"] == "vit" and f"torch.{config['dtype']}" == str(dtype)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "stock" / "model.safetensors").values()} == {dtype}
+
+
+def test_uniform_width(classifier, tmp_path):
+    folder, data = classifier
+    common = ["--data", data, "--budget", "macs=0.5", "--uniform-width", "--multiple-of", 8]
+    result = run("collapse", folder, *common, "--output", tmp_path / "small")
+    assert result.exit_code == 0, result.output
+    blocks = find_feed_forward_blocks(AutoModelForSequenceClassification.from_pretrained(tmp_path / "small"))
+    assert {(block.hidden_features, block.state) for block in blocks} == {(16, "collapsed")}
 
 
 def test_export_errors_are_one_line(classifier, tmp_path, monkeypatch, capsys):
