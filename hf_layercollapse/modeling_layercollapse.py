@@ -246,6 +246,9 @@ class CollapsibleActivation(nn.Module):
             # A compiler fuses what it sees, and chooses by itself what to keep for backward.
             torch.compiler.is_compiling()
             or torch.jit.is_tracing()
+            # Forward mode, and batches of gradients, go through plain arithmetic only: `vmap` of what works in chunks,
+            # and reads an alpha as a number, is another function.
+            or torch._C._are_functorch_transforms_active()
             # Parameters of the activation itself (PReLU, xIELU) get their gradients from plain autograd only.
             or any(True for _ in act.parameters())
         )

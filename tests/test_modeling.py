@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
 from hf_layercollapse import CollapsibleActivation
+from hf_layercollapse.modeling_layercollapse import collapsible
 
 
 WIDTH = 12
@@ -94,6 +95,30 @@ def test_gradients_are_those_of_the_formula(gate, target, granularity):
         return torch.func.functional_call(module, {"alpha": alpha, **buffers}, (z,))
 
     assert torch.autograd.gradcheck(run, (z, alpha))
+
+
+@pytest.mark.parametrize(("gate", "target", "granularity"), KINDS)
+def test_function_transforms(gate, target, granularity):
+    """`torch.func` gives what autograd gives."""
+    module = activation(gate=gate, target=target, granularity=granularity)
+    z, tangent = pre_activations(4, WIDTH), pre_activations(4, WIDTH, seed=1)
+    state = dict(module.named_parameters())
+
+    def run(state, z):
+        return torch.func.functional_call(module, state, (z,))
+
+    def plain(z):
+        slope, offset = module.line
+        return collapsible(z, module.act(z), module.alpha, slope, offset)
+
+    expected = torch.autograd.functional.jacobian(plain, z)
+    torch.testing.assert_close(torch.func.jacrev(run, argnums=1)(state, z), expected)
+    output, along = torch.func.jvp(lambda z: run(state, z), (z,), (tangent,))
+    assert torch.equal(output, module(z))
+    torch.testing.assert_close(along, (expected * tangent).sum((-2, -1)))
+    of_rows = torch.func.vmap(torch.func.grad(lambda state, z: run(state, z).sum()), in_dims=(None, 0))(state, z)
+    for row, found in zip(z, of_rows["alpha"], strict=True):
+        torch.testing.assert_close(found, gradients(module, row, torch.ones(WIDTH))[1][1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
