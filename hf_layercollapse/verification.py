@@ -549,11 +549,22 @@ class Verifier:
         path, name = read
         if id(module) not in self.readable:
             parts = module.named_modules(remove_duplicate=False)
-            self.readable[id(module)] = {path: {**part._buffers, **_attributes(part)} for path, part in parts}
+            self.readable[id(module)] = {path: _readable(part) for path, part in parts}
         readable = self.readable[id(module)][path]
         if name != _ALL:
             return self.contents.of(readable[name])
         return tuple((key, self.contents.of(value)) for key, value in readable.items())
+
+
+def _readable(module):
+    """Buffers and attributes; a method that is bound to the module itself is the same of another one."""
+    values = {**module._buffers, **_attributes(module)}
+    return {
+        name: ("own method", value.__func__)
+        if isinstance(value, types.MethodType) and value.__self__ is module
+        else value
+        for name, value in values.items()
+    }
 
 
 class _Contents:

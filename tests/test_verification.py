@@ -463,6 +463,11 @@ def test_blocks_that_are_alike_run_once(monkeypatch):
 
     # Each attention knows the index of its layer, and does not read it.
     assert count_runs(monkeypatch, bert(6)) == count_runs(monkeypatch, bert(1))
+    # This one holds a method of its own.
+    python_gelu = ACT2FN["gelu_python"]
+    assert isinstance(vars(python_gelu)["act"], types.MethodType)
+    nets = (Net(*(Mlp(ACT2FN["gelu_python"]) for _ in range(count))) for count in (6, 1))
+    assert len({count_runs(monkeypatch, net) for net in nets}) == 1
     assert count_runs(monkeypatch, Net(*(Scaled(scale=2) for _ in range(6)))) == count_runs(
         monkeypatch, Net(Scaled(scale=2))
     )
