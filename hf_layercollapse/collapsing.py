@@ -40,6 +40,7 @@ from .patching import (
     collapsible_activations,
     layer_collapse_config_of,
     refresh_layer_collapse,
+    refuse_lost_code_inside,
     restore_blocks,
 )
 from .reports import BlockReport, CollapseReport
@@ -155,6 +156,7 @@ def _checked_merges(model, inner, config, options, calibration_data, plan, max_e
         ready, waiting = [block for block in chosen if block.can_collapse], []
         if not ready:
             raise ValueError("All chosen blocks are collapsed already.")
+    refuse_lost_code_inside(inner, ready)
     check_weights(inner, ready, merging=True)
     if plan is not None:
         choices = plan.choices_for(inner, blocks)

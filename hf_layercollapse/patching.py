@@ -64,6 +64,7 @@ def apply_layer_collapse(model, config: LayerCollapseConfig | None = None, calib
     chosen = [block for block in chosen if block.can_collapse]
     if not chosen:
         raise ValueError("Every block of the model is collapsed already; there is nothing to patch.")
+    refuse_lost_code_inside(inner, chosen)
     check_weights(inner, chosen, merging=False)
 
     activations = {}
@@ -232,6 +233,13 @@ def carriers_of(model) -> list[tuple[str, PreTrainedModel]]:
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel)]
     inside = {id(part) for _, outer in found for part in outer.modules() if part is not outer}
     return [(name, outer) for name, outer in found if id(outer) not in inside]
+
+
+def refuse_lost_code_inside(model, blocks):
+    """Raises as `refuse_lost_code` does, for the models inside a module whose blocks are to change."""
+    for name, carrier in carriers_of(model):
+        if any(block.name.startswith(f"{name}.") for block in blocks):
+            refuse_lost_code(carrier)
 
 
 def tables_of(model) -> dict[str, dict]:

@@ -187,6 +187,23 @@ def test_a_wrapped_model_inside_is_refused_by_name():
     assert_same(state_of(net), before)
 
 
+class OwnBert(BertModel):
+    """Of which no Auto class knows."""
+
+
+def test_code_of_the_users_own_inside_is_refused():
+    net = Towers()
+    net.rest["second"][0].__class__ = OwnBert
+    before = state_of(net)
+    for change in (patched, narrow):
+        with pytest.raises(ValueError, match="OwnBert"):
+            change(net)
+    assert_same(state_of(net), before)
+    assert kind(net.first) == set()
+    apply_layer_collapse(net, LayerCollapseConfig(blocks="first"))  # which leaves it alone
+    assert kind(net.first) == {"activation"}
+
+
 def test_models_patched_with_different_options(tmp_path):
     net = Towers()
     apply_layer_collapse(net.first, LayerCollapseConfig(collapse_threshold=0.1))
