@@ -1,4 +1,5 @@
-"""Writes the folder of a format version: `python -m tests.regression.make v1`, once, when the version is new.
+"""Writes the folder of a format version: `python -m tests.regression.make v1`, once, when the version is new, and
+`transformers-5.16.1` under a transformers that becomes the oldest supported one.
 
 A folder that is there is never written again: it stands for the ones that lie on people's disks.
 """
