@@ -13,11 +13,14 @@ import torch
 import transformers
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.modeling_utils import PreTrainedModel
 
 from ._version import __version__
 from .families import unwrap
 from .metrics import accuracy_interval, paired_difference, paired_perplexity_difference, perplexity_interval
 from .profiling import compare_latency, count_macs, count_parameters, describe_hardware, weights_size
+from .rows import IGNORED
+from .scoring import SECRET
 from .tables import table
 from .upstream import is_causal_language_model
 
@@ -190,7 +193,8 @@ def compare_models(
     """Measures models side by side: accuracy or perplexity on the same inputs, size, and latency in turn.
 
     Accuracy, for heads that give one class for each input, needs batches with `labels`; causal language models are
-    measured by the perplexity of their own inputs, padding left out.
+    measured by the perplexity of their own inputs, padding left out, or of the `labels` where there are any that are
+    not -100.
 
     Args:
         models (`dict[str, nn.Module]`): What each is called -> the model, all on one device. The first is what the
@@ -205,7 +209,8 @@ def compare_models(
         [`Comparison`]
 
     Raises:
-        ValueError: There are fewer than two models, no data, or a head that has neither of these measures.
+        ValueError: There are fewer than two models, no data, a head that has neither of these measures, or labels that
+            are none of its classes.
     """
     if len(models) < 2:
         raise ValueError(f"A comparison needs at least two models, got {list(models)}.")
@@ -276,14 +281,28 @@ def _metric_of(models, batches):
     if all(is_causal_language_model(model) for model in inner):
         return "perplexity"
     labels = [batch.get("labels") for batch in batches]
-    if all(isinstance(value, torch.Tensor) and value.dim() == 1 for value in labels):
-        if not any(value.is_floating_point() for value in labels):
-            return "accuracy"
+    of_classes = all(isinstance(value, torch.Tensor) and value.dim() == 1 for value in labels)
+    if of_classes and not any(value.is_floating_point() for value in labels) and all(map(_has_classes, inner)):
+        return "accuracy"
     raise ValueError(
         f"A comparison measures the accuracy of heads that give one class for each input, with `labels` of shape "
         f"(batch,) in the data (from the shell: --label-column), or the perplexity of causal language models; got "
-        f"{[type(model).__name__ for model in inner]} and batches of {sorted(batches[0])}."
+        f"{[_described(model) for model in inner]} and batches of {sorted(batches[0])}."
     )
+
+
+def _has_classes(model):
+    """Whether a model's head gives one of several classes, as its config says; others are told by their outputs."""
+    if not isinstance(model, PreTrainedModel):
+        return True
+    return model.config.num_labels > 1 and model.config.problem_type in (None, "single_label_classification")
+
+
+def _described(model):
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel) or _has_classes(model):
+        return name
+    return f"{name} ({model.config.problem_type or 'regression'}, {model.config.num_labels} labels)"
 
 
 def _score(model, batches, metric, name, progress):
@@ -297,6 +316,7 @@ def _score(model, batches, metric, name, progress):
                 inputs = {key: value for key, value in batch.items() if key != "labels"}
                 logits = model(**inputs)["logits"]
                 if metric == "accuracy":
+                    _check_logits(name, logits, batch["labels"])
                     parts.append([(logits.argmax(-1) == batch["labels"]).cpu().numpy()])
                 else:
                     parts.append(_losses(logits, batch))
@@ -309,10 +329,30 @@ def _score(model, batches, metric, name, progress):
     return score
 
 
+def _check_logits(name, logits, labels):
+    """Raises where outputs are no scores of classes for each input, or labels are none of these."""
+    classes = logits.shape[-1]
+    if logits.shape[:-1] != labels.shape or classes < 2:
+        raise ValueError(
+            f"{name} gives outputs of shape {tuple(logits.shape)} for {labels.shape[0]} inputs: an accuracy needs one "
+            "score for each of several classes."
+        )
+    if bool(((labels < 0) | (labels >= classes)).any()):
+        raise ValueError(
+            f"The labels go from {labels.min()} to {labels.max()}, and {name} has the classes 0 to {classes - 1}."
+            + SECRET
+        )
+
+
 def _losses(logits, batch):
-    targets = batch["input_ids"][:, 1:]
+    # Labels say what of the inputs is predicted (an answer, say, and not the question).
+    labels = batch.get("labels", batch["input_ids"])
+    targets = labels[:, 1:]
     mask = batch.get("attention_mask")
-    real = torch.ones_like(targets, dtype=torch.bool) if mask is None else (mask[:, 1:] * mask[:, :-1]).bool()
+    real = targets != IGNORED
+    if mask is not None:
+        real &= (mask[:, 1:] * mask[:, :-1]).bool()
+    targets = targets.masked_fill(~real, 0)
     loss = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
     return (loss.double() * real).sum(1).cpu().numpy(), real.sum(1).cpu().numpy()
 

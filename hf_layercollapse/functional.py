@@ -11,8 +11,12 @@ from dataclasses import dataclass
 import torch
 
 
-# Ridge of the fits, relative to each feature's variance.
-RIDGE = 1e-6
+# Ridge of the fits, relative to each feature's variance; the second where products were summed in float32. It has to
+# be well above the rounding noise of the sums: refinement then takes it back only where there is more than noise.
+RIDGE, RIDGE_FLOAT32 = 1e-6, 1e-4
+
+# Below this part of the features' variances a direction is none: several times the noise of float32 sums.
+LEAST_SHARE = 1e-5
 
 # Steps of iterative refinement that take the ridge back.
 REFINE = 2
@@ -110,12 +114,22 @@ def regress(cov_ff, cov_fo, ridge=RIDGE, refine=REFINE):
         refine (`int`): Steps that take back what the ridge costs where the data does determine the answer. After two
             a block which is linear is fitted exactly; each costs as much again as the rest.
     """
+    correlation, scale, factor = _damped_factor(cov_ff, ridge)
+    target = cov_fo * scale[:, None]
+    solution = torch.cholesky_solve(target, factor)
+    for _ in range(refine):
+        solution = solution + torch.cholesky_solve(target - correlation @ solution, factor)
+    return solution * scale[:, None]
+
+
+def _damped_factor(cov_ff, ridge):
+    """`(correlation, scale, factor)`: the features' correlations, what scales a feature to unit variance (0 where it
+    does not vary), and the Cholesky factor of the correlations with the ridge."""
     variance = cov_ff.diagonal()
     varies = variance > 1e-12 * variance.max()
     # Unit diagonal first: massive activations make features differ by many orders of magnitude.
     scale = torch.where(varies, torch.where(varies, variance, 1.0).rsqrt(), 0.0)
     correlation = cov_ff * scale * scale[:, None]
-    target = cov_fo * scale[:, None]
     damped = correlation + torch.diag(ridge + (~varies).double())
     factor, failed = torch.linalg.cholesky_ex(damped)
     if failed:
@@ -123,10 +137,21 @@ def regress(cov_ff, cov_fo, ridge=RIDGE, refine=REFINE):
         values, vectors = torch.linalg.eigh(damped)
         factor = vectors * values.clamp_min(ridge)[None].sqrt()
         factor = torch.linalg.qr(factor.T).R.T
-    solution = torch.cholesky_solve(target, factor)
-    for _ in range(refine):
-        solution = solution + torch.cholesky_solve(target - correlation @ solution, factor)
-    return solution * scale[:, None]
+    return correlation, scale, factor
+
+
+def effective_rank(cov_ff, least_share=LEAST_SHARE):
+    """How many dimensions features span (float): the effective degrees of freedom of a fit to them with such a ridge,
+    `tr(C (C + ridge)^-1)` of their correlations `C`.
+
+    Args:
+        cov_ff: Centred second moments.
+        least_share (`float`): A direction of this part of the features' variance counts half.
+    """
+    _, scale, factor = _damped_factor(cov_ff, least_share)
+    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
+    varies = scale > 0
+    return float((1 - least_share * inverse.square().sum(0))[varies].sum().clamp_min(0))
 
 
 def generalized(residual, tokens, features):
@@ -296,8 +321,8 @@ class Fit:
         down_ok: `D`.
         bias_o: `b`, or `None` where there is none.
         neurons (`list[int]`): `K`, indices of hidden neurons, ascending.
-        r2 (`float`): Share of the output's (weighted) variance that is explained, 1 = all.
-        error (`float`): `|new - old| / |old|` over the (weighted) tokens.
+        r2 (`float`): Share of the output's (weighted) variance that is explained on other data of the kind, 1 = all.
+        error (`float`): `|new - old| / |old|` over the (weighted) tokens of such data.
     """
 
     weight_oi: torch.Tensor | None
@@ -321,7 +346,18 @@ def about_origin(mean_f, mean_o, cov_ff, cov_fo, var_o):
 
 
 def fit_block(
-    mean_f, mean_o, cov_ff, cov_fo, var_o, width, neurons=(), rank=None, ridge=RIDGE, refine=REFINE, constant=True
+    mean_f,
+    mean_o,
+    cov_ff,
+    cov_fo,
+    var_o,
+    width,
+    neurons=(),
+    rank=None,
+    ridge=RIDGE,
+    refine=REFINE,
+    constant=True,
+    inflation=1.0,
 ):
     """The least-squares [`Fit`] of a block from the moments of its features `[x, h_K]`.
 
@@ -332,6 +368,7 @@ def fit_block(
         ridge, refine: As in [`regress`].
         constant (`bool`): Whether there is a constant term. Without one `cov_ff`, `cov_fo` and `var_o` are the moments
             [`about_origin`]; `r2` still is of the variance about the mean.
+        inflation (`float`): How much more other data leave unexplained, at least 1; see [`generalized`].
 
     Raises:
         ValueError: `rank` is negative.
@@ -347,7 +384,7 @@ def fit_block(
         solution = torch.cat([(left @ right).T, down])
         left, right = balance(left, right)
     bias = mean_o - solution.T @ mean_f if constant else None
-    residual = unexplained(cov_ff, cov_fo, var_o, solution)
+    residual = inflation * unexplained(cov_ff, cov_fo, var_o, solution)
     total, squared_mean = float(var_o.sum()), float(mean_o.square().sum())
     variance, squares = (total, total + squared_mean) if constant else (max(0.0, total - squared_mean), total)
     order = sorted(range(len(neurons)), key=lambda index: neurons[index])

@@ -149,16 +149,17 @@ class Search:
                 continue
             given = None
             if rank is not None:
-                given = functional.reduced_rank(moments.cov_ff[:width, :width], moments.cov_fo[:width], width, rank)[1]
-            order, _ = functional.greedy_neurons(moments.cov_ff, moments.cov_fo, width, counts[-1], given)
+                of_x = moments.cov_ff[:width, :width], moments.cov_fo[:width]
+                given = functional.reduced_rank(*of_x, width, rank, moments.ridge)[1]
+            order, _ = functional.greedy_neurons(
+                moments.cov_ff, moments.cov_fo, width, counts[-1], given, ridge=moments.ridge
+            )
             positions[rank] = order
             for count in counts:
                 # What a block is in the end is fitted anew, and refined.
                 fit = moments.restricted(order[:count]).fit(rank, refine=0)
                 cost = cost_of(block, rank, count)
-                features = count + (width if rank is None else rank * (1 + (width - rank) / block.out_features))
-                residual = functional.generalized(1 - fit.r2, moments.tokens, features)
-                found[cost, rank, count] = _Option(rank, count, cost, residual), fit
+                found[cost, rank, count] = _Option(rank, count, cost, 1 - fit.r2), fit
         # A size is worth having if nothing smaller is as good.
         best = math.inf
         options = []

@@ -31,7 +31,8 @@ class BlockLinearity:
 
     Args:
         name (`str`), index (`int`): Which.
-        r2 (`float`): Share of its output's variance that the best linear map explains, 1 = all.
+        r2 (`float`): Share of its output's variance that the best linear map explains on other data of the kind, 1 =
+            all.
         score_change (`float`): What the model's score gains (loses, if negative) when this block alone becomes that
             map; the score is a loss, lower is better, unless a metric was given.
         parameters, parameters_after (`int`): Its weights and biases as it is, and as one map.
@@ -91,7 +92,8 @@ def linearity_map(
         calibration_data (iterable of `dict[str, Tensor]`): Model inputs; with labels the score is the model's loss, a
             causal language model needs none, and otherwise it is the divergence from the model's own outputs.
         blocks: As in [`LayerCollapseConfig`].
-        evaluation_data (*optional*): What to score on. Default: every fourth batch, which is then not fitted to.
+        evaluation_data (*optional*): What to score on. Default: a quarter of the different rows, chosen by their
+            content, which are then not fitted to. It is held in memory.
         metric (`Callable`, *optional*): `metric(model) -> float`, higher is better, in place of the loss.
 
     Raises:
@@ -174,7 +176,7 @@ def plan_collapse(
         max_drop (`float`, *optional*): Largest rise of the loss or divergence (nats), or drop of the metric. Exactly
             one of these four.
         metric (`Callable`, *optional*): `metric(model) -> float`, higher is better, in place of the loss.
-        evaluation_data (*optional*): What to score on. Default: every fourth batch, which is then not fitted to. Take
+        evaluation_data (*optional*): What to score on. Default: as in [`linearity_map`]. Take
             neither from what the result is to be tested on.
         blocks: As in [`LayerCollapseConfig`].
         levels (`Sequence[float]`): Shares of a block's weights to choose from.

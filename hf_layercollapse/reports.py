@@ -19,9 +19,9 @@ class BlockReport:
         macs_before, macs_after (`int`): Multiply-accumulates per token.
         error (`float`, *optional*): Relative error of the one map against the block before, `|new - old| / |old|`, on
             the standard-normal inputs of [`functional.gaussian_inputs`].
-        calibration_error (`float`, *optional*): The same on the calibration data, if there was any and the block was
-            refit to it.
-        r2 (`float`, *optional*): Share of the variance of the block's output that the map explains on that data.
+        calibration_error (`float`, *optional*): The same on other data of the calibration data's kind, by generalised
+            cross-validation, if the block was refit to such data.
+        r2 (`float`, *optional*): Share of the variance of the block's output that the map explains on such data.
         rank (`int`, *optional*): Of the linear map where it is two thin matrices; `None`: full.
         kept_neurons (`int`): Neurons that stay nonlinear beside the map.
     """
@@ -43,7 +43,7 @@ class BlockReport:
 
     @property
     def measured_error(self) -> float | None:
-        """The relative error on calibration data where there is one, else on normal inputs."""
+        """The relative error on data like the calibration data where there is one, else on normal inputs."""
         return self.error if self.calibration_error is None else self.calibration_error
 
 

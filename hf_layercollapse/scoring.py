@@ -5,7 +5,12 @@ import math
 import torch
 
 from .calibration import reiterable, run_over
-from .upstream import is_causal_language_model
+from .rows import IGNORED, hold_back
+from .upstream import is_causal_language_model, is_classifier
+
+
+# What to think of where labels are no classes.
+SECRET = " In test splits whose labels are kept secret they are all -1: use another split."
 
 
 class Score:
@@ -15,6 +20,7 @@ class Score:
         self.model, self.inner, self.data, self.metric = model, inner, data, metric
         self.sign = 1.0 if metric is None else -1.0
         self.reference = None
+        self.shifted = None  # whether the loss leaves out the first label of each row
         causal = is_causal_language_model(inner)
         first = next(iter(data), None)
         if first is None:
@@ -44,14 +50,38 @@ class Score:
 
         def hook(module, args, kwargs, output):
             nonlocal total, weight
-            labels = kwargs["labels"]
-            # What the loss is the mean of: all that is not masked out; a causal model predicts no first token.
-            count = float(((labels[:, 1:] if self.label else labels) != -100).sum()) or 1.0
+            count = self._predicted(kwargs["labels"])
             total, weight = total + float(output.loss) * count, weight + count
 
+        if self.shifted is None:
+            self.shifted = self._is_shifted()
         handle = self.model.register_forward_hook(hook, with_kwargs=True)
         run_over(self.model, self._labelled(), [handle], "Scoring")
+        if not weight:
+            raise ValueError(f"All labels of the data that plans are scored on are {IGNORED}: nothing is predicted.")
         return total / weight
+
+    def _predicted(self, labels):
+        """How many labels a loss is the mean of."""
+        if not isinstance(labels, torch.Tensor):
+            return len(labels)
+        return float(((labels[:, 1:] if self.shifted else labels) != IGNORED).sum())
+
+    def _is_shifted(self):
+        """Whether labels are those of the next token, so that the first is never predicted. Causal models and some
+        others (that describe images) do so, encoder-decoders and classifiers of tokens do not: the loss says it."""
+        batch = next(iter(self._labelled()))
+        labels = batch["labels"]
+        if not isinstance(labels, torch.Tensor) or labels.dim() != 2 or labels.is_floating_point():
+            return False
+        without = labels.clone()
+        without[:, 0] = IGNORED
+        if not bool((without != IGNORED).any()):
+            return False
+        losses = []
+        handle = self.model.register_forward_hook(lambda module, args, output: losses.append(float(output.loss)))
+        run_over(self.model, [batch, {**batch, "labels": without}], [handle], "Scoring")
+        return losses[0] == losses[1]
 
     def _labelled(self):
         for batch in self.data:
@@ -59,7 +89,10 @@ class Score:
             if self.label:
                 labels = batch["input_ids"]
                 mask = batch.get("attention_mask")
-                batch["labels"] = labels if mask is None else labels.masked_fill(mask == 0, -100)
+                batch["labels"] = labels if mask is None else labels.masked_fill(mask == 0, IGNORED)
+            if "labels" not in batch:
+                raise ValueError("Some batches to score plans on have `labels` and some have none.")
+            check_classes(self.inner, batch["labels"])
             yield batch
 
     def _divergence(self):
@@ -87,26 +120,26 @@ class Score:
         return total / weight
 
 
-class _Part:
-    """Every fourth batch of the data, or all others."""
+def check_classes(model, labels):
+    """Raises if labels of whole inputs are no classes of the model's head.
 
-    def __init__(self, data, scored):
-        self.data, self.scored = data, scored
-
-    def __iter__(self):
-        for index, batch in enumerate(self.data):
-            if (index % 4 == 3) == self.scored:
-                yield batch
+    Raises:
+        ValueError: They are not.
+    """
+    if not is_classifier(model) or not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+        return
+    classes = model.config.num_labels
+    if labels.dim() != 1 or classes < 2 or model.config.problem_type == "regression":
+        return
+    wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= classes)]
+    if len(wrong):
+        raise ValueError(
+            f"There are labels of {sorted(set(wrong.tolist()))[:5]}, and this {type(model).__name__} has the classes 0 "
+            f"to {classes - 1}." + SECRET
+        )
 
 
 def split(calibration_data, evaluation_data):
+    """`(batches to fit to, batches to score on)`; the second are held, so that every score is of the same inputs."""
     data = reiterable(calibration_data)
-    if evaluation_data is not None:
-        return data, reiterable(evaluation_data)
-    parts = _Part(data, False), _Part(data, True)
-    if next(iter(parts[1]), None) is None:
-        raise ValueError(
-            "Plans are scored on every fourth batch of the calibration data, and there are fewer than four: pass more "
-            "batches, or `evaluation_data`."
-        )
-    return parts
+    return hold_back(data) if evaluation_data is None else (data, list(evaluation_data))

@@ -13,6 +13,7 @@ import torch
 import transformers
 from packaging.version import Version
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
@@ -134,6 +135,19 @@ require(_set_in(accelerate.Accelerator.__init__, "_models"), "Accelerator._model
 def is_causal_language_model(model) -> bool:
     """Whether `AutoModelForCausalLM` gives this class. Upstream: `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES`."""
     return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def is_classifier(model) -> bool:
+    """Whether labels of this class are classes of whole inputs. Upstream: `MODEL_FOR_..._CLASSIFICATION_MAPPING_NAMES`,
+    whose values are a name, or several."""
+    names = (
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES,
+    )
+    name = type(model).__name__
+    return any(name == value or (isinstance(value, tuple) and name in value) for of in names for value in of.values())
 
 
 def has_causal_loss(model) -> bool:

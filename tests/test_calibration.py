@@ -197,11 +197,86 @@ def test_too_few_tokens():
     model = bert()
     block = find_feed_forward_blocks(model)[0]
     one = [text_inputs(batch=1, length=16)]
-    with pytest.raises(ValueError, match="16 calibration tokens .* at least 17 tokens"):
+    with pytest.raises(ValueError, match="16 calibration tokens, of 1 different rows, .* At least 22 tokens"):
         collect_moments(model, model, [block], one)
-    collect_moments(model, model, [block], [text_inputs(batch=1, length=17)])
-    with pytest.raises(ValueError, match="at least 20 tokens"):
+    collect_moments(model, model, [block], [text_inputs(batch=1, length=22)])
+    with pytest.raises(ValueError, match="3 neurons are candidates .* At least 25 tokens"):
         collect_moments(model, model, [block], one, {block.name: [0, 1, 2]})
+
+
+def test_rows_that_repeat_others_do_not_count():
+    """However often, in whatever batch, and however padded."""
+    model = bert()
+    block = find_feed_forward_blocks(model)[0]
+    ids = text_inputs(batch=2, length=9)["input_ids"]
+    copies = [{"input_ids": ids.repeat(8, 1)} for _ in range(8)]
+    with pytest.raises(ValueError, match="18 calibration tokens, of 2 different rows, .* rows that repeat others"):
+        collect_moments(model, model, [block], copies)
+    padded = {"input_ids": torch.cat([ids, ids], dim=1), "attention_mask": torch.ones(2, 18).long()}
+    padded["attention_mask"][:, 9:] = 0
+    plain = data()
+    once = collect_moments(model, model, [block], [*plain, {"input_ids": ids}])[block.name]
+    often = collect_moments(model, model, [block], [*plain, *copies, padded, *plain])[block.name]
+    assert often.tokens == once.tokens == 8 * 14 + 18
+    assert torch.equal(often.cov_fo, once.cov_fo)
+
+
+def gaussian(rows, width, outputs=8, rank=None, seed=0):
+    """`(x, y)`: `y` is partly a linear map of `x`, and partly what no such map explains."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(width, outputs, generator=torch.Generator().manual_seed(9)) / width**0.5
+    x = torch.randn(rows, rank or width, generator=generator)
+    if rank is not None:
+        x = x @ torch.randn(rank, width, generator=torch.Generator().manual_seed(8))
+    return x, x @ weight + 0.5 * torch.randn(rows, outputs, generator=generator)
+
+
+def moments_of(x, y):
+    sums = _MomentSums([])
+    sums.add(x, y)
+    return sums.finish(find_feed_forward_blocks(bert())[0], len(x))
+
+
+@pytest.mark.parametrize("width", [40, 300], ids=["float64", "float32"])
+@pytest.mark.parametrize("tokens", [1.5, 3, 20])
+def test_the_error_is_that_on_other_data(width, tokens):
+    fit = moments_of(*gaussian(int(tokens * width), width)).fit()
+    x, y = gaussian(2000, width, seed=1)
+    error = float((x @ fit.weight_oi.T.float() + fit.bias_o.float() - y).norm() / y.norm())
+    assert fit.error == pytest.approx(error, rel=0.15)
+    assert 1 - fit.r2 == pytest.approx(error**2 * float(y.square().sum() / (y - y.mean(0)).square().sum()), rel=0.3)
+
+
+@pytest.mark.parametrize("width", [40, 300], ids=["float64", "float32"])
+def test_inputs_of_low_rank_need_no_more_tokens_than_they_have_dimensions(width):
+    rank = width // 4
+    moments = moments_of(*gaussian(2 * rank, width, rank=rank))
+    assert moments.dimensions == pytest.approx(rank, abs=1)
+    fit = moments.fit()
+    x, y = gaussian(2000, width, rank=rank, seed=1)
+    error = float((x @ fit.weight_oi.T.float() + fit.bias_o.float() - y).norm() / y.norm())
+    assert fit.error == pytest.approx(error, rel=0.15)
+    with pytest.raises(ValueError, match="do not determine"):
+        moments_of(*gaussian(rank + 2, width, rank=rank))
+
+
+def test_directions_that_hold_only_rounding_noise_get_no_weight():
+    """Float32 sums of inputs of a low rank: other inputs have more dimensions, and must not meet amplified noise."""
+    rank, width = 60, 400
+    x, y = gaussian(2000, width, rank=rank)
+    x = x + 1e-6 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    best = (torch.linalg.pinv((x - x.mean(0)).double(), rtol=1e-3) @ (y - y.mean(0)).double()).T
+    weight = moments_of(x, y).fit().weight_oi
+    assert (weight - best).norm() < 0.5 * best.norm()
+
+
+def test_a_linear_block_is_recovered_from_float32_sums():
+    x, _ = gaussian(4000, 300)
+    x[:, 5] = 0.1 * x[:, 5] + x[:, 6]
+    weight = torch.randn(8, 300, generator=torch.Generator().manual_seed(3))
+    fit = moments_of(x, x @ weight.T + 1).fit()
+    torch.testing.assert_close(fit.weight_oi.float(), weight, rtol=1e-3, atol=1e-2)
+    assert fit.error < 1e-3
 
 
 def test_data_that_are_not_finite():
@@ -231,7 +306,7 @@ def test_large_means_and_many_tokens_keep_their_precision(width):
     sums = _MomentSums([])
     for start in range(0, 9000, 700):
         sums.add(x[start : start + 700], y[start : start + 700])
-    assert_moments(sums.finish(find_feed_forward_blocks(bert())[0]), x.double(), y.double(), 1e-5)
+    assert_moments(sums.finish(find_feed_forward_blocks(bert())[0], 1), x.double(), y.double(), 1e-5)
 
 
 def test_a_massive_token_does_not_decide_the_fit():
@@ -242,7 +317,7 @@ def test_a_massive_token_does_not_decide_the_fit():
     y[7] = 1e5
     sums = _MomentSums([])
     sums.add(x, y)
-    fit = sums.finish(find_feed_forward_blocks(bert())[0]).fit()
+    fit = sums.finish(find_feed_forward_blocks(bert())[0], 1).fit()
     # Its squared error weighs as much as that of a token of this length.
     ordinary = torch.arange(4000) != 7
     residual = (x @ fit.weight_oi.T.float() + fit.bias_o.float() - y)[ordinary]

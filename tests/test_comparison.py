@@ -131,3 +131,38 @@ def test_the_folder_of_weights(tmp_path):
     collapsed("gpt2").save_pretrained(tmp_path)
     assert weights_folder(str(tmp_path)) == str(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text()) and AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("label", [-1, 3, -100])
+def test_labels_that_are_no_classes(label):
+    """-1 is what GLUE's test splits have."""
+    data = labelled(2)
+    data[1]["labels"][3] = label
+    models = {"dense": BY_NAME["bert"].model(), "small": BY_NAME["bert"].model()}
+    with pytest.raises(ValueError, match="has the classes 0 to 2.*use another split"):
+        compare_models(models, data, rounds=2, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["one label", "multi_label_classification", "regression"])
+def test_heads_without_classes(kind):
+    config = BY_NAME["bert"].config()
+    if kind == "one label":
+        config.num_labels = 1
+    else:
+        config.problem_type = kind
+    models = {name: BY_NAME["bert"].model(config=config) for name in ("dense", "small")}
+    with pytest.raises(ValueError, match="one class for each input.*labels\\)"):
+        compare_models(models, labelled(2), rounds=2, progress=False)
+
+
+def test_the_perplexity_is_of_the_labels_where_there_are_any():
+    model = BY_NAME["gpt2"].model()
+    data = [BY_NAME["gpt2"].inputs(batch=4, seed=i) for i in range(3)]
+    total = tokens = 0.0
+    for batch in data:
+        batch["labels"] = batch["input_ids"].clone()
+        batch["labels"][:, :4] = -100
+        with torch.no_grad():
+            total, tokens = total + float(model(**batch).loss) * 12, tokens + 12
+    found = compare_models({"dense": model, "same": model}, data, rounds=2, progress=False)
+    assert found["dense"].quality == pytest.approx(np.exp(total / tokens), rel=1e-5)

@@ -20,6 +20,7 @@ from hf_layercollapse import (
 )
 from hf_layercollapse.plan_search import LEVELS
 from hf_layercollapse.plans import weights_fingerprint
+from hf_layercollapse.rows import hold_back
 
 from .models import BY_NAME
 from .test_narrow import _MORE
@@ -42,6 +43,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @every_case
 def test_the_linearity_map_measures_each_block_alone(case):
     model, batches = case.model(), data_of(case)
+    fitting, scored = hold_back(batches)
     before = logits(model, case.inputs())
     result = linearity_map(model, batches)
     assert torch.equal(logits(model, case.inputs()), before)
@@ -49,13 +51,11 @@ def test_the_linearity_map_measures_each_block_alone(case):
 
     def loss(model):
         with torch.no_grad():
-            return sum(float(model(**batch).loss) for batch in batches[3::4]) / 6
+            return sum(float(model(**batch).loss) for batch in scored) / len(scored)
 
     assert result.score == pytest.approx(loss(model), rel=1e-5)
     collapsed = case.model()
-    report = collapse_model(
-        collapsed, LayerCollapseConfig(blocks=[1]), [batch for i, batch in enumerate(batches) if i % 4 != 3]
-    )
+    report = collapse_model(collapsed, LayerCollapseConfig(blocks=[1]), fitting)
     (block,) = report.blocks
     row = result.blocks[1]
     assert (row.r2, row.parameters, row.parameters_after) == (
@@ -95,7 +95,7 @@ def test_a_plan_meets_its_budget_and_is_what_is_applied(case, budget, tmp_path):
     plan.save(tmp_path / "plan.json")
     loaded = CollapsePlan.load(tmp_path / "plan.json")
     assert loaded == plan and str(loaded) == str(plan)
-    fitting = [batch for i, batch in enumerate(data_of(case)) if i % 4 != 3]
+    fitting, held_back = hold_back(data_of(case))
     report = collapse_model(model, plan=loaded, calibration_data=fitting)
     assert sum(parameter.numel() for parameter in model.parameters()) == plan.point.parameters
     assert {b.name: (b.rank, b.kept_neurons) for b in report.blocks} == {
@@ -104,7 +104,7 @@ def test_a_plan_meets_its_budget_and_is_what_is_applied(case, budget, tmp_path):
     macs = sum(block.macs for block in find_feed_forward_blocks(model))
     assert macs == plan.point.macs
     with torch.no_grad():
-        scored = [float(model(**batch).loss) for batch in data_of(case)[3::4]]
+        scored = [float(model(**batch).loss) for batch in held_back]
     assert sum(scored) / len(scored) == pytest.approx(plan.point.score, rel=1e-4)
 
 
@@ -130,8 +130,7 @@ def test_a_metric_in_place_of_the_loss():
 
     plan = plan_collapse(model, batches, macs=0.4, metric=accuracy)
     assert plan.score_name == "metric" and plan.curve[0].score == pytest.approx(accuracy(model))
-    fitting = [batch for i, batch in enumerate(batches) if i % 4 != 3]
-    collapse_model(model, plan=plan, calibration_data=fitting)
+    collapse_model(model, plan=plan, calibration_data=hold_back(batches)[0])
     assert accuracy(model) == pytest.approx(plan.point.score, abs=0.03)
 
 
@@ -210,8 +209,8 @@ def test_budgets_that_are_none(budget, message):
 
 def test_too_few_batches_and_patched_models():
     case = BY_NAME["bert"]
-    with pytest.raises(ValueError, match="fewer than four"):
-        plan_collapse(case.model(), data_of(case, 3), macs=0.5)
+    with pytest.raises(ValueError, match="there are 2 different rows"):
+        plan_collapse(case.model(), data_of(case, 1) * 8, macs=0.5)
     plan_collapse(case.model(), data_of(case, 6), macs=0.5, evaluation_data=data_of(case, 2), levels=(0.4,))
     model = apply_layer_collapse(case.model())
     with pytest.raises(ValueError, match="patched"):
