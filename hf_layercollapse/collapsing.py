@@ -76,12 +76,12 @@ def collapse_model(
         model (`nn.Module`): A patched or dense model. A PeftModel or compiled model is looked through.
         config ([`LayerCollapseConfig`], *optional*): `blocks`, `collapse_threshold`, `not_ready`, `rank`,
             `keep_neurons`, `neuron_choice`, `constant_term`, `sequential` and `adapters` are used. Default: the one
-            the model was patched with, and every patched block.
+            the model was patched with, and every patched block; for a model that is not patched, every dense block.
         calibration_data (iterable of `dict[str, Tensor]`, *optional*): Model inputs. Read once; twice with kept
-            neurons, and once more for each block with `sequential`.
+            neurons, and once more for each block with `sequential`. Rows that repeat others are left out.
         plan ([`CollapsePlan`], *optional*): Blocks, ranks and neurons of a dense model, in place of the config's.
-        max_error (`float`, *optional*): Refuse if a block's relative error exceeds this: on the calibration data where
-            the block is fitted to it, else on standard-normal inputs.
+        max_error (`float`, *optional*): Refuse if a block's relative error exceeds this: the one to expect on other data
+            of the calibration data's kind where the block is fitted to it, else that on standard-normal inputs.
         allow_none (`bool`): Return a report, rather than raise, if the model is patched and no block is ready.
         token_mask_fn (`Callable`, *optional*): `token_mask_fn(block_name, batch, shape)` gives a mask of that shape,
             1 where a calibration token is no padding, or `None` if none is. For models whose attention mask does not
@@ -109,7 +109,9 @@ def collapse_model(
         raise ValueError("Pass `plan` or `config`, not both: each says which blocks collapse, and how.")
     if isinstance(inner, PreTrainedModel):
         refuse_lost_code(inner)
-    options = config or layer_collapse_config_of(inner) or LayerCollapseConfig()
+    was_patched = bool(collapsible_activations(inner))
+    # What a model was collapsed with earlier says nothing of its other blocks.
+    options = config or (layer_collapse_config_of(inner) if was_patched else None) or LayerCollapseConfig()
     if plan is not None:
         options = replace(options, constant_term=plan.constant_term)
     with _adapters_merged(model, inner, options, allow_none):
@@ -121,8 +123,9 @@ def collapse_model(
     replaced = [entry for merge in merges for entry in put_in_place(inner, merge)]
     if options.not_ready == "restore":
         restore_blocks(inner, waiting)
-    # What the model was patched with describes the blocks that still are.
-    refresh_layer_collapse(inner, None, holders, replaced, default=config)
+    # What the model was patched with describes all that came of it; else the last collapse is what is recorded.
+    done = replace(options, blocks=[merge.block.name for merge in merges]) if merges else None
+    refresh_layer_collapse(inner, None if was_patched else done, holders, replaced, default=done)
 
     reports = [merge.report for merge in merges] + [_waiting_report(inner, block, options) for block in waiting]
     difference = None
@@ -141,29 +144,30 @@ def _checked_merges(model, inner, config, options, calibration_data, plan, max_e
     blocks, refused = survey_blocks(inner)
     patched = [block for block in blocks if block.state == "patched"]
 
-    if patched:
+    if not patched and calibration_data is None:
+        raise ValueError(
+            "The model is dense: pass `calibration_data` (batches of model inputs) to fit each block's linear map, or "
+            "patch it with `apply_layer_collapse` and train until its blocks are ready."
+        )
+    waiting, choices = [], None if plan is None else plan.choices_for(inner, blocks)
+    if plan is not None:
+        if patched:
+            raise ValueError("A plan is for the dense model it was made on; this one is patched.")
+        # Whatever the model was collapsed with before: the plan says which blocks.
+        ready = [block for block in blocks if block.name in choices]
+    elif patched:
         # The stored selector may name blocks as another head class spells them; what is patched is what it chose.
         if config is not None:
             patched = _chosen_of(patched, select_blocks(blocks, config.blocks, refused), config)
         ready, waiting = _split_ready(inner, patched, options, allow_none)
     else:
-        if calibration_data is None:
-            raise ValueError(
-                "The model is dense: pass `calibration_data` (batches of model inputs) to fit each block's linear "
-                "map, or patch it with `apply_layer_collapse` and train until its blocks are ready."
-            )
-        chosen = blocks if plan is not None else select_blocks(blocks, options.blocks, refused)
-        ready, waiting = [block for block in chosen if block.can_collapse], []
+        chosen = select_blocks(blocks, options.blocks, refused)
+        ready = [block for block in chosen if block.can_collapse]
         if not ready:
             raise ValueError("All chosen blocks are collapsed already.")
     refuse_lost_code_inside(inner, ready)
     check_weights(inner, ready, merging=True)
-    if plan is not None:
-        choices = plan.choices_for(inner, blocks)
-        if patched:
-            raise ValueError("A plan is for the dense model it was made on; this one is patched.")
-        ready = [block for block in ready if block.name in choices]
-    else:
+    if choices is None:
         choices = {block.name: _choice(inner, block, options) for block in ready}
     check_choices(inner, ready, choices)
 
@@ -423,15 +427,15 @@ def best_fit(moments, rank, count=None):
     if count is not None and count < len(moments.neurons):
         cov_ff, cov_fo, width = moments.cov_ff, moments.cov_fo, moments.width
         if rank is None:
-            chosen, _ = functional.greedy_neurons(cov_ff, cov_fo, width, count)
+            chosen, _ = functional.greedy_neurons(cov_ff, cov_fo, width, count, ridge=moments.ridge)
         else:
             # Neurons for a given map, then the map for these neurons: twice, after which little changes.
-            right = functional.reduced_rank(cov_ff[:width, :width], cov_fo[:width], width, rank)[1]
+            right = functional.reduced_rank(cov_ff[:width, :width], cov_fo[:width], width, rank, moments.ridge)[1]
             for step in range(2 if rank else 1):
                 if step:
                     part = moments.restricted(chosen)
-                    right = functional.reduced_rank(part.cov_ff, part.cov_fo, width, rank)[1]
-                chosen, _ = functional.greedy_neurons(cov_ff, cov_fo, width, count, given=right)
+                    right = functional.reduced_rank(part.cov_ff, part.cov_fo, width, rank, moments.ridge)[1]
+                chosen, _ = functional.greedy_neurons(cov_ff, cov_fo, width, count, right, moments.ridge)
         moments = moments.restricted(sorted(chosen))
     return moments.fit(rank)
 

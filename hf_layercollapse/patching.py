@@ -1,5 +1,7 @@
 """Dense <-> patched: exchanging the activation module of a block, and nothing else."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
@@ -92,7 +94,7 @@ def apply_layer_collapse(model, config: LayerCollapseConfig | None = None, calib
     for block in chosen:
         replace_module(inner, block.path(block.layout.activation), activations[block.name])
         activations[block.name].train(modules_of(inner, block).holder.training)
-    refresh_layer_collapse(inner, config, holders)
+    refresh_layer_collapse(inner, replace(config, blocks=[block.name for block in chosen]), holders)
     return model
 
 
@@ -130,11 +132,12 @@ def patch_or_check(model, config, calibration_data):
             + "\nLeave `layer_collapse_config` out to train the model as it is patched, or take it back to dense "
             "first: `remove_layer_collapse(model)`."
         )
-    carriers = [carrier for _, carrier in carriers_of(inner) if collapsible_activations(carrier)]
-    if not all(isinstance(carrier, LayerCollapseModelMixin) for carrier in carriers):  # a part of one was patched
+    config = replace(config, blocks=[block.name for block in blocks if block.state == "patched"])
+    carriers = [(name, carrier) for name, carrier in carriers_of(inner) if collapsible_activations(carrier)]
+    if not all(isinstance(carrier, LayerCollapseModelMixin) for _, carrier in carriers):  # a part of one was patched
         refresh_layer_collapse(inner, config, holders)
-    for carrier in carriers:
-        carrier.config.layer_collapse = {**carrier.config.layer_collapse, "options": config.to_dict()}
+    for name, carrier in carriers:
+        carrier.config.layer_collapse = {**carrier.config.layer_collapse, "options": _options_of(config, name)}
 
 
 def _patch_differences(inner, blocks, activations, config):
@@ -252,15 +255,19 @@ def layer_collapse_config_of(model) -> LayerCollapseConfig | None:
     """The [`LayerCollapseConfig`] that a patched or collapsed model carries, else `None`. Of several models inside of
     a module those that are patched count, if one is.
 
+    Its `blocks` are names. A file may come from anywhere, and a regular expression in it is not run: what its writer
+    chose is what the tables hold.
+
     Raises:
         ValueError: They carry different ones.
     """
     carriers = carriers_of(model)
     carriers = [(name, carrier) for name, carrier in carriers if collapsible_activations(carrier)] or carriers
     stored = {name: carrier.config.__dict__.get("layer_collapse") for name, carrier in carriers}
-    options = {name: table["options"] for name, table in stored.items() if table and table.get("options")}
+    options = {name: dict(table["options"]) for name, table in stored.items() if table and table.get("options")}
     if not options:
         return None
+    blocks = {name: values.pop("blocks", None) for name, values in options.items()}
     (first, chosen), *others = options.items()
     different = [name for name, other in others if other != chosen]
     if different:
@@ -268,7 +275,21 @@ def layer_collapse_config_of(model) -> LayerCollapseConfig | None:
             f"`{first}` and `{different[0]}` of this {type(model).__name__} were patched or collapsed with different "
             "options: pass the LayerCollapseConfig that is meant."
         )
-    return LayerCollapseConfig.from_dict(chosen)
+    if first == "" and isinstance(blocks[first], list):
+        names = blocks[first]
+    elif all(isinstance(part, list) and all(isinstance(block, str) for block in part) for part in blocks.values()):
+        names = [f"{name}.{block}" for name, part in blocks.items() for block in part]
+    else:
+        names = [block.name for block in find_feed_forward_blocks(model) if block.state != "dense"]
+    # A head may leave out the part that holds them.
+    return LayerCollapseConfig.from_dict({**chosen, "blocks": names or "all"})
+
+
+def _options_of(config, carrier):
+    """Options as a carrier of this name records them: its own blocks, by the names that they have in it."""
+    prefix = f"{carrier}." if carrier else ""
+    names = [block.removeprefix(prefix) for block in config.blocks if block.startswith(prefix)]
+    return {**config.to_dict(), "blocks": names}
 
 
 def refresh_layer_collapse(inner, config=None, holders=(), replaced=(), default=None):
@@ -278,16 +299,17 @@ def refresh_layer_collapse(inner, config=None, holders=(), replaced=(), default=
     module that is no transformers model, but holds some, each of these is written to that has changed.
 
     Args:
-        config ([`LayerCollapseConfig`], *optional*): Options to record. Default: those that are there.
+        config ([`LayerCollapseConfig`], *optional*): Options to record, with names as `blocks`. Default: those that are
+            there.
         default ([`LayerCollapseConfig`], *optional*): What they are where none are there.
         replaced (`Sequence[tuple[str, dict]]`): Qualified names and specs of modules that a collapse replaced.
     """
     # By module and not by name: models inside a module may share parts.
     specs = {id(inner.get_submodule(name)): spec for name, spec in replaced}
     carriers, exchanged = carriers_of(inner), []
-    for _, carrier in carriers:
-        own = [(name, specs[id(module)]) for name, module in carrier.named_modules() if id(module) in specs]
-        layer_collapse = _described(carrier, config, default, own)
+    for name, carrier in carriers:
+        own = [(path, specs[id(module)]) for path, module in carrier.named_modules() if id(module) in specs]
+        layer_collapse = _described(carrier, name, config, default, own)
         stored = carrier.config.__dict__.get("layer_collapse")
         if carrier is inner or _modules_of(layer_collapse) != _modules_of(stored):
             exchanged.append((carrier, carrier.config))
@@ -311,8 +333,8 @@ def _modules_of(layer_collapse):
     return layer_collapse["modules"] if layer_collapse else None
 
 
-def _described(model, config, default, replaced):
-    """What the config of a transformers model has to say of its modules as they are now; `None` if it is dense."""
+def _described(model, carrier, config, default, replaced):
+    """What the config of the carrier of this name has to say of its modules as they are now; `None` if it is dense."""
     stored = model.config.__dict__.get("layer_collapse") or {}
     options = stored.get("options", {})
     prefix = base_model_prefix_of(model)
@@ -323,7 +345,7 @@ def _described(model, config, default, replaced):
             options = options or part.config.layer_collapse.get("options", {})
             from_parts += [(f"{name}.{path}", spec) for path, spec in replaced_modules(part)]
     if config is not None or (default is not None and not options):
-        options = (config or default).to_dict()
+        options = _options_of(config or default, carrier)
 
     def entry(name, spec):
         return (name[len(prefix) :], spec) if name.startswith(prefix) else (name, {**spec, "scope": "model"})

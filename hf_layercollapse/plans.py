@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass, field
 
@@ -100,10 +101,13 @@ class CollapsePlan:
                 f"This plan was made for other weights: its fingerprint is {self.fingerprint}, and the model's is "
                 f"{found}. Make a plan for this model with `plan_collapse`."
             )
-        names = {block.name for block in blocks}
-        unknown = sorted(self.point.choices.keys() - names)
+        widths = {block.name: block.hidden_features for block in blocks if block.can_collapse}
+        unknown = sorted(self.point.choices.keys() - widths.keys())
         if unknown:
-            raise ValueError(f"The plan names what is no block of this model: {unknown}.")
+            raise ValueError(f"The plan names what is no block of this model that can collapse: {unknown}.")
+        for name, (rank, _) in self.point.choices.items():
+            if any(neuron >= widths[name] for neuron in self.neurons[name][key_of(rank)]):
+                raise ValueError(f"The plan names neurons of {name} that there are none of: it has {widths[name]}.")
         return {
             name: BlockChoice(rank, sorted(self.neurons[name][key_of(rank)][:count]))
             for name, (rank, count) in self.point.choices.items()
@@ -147,10 +151,15 @@ class CollapsePlan:
                 for point in values["curve"]
             ]
             plan = cls(**{**values, "curve": curve})
-            checks = [isinstance(plan.chosen, int) and 0 <= plan.chosen < len(curve), isinstance(plan.neurons, dict)]
+            checks = [is_count(plan.chosen) and plan.chosen < len(curve), isinstance(plan.neurons, dict)]
             checks.append(plan.constant_term in ("native", "always"))
+            orders = [order for by_rank in plan.neurons.values() for order in by_rank.values()]
+            checks += [all(map(is_count, order)) and len(set(order)) == len(order) for order in orders]
             for point in curve:
-                checks += [count <= len(plan.neurons[n][key_of(rank)]) for n, (rank, count) in point.choices.items()]
+                checks.append(is_count(point.parameters) and is_count(point.macs) and math.isfinite(point.score))
+                for name, (rank, count) in point.choices.items():
+                    checks.append((rank is None or is_count(rank)) and is_count(count) and (rank, count) != (0, 0))
+                    checks.append(all(checks) and count <= len(plan.neurons[name][key_of(rank)]))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"This is no collapse plan: {type(error).__name__} {error}.") from error
         if not all(checks):
@@ -199,6 +208,10 @@ class CollapsePlan:
         if self.latency is not None:
             lines.append(f"measured time, as a share of the dense model's: {self.latency:.3f}")
         return "\n".join(lines)
+
+
+def is_count(value):
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def key_of(rank):

@@ -9,13 +9,9 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot  # noqa: E402
-
-from .config import LayerCollapseConfig  # noqa: E402
+from .config import LayerCollapseConfig
 
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
@@ -52,10 +48,10 @@ def plot_alphas(history, paths, collapse_threshold=LayerCollapseConfig.collapse_
     if not logs:
         raise ValueError("There are no alphas in this history: it is not that of a training run with the penalty.")
     blocks = sorted({int(name.removeprefix(ALPHA)) for log in logs for name in log if name.startswith(ALPHA)})
-    figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
+    figure, axes = _subplots(figsize=(6.5, 4))
     scale = matplotlib.colors.Normalize(min(blocks), max(blocks))
     # Without its lightest end, which is faint on paper.
-    shades = matplotlib.colors.ListedColormap(pyplot.get_cmap("cividis")(np.linspace(0, 0.88, 256)))
+    shades = matplotlib.colors.ListedColormap(matplotlib.colormaps["cividis"](np.linspace(0, 0.88, 256)))
     curves = {}
     for block in blocks:
         # A block that collapses while training runs has no alpha any more.
@@ -129,9 +125,8 @@ def plot_tradeoff(
     quantities = [(size, *SIZES[size])]
     if any("latency" in row for row in rows):
         quantities.append(("latency", latency_label, 1.0))
-    figure, panels = pyplot.subplots(
-        1, len(quantities), sharey=True, squeeze=False, figsize=(1 + 4 * len(quantities), 4.4), layout="constrained"
-    )
+    figsize = (1 + 4 * len(quantities), 4.4)
+    figure, panels = _subplots(1, len(quantities), sharey=True, squeeze=False, figsize=figsize)
     methods = list(dict.fromkeys(row["method"] for row in rows))
     for axes, (key, label, factor) in zip(panels[0], quantities, strict=True):
         for place, method in enumerate(sorted(methods, key=lambda name: name == "dense")):
@@ -185,7 +180,7 @@ def plot_linearity(linearity, paths):
         linearity ([`planning.LinearityMap`]): What to show.
         paths (`Sequence[str]`): As in [`plot_alphas`].
     """
-    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(7, 5), layout="constrained")
+    figure, (above, below) = _subplots(2, 1, sharex=True, figsize=(7, 5))
     indices = [block.index for block in linearity.blocks]
     above.bar(indices, [block.r2 for block in linearity.blocks], color=COLORS[0])
     above.set_ylabel("$R^2$ of the linear map")
@@ -207,7 +202,7 @@ def plot_plan(plan, paths):
         plan ([`CollapsePlan`]): What to show.
         paths (`Sequence[str]`): As in [`plot_alphas`].
     """
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure, axes = _subplots(figsize=(6, 4))
     dense = plan.curve[0].parameters
     shares = [100 * point.parameters / dense for point in plan.curve]
     axes.plot(shares, [point.score for point in plan.curve], marker=".", color=COLORS[0])
@@ -219,7 +214,12 @@ def plot_plan(plan, paths):
     _save(figure, paths)
 
 
+def _subplots(rows=1, columns=1, figsize=None, **kwargs):
+    """A figure that is drawn for a file only: no window, and no backend of a notebook, is touched."""
+    figure = Figure(figsize=figsize, layout="constrained")
+    return figure, figure.subplots(rows, columns, **kwargs)
+
+
 def _save(figure, paths):
     for path in paths:
         figure.savefig(path, dpi=150)
-    pyplot.close(figure)

@@ -316,7 +316,8 @@ class LayerCollapseTrainerMixin(CheckpointsMixin):
         config = self.layer_collapse_config
         if self._reports and not self._activations():
             return _joined(self._reports)
-        if config == layer_collapse_config_of(unwrap(self.model, sharded=True)[0]):
+        stored = layer_collapse_config_of(unwrap(self.model, sharded=True)[0])
+        if self._activations() and stored is not None and replace(config, blocks=stored.blocks) == stored:
             config = None  # the model's own: its blocks are those that are patched, however it names them
         model, options = self.model, {"max_error": max_error, "allow_none": allow_none}
         if is_fully_sharded(model):

@@ -1,9 +1,10 @@
 """Pictures: that what is given is what is drawn."""
 
 import json
+import subprocess
+import sys
 
 import pytest
-from matplotlib import pyplot
 from PIL import Image
 
 from hf_layercollapse import plotting
@@ -22,8 +23,19 @@ def drawn(monkeypatch):
         save(figure, paths)
 
     monkeypatch.setattr(plotting, "_save", keep)
-    yield figures
-    pyplot.close("all")
+    return figures
+
+
+def test_a_notebooks_backend_stays(tmp_path):
+    """Neither the import nor a plot touches pyplot, which a notebook may have set up for itself."""
+    code = (
+        "import sys, matplotlib; matplotlib.use('pdf'); from matplotlib import pyplot\n"
+        "pyplot.figure(); from hf_layercollapse import plotting\n"
+        f"plotting.plot_alphas([{{'step': 1, '{plotting.ALPHA}0': 0.5}}], [{str(tmp_path / 'a.png')!r}])\n"
+        "assert matplotlib.get_backend() == 'pdf' and len(pyplot.get_fignums()) == 1\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    assert (tmp_path / "a.png").stat().st_size > 1000
 
 
 def check_files(png, svg):
