@@ -22,6 +22,8 @@ from .planning import linearity_map, plan_collapse
 from .plans import CollapsePlan
 from .profiling import measure_speedup
 from .recovery import recover_model
+from .rows import contents
+from .scoring import check_classes
 from .tables import table
 
 
@@ -43,7 +45,10 @@ TABLES = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".par
 Model = Annotated[str, typer.Argument(help="Name on the Hub, or folder, of a transformers model.", show_default=False)]
 DataConfig = Annotated[str | None, typer.Option(help="Configuration of a data set on the Hub.")]
 Split = Annotated[str, typer.Option(help="Split of the data to use. Not the one the result is tested on.")]
-Text = Annotated[str | None, typer.Option(help="Column of the text or image. Default: the first that holds any.")]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(help="Column of the text or image; twice for pairs of texts. Default: the only one that holds any."),
+]
 Label = Annotated[str | None, typer.Option(help="Column of the class; with it the score is the model's loss.")]
 Samples = Annotated[int, typer.Option(min=8, help="Rows of the data to use.")]
 Batch = Annotated[int, typer.Option(min=1, help="Rows a batch.")]
@@ -67,7 +72,7 @@ class DataOptions:
 
     data_config: DataConfig = None
     split: Split = "train"
-    column: Text = None
+    column: Columns = None
     label_column: Label = None
     samples: Samples = 512
     batch_size: Batch = 8
@@ -403,7 +408,7 @@ def load_batches(model, name, data, options: DataOptions):
     """
     import datasets
 
-    column, label_column = options.column, options.label_column
+    label_column = options.label_column
     suffix, path = Path(data).suffix, Path(data)
     if suffix in TABLES and not path.exists():
         raise ValueError(f"--data {data}: there is no such file.")
@@ -415,39 +420,75 @@ def load_batches(model, name, data, options: DataOptions):
     else:
         rows = datasets.load_dataset(data, options.data_config, split=options.split)
     images = model.main_input_name == "pixel_values"
-    kinds = {key: feature for key, feature in rows.features.items()}
-    if column is None:
-        wanted = datasets.Image if images else datasets.Value
-        fitting = [
-            key
-            for key, feature in kinds.items()
-            if isinstance(feature, wanted) and (images or feature.dtype in ("string", "large_string"))
-        ]
-        if not fitting:
-            raise ValueError(f"--data {data} has no column of {'images' if images else 'text'}: {sorted(kinds)}.")
-        column = fitting[0]
-    for chosen in (column, label_column):
-        if chosen is not None and chosen not in kinds:
-            raise ValueError(f"--data {data} has no column {chosen!r}; it has {sorted(kinds)}.")
-    rows = rows.filter(lambda row: row[column] is not None and (images or row[column].strip() != ""))
+    columns = _columns(rows.features, options, images, data)
+    for chosen in (*columns, label_column):
+        if chosen is not None and chosen not in rows.features:
+            raise ValueError(f"--data {data} has no column {chosen!r}; it has {sorted(rows.features)}.")
+    rows = rows.filter(
+        lambda row: all(row[column] is not None and (images or row[column].strip() != "") for column in columns)
+    )
+    if not len(rows):
+        raise ValueError(f"--data {data} has no row with anything in {' and '.join(columns)}.")
     rows = rows.shuffle(seed=0).select(range(min(options.samples, len(rows))))
     processor = _processor_of(model, name)
     batches = []
     for start in range(0, len(rows), options.batch_size):
         part = rows[start : start + options.batch_size]
         if images:
-            batch = dict(processor([image.convert("RGB") for image in part[column]], return_tensors="pt"))
+            batch = dict(processor([image.convert("RGB") for image in part[columns[0]]], return_tensors="pt"))
         else:
             if processor.pad_token is None:
                 processor.pad_token = processor.eos_token
             cut = {"truncation": True, "max_length": options.max_length}
-            batch = dict(processor(part[column], padding=True, return_tensors="pt", **cut))
+            batch = dict(processor(*(part[column] for column in columns), padding=True, return_tensors="pt", **cut))
         if label_column is not None:
             if not all(isinstance(value, int) for value in part[label_column]):
                 raise ValueError(f"Column {label_column!r} must hold class indices, got {part[label_column][0]!r}.")
             batch["labels"] = torch.tensor(part[label_column])
+            check_classes(model, batch["labels"])
         batches.append(batch)
+    typer.echo(_described(batches, columns))
     return batches
+
+
+def _columns(features, options, images, data):
+    """The columns that inputs are made of: those that were named, or the only one there is.
+
+    Raises:
+        ValueError: There is none or several, or too many were named.
+    """
+    import datasets
+
+    if options.column:
+        most = 1 if images else 2
+        if len(options.column) > most:
+            raise ValueError(f"--column can be given {most} times for this model, got {options.column}.")
+        return options.column
+    kind, wanted = ("images", datasets.Image) if images else ("text", datasets.Value)
+    found = [
+        name
+        for name, feature in features.items()
+        if isinstance(feature, wanted) and (images or feature.dtype in ("string", "large_string"))
+    ]
+    found = [name for name in found if name != options.label_column] or found
+    if not found:
+        raise ValueError(f"--data {data} has no column of {kind}: {sorted(features)}.")
+    if len(found) > 1:
+        raise ValueError(
+            f"--data {data} has several columns of {kind}, {found}: say which to read with --column"
+            + (", or two of them for pairs of texts." if not images else ".")
+        )
+    return found
+
+
+def _described(batches, columns):
+    """What was read of the data, in one line."""
+    rows = [content for batch in batches for content in contents(batch)]
+    parts = [f"{len(rows):,} rows", f"{len(set(rows)):,} different"]
+    if "input_ids" in batches[0]:
+        masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in batches]
+        parts.append(f"{sum(int(mask.sum()) for mask in masks):,} tokens")
+    return f"data: column {' and '.join(columns)}, {', '.join(parts)}"
 
 
 def main():

@@ -80,8 +80,8 @@ def collapse_model(
         calibration_data (iterable of `dict[str, Tensor]`, *optional*): Model inputs. Read once; twice with kept
             neurons, and once more for each block with `sequential`. Rows that repeat others are left out.
         plan ([`CollapsePlan`], *optional*): Blocks, ranks and neurons of a dense model, in place of the config's.
-        max_error (`float`, *optional*): Refuse if a block's relative error exceeds this: the one to expect on other data
-            of the calibration data's kind where the block is fitted to it, else that on standard-normal inputs.
+        max_error (`float`, *optional*): Refuse if a block's relative error exceeds this: the one to expect on other
+            data of the calibration data's kind where the block is fitted to it, else that on standard-normal inputs.
         allow_none (`bool`): Return a report, rather than raise, if the model is patched and no block is ready.
         token_mask_fn (`Callable`, *optional*): `token_mask_fn(block_name, batch, shape)` gives a mask of that shape,
             1 where a calibration token is no padding, or `None` if none is. For models whose attention mask does not

@@ -299,8 +299,8 @@ def refresh_layer_collapse(inner, config=None, holders=(), replaced=(), default=
     module that is no transformers model, but holds some, each of these is written to that has changed.
 
     Args:
-        config ([`LayerCollapseConfig`], *optional*): Options to record, with names as `blocks`. Default: those that are
-            there.
+        config ([`LayerCollapseConfig`], *optional*): Options to record, with names as `blocks`. Default: those that
+            are there.
         default ([`LayerCollapseConfig`], *optional*): What they are where none are there.
         replaced (`Sequence[tuple[str, dict]]`): Qualified names and specs of modules that a collapse replaced.
     """

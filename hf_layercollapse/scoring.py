@@ -134,8 +134,8 @@ def check_classes(model, labels):
     wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= classes)]
     if len(wrong):
         raise ValueError(
-            f"There are labels of {sorted(set(wrong.tolist()))[:5]}, and this {type(model).__name__} has the classes 0 "
-            f"to {classes - 1}." + SECRET
+            f"There are labels of {sorted(set(wrong.tolist()))[:5]}, and this {type(model).__name__} has the classes "
+            f"0 to {classes - 1}." + SECRET
         )
 
 

@@ -73,6 +73,37 @@ def test_inspect_measures_on_data(classifier, tmp_path):
     assert len(json.loads((tmp_path / "a.json").read_text())["blocks"]) == 3
 
 
+def test_what_is_read_of_the_data_is_said(classifier, tmp_path, monkeypatch, capsys):
+    """Among several columns of text none is guessed: the first may hold the same word in every row."""
+    folder, data = classifier
+    lines = [line.split("\t") for line in data.read_text().splitlines()[1:]]
+    table = tmp_path / "lang.csv"
+    table.write_text("lang,text,class\n" + "".join(f"w1 w2 w3,{text},{label}\n" for text, label in lines))
+    arguments = ["inspect", folder, "--data", table]
+    assert "['lang', 'text']: say which to read with --column" in fails(monkeypatch, capsys, *arguments)
+    assert "1 different rows" in fails(monkeypatch, capsys, *arguments, "--column", "lang")
+    assert "can be given 2 times" in fails(monkeypatch, capsys, *arguments, *["--column", "text"] * 3)
+    tokens = sum(len(text.split()) for text, _ in lines)
+    result = run(*arguments, "--column", "text", "--label-column", "class")
+    assert result.exit_code == 0, result.output
+    assert f"data: column text, 160 rows, 160 different, {tokens:,} tokens" in result.output
+    result = run(*arguments, "--column", "lang", "--column", "text")
+    assert f"data: column lang and text, 160 rows, 160 different, {tokens + 3 * 160:,} tokens" in result.output
+    # The column of the class is no candidate.
+    table.write_text("class,text\n" + "".join(f"w{label},{text}\n" for text, label in lines))
+    assert "class indices" in fails(monkeypatch, capsys, *arguments, "--label-column", "class")
+
+
+def test_labels_that_are_kept_secret(classifier, tmp_path, monkeypatch, capsys):
+    folder, data = classifier
+    secret = tmp_path / "secret.tsv"
+    secret.write_text("\n".join(line.rsplit("\t", 1)[0] + "\t-1" for line in data.read_text().splitlines()[:20]))
+    secret.write_text(secret.read_text().replace("sentence\t-1", "sentence\tlabel"))
+    for command in (["inspect", folder], ["compare", folder, folder]):
+        error = fails(monkeypatch, capsys, *command, "--data", secret, "--label-column", "label")
+        assert "labels of [-1]" in error and "another split" in error
+
+
 def test_collapse_saves_a_model_that_loads(classifier, tmp_path):
     folder, data = classifier
     output, plan, plot = tmp_path / "small", tmp_path / "plan.json", tmp_path / "plan.png"

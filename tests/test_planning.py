@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from transformers import GPT2LMHeadModel
+from transformers import AutoModelForSequenceClassification, GPT2LMHeadModel
 
 from hf_layercollapse import (
     CollapsePlan,
@@ -18,6 +18,7 @@ from hf_layercollapse import (
     plan_search,
     scoring,
 )
+from hf_layercollapse.patching import layer_collapse_config_of
 from hf_layercollapse.plan_search import LEVELS
 from hf_layercollapse.plans import weights_fingerprint
 from hf_layercollapse.rows import hold_back
@@ -217,6 +218,20 @@ def test_too_few_batches_and_patched_models():
         plan_collapse(model, data_of(case), macs=0.5)
 
 
+@pytest.fixture(scope="module")
+def bert_plan():
+    return plan_of(BY_NAME["bert"], macs=0.5)[1]
+
+
+def chosen_block(plan):
+    """Rank and number of neurons of the first block of a plan, as JSON holds them."""
+    return next(iter(plan["curve"][-1]["choices"].values()))
+
+
+def order_of(plan):
+    return next(order for by_rank in plan["neurons"].values() for order in by_rank.values() if len(order) > 1)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -227,11 +242,20 @@ def test_too_few_batches_and_patched_models():
         lambda plan: plan.update(extra=1),
         lambda plan: plan.update(neurons={}),
         lambda plan: plan["curve"][1].update(choices={"x": [None, 3]}),
+        lambda plan: plan.update(chosen=True),
+        lambda plan: plan["curve"][1].update(score=float("nan")),
+        lambda plan: plan["curve"][1].update(macs=-5),
+        lambda plan: chosen_block(plan).__setitem__(1, -1),
+        lambda plan: chosen_block(plan).__setitem__(1, True),
+        lambda plan: chosen_block(plan).__setitem__(1, 1.5),
+        lambda plan: chosen_block(plan).__setitem__(0, -2),
+        lambda plan: order_of(plan).__setitem__(0, -1),
+        lambda plan: order_of(plan).__setitem__(0, order_of(plan)[1]),
+        lambda plan: order_of(plan).__setitem__(0, "3"),
     ],
 )
-def test_damaged_plans(damage, tmp_path):
-    _, plan = plan_of(BY_NAME["bert"], macs=0.5)
-    values = json.loads(json.dumps(plan.to_dict()))
+def test_damaged_plans(damage, tmp_path, bert_plan):
+    values = json.loads(json.dumps(bert_plan.to_dict()))
     damage(values)
     (tmp_path / "plan.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="plan"):
@@ -239,6 +263,16 @@ def test_damaged_plans(damage, tmp_path):
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
         CollapsePlan.load(tmp_path / "plan.json")
+
+
+def test_a_plan_that_names_neurons_there_are_none_of():
+    model, plan = plan_of(BY_NAME["bert"], macs=0.5)
+    values = json.loads(json.dumps(plan.to_dict()))
+    for by_rank in values["neurons"].values():
+        for order in by_rank.values():
+            order[0] = 4000
+    with pytest.raises(ValueError, match="neurons of .* there are none of: it has 40"):
+        collapse_model(model, plan=CollapsePlan.from_dict(values), calibration_data=data_of(BY_NAME["bert"]))
 
 
 def test_levels_fall():
@@ -292,3 +326,67 @@ def test_where_no_size_is_possible_the_budget_cannot_be_met():
     for points in (None, [0.9, 0.5]):
         with pytest.raises(ValueError, match="cannot be met"):
             plan_of(BY_NAME["gpt2"], macs=0.5, levels=[1e-6], rank_shares=[0.0], points=points)
+
+
+def partly_collapsed(**kwargs):
+    """Four blocks, of which a first collapse with other options took the last."""
+    config = copy.deepcopy(BY_NAME["bert"].config())
+    config.num_hidden_layers = 4
+    model = BY_NAME["bert"].model(config=config)
+    collapse_model(model, LayerCollapseConfig(blocks="last:1", **kwargs), data_of(BY_NAME["bert"]))
+    return model
+
+
+def test_a_plan_collapses_all_that_it_names():
+    """Whatever `blocks` of the config that an earlier collapse left in the model."""
+    case, model = BY_NAME["bert"], partly_collapsed(rank=2)
+    plan = plan_collapse(model, data_of(case), macs=0.4, levels=(0.3,))
+    assert len(plan.point.choices) > 1
+    report = collapse_model(model, plan=plan, calibration_data=data_of(case))
+    assert set(report.collapsed) == plan.point.choices.keys()
+    assert sum(block.macs for block in find_feed_forward_blocks(model)) == plan.point.macs
+
+
+def test_a_plan_after_a_model_was_patched_collapsed_and_restored():
+    case = BY_NAME["bert"]
+    model = apply_layer_collapse(case.model(), LayerCollapseConfig(blocks="last:2", not_ready="restore"))
+    with torch.no_grad():
+        list(model.bert.encoder.layer)[2].intermediate.intermediate_act_fn.alpha.fill_(1)
+    assert collapse_model(model).collapsed == [case.blocks()[2]]
+    plan = plan_collapse(model, data_of(case), macs=0.4, levels=(0.3,))
+    assert case.blocks()[0] in plan.point.choices
+    report = collapse_model(model, plan=plan, calibration_data=data_of(case))
+    assert set(report.collapsed) == plan.point.choices.keys()
+
+
+def test_the_options_are_those_of_the_last_collapse_and_name_its_blocks(tmp_path):
+    case, model = BY_NAME["bert"], partly_collapsed(rank=2)
+    names = [block.name for block in find_feed_forward_blocks(model)]
+    options = model.config.layer_collapse["options"]
+    assert (options["rank"], options["blocks"]) == (2, names[3:])
+    collapse_model(model, LayerCollapseConfig(blocks="bert.*layer.[01]", keep_neurons=3), data_of(case))
+    options = model.config.layer_collapse["options"]
+    assert (options["rank"], options["keep_neurons"], options["blocks"]) == (None, 3, names[:2])
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.config.layer_collapse == model.config.layer_collapse
+    # What is left is dense, and no options of others keep it from collapsing.
+    assert collapse_model(loaded, calibration_data=data_of(case)).collapsed == names[2:3]
+
+
+@pytest.mark.parametrize("pattern", ["(a|a|bert.)*layer.(x+x+)+y", "last:2", "all", "(.*)*z"])
+def test_a_pattern_in_a_file_is_not_run(pattern, tmp_path):
+    """Older versions wrote what the user had given: it is read as the blocks that the table holds."""
+    case = BY_NAME["bert"]
+    model = apply_layer_collapse(case.model(), LayerCollapseConfig(blocks=[0, 2]))
+    assert layer_collapse_config_of(model).blocks == [case.blocks()[0], case.blocks()[2]]
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["layer_collapse"]["options"]["blocks"] = pattern
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert layer_collapse_config_of(loaded).blocks == [case.blocks()[0], case.blocks()[2]]
+    with torch.no_grad():
+        for index in (0, 2):
+            loaded.bert.encoder.layer[index].intermediate.intermediate_act_fn.alpha.fill_(1)
+    assert collapse_model(loaded).collapsed == [case.blocks()[0], case.blocks()[2]]
