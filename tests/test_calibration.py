@@ -221,6 +221,15 @@ def test_rows_that_repeat_others_do_not_count():
     assert torch.equal(often.cov_fo, once.cov_fo)
 
 
+def test_lines_are_not_fitted_to_a_few_tokens():
+    model = bert()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    copies = [{"input_ids": text_inputs(batch=1, length=9)["input_ids"].repeat(8, 1)}]
+    with pytest.raises(ValueError, match="9 calibration tokens of different rows are too few for the lines of block"):
+        apply_layer_collapse(model, LayerCollapseConfig(linear_target="affine"), copies)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def gaussian(rows, width, outputs=8, rank=None, seed=0):
     """`(x, y)`: `y` is partly a linear map of `x`, and partly what no such map explains."""
     generator = torch.Generator().manual_seed(seed)

@@ -34,7 +34,7 @@ def test_a_notebooks_backend_stays(tmp_path):
         f"plotting.plot_alphas([{{'step': 1, '{plotting.ALPHA}0': 0.5}}], [{str(tmp_path / 'a.png')!r}])\n"
         "assert matplotlib.get_backend() == 'pdf' and len(pyplot.get_fignums()) == 1\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
