@@ -99,7 +99,7 @@ def recover_model(
             an order of each epoch's own.
         max_steps (`int`): Optimizer steps at most, one batch each.
         learning_rate (`float`): The highest.
-        evaluation_data (*optional*): Rows to hold aside. Default: every fourth batch of the calibration data.
+        evaluation_data (*optional*): Rows to hold aside. Default: a quarter of the calibration data's rows.
         top_k (`int`, *optional*): Keep the teacher's `k` largest classes and the mass of all others of each
             prediction, from one pass over the data, in place of asking it in every step. Default: ask it.
         seed (`int`): Of the order of batches.

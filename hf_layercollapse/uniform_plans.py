@@ -35,7 +35,9 @@ class UniformSearch:
                 if not has_constant(modules_of(inner, block), 0, constant_term):
                     found = found.without_constant()
                 nothing = found.cov_ff.new_zeros(0, found.width)
-                order, _ = functional.greedy_neurons(found.cov_ff, found.cov_fo, found.width, most, given=nothing)
+                order, _ = functional.greedy_neurons(
+                    found.cov_ff, found.cov_fo, found.width, most, nothing, found.ridge
+                )
                 self.moments[block.name], self.orders[block.name] = found, order
                 self.neurons[block.name] = {key_of(0): [found.neurons[position] for position in order]}
 

@@ -18,6 +18,7 @@ from hf_layercollapse import (
     remove_layer_collapse,
 )
 from hf_layercollapse.families import modules_of, weight_and_bias
+from hf_layercollapse.rows import hold_back
 
 from .models import BY_NAME, HIDDEN, WIDTH
 from .test_narrow import _MORE, CASES, collapsed, data_of, every_layout, relative
@@ -168,8 +169,8 @@ def test_no_constant_term_that_the_family_does_not_have(case, rank, keep):
         wanted = case.name in ("bert", "gpt2") or option == "always" or rank > 0
         assert len(biases) == (len(report.blocks) if wanted else 0)
         explained.append([block.r2 for block in report.blocks])
-    # With one more feature the fit explains as much or more.
-    assert all(low <= high + 1e-9 for low, high in zip(*explained, strict=True))
+    # With one more feature the fit explains as much or more, of other data but for what it explains by chance.
+    assert all(low <= high + 0.01 for low, high in zip(*explained, strict=True))
 
 
 def test_the_plan_counts_what_a_missing_constant_costs():
@@ -182,12 +183,12 @@ def test_the_plan_counts_what_a_missing_constant_costs():
     assert (native.constant_term, always.constant_term) == ("native", "always")
     for plan in (native, always):
         applied = LLAMA.model()
-        fitting = [batch for index, batch in enumerate(data) if index % 4 != 3]
+        fitting, held_back = hold_back(data)
         collapse_model(applied, plan=type(plan).from_dict(plan.to_dict()), calibration_data=fitting)
         has = {name.endswith("down_proj.bias") for name, _ in applied.named_parameters() if "down_proj" in name}
         assert (True in has) == (plan is always)
         with torch.no_grad():
-            losses = [float(applied(**batch, labels=batch["input_ids"]).loss) for batch in data[3::4]]
+            losses = [float(applied(**batch, labels=batch["input_ids"]).loss) for batch in held_back]
         assert sum(losses) / len(losses) == pytest.approx(plan.point.score, rel=1e-4)
 
 

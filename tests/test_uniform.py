@@ -20,6 +20,7 @@ from transformers import (
 
 from hf_layercollapse import LayerCollapseConfig, collapse_model, export_stock, find_feed_forward_blocks, plan_collapse
 from hf_layercollapse.plans import CollapsePlan
+from hf_layercollapse.rows import hold_back
 
 from .models import BY_NAME, image_inputs, randomize, text_inputs
 from .test_native import ROWS, Mlp, Net
@@ -122,9 +123,10 @@ def test_other_budgets_measure_a_curve(tmp_path):
     whole.save(tmp_path / "plan.json")
     other = CollapsePlan.load(tmp_path / "plan.json").at(macs=0.5)
     assert {count for _, count in other.point.choices.values()} == {24}
-    collapse_model(model, plan=other, calibration_data=[batch for i, batch in enumerate(data) if i % 4 != 3])
+    fitting, held_back = hold_back(data)
+    collapse_model(model, plan=other, calibration_data=fitting)
     with torch.no_grad():
-        scores = [float(model(**batch, labels=batch["input_ids"]).loss) for batch in data[3::4]]
+        scores = [float(model(**batch, labels=batch["input_ids"]).loss) for batch in held_back]
     assert sum(scores) / len(scores) == pytest.approx(other.point.score, rel=1e-4)
 
 
