@@ -397,7 +397,7 @@ def test_calibration_data_that_is_not_finite(value, where):
 def test_too_few_tokens():
     model = BERT.model()
     data = [text_inputs(batch=2, length=8)]  # 16 tokens, 16 features and a constant
-    refuses(lambda: collapse_model(model, calibration_data=data), ValueError, "16 calibration tokens.*17", model)
+    refuses(lambda: collapse_model(model, calibration_data=data), ValueError, "16 calibration tokens.*22", model)
     padded = {**text_inputs(batch=3, length=8), "attention_mask": torch.ones(3, 8, dtype=torch.long)}
     padded["attention_mask"][2] = 0
     refuses(lambda: collapse_model(model, calibration_data=[padded]), ValueError, "16 calibration tokens", model)
