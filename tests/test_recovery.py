@@ -201,7 +201,7 @@ def test_bad_input_is_refused_and_changes_nothing():
         ((other, batches), ValueError, r"must have the same head"),
         ((dense, []), ValueError, "there are 0 different rows"),
         ((dense, [[1]] * 8), ValueError, "dicts of tensors"),
-        ((dense, [{"pixel_values": torch.zeros(1, 3, 8, 8)}] * 8), ValueError, "input_ids"),
+        ((dense, [{"pixel_values": torch.full((1, 3, 8, 8), float(i))} for i in range(8)]), ValueError, "input_ids"),
     ):
         with pytest.raises(error, match=message):
             recover_model(model, *arguments, max_steps=4)
