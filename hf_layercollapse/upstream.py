@@ -138,7 +138,7 @@ def is_causal_language_model(model) -> bool:
 
 
 def is_classifier(model) -> bool:
-    """Whether labels of this class are classes of whole inputs. Upstream: `MODEL_FOR_..._CLASSIFICATION_MAPPING_NAMES`,
+    """Whether this class's labels are classes of whole inputs. Upstream: `MODEL_FOR_..._CLASSIFICATION_MAPPING_NAMES`,
     whose values are a name, or several."""
     names = (
         modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
