@@ -1073,6 +1073,8 @@ class LayerCollapseModelMixin:
 
     # What `push_to_hub` is given while it runs.
     _model_card = None
+    # What a model was called before it was patched or collapsed in memory: where its tokenizer is.
+    native_name_or_path = ""
     # Keys of the state dict that the table made, in a model that was built by it.
     _table_keys = frozenset()
 
@@ -1709,6 +1711,8 @@ def set_layer_collapse(model, layer_collapse, holders=()):
             # The towers of a composite model hold its sub-configs.
             if isinstance(module.__dict__.get("config"), PreTrainedConfig):
                 module.config = copies.get(id(module.config), module.config)
+    if model.name_or_path:
+        model.native_name_or_path = model.name_or_path
     model.name_or_path = ""
     if layer_collapse is not None:
         prune_parallel_plans(model)

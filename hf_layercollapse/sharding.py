@@ -124,12 +124,15 @@ def in_turn(work):
         if main == (dist.get_rank() == 0):
             try:
                 result = work()
-            except (TypeError, ValueError) as raised:
+            except Exception as raised:  # whatever it is, such as no memory: the others wait for this process
                 error = raised
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error and f"{type(error).__name__} on process {dist.get_rank()}: {error}")
+        found = [None] * dist.get_world_size()
+        message = error and f"{type(error).__name__} on process {dist.get_rank()}: {error}"
+        dist.all_gather_object(found, message and (message, isinstance(error, (TypeError, ValueError))))
         if error is not None:
             raise error
-        if any(errors):
-            raise ValueError("\n".join(filter(None, errors)))
+        failed = [each for each in found if each is not None]
+        if failed:
+            kind = ValueError if all(refusal for _, refusal in failed) else RuntimeError
+            raise kind("\n".join(message for message, _ in failed))
     return result

@@ -439,6 +439,7 @@ def test_name_or_path_no_longer_names_the_dense_folder(tmp_path):
     assert model.name_or_path == str(tmp_path / "dense")
     apply_layer_collapse(model)
     assert model.name_or_path == "" and model.config._name_or_path == "" and model.config.name_or_path == ""
+    assert model.native_name_or_path == copy.deepcopy(model).native_name_or_path == str(tmp_path / "dense")
     model.save_pretrained(tmp_path / "patched")
     assert model.name_or_path == model.config._name_or_path == str(tmp_path / "patched")
     remove_layer_collapse(model)

@@ -1,16 +1,18 @@
 """What is done about sharding in one process; on two: test_sharded.py, test_zero.py."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from torch import nn
 
 from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse
 from hf_layercollapse.optimization import AlphaSteps
 from hf_layercollapse.patching import collapsible_activations
-from hf_layercollapse.sharding import leave_out_of_sharding, refuse_deepspeed_setup, refuse_fsdp_setup
+from hf_layercollapse.sharding import in_turn, leave_out_of_sharding, refuse_deepspeed_setup, refuse_fsdp_setup
 from tests.models import BY_NAME
 from tests.training import model_of
 
@@ -120,3 +122,27 @@ def test_alphas_apart_from_the_optimizer():
     alpha.grad = torch.tensor([float("nan")])
     steps.step()
     assert float(alpha.detach()) == pytest.approx(0.4)
+
+
+def _out_of_memory_on_one(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for failing in range(2):
+
+        def work(fails=failing == rank):
+            if fails:
+                raise torch.OutOfMemoryError("no memory")
+
+        with pytest.raises(RuntimeError) as caught:
+            in_turn(work)
+        Path(folder, f"{failing} seen by {rank}").write_text(f"{type(caught.value).__name__}: {caught.value}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_what_one_process_raises_all_raise(tmp_path):
+    """Also what is no refusal: the other would wait until the time is out. Two processes take their time to start."""
+    torch.multiprocessing.spawn(_out_of_memory_on_one, (str(tmp_path),), nprocs=2)
+    for failing, other in ((0, 1), (1, 0)):
+        assert (tmp_path / f"{failing} seen by {failing}").read_text() == "OutOfMemoryError: no memory"
+        seen = (tmp_path / f"{failing} seen by {other}").read_text()
+        assert seen == f"RuntimeError: OutOfMemoryError on process {failing}: no memory"
