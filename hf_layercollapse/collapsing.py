@@ -31,7 +31,6 @@ from .merging import (
     is_cut,
     is_ready,
     make_merge,
-    native_activation,
     put_in_place,
     ready_neurons,
 )
@@ -336,12 +335,6 @@ def check_choices(inner, blocks, choices):
         if effective_rank(block, choice.rank) == 0 and not choice.count:
             raise ValueError(f"Rank 0 without kept neurons leaves nothing of block {block.name}.")
         rank, parts = effective_rank(block, choice.rank), modules_of(inner, block)
-        activation = native_activation(parts)[2]
-        if choice.count and (block.hidden_features,) in [tuple(tensor.shape) for tensor in activation.parameters()]:
-            raise ValueError(
-                f"Block {block.name} can only collapse whole (`rank=None`, `keep_neurons=0`): its activation, "
-                f"{type(activation).__name__}, has a weight for each neuron."
-            )
         if is_cut(parts, rank) or (rank is None and not choice.count):
             continue
         enters, leaves, _ = block.wiring.scales
