@@ -352,9 +352,20 @@ class CollapsedBlock(_Remains):
             self.add_module(name, child)
 
     def forward(self, hidden_states):
-        for child in self._modules.values():
+        down, *then = self._modules.values()
+        hidden_states = down(_in_dtype_of(down, hidden_states))
+        for child in then:
             hidden_states = child(hidden_states)
         return hidden_states
+
+
+def _in_dtype_of(linear, hidden_states):
+    """What goes into a linear that its family keeps in float32 where the rest is float16, as T5 its `wo`: the native
+    module does the same. Not where a quantizer or an adapter stands for the linear."""
+    weight = linear._parameters.get("weight")
+    if weight is not None and weight.dtype == torch.float32:
+        return hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+    return hidden_states
 
 
 class NarrowFeedForward(_Remains):
@@ -400,7 +411,8 @@ class NarrowFeedForward(_Remains):
             linear = torch.cat([linear, neurons], dim=-1)
         elif self.linear_channels < self.in_features:
             linear = modules[names["up"]](hidden_states)
-        hidden_states = modules[names["down"]](linear)
+        down = modules[names["down"]]
+        hidden_states = down(_in_dtype_of(down, linear))
         for name in self.then:
             hidden_states = modules[name](hidden_states)
         return hidden_states

@@ -580,6 +580,23 @@ def test_part_classes_load(build, auto_class, part, collapsed, tmp_path):
     assert states == {"collapsed" if collapsed else "patched"}
 
 
+@pytest.mark.parametrize("config", [None, {"keep_neurons": 4}, {"rank": 4}], ids=["full", "narrow", "low rank"])
+def test_a_linear_that_stays_in_float32(config, tmp_path):
+    model, ids = tiny_t5(), torch.randint(3, 64, (2, 6))
+    inputs = {"input_ids": ids, "decoder_input_ids": ids}
+    rows = torch.randint(3, 64, (24, 2, 6))
+    data = [{"input_ids": row, "decoder_input_ids": row} for row in rows]
+    if config is None:
+        collapse(model)
+    else:
+        collapse_model(model, LayerCollapseConfig(**config), calibration_data=data)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float16).eval()
+    dtypes = {value.dtype for name, value in loaded.named_parameters() if name.endswith("wo.weight")}
+    assert dtypes == {torch.float32}
+    torch.testing.assert_close(loaded(**inputs).logits.float(), model(**inputs).logits, rtol=0.1, atol=0.1)
+
+
 def test_text_tower_alone(tmp_path):
     model = randomised(
         CLIPTextModel(
