@@ -707,7 +707,7 @@ class LayerCollapseTrainerMixin(CheckpointsMixin):
             return added
         step = max(0, self.state.global_step - 1)  # the one that was taken last
         strength = penalty_strength_at(self.layer_collapse_config, step, self.state.max_steps)
-        alphas = torch.stack([module.alpha.detach().mean() for module in activations.values()]).tolist()
+        alphas = [float(module.alpha.detach().mean()) for module in activations.values()]  # on several devices, maybe
         if self._penalty_count:
             added["layer_collapse/penalty"] = float(self._penalty_sum) / self._penalty_count
             self._penalty_sum, self._penalty_count = 0.0, 0
