@@ -17,7 +17,7 @@ from .test_patching import set_alphas
 def in_life(model, life, inputs):
     config = LayerCollapseConfig(keep_neurons=4) if life == "narrow" else None
     if life == "narrow":
-        collapse_model(model, config, calibration_data=[inputs] * 12)
+        collapse_model(model, config, calibration_data=inputs)
         return model.eval()
     apply_layer_collapse(model)
     set_alphas(model, 0.375 if life == "patched" else 1.0)
@@ -31,9 +31,10 @@ def parts_of(model):
 
 
 def inputs_of(build):
-    ids = torch.arange(3, 17).reshape(2, 7)
-    first = {"input_features": torch.randn(2, 8, 16)} if build is tiny_whisper else {"input_ids": ids}
-    return {**first, "decoder_input_ids": ids[:, :5]}
+    rows = torch.randint(3, 64, (24, 2, 7))
+    if build is tiny_whisper:
+        return [{"input_features": torch.randn(2, 8, 16), "decoder_input_ids": row[:, :5]} for row in rows]
+    return [{"input_ids": row, "decoder_input_ids": row[:, :5]} for row in rows]
 
 
 @pytest.mark.parametrize("build", [tiny_t5, tiny_bart, tiny_whisper])
