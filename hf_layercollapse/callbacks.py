@@ -63,12 +63,12 @@ class LayerCollapseCallback(TrainerCallback):
         if self.config is None:
             return
         inner = unwrap(model)[0]
-        name = inner.config._name_or_path if isinstance(inner, PreTrainedModel) else ""
+        name = inner.config.name_or_path if isinstance(inner, PreTrainedModel) else ""
         patch_or_check(model, self.config, self._calibration_data)
         if name:
             # The constructor goes on, and trl's read there whose reference model and tokenizer to load. The config
             # only: adapters ask the model.
-            inner.config._name_or_path, self._names_base = name, True
+            inner.config.name_or_path, self._names_base = name, True
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
         if self._names_base:

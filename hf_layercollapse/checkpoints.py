@@ -157,12 +157,12 @@ class CheckpointsMixin:
             return super()._save(output_dir, state_dict)
         if not isinstance(inner, PreTrainedModel):
             return self._save_module(output_dir, state_dict)
-        names = inner.name_or_path, inner.config._name_or_path
+        names = inner.name_or_path, inner.config.name_or_path
         if not holders:
             model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
         elif not inner.name_or_path and inner.config.__dict__.get("layer_collapse"):
             # An adapter. Into the live model it goes back all the same.
-            inner.name_or_path = inner.config._name_or_path = BASE_NOT_SAVED
+            inner.name_or_path = inner.config.name_or_path = BASE_NOT_SAVED
         try:
             super()._save(output_dir, state_dict)
         finally:
@@ -170,7 +170,7 @@ class CheckpointsMixin:
                 forget_base(model, only=BASE_NOT_SAVED)
             else:
                 del model.save_pretrained
-            inner.name_or_path, inner.config._name_or_path = names
+            inner.name_or_path, inner.config.name_or_path = names
         alphas = self._alphas_beside_adapters()
         if alphas and self.args.should_save:
             tensors = {name: alpha.detach().contiguous() for name, alpha in alphas.items()}
@@ -180,12 +180,12 @@ class CheckpointsMixin:
         """Saves a module with transformers models inside, and the tables of these."""
         inner, holders = unwrap(self.model, sharded=True)
         carriers = [carrier for _, carrier in carriers_of(inner)]
-        names = [(carrier.name_or_path, carrier.config._name_or_path) for carrier in carriers]
+        names = [(carrier.name_or_path, carrier.config.name_or_path) for carrier in carriers]
         try:
             super()._save(output_dir, state_dict)
         finally:
             for carrier, (name, in_config) in zip(carriers, names, strict=True):
-                carrier.name_or_path, carrier.config._name_or_path = name, in_config
+                carrier.name_or_path, carrier.config.name_or_path = name, in_config
         if carriers and not holders and self.args.should_save:
             with open(os.path.join(output_dir, TABLES_NAME), "w", encoding="utf-8") as file:
                 json.dump(self._tables(), file, indent=2, sort_keys=True)
@@ -386,7 +386,7 @@ def forget_base(model, only=None):
     """Adapters name their base once they are saved; that base is not what they are on."""
     inner, holders = unwrap(model, sharded=True)
     if only is None:
-        inner.name_or_path = inner.config._name_or_path = ""
+        inner.name_or_path = inner.config.name_or_path = ""
     for holder in holders:
         if isinstance(holder, torch._dynamo.OptimizedModule):
             continue

@@ -34,7 +34,7 @@ from .merging import (
     put_in_place,
     ready_neurons,
 )
-from .modeling_layercollapse import refuse_lost_code
+from .modeling_layercollapse import children_of, refuse_lost_code
 from .patching import (
     collapsible_activations,
     layer_collapse_config_of,
@@ -252,7 +252,7 @@ class _Snapshot:
             for module in model.modules()
         ]
         adapted = (module for module in model.modules() if type(module).__module__.startswith("peft.tuners."))
-        layers = (module for module in adapted if "base_layer" in module._modules)
+        layers = (module for module in adapted if "base_layer" in children_of(module))
         parameters = {id(p): p for layer in layers for p in layer.base_layer.parameters()}
         self._weights = [(parameter, parameter.detach().clone()) for parameter in parameters.values()]
 

@@ -20,6 +20,7 @@ from .modeling_layercollapse import (
     NarrowActivation,
     NarrowFeedForward,
     PassOnConv1D,
+    children_of,
     linear_shape,
     resolve_table,
 )
@@ -393,7 +394,7 @@ def survey_blocks(model):
         if _holds_experts(holder):
             refused[holder_name] = "MoE experts held as 3-D parameters"
             continue
-        if not holder._modules:
+        if not children_of(holder):
             continue
         found = False
         reason = None
@@ -476,12 +477,12 @@ def _in_forward_order(model, blocks):
 
 
 def _holds_experts(module):
-    stacked = [parameter.shape[0] for parameter in module._parameters.values() if _is_stacked(parameter)]
+    stacked = [parameter.shape[0] for parameter in module.parameters(recurse=False) if _is_stacked(parameter)]
     return len(stacked) >= 2 and len(set(stacked)) == 1 and "experts" in type(module).__name__.lower()
 
 
 def _is_stacked(parameter):
-    return parameter is not None and parameter.dim() == 3
+    return parameter.dim() == 3
 
 
 def _sequential_layouts(holder):
@@ -489,7 +490,7 @@ def _sequential_layouts(holder):
     if type(holder).forward is not nn.Sequential.forward:
         return
     up = activation = None
-    for name, child in holder._modules.items():
+    for name, child in children_of(holder).items():
         if _is_linear(child):
             if up is not None and activation is not None:
                 yield FeedForwardLayout("sequential", up, name, activation)
@@ -511,7 +512,7 @@ def _is_elementwise(module):
 
 def _descend(module, path):
     for part in path.split("."):
-        module = module._modules.get(part)
+        module = children_of(module).get(part)
         if module is None:
             return None
     return module
@@ -520,7 +521,7 @@ def _descend(module, path):
 def _match(holder, layout):
     """`(state, layout with one activation path)` if the holder's children are spelled like this, or `None`."""
     if isinstance(holder, CollapsedBlock):
-        return ("collapsed", layout) if next(iter(holder._modules)) == layout.down else None
+        return ("collapsed", layout) if next(iter(children_of(holder))) == layout.down else None
     if isinstance(holder, NarrowFeedForward):
         names = {"up": layout.up, "down": layout.down, "gate": layout.gate}
         same = all(holder.names.get(part) == name for part, name in names.items())
@@ -593,7 +594,7 @@ def _wiring(verifier, holder_name, holder, layout):
     activation = _descend(holder, layout.activation)
     native = activation.native if isinstance(activation, CollapsibleActivation) else activation
     verifier.check_activation(native, (BATCH, LENGTH, _linear_shape(_descend(holder, layout.down))[0]))
-    names = list(holder._modules)
+    names = list(children_of(holder))
     first, middle, last = (names.index(path) for path in (layout.up, layout.activation, layout.down))
     return Wiring(False, tuple(names[first + 1 : middle]), tuple(names[middle + 1 : last]))
 
@@ -798,8 +799,10 @@ def check_weights(model, blocks, merging):
     """
     # By what holds them: a module that is reached by several ways, in models that share a part, is changed once.
     modules = list(model.modules())
-    uses = Counter(id(child) for module in modules for child in module._modules.values())
-    uses += Counter(id(parameter) for module in modules for parameter in module._parameters.values())
+    uses = Counter(id(child) for module in modules for child in children_of(module).values())
+    for module in modules:
+        own = module.named_parameters(recurse=False, remove_duplicate=False)
+        uses.update(id(parameter) for _, parameter in own)
     for block in blocks:
         for path in block.layout.linears:
             name = block.path(path)

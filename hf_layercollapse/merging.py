@@ -16,8 +16,10 @@ from .modeling_layercollapse import (
     NarrowFeedForward,
     PassOnConv1D,
     PassOnLinear,
+    children_of,
+    mark_initialized,
 )
-from .patching import mark_initialized, replace_module
+from .patching import replace_module
 from .reports import BlockReport
 
 
@@ -314,7 +316,7 @@ def put_in_place(inner, merge, originals=None):
         put(block.holder, *_narrow_module(inner, merge, parts, channels))
     elif wiring.own_module:
         holder, then = inner.get_submodule(block.holder), list(wiring.then)
-        children = {layout.down: linears[layout.down], **{name: holder._modules[name] for name in then}}
+        children = {layout.down: linears[layout.down], **{name: children_of(holder)[name] for name in then}}
         put(block.holder, CollapsedBlock(children), {"type": "block", "child": layout.down, "then": then})
         entries.append((block.path(layout.down), _linear_spec(linears[layout.down])))
     else:
@@ -371,7 +373,7 @@ def _narrow_module(inner, merge, parts, channels):
         names = {"gate": layout.gate, **names}
     children = {**linears, layout.activation: native if act_name == "native" else act}
     children = {name: children[name] for name in names.values() if name in children}
-    children.update({name: holder._modules[name] for name in then})
+    children.update({name: children_of(holder)[name] for name in then})
     count, gated = len(fit.neurons), layout.gated
     module = NarrowFeedForward(children, names, block.in_features, channels, count, gated, act_name)
     up, gate = linears.get(layout.up), linears.get(layout.gate)

@@ -12,11 +12,11 @@ import contextlib
 import copy
 import functools
 import importlib
+import inspect
 import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 import threading
 
@@ -24,7 +24,6 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, initialization
-from transformers import __version__ as transformers_version
 from transformers.activations import ACT2FN
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -49,6 +48,185 @@ SAVING_PREFIX = ".layercollapse-saving-"
 MAX_ENTRIES = 100_000
 MAX_WIDTH = 2**20
 MAX_DEPTH = 32
+
+
+# ----------------------------------------------------------------------------------------------------
+# Upstream: what is used of transformers and torch beyond what they document. Each name stands here and nowhere else,
+# with its reason, and is looked for when this file is imported.
+# ----------------------------------------------------------------------------------------------------
+
+# What all of it was seen in.
+SEEN = "transformers 5.16.1 to 5.24.0, torch 2.8 to 2.13, accelerate 1.10 to 1.15 and peft 0.19.1 to 0.21.2"
+
+
+def require(present, name, package):
+    """Raises if an upstream name is gone.
+
+    Raises:
+        ImportError: `present` is false; the message says what to install.
+    """
+    if not present:
+        raise ImportError(
+            f"hf_layercollapse uses `{name}`, which {package.__name__} {package.__version__} does not have, or not as "
+            f"it was. Install versions that it was tried with: {SEEN}."
+        )
+
+
+def require_methods(owner, methods, package):
+    """Raises if a class has no method of a name, or one with other parameters.
+
+    Args:
+        owner (`type`): The upstream class.
+        methods (`dict[str, str]`): Name -> its parameters after the first, those that are passed on as they are left
+            out at the end.
+        package (module): Where it is from.
+    """
+    for name, parameters in methods.items():
+        present = name in dir(owner)
+        if present:
+            method = inspect.getattr_static(owner, name)
+            found = list(inspect.signature(method.__func__ if isinstance(method, classmethod) else method).parameters)
+            present = found[1:][: len(parameters.split())] == parameters.split()
+        require(present, f"{owner.__name__}.{name}({parameters})", package)
+
+
+# Overridden by the classes that are built, below.
+MODEL_METHODS = {
+    # Gives first values to what a checkpoint did not hold; of the model itself, last.
+    "_init_weights": "module",
+    # The one place where what was missing and left over is known and loading can still fail.
+    "_finalize_model_loading": "load_config loading_info",
+    # Both read the source of the class's module, which for a built class is not the native one's.
+    "_can_set_attn_implementation": "",
+    "_can_set_experts_implementation": "",
+    # The last that `push_to_hub` does, when the stock card is written.
+    "_upload_modified_files": "working_dir",
+}
+MODULE_METHODS = {
+    # `.to(dtype)` goes through it; alphas keep theirs.
+    "_apply": "fn recurse",
+    # Keys that have no place any more are told of here, by the module whose they were.
+    "_load_from_state_dict": "state_dict prefix local_metadata strict missing_keys unexpected_keys error_msgs",
+}
+require_methods(PreTrainedModel, MODEL_METHODS, transformers)
+require_methods(nn.Module, MODULE_METHODS, torch)
+
+
+def children_of(module) -> dict:
+    """Name -> child, as torch keeps them; what is written into it takes the place of a child.
+
+    `named_children()` leaves out a module that has two names, and those that are `None`. Upstream: `Module._modules`.
+    """
+    return module._modules
+
+
+def parameters_of(module) -> dict:
+    """Name -> parameter, or `None`, as torch keeps them: a look-up that compilers see through.
+
+    Upstream: `Module._parameters`.
+    """
+    return module._parameters
+
+
+require("_modules" in nn.Module().__dict__, "Module._modules", torch)
+require("_parameters" in nn.Module().__dict__, "Module._parameters", torch)
+
+
+def mark_initialized(module):
+    """Says of a module that it has its values, as all modules do that a native model was built with. `init_weights()`
+    and `post_init()`, of the model and of any other that it is put into, give first values to every other module.
+
+    Upstream: `_is_hf_initialized`, on modules and, by the loader, on tensors.
+    """
+    module._is_hf_initialized = True
+
+
+def is_initialized(tensor) -> bool:
+    """Whether a checkpoint gave this tensor; see [`mark_initialized`]."""
+    return tensor.__dict__.get("_is_hf_initialized", False)
+
+
+_marked = torch.ones(1, device="cpu")
+mark_initialized(_marked)
+require(float(initialization.zeros_(_marked)) == 1.0, "_is_hf_initialized", transformers)
+
+
+def has_own_adapters(model) -> bool:
+    """Whether transformers put peft's adapters into the model: `active_adapters()` raises where there are none.
+
+    Upstream: `PeftAdapterMixin._hf_peft_config_loaded`.
+    """
+    return model._hf_peft_config_loaded
+
+
+require("_hf_peft_config_loaded" in dir(PreTrainedModel), "PreTrainedModel._hf_peft_config_loaded", transformers)
+
+
+def auto_class_of_code(native_class):
+    """Name of the Auto class that a class from a repository's own code was loaded by, or `None`.
+
+    Upstream: `PreTrainedModel._auto_class`, set by `register_for_auto_class` and by the loader.
+    """
+    return native_class._auto_class
+
+
+require("_auto_class" in dir(PreTrainedModel), "PreTrainedModel._auto_class", transformers)
+
+
+def record_outputs(built):
+    """Enters a class into the registry by which a model's forward knows what to record (hidden states, attentions).
+
+    Filled by `PreTrainedModel.__init__` only, which a live model that changes its class has behind it. Upstream:
+    `output_capturing._CAN_RECORD_REGISTRY`, keyed by instances that are equal by class, `_can_record_outputs`.
+    """
+    output_capturing._CAN_RECORD_REGISTRY[built.__new__(built)] = built._can_record_outputs
+
+
+require("_CAN_RECORD_REGISTRY" in dir(output_capturing), "output_capturing._CAN_RECORD_REGISTRY", transformers)
+require("_can_record_outputs" in dir(PreTrainedModel), "PreTrainedModel._can_record_outputs", transformers)
+
+
+def auto_class_mappings():
+    """`[(Auto class for models, its mapping from config classes to model classes)]`.
+
+    Upstream: `auto_factory._BaseAutoModelClass` and its `_model_mapping`; `register` is public, looking up is not.
+    """
+    found = []
+    for auto_class in list(modeling_auto.__dict__.values()):
+        if isinstance(auto_class, type) and issubclass(auto_class, auto_factory._BaseAutoModelClass):
+            if auto_class._model_mapping is not None:
+                found.append((auto_class, auto_class._model_mapping))
+    return found
+
+
+require("_BaseAutoModelClass" in dir(auto_factory), "auto_factory._BaseAutoModelClass", transformers)
+require("_model_mapping" in dir(modeling_auto.AutoModel), "AutoModel._model_mapping", transformers)
+
+
+def local_of(frame, name, kind):
+    """What a function of transformers that is running calls `name`. An error if that is not of this kind: then it is
+    written in another way than those that this was tried on, and who calls cannot be told."""
+    value = frame.f_locals.get(name)
+    if not isinstance(value, kind):
+        raise RuntimeError(
+            f"`{frame.f_code.co_name}` of transformers {transformers.__version__} has no `{name}` that is a "
+            f"{kind.__name__}: what is being saved cannot be told. Install versions that hf_layercollapse was tried "
+            f"with: {SEEN}."
+        )
+    return value
+
+
+def is_save_pretrained(frame):
+    """Whether a frame is of `PreTrainedModel.save_pretrained`."""
+    return frame.f_code is PreTrainedModel.save_pretrained.__code__
+
+
+require("self" in PreTrainedModel.save_pretrained.__code__.co_varnames, "save_pretrained(self)", transformers)
+require(
+    "model_to_save" in PreTrainedModel.save_pretrained.__code__.co_varnames,
+    "`model_to_save` in PreTrainedModel.save_pretrained",
+    transformers,
+)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -308,7 +486,7 @@ class _Remains(nn.Module):
 
     def _has_place(self, key):
         first, *rest = key.split(".")
-        return first in self._modules or len(rest) < self._key_length
+        return first in children_of(self) or len(rest) < self._key_length
 
 
 class _NoAdapter(_Remains):
@@ -316,7 +494,7 @@ class _NoAdapter(_Remains):
 
     def named_modules(self, memo=None, prefix="", remove_duplicate=True):
         """As of any module; nothing for peft when it looks for names to put adapters on, so that it passes on."""
-        frame = sys._getframe(1)
+        frame = inspect.currentframe().f_back
         while frame.f_code.co_name == "named_modules":  # of the modules around
             frame = frame.f_back
         if frame.f_globals.get("__name__", "").startswith("peft.tuners."):
@@ -352,7 +530,7 @@ class CollapsedBlock(_Remains):
             self.add_module(name, child)
 
     def forward(self, hidden_states):
-        down, *then = self._modules.values()
+        down, *then = children_of(self).values()
         hidden_states = down(_in_dtype_of(down, hidden_states))
         for child in then:
             hidden_states = child(hidden_states)
@@ -362,7 +540,7 @@ class CollapsedBlock(_Remains):
 def _in_dtype_of(linear, hidden_states):
     """What goes into a linear that its family keeps in float32 where the rest is float16, as T5 its `wo`: the native
     module does the same. Not where a quantizer or an adapter stands for the linear."""
-    weight = linear._parameters.get("weight")
+    weight = parameters_of(linear).get("weight")
     if weight is not None and weight.dtype == torch.float32:
         return hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
     return hidden_states
@@ -395,7 +573,7 @@ class NarrowFeedForward(_Remains):
         self.then = [name for name in children if name not in used]
 
     def forward(self, hidden_states):
-        modules, names = self._modules, self.names
+        modules, names = children_of(self), self.names
         linear = hidden_states
         if self.neurons:
             up = modules[names["up"]](hidden_states)
@@ -654,7 +832,7 @@ def _validate_entry(path, spec):
 
 def _child(module, name):
     """The registered child, never an attribute: a table must not reach anything but modules."""
-    return module._modules.get(name)
+    return children_of(module).get(name)
 
 
 def resolve_table(model, table):
@@ -724,7 +902,7 @@ def build_module(path, native, spec):
         missing = [name for name in names if _child(native, name) is None]
         if missing or len(set(names)) != len(names):
             raise ValueError(f"{entry}: {type(native).__name__} has no children {missing or names}.")
-        return CollapsedBlock({name: native._modules[name] for name in names})
+        return CollapsedBlock({name: children_of(native)[name] for name in names})
     if kind == "narrow_ffn":
         return _build_narrow(entry, native, spec)
     native_in, native_out = linear_shape(native, entry)
@@ -764,16 +942,16 @@ def _build_narrow(entry, native, spec):
     if missing or len(set(children)) != len(children):
         raise ValueError(f"{entry}: {type(native).__name__} has no children {missing or children}.")
     width, out = spec["in_features"], spec["out_features"]
-    up_in, _ = linear_shape(native._modules[names["up"]], entry)
-    hidden, down_out = linear_shape(native._modules[names["down"]], entry)
+    up_in, _ = linear_shape(children_of(native)[names["up"]], entry)
+    hidden, down_out = linear_shape(children_of(native)[names["down"]], entry)
     if (width, out) != (up_in, down_out) or neurons > hidden or (spec["gate"] is not None and not gated):
         raise ValueError(
             f"{entry}: {channels} linear channels and {neurons} neurons, {width} -> {out}, do not fit in place of "
             f"{up_in} -> {hidden} -> {down_out}."
         )
-    modules = {name: native._modules[name] for name in children}
+    modules = {name: children_of(native)[name] for name in children}
     up_out, gate_out = narrow_widths(width, channels, neurons, gated, spec["gate"] is None)
-    kind = native._modules[names["down"]]
+    kind = children_of(native)[names["down"]]
     if up_out:
         modules[names["up"]] = make_linear(kind, width, up_out, spec["up_bias"])
     else:
@@ -824,17 +1002,21 @@ def apply_table(model, table):
         parents = [model if spec.get("scope") == "model" else base_model_of(model)]
         while above and parents[-1] is not None:
             parents.append(_child(parents[-1], above.pop(0)))
-        if parents[-1] is None or name not in parents[-1]._modules:
+        if parents[-1] is None or name not in children_of(parents[-1]):
             raise ValueError(f"`layer_collapse.modules[{path!r}]`: another entry replaces the module around it.")
         if spec["type"] == "activation":
             _check_activation_width(path, spec["width"], parents)
-        parents[-1]._modules[name] = build_module(path, native, spec)
+        children_of(parents[-1])[name] = build_module(path, native, spec)
         # Some families initialise linears from a module around them. What holds nothing but other modules has nothing
         # to initialise by itself, and the linears that it would look for may be gone.
         for container in reversed(parents):
-            if isinstance(container, PreTrainedModel) or container._parameters or container._buffers:
+            if isinstance(container, PreTrainedModel) or _holds_tensors(container):
                 break
-            container._is_hf_initialized = True
+            mark_initialized(container)
+
+
+def _holds_tensors(module):
+    return any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
 
 
 def _check_activation_width(path, width, parents):
@@ -865,7 +1047,7 @@ def prune_parallel_plans(model):
             continue
         start = re.sub(r"\d+", "*", f"{prefix}." if prefix else "")
         gone = tuple(name[len(start) :] for name in replaced if name.startswith(start))
-        for plan in (module._tp_plan, module._fsdp_plan):
+        for plan in (module.tp_plan, module.fsdp_plan):
             for key in [key for key in plan if any(key == name or key.startswith(f"{name}.") for name in gone)]:
                 del plan[key]
 
@@ -937,8 +1119,8 @@ class LayerCollapseConfigMixin:
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_dict(self):
-        caller = sys._getframe(1)
-        if not self._name_or_path and _is_adapter_save(caller):
+        caller = inspect.currentframe().f_back
+        if not self.name_or_path and _is_adapter_save(caller):
             raise ValueError(
                 "The adapter's base model was patched or collapsed in memory and is not saved, so that the adapter "
                 "could only name the dense model, or none. Save the base first: "
@@ -978,21 +1160,8 @@ def _is_nested(config, caller):
         return False
     # What asks a config there is a method of another or its own, but for two that ask for default values.
     if module == PreTrainedConfig.__module__ and caller.f_code.co_name not in ("from_dict", "recursive_diff_dict"):
-        _local(caller, "self", PreTrainedConfig)
+        local_of(caller, "self", PreTrainedConfig)
     return not isinstance(caller.f_locals.get("self"), type(config))
-
-
-def _local(frame, name, kind):
-    """What a function of transformers that is running calls `name`. An error if that is not of this kind: then it is
-    written in another way than those that this was tried on, and who calls cannot be told."""
-    value = frame.f_locals.get(name)
-    if not isinstance(value, kind):
-        raise RuntimeError(
-            f"`{frame.f_code.co_name}` of transformers {transformers_version} has no `{name}` that is a "
-            f"{kind.__name__}: what is being saved cannot be told. Install a transformers that this version of "
-            "hf_layercollapse supports, or a newer hf_layercollapse."
-        )
-    return value
 
 
 def _parts_of(config, within=""):
@@ -1010,10 +1179,10 @@ def _parts_of(config, within=""):
 def _part_being_saved(config):
     """The part of a patched or collapsed model that is being saved by itself, with the config of the whole, if its
     modules are not where the table of the whole has them."""
-    frame = sys._getframe(2)
-    if frame.f_code is not PreTrainedModel.save_pretrained.__code__:
+    frame = inspect.currentframe().f_back.f_back
+    if not is_save_pretrained(frame):
         return None
-    part = _local(frame, "model_to_save", PreTrainedModel)
+    part = local_of(frame, "model_to_save", PreTrainedModel)
     if isinstance(part, LayerCollapseModelMixin) or part.config is not config:
         return None
     base = base_model_of(part)
@@ -1180,7 +1349,7 @@ class LayerCollapseModelMixin:
         interrupted leaves the old model whole or a folder that does not load. Of several that save into one folder at
         a time, the last one's model is there as a whole, where the file system has locks.
         """
-        if state_dict is None and not self._hf_peft_config_loaded:
+        if state_dict is None and not has_own_adapters(self):
             state_dict = state_dict_without_adapters(self)
         kwargs |= {"state_dict": state_dict, "max_shard_size": max_shard_size}
         if kwargs.get("distributed_checkpoint", False) or os.path.isfile(save_directory):
@@ -1191,7 +1360,7 @@ class LayerCollapseModelMixin:
             return super().save_pretrained(save_directory, is_main_process=False, **kwargs)
 
         os.makedirs(save_directory, exist_ok=True)
-        if self._hf_peft_config_loaded:
+        if has_own_adapters(self):
             super().save_pretrained(save_directory, **kwargs)
         else:
             with _folder_beside(save_directory) as beside:
@@ -1223,7 +1392,7 @@ class LayerCollapseModelMixin:
         finally:
             del self._model_card
             # Not after the temporary folder that was uploaded from.
-            self.name_or_path = self.config._name_or_path = name
+            self.name_or_path = self.config.name_or_path = name
         self._name_if_new(repo_id)
         return result
 
@@ -1235,8 +1404,8 @@ class LayerCollapseModelMixin:
 
     def _name_if_new(self, name):
         # A folder of an adapter is no folder of the model.
-        if not self.name_or_path and not self._hf_peft_config_loaded:
-            self.name_or_path = self.config._name_or_path = name
+        if not self.name_or_path and not has_own_adapters(self):
+            self.name_or_path = self.config.name_or_path = name
 
     def __reduce_ex__(self, protocol):
         return _empty_model, (type(self).native_class, type(self).config_class.native_class), self.__dict__
@@ -1245,12 +1414,12 @@ class LayerCollapseModelMixin:
 def _refuse_uncarried_part(model, prefix):
     """Raises if a larger model is being saved with this one in it, and its config does not say so: it would come back
     with a native part, and the weights of that part lost or misread."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code is not PreTrainedModel.save_pretrained.__code__:
+    frame = inspect.currentframe().f_back
+    while frame is not None and not is_save_pretrained(frame):
         frame = frame.f_back
     if frame is None:
         return
-    outer = _local(frame, "self", PreTrainedModel)
+    outer = local_of(frame, "self", PreTrainedModel)
     wanted = model.config.layer_collapse
     carried = [part.__dict__.get("layer_collapse") for _, part, free in _parts_of(outer.config) if free]
     if outer is not model and wanted not in carried and not _names_all_of(outer, model, prefix):
@@ -1392,7 +1561,7 @@ def refuse_uninitialised(model):
 
 def _is_loaded(tensor):
     # What lies on a disk is on the meta device by now, and nothing else is.
-    return tensor.__dict__.get("_is_hf_initialized", False) or tensor.device.type == "meta"
+    return is_initialized(tensor) or tensor.device.type == "meta"
 
 
 def _refuse_checkpoint(model, problems):
@@ -1468,7 +1637,7 @@ def config_class_for(native_class):
 
 def _config_class_for_part(native_class, name):
     """The config class of a part that was saved by itself: an encoder, which `AutoModel` does not know."""
-    base = modeling_auto.AutoModel._model_mapping[native_class]
+    base = dict(auto_class_mappings())[modeling_auto.AutoModel][native_class]
     module = importlib.import_module((base[0] if isinstance(base, (tuple, list)) else base).__module__)
     part = module.__dict__.get(name)
     if not (isinstance(part, type) and issubclass(part, PreTrainedModel) and part.__module__ == module.__name__):
@@ -1505,13 +1674,8 @@ def model_class_for(native_class, config_class):
         built = type(native_class.__name__, bases, namespace)
         # One class, whichever thread is first.
         built = _built.setdefault((native_class, config_class), built)
-        _record_outputs(built)
+        record_outputs(built)
     return _built[native_class, config_class]
-
-
-def _record_outputs(built):
-    # Else filled by `PreTrainedModel.__init__`, which a live model that changes its class has behind it.
-    output_capturing._CAN_RECORD_REGISTRY[built.__new__(built)] = built._can_record_outputs
 
 
 def _constructor_of(native_class):
@@ -1543,11 +1707,8 @@ def is_native(native_class):
 def _native_models(native_config):
     """`[(Auto class, its native model classes, whether it has several)]`, for the Auto classes that know a config."""
     found = []
-    for auto_class in list(modeling_auto.__dict__.values()):
-        if not (isinstance(auto_class, type) and issubclass(auto_class, auto_factory._BaseAutoModelClass)):
-            continue
-        mapping = auto_class._model_mapping
-        if mapping is None or native_config not in mapping:
+    for auto_class, mapping in auto_class_mappings():
+        if native_config not in mapping:
             continue
         try:
             native_models = mapping[native_config]
@@ -1590,10 +1751,11 @@ def model_classes_of_own(native_model, config):
     classes = {name: native_model.__name__ for name, models in known.items() if native_model in models}
     # `save_pretrained` puts the code of what was loaded with `trust_remote_code=True` into the folder. That code may
     # have classes for other tasks too.
-    if native_model.is_remote_code() and native_model.__module__ != "__main__" and native_model._auto_class in known:
+    loaded_by = auto_class_of_code(native_model)
+    if native_model.is_remote_code() and native_model.__module__ != "__main__" and loaded_by in known:
         auto_map = config.__dict__.get("auto_map") or {}
         classes |= {name: auto_map[name].rpartition(".")[2] for name in known if name in auto_map}
-        classes[native_model._auto_class] = native_model.__name__
+        classes[loaded_by] = native_model.__name__
     return classes
 
 
@@ -1661,7 +1823,7 @@ def _empty_model(native_class, native_config_class):
     built_config = config_class_for(native_config_class)
     _register(native_config_class, built_config)
     built = model_class_for(native_class, built_config)
-    _record_outputs(built)
+    record_outputs(built)
     return built.__new__(built)
 
 
@@ -1693,7 +1855,7 @@ def set_layer_collapse(model, layer_collapse, holders=()):
                 part_config = copy.deepcopy(part.config, copies)
                 for _, inner, _ in [(None, part_config, None), *_parts_of(part_config)]:
                     _make_native(inner)
-                part_config._name_or_path = ""
+                part_config.name_or_path = ""
     # Some parts hold a copy of the config of the whole, as T5's encoder and decoder do.
     configs = [config]
     for part in model.modules():
@@ -1713,7 +1875,7 @@ def set_layer_collapse(model, layer_collapse, holders=()):
             each.__class__ = config_class_for(native_config)
             each.layer_collapse = layer_collapse
         # An adapter would otherwise name the dense folder as its base.
-        each._name_or_path = ""
+        each.name_or_path = ""
     for holder in holders:
         if type(holder).__module__.startswith("peft."):
             for adapter in holder.peft_config.values():

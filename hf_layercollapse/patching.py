@@ -22,6 +22,8 @@ from .modeling_layercollapse import (
     CollapsibleActivation,
     LayerCollapseModelMixin,
     base_model_prefix_of,
+    children_of,
+    mark_initialized,
     refuse_lost_code,
     resolve_table,
     set_layer_collapse,
@@ -203,13 +205,7 @@ def shorten(names, limit=6):
 def replace_module(model, name, module):
     """Puts `module` where `name` stands, keeping the position among its siblings."""
     parent, _, child = name.rpartition(".")
-    model.get_submodule(parent)._modules[child] = module
-
-
-def mark_initialized(module):
-    """Says of a module that it has its values, as all modules do that a native model was built with. `init_weights()`
-    and `post_init()`, of the model and of any other that it is put into, give first values to every other module."""
-    module._is_hf_initialized = True
+    children_of(model.get_submodule(parent))[child] = module
 
 
 def collapsible_activations(model) -> dict[str, CollapsibleActivation]:

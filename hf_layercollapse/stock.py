@@ -28,6 +28,7 @@ from .modeling_layercollapse import (
     LayerCollapseModelMixin,
     NarrowActivation,
     NarrowFeedForward,
+    children_of,
 )
 from .profiling import count_parameters
 from .widths import (
@@ -260,7 +261,7 @@ def _parts(model, block):
     if isinstance(holder, CollapsedBlock):
         up, down, channels, count, act = None, holder.get_submodule(layout.down), block.in_features, 0, None
     elif isinstance(holder, NarrowFeedForward):
-        modules, names = holder._modules, holder.names
+        modules, names = children_of(holder), holder.names
         up, down = modules.get(names["up"]), modules[names["down"]]
         channels, count, act = holder.linear_channels, holder.neurons, holder.act_name if holder.neurons else None
         if holder.gated and count:
