@@ -100,7 +100,7 @@ def test_a_damaged_folder_is_still_refused(kind, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=QUANTIZERS[kind], device_map="cpu")
 
 
-@pytest.mark.parametrize("life", ["linear", "narrow"])
+@pytest.mark.parametrize("life", ["linear", "narrow", "neurons"])
 def test_healing_in_four_bits(life, tmp_path):
     """QLoRA: adapters in float on what was collapsed and loaded in four bits."""
     from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
