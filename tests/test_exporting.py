@@ -50,14 +50,14 @@ def inputs_of(name, batch=2, length=9, seed=0):
 
 
 def in_state(name, state):
-    """A model that is patched, in the middle of training; collapsed; or collapsed beside kept neurons."""
+    """A model patched, in the middle of training; collapsed; collapsed beside kept neurons; or to them alone."""
     model = MODELS[name]()
     if state == "patched":
         apply_layer_collapse(model, LayerCollapseConfig(blocks="last:2"))
         for alpha in alpha_parameters(model):
             alpha.data.fill_(0.3)
     else:
-        options = {"rank": 5, "keep_neurons": 4} if state == "narrow" else {}
+        options = {"narrow": {"rank": 5, "keep_neurons": 4}, "neurons": {"rank": 0, "keep_neurons": 9}}.get(state, {})
         data = [inputs_of(name, seed=seed) for seed in range(20)]
         collapse_model(model, LayerCollapseConfig(blocks="last:2", **options), calibration_data=data)
     return model.eval()

@@ -27,7 +27,8 @@ STATES = ["patched", "collapsed", "narrow"]
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="Inductor compiles with gcc, which is not installed")
 @pytest.mark.parametrize(
-    ("name", "state"), [("bert", "patched"), pytest.param("llama", "narrow", marks=pytest.mark.slow)]
+    ("name", "state"),
+    [("bert", "patched"), *(pytest.param("llama", state, marks=pytest.mark.slow) for state in ("narrow", "neurons"))],
 )
 def test_inductor(name, state):
     """The whole graph, compiled, for sequences of any length."""
