@@ -1,5 +1,6 @@
 """Blocks that collapse while training goes on."""
 
+import copy
 import dataclasses
 import logging
 
@@ -8,7 +9,13 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_layercollapse import CollapsePlan, LayerCollapseConfig, apply_layer_collapse, find_feed_forward_blocks
+from hf_layercollapse import (
+    CollapsePlan,
+    LayerCollapseConfig,
+    apply_layer_collapse,
+    collapse_model,
+    find_feed_forward_blocks,
+)
 from hf_layercollapse.optimization import exchange_parameters
 from hf_layercollapse.plans import PlanPoint
 from tests.models import BY_NAME, LAYERS
@@ -48,12 +55,13 @@ class Watch(TrainerCallback):
         assert {id(parameter) for parameter in optimizer.state} <= live
 
 
-def run(case, folder, watch=None, schedule=SCHEDULE, resume=None, config=None, **args):
+def run(case, folder, watch=None, schedule=SCHEDULE, resume=None, config=None, model=None, **args):
     callbacks = [SetAlphas(schedule), *([watch] if watch else [])]
     trainer = trainer_for(
         case,
         folder,
         config={**PROGRESSIVE, **(config or {})},
+        model=model,
         dropout=True,
         args={**ARGS, **args},
         callbacks=callbacks,
@@ -93,6 +101,20 @@ def test_checkpoints_from_before_and_after_resume(step, optim, tmp_path):
     """The first before any block is collapsed in the model that is given, the later ones with one and two of them."""
     whole = run("bert", tmp_path, optim=optim)
     resumed = run("bert", tmp_path, optim=optim, resume=str(tmp_path / f"checkpoint-{step}"))
+    assert_same(state_of(resumed.model), state_of(whole.model))
+    assert resumed.model.config.layer_collapse == whole.model.config.layer_collapse
+
+
+@pytest.mark.parametrize("case", ["bert", "vit"])
+def test_a_model_that_was_narrowed_before_resumes(case, tmp_path):
+    """The linears of a block have entries of their own there, which go with the block."""
+    narrow = model_of(BY_NAME[case], dropout=True)
+    data = [BY_NAME[case].inputs(seed=seed) for seed in range(24)]
+    collapse_model(narrow, LayerCollapseConfig(rank=0, keep_neurons=9), data)
+    apply_layer_collapse(narrow)
+    whole = run(case, tmp_path, model=copy.deepcopy(narrow))
+    assert [block.hidden_features for block in find_feed_forward_blocks(whole.model)] == [0, 9, 0]
+    resumed = run(case, tmp_path, model=narrow, resume=str(tmp_path / "checkpoint-4"))
     assert_same(state_of(resumed.model), state_of(whole.model))
     assert resumed.model.config.layer_collapse == whole.model.config.layer_collapse
 
