@@ -9,6 +9,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from accelerate.utils import is_compiled_module
 from transformers.modeling_utils import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
@@ -388,7 +389,7 @@ def forget_base(model, only=None):
     if only is None:
         inner.name_or_path = inner.config.name_or_path = ""
     for holder in holders:
-        if isinstance(holder, torch._dynamo.OptimizedModule):
+        if is_compiled_module(holder):
             continue
         for adapter in holder.peft_config.values():
             if only in (None, adapter.base_model_name_or_path):

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.modelcard import TASK_MAPPING
-from transformers.models.auto import modeling_auto
 
 from ._version import __version__
 from .comparison import Comparison
@@ -13,6 +12,7 @@ from .families import find_feed_forward_blocks, unwrap
 from .modeling_layercollapse import FORMAT_VERSION
 from .patching import layer_collapse_config_of
 from .reports import CollapseReport
+from .upstream import model_mapping
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -245,7 +245,7 @@ def auto_class_of(config, architecture=None) -> str:
     """
     wanted = architecture or (config.architectures or [None])[0]
     for name in AUTO_CLASSES:
-        mapping = modeling_auto.__dict__[name]._model_mapping
+        mapping = model_mapping(name)
         if type(config) not in mapping:
             continue
         classes = mapping[type(config)]

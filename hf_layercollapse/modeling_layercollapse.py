@@ -132,6 +132,15 @@ require("_modules" in nn.Module().__dict__, "Module._modules", torch)
 require("_parameters" in nn.Module().__dict__, "Module._parameters", torch)
 
 
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` is running. Upstream: `torch._C._are_functorch_transforms_active`, which
+    `torch.autograd.Function` asks itself."""
+    return torch._C._are_functorch_transforms_active()
+
+
+require("_are_functorch_transforms_active" in dir(torch._C), "torch._C._are_functorch_transforms_active", torch)
+
+
 def mark_initialized(module):
     """Says of a module that it has its values, as all modules do that a native model was built with. `init_weights()`
     and `post_init()`, of the model and of any other that it is put into, give first values to every other module.
@@ -426,7 +435,7 @@ class CollapsibleActivation(nn.Module):
             or torch.jit.is_tracing()
             # Forward mode, and batches of gradients, go through plain arithmetic only: `vmap` of what works in chunks,
             # and reads an alpha as a number, is another function.
-            or torch._C._are_functorch_transforms_active()
+            or is_transformed()
             # Parameters of the activation itself (PReLU, xIELU) get their gradients from plain autograd only.
             or any(True for _ in act.parameters())
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import is_compiled_module
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
@@ -48,10 +49,12 @@ from .patching import (
 )
 from .reports import CollapseReport
 from .sharding import gathered, in_turn, leave_out_of_sharding, refuse_deepspeed_setup, refuse_fsdp_setup
-from .upstream import checkpointing_of, loss_is_scaled
+from .upstream import checkpointing_of, loss_is_scaled, prepared_models, require_trainer
 
 
 logger = logging.get_logger(__name__)
+
+require_trainer(Trainer)
 
 READY_BLOCKS = "layer_collapse/ready_blocks"
 COLLAPSED_BLOCKS = "layer_collapse/collapsed_blocks"
@@ -194,7 +197,7 @@ class LayerCollapseTrainerMixin(CheckpointsMixin):
 
     def _refuse_progressive(self):
         holders = unwrap(self.model)[1]
-        compiled = any(isinstance(holder, torch._dynamo.OptimizedModule) for holder in holders)
+        compiled = any(is_compiled_module(holder) for holder in holders)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
                 "`progressive` is not supported under FSDP and DeepSpeed, which cannot exchange parameters while they "
@@ -336,7 +339,7 @@ class LayerCollapseTrainerMixin(CheckpointsMixin):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             # The sharded one is let go; from here on this one is evaluated, as it is.
             self.accelerator.free_memory()
-            self.accelerator._models.append(model)
+            prepared_models(self.accelerator).append(model)
             self.deepspeed = model if self.is_deepspeed_enabled else None
         if self._distillation is not None:
             self._distillation.find_blocks(inner)
@@ -386,7 +389,7 @@ class LayerCollapseTrainerMixin(CheckpointsMixin):
             self._alpha_steps.alphas = self._trainable_alphas()
         if isinstance(self.model_wrapped, nn.parallel.DistributedDataParallel):
             # It reduces the parameters that it was made with. A new one takes its place, in `training_step`.
-            self.accelerator._models.remove(self.model)
+            prepared_models(self.accelerator).remove(self.model)
             self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
             self.model_wrapped = self.accelerator.prepare_model(self.model)
 

@@ -11,34 +11,17 @@ import inspect
 import accelerate
 import torch
 import transformers
+from accelerate import hooks
 from packaging.version import Version
+from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .modeling_layercollapse import auto_class_mappings, require, require_methods
 
 
 # A comparison with a tuple of numbers; what leads to a release counts as that release.
 TRANSFORMERS = Version(transformers.__version__).release
-# What the names below were seen in, all of them unless a seam says otherwise.
-SEEN = "transformers 5.16.1 to 5.24.0, torch 2.8 to 2.13, accelerate 1.10 to 1.15 and peft 0.19.1 to 0.21.2"
-
-
-def require(present, name, of):
-    """Raises if an upstream name is gone.
-
-    Args:
-        present (`bool`): Whether it is there.
-        name (`str`): The name.
-        of (module): The package that should have it.
-
-    Raises:
-        ImportError: It is not.
-    """
-    if not present:
-        raise ImportError(
-            f"hf_layercollapse uses `{name}`, which {of.__name__} {of.__version__} does not have as it was. Install "
-            f"versions that were tried: {SEEN}."
-        )
 
 
 def _set_in(function, name):
@@ -98,6 +81,18 @@ def uncompiled(module):
     return module._orig_mod
 
 
+# The dictionaries that a module keeps its own tensors and children in, and all that torch keeps in every module but
+# for the buffers, which code may read whole. What is made without a constructor has to be given them by name.
+PARAMETERS, BUFFERS, CHILDREN = "_parameters", "_buffers", "_modules"
+OF_TORCH = frozenset(nn.Module().__dict__) - {BUFFERS}
+require({PARAMETERS, BUFFERS, CHILDREN} <= nn.Module().__dict__.keys(), "Module._parameters, ._buffers", torch)
+
+
+def buffers_of(module) -> dict:
+    """Name -> buffer, or `None`, as torch keeps them. Upstream: `Module._buffers`."""
+    return module._buffers
+
+
 def let_the_scaler_unscale(optimizer):
     """Fused optimizers unscale gradients inside their kernel, so that the GradScaler does not; ours must find them
     unscaled.
@@ -127,6 +122,23 @@ def prepared_models(accelerator) -> list:
 require(_set_in(accelerate.Accelerator.__init__, "_models"), "Accelerator._models", accelerate)
 
 
+def is_hooked(module) -> bool:
+    """Whether accelerate put a hook around a module's forward. Upstream: `_hf_hook`."""
+    return "_hf_hook" in module.__dict__
+
+
+def forward_before_hooks(module):
+    """The forward that is inside accelerate's. Upstream: `_old_forward`."""
+    return module.__dict__["_old_forward"]
+
+
+# Bound to the module that they were made for: accelerate's hooks, and what `Module.compile` keeps.
+WRAPPERS = ("_hf_hook", "_old_forward", "_compiled_call_impl")
+for _name in WRAPPERS[:2]:
+    require(_set_in(hooks.add_hook_to_module, _name), f"{_name} in add_hook_to_module", accelerate)
+require("_compiled_call_impl" in dir(nn.Module), "Module._compiled_call_impl", torch)
+
+
 # ----------------------------------------------------------------------------------------------------
 # transformers: models
 # ----------------------------------------------------------------------------------------------------
@@ -134,7 +146,7 @@ require(_set_in(accelerate.Accelerator.__init__, "_models"), "Accelerator._model
 
 def is_causal_language_model(model) -> bool:
     """Whether `AutoModelForCausalLM` gives this class. Upstream: `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES`."""
-    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return type(model).__name__ in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def is_classifier(model) -> bool:
@@ -153,3 +165,46 @@ def is_classifier(model) -> bool:
 def has_causal_loss(model) -> bool:
     """Whether a model's loss is that of next tokens. Upstream: `transformers.loss.loss_utils.ForCausalLMLoss`."""
     return model.loss_function is ForCausalLMLoss
+
+
+def model_mapping(name):
+    """Config class -> model class, or several, of the Auto class of this name."""
+    return {auto_class.__name__: mapping for auto_class, mapping in auto_class_mappings()}[name]
+
+
+# ----------------------------------------------------------------------------------------------------
+# transformers: the Trainer. Its private methods are overridden where checkpoints, clipping and evaluation have no
+# public hook; each override calls the method that it stands in front of.
+# ----------------------------------------------------------------------------------------------------
+
+# Name -> parameters, as the overrides pass them on.
+TRAINER_METHODS = {
+    # Alphas are clipped apart, and the norm in the logs is the task's.
+    "_clip_grad_norm": "model",
+    "_get_grad_norm": "model grad_norm",
+    # The best is among those with the most ready blocks; a collapse comes between an evaluation and its checkpoint.
+    "_determine_best_metric": "metrics trial",
+    "_evaluate": "trial ignore_keys_for_eval skip_scheduler",
+    # Checkpoints are written beside and moved in, hold live names, and are loaded completely or refused.
+    "_save_checkpoint": "model trial",
+    "_get_output_dir": "trial",
+    "_save": "output_dir state_dict",
+    "_save_optimizer_and_scheduler": "output_dir",
+    "_load_optimizer_and_scheduler": "checkpoint",
+    "_load_from_checkpoint": "resume_from_checkpoint model",
+    "_load_best_model": "",
+    "_issue_warnings_after_load": "load_result",
+    "_push_from_checkpoint": "checkpoint_folder",
+    # Resumed from its last checkpoint, a run takes no further step, and deletes nothing in place.
+    "_run_epoch": "",
+    "_finalize_training": "trial num_train_samples start_time",
+}
+
+
+def require_trainer(trainer_class):
+    """Raises if the Trainer has not the methods that are overridden; called where they are, since it is slow to load.
+
+    Raises:
+        ImportError: It has not.
+    """
+    require_methods(trainer_class, TRAINER_METHODS, transformers)

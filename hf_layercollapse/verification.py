@@ -35,7 +35,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from .modeling_layercollapse import CollapsibleActivation, is_inplace, linear_shape
+from .modeling_layercollapse import CollapsibleActivation, children_of, is_inplace, linear_shape, parameters_of
+from .upstream import BUFFERS, CHILDREN, OF_TORCH, PARAMETERS, WRAPPERS, buffers_of, forward_before_hooks, is_hooked
 
 
 logger = logging.get_logger(__name__)
@@ -121,10 +122,6 @@ class _StandIn(nn.Linear):
         return output
 
 
-# What torch keeps in every module: its tensors and children are copied as such, its hooks are left out.
-_OF_TORCH = frozenset(nn.Module().__dict__) - {"_buffers"}
-# Wrappers that are bound to the module they were made for: accelerate's and `torch.compile`'s.
-_WRAPPERS = ("_hf_hook", "_old_forward", "_compiled_call_impl")
 # Every attribute of a module, in a record of what was read.
 _ALL = "*"
 
@@ -138,13 +135,13 @@ class _Reads:
     """In front of a module's class in its copy: what is read is copied from the module when it is, and recorded."""
 
     def __getattribute__(self, name):
-        if name in _OF_TORCH:
+        if name in OF_TORCH:
             return object.__getattribute__(self, name)
         if name == "__class__":  # code may ask for it
             return type(self).__mro__[2]
         own = _state(self)
         own["_source"].read(name)
-        for kind in ("_modules", "_buffers", "_parameters"):
+        for kind in (CHILDREN, BUFFERS, PARAMETERS):
             if name in own[kind] and not own["_source"].in_class(name):
                 return own[kind][name]
         return object.__getattribute__(self, name)
@@ -164,7 +161,7 @@ class _Source:
 
     def __init__(self, module, copied, skeleton, path):
         self.module, self.copied, self.skeleton, self.path = module, copied, skeleton, path
-        self.buffers = dict(module._buffers)
+        self.buffers = dict(buffers_of(module))
         self.attributes = _attributes(module)
         self.readable = {*self.attributes, *self.buffers}
 
@@ -172,7 +169,7 @@ class _Source:
         return any(name in kind.__dict__ for kind in type(self.module).__mro__)
 
     def read(self, name):
-        if name in ("__dict__", "_buffers"):
+        if name in ("__dict__", BUFFERS):
             self.read_all()
         elif name in self.readable:
             self.skeleton.seen.add((self.path, name))
@@ -190,17 +187,17 @@ class _Source:
             _state(self.copied).setdefault(name, self.skeleton.value(value))
         if name in self.buffers:
             value = self.buffers.pop(name)
-            _state(self.copied)["_buffers"][name] = self.skeleton.buffer(self.module, name, value)
+            _state(self.copied)[BUFFERS][name] = self.skeleton.buffer(self.module, name, value)
 
 
 def _attributes(module):
     """What a module's code can read of it, tensors and children left out."""
-    left_out = {"_buffers", *_OF_TORCH, *_WRAPPERS}
+    left_out = {BUFFERS, *OF_TORCH, *WRAPPERS}
     attributes = {name: value for name, value in module.__dict__.items() if name not in left_out}
-    if "_hf_hook" in module.__dict__:
+    if is_hooked(module):
         # accelerate's `forward` is around the class's own, or around another one of the instance.
         attributes.pop("forward", None)
-        wrapped = module.__dict__["_old_forward"]
+        wrapped = forward_before_hooks(module)
         if not (isinstance(wrapped, types.MethodType) and wrapped.__func__ is type(module).forward):
             attributes["forward"] = wrapped
     return attributes
@@ -272,8 +269,8 @@ class Skeleton:
         """Whether the code has written to a buffer that it read; statistics of batch norms are left out."""
         for original, made in self.copies.values():
             if isinstance(original, nn.Module) and not isinstance(original, (nn.Linear, Conv1D, *_BATCH_NORMS)):
-                buffers = _state(made)["_buffers"]
-                for name, buffer in original._buffers.items():
+                buffers = _state(made)[BUFFERS]
+                for name, buffer in buffers_of(original).items():
                     if buffers[name] is not None and not torch.equal(buffers[name], _on_cpu(buffer)):
                         return True
         return False
@@ -297,7 +294,7 @@ class Skeleton:
             for name, value in base.__dict__.items():  # `in_features`, `nf` and what else the code around may read
                 if not name.startswith("_") and name not in made.__dict__ and name != "forward":
                     made.__dict__[name] = self.value(value)
-            made.__dict__["_parameters"] = self._weights(base)
+            made.__dict__[PARAMETERS] = self._weights(base)
             self.modules.append(made)
             return made
         kind = type(module)
@@ -307,17 +304,17 @@ class Skeleton:
         state |= {
             name: type(value)() if isinstance(value, (dict, set)) else value
             for name, value in module.__dict__.items()
-            if name in _OF_TORCH
+            if name in OF_TORCH
         }
         state["_source"] = source = _Source(module, made, self, path)
-        state["_parameters"] = self._weights(module)
-        state["_buffers"] = dict.fromkeys(module._buffers)
-        state["_modules"] = {}
-        for name, child in module._modules.items():
-            state["_modules"][name] = self._module(child)
+        state[PARAMETERS] = self._weights(module)
+        state[BUFFERS] = dict.fromkeys(buffers_of(module))
+        state[CHILDREN] = {}
+        for name, child in children_of(module).items():
+            state[CHILDREN][name] = self._module(child)
         if recording is None:
             source.read_all()
-        if not module._modules and watched:
+        if not children_of(module) and watched:
             made.register_forward_hook(self._recorder(path))
         self.modules.append(made)
         return made
@@ -332,7 +329,7 @@ class Skeleton:
     def _weights(self, module):
         return {
             name: None if parameter is None else self.value(parameter)
-            for name, parameter in module._parameters.items()
+            for name, parameter in parameters_of(module).items()
         }
 
     def _weight(self, parameter):
@@ -502,7 +499,7 @@ class Verifier:
 
     def check_activation(self, activation, shape):
         """Raises a `Refusal` unless a module, on an input of this shape, is a function of single numbers."""
-        if not any(True for part in activation.modules() for _ in (*part._parameters, *part._buffers)):
+        if not any(True for part in activation.modules() for _ in (*parameters_of(part), *buffers_of(part))):
             shape = (*shape[:-1], min(shape[-1], _ENOUGH))  # it knows no width
         work = functools.partial(_check_activation, activation, shape, self.base_layer)
         self._once((shape,), activation, work, {(path, _ALL) for path, _ in activation.named_modules()})
@@ -532,10 +529,10 @@ class Verifier:
                 (
                     path,
                     type(part),
-                    tuple((key, None if p is None else p.shape) for key, p in part._parameters.items()),
-                    tuple(part._buffers),
+                    tuple((key, None if p is None else p.shape) for key, p in parameters_of(part).items()),
+                    tuple(buffers_of(part)),
                     tuple(part.__dict__),
-                    tuple((key, child is None) for key, child in part._modules.items()),
+                    tuple((key, child is None) for key, child in children_of(part).items()),
                     part.__dict__.get("head_dim"),
                 )
                 for path, part in module.named_modules(remove_duplicate=False)
@@ -558,7 +555,7 @@ class Verifier:
 
 def _readable(module):
     """Buffers and attributes; a method that is bound to the module itself is the same of another one."""
-    values = {**module._buffers, **_attributes(module)}
+    values = {**buffers_of(module), **_attributes(module)}
     return {
         name: ("own method", value.__func__)
         if isinstance(value, types.MethodType) and value.__self__ is module
