@@ -5,7 +5,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import psutil
 import torch
+from accelerate.utils import convert_file_size_to_int
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.modeling_utils import PreTrainedModel
@@ -35,6 +37,10 @@ LEAST_TOKENS, RICH_TOKENS = 1.25, 20
 # on other text, with 15 by 0.54, with 60 by 0.45, with thousands by 0.42.
 LINE_TOKENS = 10
 
+# Share of the free memory that sums over the data may take, if nothing else is said; and how many copies of one
+# block's sums it takes to work out sizes and fits from them.
+FREE_SHARE, WORKING_COPIES = 0.5, 3
+
 # Neurons whose moments are collected for each one that is to be kept; the choice among them is by least squares.
 CANDIDATES_PER_NEURON = 4
 
@@ -48,7 +54,7 @@ class BlockMoments:
         dimensions (`float`): How many the features span on them; all, where there are many tokens for each.
         width (`int`): Input width, the size of `x`.
         neurons (`list[int]`): Hidden indices `C` of the other features.
-        mean_f, mean_o, cov_ff, cov_fo, var_o (`Tensor`): Centred, float64.
+        mean_f, mean_o, cov_ff, cov_fo, cov_oo (`Tensor`): Centred, float64.
         constant (`bool`): Whether a fit has a constant term. Without one the last three are about the origin.
         ridge (`float`): Of fits, above the rounding noise of the sums.
     """
@@ -61,15 +67,20 @@ class BlockMoments:
     mean_o: torch.Tensor
     cov_ff: torch.Tensor
     cov_fo: torch.Tensor
-    var_o: torch.Tensor
+    cov_oo: torch.Tensor
     constant: bool = True
     ridge: float = functional.RIDGE
 
+    @property
+    def var_o(self):
+        """Variance of each output, or without a constant term its mean square."""
+        return self.cov_oo.diagonal().clamp_min(0)
+
     def without_constant(self):
         """The same for fits that have no constant term: least squares through the origin."""
-        moments = self.mean_f, self.mean_o, self.cov_ff, self.cov_fo, self.var_o
-        cov_ff, cov_fo, var_o = functional.about_origin(*moments)
-        return replace(self, cov_ff=cov_ff, cov_fo=cov_fo, var_o=var_o, constant=False)
+        moments = self.mean_f, self.mean_o, self.cov_ff, self.cov_fo, self.cov_oo
+        cov_ff, cov_fo, cov_oo = functional.about_origin(*moments)
+        return replace(self, cov_ff=cov_ff, cov_fo=cov_fo, cov_oo=cov_oo, constant=False)
 
     def restricted(self, positions):
         """The same for the neurons at these positions of `neurons` only."""
@@ -83,19 +94,38 @@ class BlockMoments:
             cov_fo=self.cov_fo[keep],
         )
 
-    def coefficients(self, rank=None):
-        """How many a fit has for each output: what it explains of its own data by chance grows with them."""
+    def coefficients(self, rank=None, neurons=None):
+        """How many a fit has for each output: what it explains of its own data by chance grows with them.
+
+        Args:
+            rank (`int`, *optional*): Of its linear map; `None`: full.
+            neurons (`int`, *optional*): How many are kept. Default: all of these.
+        """
+        neurons = len(self.neurons) if neurons is None else neurons
         of_x = min(self.width, self.dimensions)
         if rank is not None and rank < of_x:
             of_x = rank * (1 + (of_x - rank) / self.mean_o.shape[0])
-        return int(self.constant) + min(of_x + len(self.neurons), self.dimensions)
+        return int(self.constant) + min(of_x + neurons, self.dimensions)
 
-    def fit(self, rank=None, refine=functional.REFINE):
-        """The least-squares [`functional.Fit`] on all features; its quality is that to expect on other data."""
+    def fit(self, rank=None, refine=functional.REFINE, right_ri=None):
+        """The least-squares [`functional.Fit`] on all features; its quality is that to expect on other data.
+
+        Args:
+            rank (`int`, *optional*): Of the linear map; `None`: full.
+            right_ri (`Tensor`, *optional*): What the linear map of this rank begins with. Default: what is best.
+        """
         moments = self.mean_f, self.mean_o, self.cov_ff, self.cov_fo, self.var_o
         inflation = functional.generalized(1.0, self.tokens, self.coefficients(rank))
         return functional.fit_block(
-            *moments, self.width, self.neurons, rank, self.ridge, refine, constant=self.constant, inflation=inflation
+            *moments,
+            self.width,
+            self.neurons,
+            rank,
+            self.ridge,
+            refine,
+            constant=self.constant,
+            inflation=inflation,
+            right_ri=right_ri,
         )
 
 
@@ -250,8 +280,7 @@ def _neuron_sums(model, inner, blocks, calibration_data, token_mask_fn, observe)
 def collect_moments(model, inner, blocks, calibration_data, neurons=None, token_mask_fn=None):
     """Second moments of every block's features and output, in one pass; the target is what the block computes now.
 
-    The memory is that of the sums, `(i + c) * (i + c + o)` numbers a block in float64 and once more in float32,
-    whatever the number of tokens.
+    The memory is that of the sums, whatever the number of tokens; see [`bytes_of_sums`].
 
     Args:
         blocks (`list[FeedForwardBlock]`): Dense or patched.
@@ -319,6 +348,60 @@ def collect_moments(model, inner, blocks, calibration_data, neurons=None, token_
     return {block.name: sums[block.name].finish(block, rows.distinct) for block in blocks}
 
 
+def bytes_of_sums(block, candidates) -> int:
+    """Memory of one block's sums: `(i + c)^2 + (i + c) o + o^2` numbers in float64 and once more in float32."""
+    features, outputs = block.in_features + candidates, block.out_features
+    return 12 * (features * (features + outputs) + outputs**2)
+
+
+def moments_in_groups(model, inner, blocks, data, neurons, token_mask_fn=None, max_memory=None):
+    """Yields `(block, moments)`: blocks are measured together as far as the memory allows, in as many passes over the
+    data as that takes. Each block's moments are let go once the next are asked for.
+
+    Args:
+        data (iterable of `dict[str, Tensor]`): Model inputs that can be read again.
+        neurons (`dict[str, list[int] | None]`): Block name -> candidates, `None` for all of its neurons.
+        max_memory (`int` or `str`, *optional*): Bytes, or `"2GB"`, for sums and what is worked out from them. Default:
+            `FREE_SHARE` of what is free where the blocks are.
+
+    Raises:
+        ValueError: One block alone needs more, or as [`collect_moments`].
+    """
+    wanted = {
+        block.name: list(range(block.hidden_features)) if neurons[block.name] is None else neurons[block.name]
+        for block in blocks
+    }
+    room = _free_memory(inner) if max_memory is None else convert_file_size_to_int(max_memory)
+    needed = {block.name: bytes_of_sums(block, len(wanted[block.name])) for block in blocks}
+    # What is worked out from one block's sums takes about as much again, three times.
+    group, used = [], 0
+    for block in blocks:
+        alone = (1 + WORKING_COPIES) * needed[block.name]
+        if alone > room:
+            raise ValueError(
+                f"Block {block.name} alone needs {alone / 1e9:.2f} GB for its sums over the calibration data, and "
+                f"there are {room / 1e9:.2f} GB: raise `max_memory`."
+            )
+        if used + alone > room:
+            yield from _moments_of_group(model, inner, group, data, wanted, token_mask_fn)
+            group, used = [], 0
+        group.append(block)
+        used += needed[block.name]
+    yield from _moments_of_group(model, inner, group, data, wanted, token_mask_fn)
+
+
+def _moments_of_group(model, inner, group, data, wanted, token_mask_fn):
+    moments = collect_moments(model, inner, group, data, {b.name: wanted[b.name] for b in group}, token_mask_fn)
+    for block in tqdm(group, desc="Fitting", leave=False):
+        yield block, moments.pop(block.name)
+
+
+def _free_memory(inner):
+    device = next(inner.parameters()).device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return int(FREE_SHARE * free)
+
+
 class _MomentSums:
     """The sums of one block: products in float32 over some thousand tokens, totals in float64.
 
@@ -358,12 +441,13 @@ class _MomentSums:
         self.width = width
         self.origin_f, self.origin_o = f.mean(0), y.mean(0)
         self.limit = OUTLIER_LENGTH * float(lengths.median())
-        sizes = [(f.shape[1], f.shape[1]), (f.shape[1], y.shape[1]), (f.shape[1],), (y.shape[1],), (y.shape[1],)]
+        features, outputs = f.shape[1], y.shape[1]
+        sizes = [(features, features), (features, outputs), (features,), (outputs,), (outputs, outputs)]
         self.parts = [f.new_zeros(size) for size in sizes]
         self.totals = [_wide(part).clone() for part in self.parts]
 
     def _add(self, f, y, weights):
-        ff, fo, sum_f, sum_o, squares_o = self.parts
+        ff, fo, sum_f, sum_o, oo = self.parts
         # The upper triangle, in strips: the rest is its mirror image.
         strip = -(-f.shape[1] // 4)
         for start in range(0, f.shape[1], strip):
@@ -371,7 +455,7 @@ class _MomentSums:
         fo.addmm_(f.T, y)
         sum_f.addmv_(f.T, weights)
         sum_o.addmv_(y.T, weights)
-        squares_o.add_(y.square().sum(0))
+        oo.addmm_(y.T, y)
         self.pending += f.shape[0]
         if self.pending >= FLUSH_TOKENS:
             self._flush()
@@ -391,8 +475,8 @@ class _MomentSums:
         if not all(torch.isfinite(tensor).all() for tensor in self.totals):
             raise ValueError(_not_finite(block))
         ff = ff.triu() + ff.triu(1).T
-        fo, sum_f, sum_o, squares_o = rest
-        mean_f, mean_o, cov_ff, cov_fo, var_o = functional.second_moments(self.total, sum_f, sum_o, ff, fo, squares_o)
+        fo, sum_f, sum_o, oo = rest
+        mean_f, mean_o, cov_ff, cov_fo, cov_oo = functional.second_moments(self.total, sum_f, sum_o, ff, fo, oo)
         dimensions = float(ff.shape[0])
         if self.tokens < RICH_TOKENS * (dimensions + 1):
             dimensions = functional.effective_rank(cov_ff)
@@ -407,7 +491,7 @@ class _MomentSums:
             mean_o + _wide(self.origin_o),
             cov_ff,
             cov_fo,
-            var_o,
+            cov_oo,
             ridge=functional.RIDGE if self.parts[0].dtype == torch.float64 else functional.RIDGE_FLOAT32,
         )
 

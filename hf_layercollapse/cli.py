@@ -167,8 +167,8 @@ def collapse(
         str | None,
         typer.Option(
             help="parameters=0.8 (share of the model's, or a count), macs=0.5 (share of the feed-forward blocks', or "
-            "a count a token), latency=0.8 (share of the dense model's time), or max_drop=0.02 (rise of the loss, in "
-            "nats)."
+            "a count a token), latency=0.8 (share of the dense model's time), or max_drop=0.02 (divergence from "
+            "the dense model, in nats)."
         ),
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="A plan that was made before, in place of --budget.")] = None,

@@ -10,6 +10,7 @@ from accelerate.utils import is_compiled_module
 from transformers.modeling_utils import PreTrainedModel
 
 from . import functional
+from .block_sizes import fit_size
 from .calibration import CANDIDATES_PER_NEURON, collect_moments, logits_of, reiterable, score_neurons
 from .config import LayerCollapseConfig
 from .families import (
@@ -21,6 +22,7 @@ from .families import (
     survey_blocks,
     unwrap,
 )
+from .loss_metric import loss_metrics, sample
 from .merging import (
     BlockChoice,
     Trial,
@@ -388,6 +390,7 @@ def fit_blocks(
     """Block name -> the least-squares [`functional.Fit`] of what it is to become, in one pass over the data, or in two
     where neurons have to be chosen.
     """
+    ranks = {block.name: effective_rank(block, choices[block.name].rank) for block in blocks}
     open_choices = {
         block.name: choices[block.name].neurons
         for block in blocks
@@ -404,14 +407,21 @@ def fit_blocks(
         scores = score_neurons(model, inner, to_score, data, token_mask_fn)
         for block in to_score:
             candidates[block.name] = sorted(scores[block.name].topk(wanted[block.name]).indices.tolist())
+    in_metric = [block for block in blocks if choices[block.name].in_metric and ranks[block.name]]
+    metrics = {}
+    if in_metric:
+        data = reiterable(data)
+        metrics = loss_metrics(model, inner, in_metric, sample(data), token_mask_fn=token_mask_fn)
     moments = collect_moments(model, inner, blocks, data, candidates, token_mask_fn)
     fits = {}
     for block in blocks:
-        rank, neurons = effective_rank(block, choices[block.name].rank), open_choices.get(block.name)
-        found = moments[block.name]
+        found, rank = moments[block.name], ranks[block.name]
         if not has_constant(modules_of(inner, block), rank, constant_term):
             found = found.without_constant()
-        fits[block.name] = best_fit(found, rank, neurons)
+        if block.name in metrics:
+            fits[block.name] = fit_size(found, range(len(found.neurons)), rank, metrics[block.name])
+        else:
+            fits[block.name] = best_fit(found, rank, open_choices.get(block.name))
     return fits
 
 

@@ -88,22 +88,22 @@ def affine_target(count, sum_z_m, sum_zz_m, sum_a_m, sum_za_m):
     return slope, mean_a - slope * mean_z
 
 
-def second_moments(total, sum_f, sum_o, moments_ff, cross_fo, squares_o):
+def second_moments(total, sum_f, sum_o, moments_ff, cross_fo, moments_oo):
     """Means and centred second moments from (weighted) sums over tokens.
 
     Args:
         total (`float`): Sum of the tokens' weights.
-        sum_f, sum_o, moments_ff, cross_fo, squares_o: Sums of `f`, `y`, `f f^T`, `f y^T` and `y * y`, all about one
+        sum_f, sum_o, moments_ff, cross_fo, moments_oo: Sums of `f`, `y`, `f f^T`, `f y^T` and `y y^T`, all about one
             and the same origin per feature, so that large means do not cost precision.
 
     Returns:
-        `(mean_f, mean_o, cov_ff, cov_fo, var_o)`, float64.
+        `(mean_f, mean_o, cov_ff, cov_fo, cov_oo)`, float64.
     """
     sum_f, sum_o = sum_f.double(), sum_o.double()
     cov_ff = (moments_ff.double() - torch.outer(sum_f, sum_f) / total) / total
     cov_fo = (cross_fo.double() - torch.outer(sum_f, sum_o) / total) / total
-    var_o = ((squares_o.double() - sum_o.square() / total) / total).clamp_min(0)
-    return sum_f / total, sum_o / total, cov_ff, cov_fo, var_o
+    cov_oo = (moments_oo.double() - torch.outer(sum_o, sum_o) / total) / total
+    return sum_f / total, sum_o / total, cov_ff, cov_fo, cov_oo
 
 
 def regress(cov_ff, cov_fo, ridge=RIDGE, refine=REFINE):
@@ -340,9 +340,10 @@ class Fit:
         return None if self.left_or is None else self.left_or.shape[1]
 
 
-def about_origin(mean_f, mean_o, cov_ff, cov_fo, var_o):
-    """Centred moments about the origin: `(E f f^T, E f y^T, E y^2)`. What is fitted to them has no constant term."""
-    return cov_ff + torch.outer(mean_f, mean_f), cov_fo + torch.outer(mean_f, mean_o), var_o + mean_o.square()
+def about_origin(mean_f, mean_o, cov_ff, cov_fo, cov_oo):
+    """Centred moments about the origin: `(E f f^T, E f y^T, E y y^T)`. What is fitted to them has no constant term."""
+    pairs = ((cov_ff, mean_f, mean_f), (cov_fo, mean_f, mean_o), (cov_oo, mean_o, mean_o))
+    return tuple(moment + torch.outer(first, second) for moment, first, second in pairs)
 
 
 def fit_block(
@@ -358,6 +359,7 @@ def fit_block(
     refine=REFINE,
     constant=True,
     inflation=1.0,
+    right_ri=None,
 ):
     """The least-squares [`Fit`] of a block from the moments of its features `[x, h_K]`.
 
@@ -369,6 +371,7 @@ def fit_block(
         constant (`bool`): Whether there is a constant term. Without one `cov_ff`, `cov_fo` and `var_o` are the moments
             [`about_origin`]; `r2` still is of the variance about the mean.
         inflation (`float`): How much more other data leave unexplained, at least 1; see [`generalized`].
+        right_ri (`Tensor`, *optional*): `V` of the linear part `P V`, of that rank. Default: the best.
 
     Raises:
         ValueError: `rank` is negative.
@@ -380,7 +383,13 @@ def fit_block(
         solution = regress(cov_ff, cov_fo, ridge, refine)
         weight, down = solution[:width].T, solution[width:]
     else:
-        left, right, down = reduced_rank(cov_ff, cov_fo, width, min(rank, width, cov_fo.shape[1]), ridge, refine)
+        if right_ri is None:
+            left, right, down = reduced_rank(cov_ff, cov_fo, width, min(rank, width, cov_fo.shape[1]), ridge, refine)
+        else:
+            right = right_ri
+            through_x = torch.block_diag(right, torch.eye(len(cov_ff) - width).to(right))
+            found = regress(through_x @ cov_ff @ through_x.T, through_x @ cov_fo, ridge, refine)
+            left, down = found[: len(right)].T, found[len(right) :]
         solution = torch.cat([(left @ right).T, down])
         left, right = balance(left, right)
     bias = mean_o - solution.T @ mean_f if constant else None
@@ -433,20 +442,21 @@ def psd_root(matrix_oo):
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
-def allocate(options, budget, bins=20_000):
-    """One option of each list, so that the sum of their values is smallest while their costs stay within the budget.
+def allocate(options, budgets, bins=20_000):
+    """One option of each list, so that the sum of their values is smallest while their costs stay within a budget: for
+    several budgets at once.
 
-    Dynamic programming over the budget in `bins` parts; costs are rounded up to these, so the budget is never
-    exceeded, and what an option costs is known to within one part of `bins` for each list.
+    Dynamic programming over the largest budget in `bins` parts; costs are rounded up to these, so that no budget is
+    ever exceeded, and what an option costs is known to within one part for each list.
 
     Args:
         options (`Sequence[Sequence[tuple[float, float]]]`): Lists of `(cost, value)`, cost >= 0.
-        budget (`float`): Largest sum of costs, > 0.
+        budgets (`Sequence[float]`): Largest sums of costs, > 0.
 
     Returns:
-        Indices, one for each list; `None` if even the cheapest options cost more.
+        For each budget the indices, one for each list; `None` where even the cheapest options cost more.
     """
-    unit = budget / bins
+    unit = max(budgets) / bins
     best = torch.zeros(bins + 1, dtype=torch.float64)
     chosen = []
     for row in options:
@@ -462,7 +472,11 @@ def allocate(options, budget, bins=20_000):
             index[part:][better] = position
         chosen.append((parts, index))
         best = reached
-    place = int(best.argmin())
+    return [_traced_back(best, chosen, min(bins, math.floor(budget / unit + 1e-9))) for budget in budgets]
+
+
+def _traced_back(best, chosen, place):
+    place = int(best[: place + 1].argmin())
     if not math.isfinite(float(best[place])):
         return None
     result = []

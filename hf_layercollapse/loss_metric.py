@@ -32,9 +32,36 @@ class LossMetric:
     tokens: int
     predictions: int
 
+    def shrunk(self):
+        """`G`, as far as so few tokens tell."""
+        return functional.shrunk(self.matrix, self.shrinkage)
+
     def root(self):
-        """The symmetric `S` with `S S = G`, shrunk: what outputs are multiplied by to be measured in the metric."""
-        return functional.psd_root(functional.shrunk(self.matrix, self.shrinkage))
+        """The symmetric `S` with `S S = G`: what outputs are multiplied by to be measured in the metric."""
+        return functional.psd_root(self.shrunk())
+
+
+# What the metric is measured on at most: rows, and tokens or patches in all. It is known well enough then.
+MOST_ROWS, MOST_TOKENS = 512, 32_768
+
+
+def sample(data, rows=MOST_ROWS, tokens=MOST_TOKENS) -> list:
+    """Some batches from all over the data, of about so many rows and tokens at most, at least one.
+
+    Args:
+        data (iterable of `dict[str, Tensor]`): Read once, held as inputs.
+    """
+    batches = list(data)
+    sizes = [_size_of(batch) for batch in batches]
+    share = min(1.0, rows / max(1, sum(r for r, _ in sizes)), tokens / max(1, sum(t for _, t in sizes)))
+    count = max(1, int(share * len(batches)))
+    return [batches[index * len(batches) // count] for index in range(count)] if batches else []
+
+
+def _size_of(batch):
+    """`(rows, tokens)` of a batch; pixels count as no tokens."""
+    first = next(value for value in batch.values() if isinstance(value, torch.Tensor) and value.dim())
+    return first.shape[0], first.numel() if first.dim() == 2 else 0
 
 
 def loss_metrics(model, inner, blocks, data, draws=1, seed=0, token_mask_fn=None):

@@ -30,10 +30,12 @@ class BlockChoice:
     Args:
         rank (`int`, *optional*): Of its linear map; `None`: full.
         neurons (`int` or `list[int]`): How many neurons stay nonlinear, or which.
+        in_metric (`bool`): Whether a linear map of low rank is chosen in the metric of the loss.
     """
 
     rank: int | None = None
     neurons: int | list[int] = 0
+    in_metric: bool = False
 
     @property
     def count(self) -> int:
@@ -87,6 +89,21 @@ def has_constant(parts, rank, constant_term) -> bool:
     """
     ours = parts.before or parts.between or (parts.layout.gated and rank != 0)
     return constant_term == "always" or parts.down.bias is not None or bool(ours)
+
+
+def parameters_of(block, parts, rank, neurons, constant_term) -> int:
+    """Weights and biases of what a block becomes."""
+    rank = effective_rank(block, rank)
+    narrow, biases = bool(rank is not None or neurons), 0
+    if narrow:
+        before = [linear for linear in (parts.up, parts.gate) if linear is not None and linear.bias is not None]
+        biases += neurons * len(before) * (2 if parts.layout.fused else 1)
+        biases += (rank or 0) if parts.up.bias is not None else 0
+    # A `NarrowFeedForward` has a bias at its end.
+    ours = narrow and block.wiring.own_module and not is_cut(parts, rank)
+    if ours or has_constant(parts, rank, constant_term):
+        biases += block.out_features
+    return cost_of(block, rank, neurons) + biases
 
 
 def is_ready(alpha, collapse_threshold) -> bool:

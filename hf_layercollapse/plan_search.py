@@ -1,324 +1,368 @@
-"""The search behind plans: which sizes a block can have, what they should cost, and a walk that measures it."""
+"""The search behind plans: what sizes lose, plans for all budgets at once, and a few candidates that are measured."""
 
 import copy
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm.auto import tqdm
 
-from . import functional
-from .calibration import score_neurons
+from .block_sizes import alike, allocations, any_fit, fit_size, sizes_of
+from .calibration import evaluating, inputs_of, moments_in_groups
 from .families import find_feed_forward_blocks, modules_of
-from .merging import Trial, cost_of, effective_rank, has_constant, make_merge
-from .plans import PlanPoint, key_of
+from .merging import Trial, cost_of, has_constant, make_merge
+from .plans import CollapsePlan, PlanPoint, key_of, limit_of
+from .predictions import predictions_of, without_labels
 from .profiling import compare_latency
 
 
-# Shares of a block's weights that plans choose from. 0.125 is one full matrix in a block four times as wide as the
-# model.
-LEVELS = (0.9, 0.8, 0.65, 0.5, 0.375, 0.28, 0.22, 0.17, 0.125, 0.08)
-
-# Ranks of the linear part that are tried at each level, as shares of the input width; `None` is full rank.
-RANK_SHARES = (None, 0.25, 0.125, 0.0)
-
-# Features (inputs and candidate neurons) of a block whose moments a plan collects: 134 MB a block in float64.
-PLAN_FEATURES = 4096
-
-# Candidates for the next step that are measured before the best of them is taken.
-MEASURED_PER_STEP = 3
-
-# Up to so many blocks every step of the search is measured. Each then takes up to three measurements.
-MOST_STEPPED_BLOCKS = 8
-
-# With more blocks, the curve is measured at multiples of one part in so many.
+# Shares of the feed-forward weights at which the curve of plans has a point, beside the budget's own.
 EVEN_POINTS = 24
 
-# How far the walks between measured points trust in what each block costs alone: at 1 wholly, at 0 every block is
-# taken to suffer alike from what its own fit leaves unexplained. Alone, a block can look cheaper than among others.
-TRUSTS = (1.0, 0.5, 0.0)
+# Linear parts of the candidates in which all blocks are alike, as shares of the input width; 0 is a width cut.
+ALIKE = {"width cut": 0.0, "rank 1/8 and neurons": 1 / 8, "full rank and neurons": None}
 
-# A measurement after several steps corrects what is expected of the blocks that moved by at most this factor.
-MOST_CORRECTED = 4.0
+DENSE, PLANNED, DROPPED, ONE_WIDTH = "dense", "planned", "blocks dropped", "one width"
 
 
 @dataclass(frozen=True)
-class _Option:
-    """One size of one block."""
-
-    rank: int | None
-    count: int
-    cost: int
-    residual: float
-
-
-def default_points(budget, parameters, macs):
-    """Shares of the feed-forward MACs: evenly spaced, and where the budget is met.
+class Candidate:
+    """Sizes of all blocks under one budget.
 
     Args:
-        budget (`dict`): As of a plan.
-        parameters, macs (`int`): Of the dense model, and of its feed-forward blocks.
+        name (`str`): How they were chosen.
+        sizes (`dict[str, BlockSize]`): Block name -> its size.
+        score (`float`, *optional*): What was measured with them in place.
     """
-    points = {part / EVEN_POINTS for part in range(1, EVEN_POINTS)}
-    ((name, value),) = budget.items()
-    if name in ("macs", "parameters"):
-        whole = {"macs": macs, "parameters": parameters}[name]
-        # Parameters of a block are its MACs, but for biases.
-        points.add(1 - (whole - (value if value > 1 else value * whole)) / macs)
-    return [point for point in points if 0 < point < 1]
 
-
-def candidate_neurons(model, inner, blocks, data, token_mask_fn):
-    """Block name -> candidate neurons: all, or as many as `PLAN_FEATURES` allows."""
-    room = {block.name: max(64, PLAN_FEATURES - block.in_features) for block in blocks}
-    large = [block for block in blocks if block.hidden_features > room[block.name]]
-    scores = score_neurons(model, inner, large, data, token_mask_fn) if large else {}
-    return {
-        block.name: sorted(scores[block.name].topk(room[block.name]).indices.tolist())
-        if block.name in scores
-        else list(range(block.hidden_features))
-        for block in blocks
-    }
-
-
-@dataclass
-class _Walk:
-    """Where one walk stands: what each block is, what it is expected to cost, and the score."""
-
-    state: dict
-    sensitivity: dict
-    score: float
+    name: str
+    sizes: dict
+    score: float | None = None
 
 
 class Search:
-    """The greedy walk from the dense model to the smallest plan; on exit the model is as it was."""
+    """What the blocks of one model can become, and what that costs. The model is left as it is.
 
-    def __init__(
-        self,
-        inner,
-        blocks,
-        moments,
-        score,
-        total,
-        levels,
-        rank_shares,
-        points,
-        multiple_of=1,
-        constant_term="native",
-    ):
-        self.multiple_of, self.constant_term = multiple_of, constant_term
-        self.inner, self.blocks, self.score, self.total = inner, {block.name: block for block in blocks}, score, total
-        self.neurons, self.options, self.merges = {}, {}, {}
-        for block in tqdm(blocks, desc="Fitting", leave=False):
-            self._prepare(block, moments[block.name], levels, rank_shares)
-        self.state = dict.fromkeys(self.blocks)
-        self.trials = {name: Trial(inner) for name in self.blocks}
-        self.sensitivity = {}
-        self.dense_macs = sum(block.macs for block in find_feed_forward_blocks(inner))
-        self.curve = []
-        self.points = None if points is None else [share * self.dense_macs for share in sorted(points, reverse=True)]
+    Args:
+        model, inner (`nn.Module`): The model, and what it wraps.
+        blocks (`list[FeedForwardBlock]`): Those that may change.
+        fitting, held (iterable of `dict[str, Tensor]`): What is fitted to, and what is measured on.
+        metrics (`dict[str, LossMetric]`): Of the loss; without an entry a block's share left unexplained counts.
+        score (`Callable`): `score(inner, plans, held) -> list[float]`, see [`divergences`].
+        sign (`float`): 1 where a lower score is better, -1 where a higher one is.
+        options: `rank_shares`, `multiple_of`, `constant_term`, `token_mask_fn` and `max_memory` as of a plan.
+    """
 
-    def __enter__(self):
-        return self
+    def __init__(self, model, inner, blocks, fitting, held, metrics, score, sign, options):
+        self.model, self.inner, self.fitting, self.held = model, inner, fitting, held
+        self.blocks = {block.name: block for block in blocks}
+        self.parts = {block.name: modules_of(inner, block) for block in blocks}
+        self.metrics, self.score, self.sign, self.options = metrics, score, sign, options
+        everything = find_feed_forward_blocks(inner)
+        self.fixed_macs = sum(block.macs for block in everything) - sum(block.macs for block in blocks)
+        self.parameters = sum(parameter.numel() for parameter in inner.parameters())
+        self.sizes = {}
 
-    def __exit__(self, *exception):
-        for trial in self.trials.values():
-            trial.undo()
+    # ---- What each size is expected to lose ----
 
-    def _prepare(self, block, moments, levels, rank_shares):
-        """The best option of a block at each level, and its merge."""
-        width, positions = block.in_features, {}
-        parts = modules_of(self.inner, block)
-        found = {}
-        ranks = {effective_rank(block, self._rank(s, width)) for s in rank_shares}
-        centred, about_origin = moments, None
-        per_neuron = cost_of(block, 0, 1)
-        for rank in sorted(ranks, key=lambda rank: math.inf if rank is None else rank):
-            if has_constant(parts, rank, self.constant_term):
-                moments = centred
-            else:
-                moments = about_origin = about_origin or centred.without_constant()
-            base = cost_of(block, rank, 0)
-            counts = {int((level * block.macs - base) // per_neuron) for level in levels}
-            counts = {count // self.multiple_of * self.multiple_of for count in counts}
-            if rank is None:
-                counts.add(0)
-            counts = sorted(count for count in counts if count > 0 or (count == 0 and rank != 0))
-            counts = [count for count in counts if count <= len(moments.neurons)]
-            if not counts:
-                continue
-            given = None
-            if rank is not None:
-                of_x = moments.cov_ff[:width, :width], moments.cov_fo[:width]
-                given = functional.reduced_rank(*of_x, width, rank, moments.ridge)[1]
-            order, _ = functional.greedy_neurons(
-                moments.cov_ff, moments.cov_fo, width, counts[-1], given, ridge=moments.ridge
+    def look(self):
+        """Measures every size of every block: passes over the data, as many as the memory needs."""
+        options = self.options
+        how = options.rank_shares, options.multiple_of, options.constant_term
+        for block, moments in self._moments({name: None for name in self.blocks}):
+            self.sizes[block.name] = sizes_of(
+                block, self.parts[block.name], moments, self.metrics.get(block.name), *how
             )
-            positions[rank] = order
-            for count in counts:
-                # What a block is in the end is fitted anew, and refined.
-                fit = moments.restricted(order[:count]).fit(rank, refine=0)
-                cost = cost_of(block, rank, count)
-                found[cost, rank, count] = _Option(rank, count, cost, 1 - fit.r2), fit
-        # A size is worth having if nothing smaller is as good.
-        best = math.inf
-        options = []
-        for _, (option, fit) in sorted(found.items(), key=lambda item: (item[1][0].cost, item[1][0].residual)):
-            if option.cost < block.macs and option.residual < best:
-                best = option.residual
-                options.append(option)
-                self.merges[block.name, option.rank, option.count] = make_merge(block, parts, fit, refit=True)
-        self.options[block.name] = sorted(options, key=lambda option: -option.cost)
-        self.neurons[block.name] = {
-            key_of(rank): [moments.neurons[p] for p in order] for rank, order in positions.items()
+
+    def _moments(self, neurons):
+        if not neurons:
+            return
+        blocks = [self.blocks[name] for name in neurons]
+        options = self.options
+        yield from moments_in_groups(
+            self.model, self.inner, blocks, self.fitting, neurons, options.token_mask_fn, options.max_memory
+        )
+
+    # ---- Plans ----
+
+    def dense(self):
+        """The model as it is."""
+        sizes = {name: found.dense for name, found in self.sizes.items()}
+        return replace(Candidate(DENSE, sizes), score=self.score(self.inner, [[]], self.held)[0])
+
+    def curve(self, budget, points=()):
+        """The best plans at evenly spaced shares of the blocks' weights, at these, and at the budget, from large to
+        small."""
+        unit = _unit(budget)
+        whole = sum(found.dense.amount(unit) for found in self.sizes.values())
+        limits = {
+            whole * share for share in (*(part / EVEN_POINTS for part in range(1, EVEN_POINTS)), *(points or ()))
+        }
+        if room := self.room(budget):
+            limits.add(room)
+        choice = {name: found.worth_having for name, found in self.sizes.items()}
+        found = allocations(choice, sorted(limits, reverse=True), unit)
+        return [Candidate(PLANNED, sizes) for sizes in found if sizes is not None]
+
+    def room(self, budget):
+        """What the blocks may have of a budget of parameters or MACs; `None` for another budget."""
+        ((unit, value),) = budget.items()
+        if unit not in ("parameters", "macs"):
+            return None
+        return room_of(unit, value, self.inner, self.blocks.values())
+
+    def candidates(self, budget):
+        """What is measured for one budget: the plan, and what it has to beat."""
+        room, unit, multiple_of = self.room(budget), _unit(budget), self.options.multiple_of
+        choice = {name: found.worth_having for name, found in self.sizes.items()}
+        ends = {name: [found[0], found[-1]] for name, found in choice.items()}
+        found = {PLANNED: allocations(choice, [room], unit)[0], DROPPED: allocations(ends, [room], unit)[0]}
+        for name, share in ALIKE.items():
+            if share in self.options.rank_shares:
+                found[name] = alike(self.sizes, room, unit, share, multiple_of)
+        candidates = [Candidate(name, sizes) for name, sizes in found.items() if sizes is not None]
+        if not candidates:
+            raise ValueError(f"The budget {budget} cannot be met with sizes of these ranks.")
+        return candidates
+
+    def of_widths(self, counts):
+        """A candidate in which blocks keep so many neurons, and no linear map (`dict[FeedForwardBlock, int]`)."""
+        sizes = {name: found.dense for name, found in self.sizes.items()}
+        return Candidate(ONE_WIDTH, {**sizes, **{b.name: self.sizes[b.name].at(0, n) for b, n in counts.items()}})
+
+    def largest_within(self, curve, budget):
+        """The largest of these candidates that meets a budget of size."""
+        room, unit = self.room(budget), _unit(budget)
+        amounts = [sum(size.amount(unit) for size in candidate.sizes.values()) for candidate in curve]
+        return max((pair for pair in zip(amounts, curve, strict=True) if pair[0] <= room), key=lambda pair: pair[0])[1]
+
+    def point(self, candidate):
+        """A candidate as a point of a curve."""
+        sizes = candidate.sizes
+        choices = {name: (size.rank, size.count) for name, size in sizes.items() if not size.as_it_is}
+        saved = sum(self.blocks[name].parameters - size.parameters for name, size in sizes.items())
+        macs = self.fixed_macs + sum(size.macs for size in sizes.values())
+        return PlanPoint(
+            choices,
+            self.parameters - saved,
+            macs,
+            candidate.score,
+            math.fsum(size.loss for size in sizes.values()),
+            candidate.name,
+        )
+
+    def neurons(self):
+        """Block name -> rank (as text) -> neurons in the order of their use."""
+        return {
+            name: {key_of(rank): order for rank, order in found.neurons.items()} for name, found in self.sizes.items()
         }
 
-    def _rank(self, share, width):
-        if share is None or share == 0:
-            return None if share is None else 0
-        return max(1, round(share * width / self.multiple_of)) * self.multiple_of
+    # ---- What they do ----
 
-    def put(self, index):
-        """Puts a point of the curve into the model."""
-        for name, (rank, count) in self.curve[index].choices.items():
-            self.trials[name].put(self.merges[name, rank, count])
+    def measured(self, candidates):
+        """The candidates with their scores, each fitted and put in place for a while."""
+        merges = self._merges([candidate.sizes for candidate in candidates])
+        plans = [[merges[key] for key in _keys(candidate.sizes)] for candidate in candidates]
+        scores = self.score(self.inner, plans, self.held)
+        return [replace(candidate, score=score) for candidate, score in zip(candidates, scores, strict=True)]
 
-    def _set(self, name, option):
-        self.trials[name].undo()
-        if option is not None:
-            self.trials[name].put(self.merges[name, option.rank, option.count])
+    def _merges(self, plans):
+        """`(block name, rank, count)` -> what the block becomes, for all sizes in these plans."""
+        wanted = {}
+        for plan in plans:
+            for name, rank, count in _keys(plan):
+                wanted.setdefault(name, set()).add((rank, count))
+        neurons = {}
+        for name, sizes in wanted.items():
+            used = {n for rank, count in sizes for n in self.sizes[name].neurons.get(rank, [])[:count]}
+            neurons[name] = sorted(used)
+        merges = {}
+        for block, moments in self._moments(neurons):
+            position = {neuron: index for index, neuron in enumerate(moments.neurons)}
+            for rank, count in wanted[block.name]:
+                kept = [position[neuron] for neuron in self.sizes[block.name].neurons[rank][:count]]
+                parts = self.parts[block.name]
+                constant = has_constant(parts, rank, self.options.constant_term)
+                about = moments if constant else moments.without_constant()
+                fit = fit_size(about, kept, rank, self.metrics.get(block.name))
+                merges[block.name, rank, count] = make_merge(block, parts, fit, refit=True)
+        return merges
 
-    def _record(self, score):
-        choices = {name: (option.rank, option.count) for name, option in self.state.items() if option is not None}
-        saved_macs = saved = 0
-        for name, (rank, count) in choices.items():
-            report = self.merges[name, rank, count].report
-            saved += report.parameters_before - report.parameters_after
-            saved_macs += report.macs_before - report.macs_after
-        self.curve.append(PlanPoint(choices, self.total - saved, self.dense_macs - saved_macs, score))
-
-    def _now(self, name):
-        option = self.state[name]
-        return (self.blocks[name].macs, 0.0) if option is None else (option.cost, option.residual)
-
-    def _moves(self):
-        """`(expected change of the score per weight saved, block, option)`, best first; one move a block."""
-        moves = []
-        for name, options in self.options.items():
-            cost, residual = self._now(name)
-            reachable = [option for option in options if option.cost < cost]
-            if reachable:
-                # The next size down, or one further if the way there is flat.
-                worth = [
-                    (max(o.residual - residual, 1e-12) * self.sensitivity[name] / (cost - o.cost), o.cost, o)
-                    for o in reachable[:3]
-                ]
-                rate, _, option = min(worth, key=lambda item: item[:2])
-                moves.append((rate, name, option))
-        return sorted(moves, key=lambda move: move[:2])
-
-    def steps(self):
-        """Walks; every step is a new point of the curve."""
-        base = self.score()
-        self._record(base)
-        for name, options in tqdm(self.options.items(), desc="Measuring blocks", leave=False):
-            if options:
-                option = options[-1]
-                self._set(name, option)
-                self.sensitivity[name] = self._rate(self.score() - base, option.residual)
-                self._set(name, None)
-        with tqdm(total=self.points and len(self.points), desc="Planning", leave=False) as progress:
-            for _ in self._every_step(base) if self.points is None else self._to_points(base):
-                progress.update()
-                yield
-
-    def _every_step(self, current):
-        while moves := self._moves():
-            tried = []
-            for rate, name, option in moves[:MEASURED_PER_STEP]:
-                if tried and rate >= min(tried)[0]:
-                    break
-                self._set(name, option)
-                value = self.score()
-                self._set(name, self.state[name])
-                cost, residual = self._now(name)
-                change = self.score.sign * (value - current)
-                self.sensitivity[name] = (
-                    self.sensitivity[name] + self._rate(value - current, option.residual - residual)
-                ) / 2
-                tried.append((change / (cost - option.cost), name, option.cost, option, value))
-            _, name, _, option, current = min(tried, key=lambda item: item[:3])
-            self.state[name] = option
-            self._set(name, option)
-            self._record(current)
-            yield
-
-    def _to_points(self, base):
-        """At each point several walks are measured, and the best is what the curve holds there."""
-        walks = [_Walk(dict.fromkeys(self.blocks), self._trusted(trust), base) for trust in TRUSTS]
-        for point in self.points:
-            moved = [walk for walk in walks if self._move(walk, point)]
-            if moved:
-                best = min(moved, key=lambda walk: self.score.sign * walk.score)
-                self.state = best.state
-                self._record(best.score)
-                yield
-
-    def _trusted(self, trust):
-        """The sensitivities, drawn towards their geometric mean: at 0 all blocks are alike."""
-        if not self.sensitivity:  # no block has a size to choose
-            return {}
-        mean = math.exp(sum(map(math.log, self.sensitivity.values())) / len(self.sensitivity))
-        return {name: value**trust * mean ** (1 - trust) for name, value in self.sensitivity.items()}
-
-    def _move(self, walk, point):
-        """Takes a walk on to the point and measures it there; whether there was a step to take."""
-        self.state, self.sensitivity = walk.state, walk.sensitivity
-        moved, expected = set(), 0.0
-        while self._macs() > point and (moves := self._moves()):
-            rate, name, option = moves[0]
-            expected += rate * (self._now(name)[0] - option.cost)
-            self.state[name] = option
-            moved.add(name)
-        if not moved:
-            return False
-        for name, option in self.state.items():
-            self._set(name, option)
-        value = self.score()
-        ratio = self.score.sign * (value - walk.score) / expected
-        for name in moved:
-            self.sensitivity[name] *= min(max(ratio, 1 / MOST_CORRECTED), MOST_CORRECTED)
-        walk.score = value
-        return True
-
-    def _macs(self):
-        return self.dense_macs - sum(block.macs - self._now(name)[0] for name, block in self.blocks.items())
-
-    def _rate(self, change, residual):
-        return max(self.score.sign * change, 1e-6) / max(residual, 1e-9)
+    def latency_of(self, chosen, batch, dense):
+        """Time of the model with these sizes as a share of the time of `dense`, a copy of it as it is. What the
+        weights are does not matter, so none are fitted."""
+        changed = [(self.blocks[name], size) for name, size in chosen.items() if not size.as_it_is]
+        batch = inputs_of(batch, next(self.inner.parameters()).device)
+        with Trial(self.inner) as trial:
+            for block, size in changed:
+                parts = self.parts[block.name]
+                constant = has_constant(parts, size.rank, self.options.constant_term)
+                trial.put(make_merge(block, parts, any_fit(block, size, constant), refit=False))
+            models = {"dense": dense, "plan": self.inner}
+            return compare_latency(models, batch, rounds=10, warmup=2, progress=False)["plan"].ratio
 
 
-def within_latency(model, inner, search, batch, share):
-    """`(index on the curve, measured share)`: the largest plan that is fast enough, by bisection."""
-    device = next(inner.parameters()).device
-    batch = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-    dense = copy.deepcopy(inner)
+def _keys(sizes):
+    return [(name, size.rank, size.count) for name, size in sizes.items() if not size.as_it_is]
 
-    def measure(index):
-        with search:
-            search.put(index)
-            result = compare_latency({"dense": dense, "plan": inner}, batch, rounds=10, warmup=2, progress=False)
-        return result["plan"].ratio
 
-    low, high = 0, len(search.curve) - 1
-    best = measure(high)
-    if best > share:
-        return None, best
+@torch.no_grad()
+def divergences(model, inner, plans, data):
+    """Mean divergence of the model's predictions from its own, for each of several plans put in place in turn.
+
+    Every batch is run as it is and with each plan before the next one, so that one batch of outputs is held.
+
+    Args:
+        plans (`list[list[Merge]]`): What blocks become in each.
+        data (iterable of `dict[str, Tensor]`): Model inputs.
+
+    Returns:
+        One number a plan: nats of KL, or the cosine distance of embeddings; see [`predictions`].
+    """
+    sums, count = [0.0] * len(plans), 0
+    if not any(plans):  # the model as it is
+        return sums
+    device = next(model.parameters()).device
+    with evaluating(model):
+        for batch in tqdm(data, desc="Measuring plans", leave=False):
+            inputs = inputs_of(batch, device)
+            given = without_labels(inner, inputs)
+            reference = predictions_of(inner, inputs, model(**given))
+            count += sum(part.values.shape[0] for part in reference)
+            for index, merges in enumerate(plans):
+                if not merges:
+                    continue
+                with Trial(inner) as trial:
+                    for merge in merges:
+                        trial.put(merge)
+                    found = predictions_of(inner, inputs, model(**given))
+                for now, before in zip(found, reference, strict=True):
+                    sums[index] += float(now.divergence_from(before).sum())
+    if not count:
+        raise ValueError("There is no batch to measure plans on.")
+    if not all(map(math.isfinite, sums)):
+        raise ValueError("The divergence of a plan from the model as it is is not finite.")
+    return [total / count for total in sums]
+
+
+def metric_scores(model, inner, plans, data, metric):
+    """`metric(model)` with each of several plans put in place in turn; what it is measured on, it knows itself."""
+    scores = []
+    for merges in plans:
+        with Trial(inner) as trial:
+            for merge in merges:
+                trial.put(merge)
+            scores.append(float(metric(model)))
+    if not all(map(math.isfinite, scores)):
+        raise ValueError(f"The metric must be a finite number, got {scores}.")
+    return scores
+
+
+def _unit(budget):
+    return "parameters" if "parameters" in budget else "macs"
+
+
+def room_of(unit, value, inner, blocks):
+    """What these blocks may have of a budget of parameters of the model, or of MACs of its feed-forward blocks."""
+    if unit == "parameters":
+        whole = sum(parameter.numel() for parameter in inner.parameters())
+        ours = sum(block.parameters for block in blocks)
+    else:
+        whole = sum(block.macs for block in find_feed_forward_blocks(inner))
+        ours = sum(block.macs for block in blocks)
+    return limit_of(value, whole) - (whole - ours)
+
+
+def refuse_unreachable(inner, blocks, budget, multiple_of):
+    """Raises if even the smallest size of every block is above a budget; asks no data.
+
+    Raises:
+        ValueError: As said.
+    """
+    ((unit, value),) = budget.items()
+    if unit not in ("parameters", "macs"):
+        return
+    smallest = sum(cost_of(block, 0, multiple_of) for block in blocks)
+    room = room_of(unit, value, inner, blocks)
+    if smallest > room:
+        ours = sum(block.macs for block in blocks)
+        raise ValueError(
+            f"The budget {budget} cannot be met: it leaves {room:,.0f} {unit} for the chosen blocks, and with "
+            f"{multiple_of} neurons each they have {smallest:,} ({smallest / ours:.1%} of what they have now)."
+        )
+
+
+def within_latency(search, curve, batch, share):
+    """`([the largest plan that is fast enough, measured], its share of the dense model's time)`."""
+    dense = copy.deepcopy(search.inner)
+    seen = {}
+
+    def fast_enough(index):
+        seen[index] = search.latency_of(curve[index].sizes, batch, dense)
+        return seen[index] <= share
+
+    index = first_for_which(len(curve), fast_enough)
+    if index is None:
+        raise ValueError(
+            f"The budget latency={share} cannot be met: the smallest plan takes {seen[len(curve) - 1]:.3f} of the "
+            "dense model's time."
+        )
+    return search.measured([curve[index]]), seen[index]
+
+
+def within_drop(search, curve, drop):
+    """The smallest plan of a curve that loses no more than the drop from its first point, measured, in a list."""
+    seen = {0: curve[0]}
+
+    def too_much(index):
+        if index not in seen:
+            (seen[index],) = search.measured([curve[index]])
+        return search.sign * (seen[index].score - curve[0].score) > drop
+
+    index = first_for_which(len(curve), too_much)
+    return [seen[len(curve) - 1 if index is None else index - 1]]
+
+
+def first_for_which(count, holds):
+    """The first index below `count` for which `holds(index)`, where it does from some index on; `None` if for none.
+
+    By bisection; the last index is always asked, and so is the one before the result.
+    """
+    if not holds(count - 1):
+        return None
+    low, high = -1, count - 1
     while high - low > 1:
         middle = (low + high) // 2
-        ratio = measure(middle)
-        if ratio <= share:
-            high, best = middle, ratio
+        if holds(middle):
+            high = middle
         else:
             low = middle
-    return high, best
+    return high
+
+
+def plan_of(search, curve, candidates, started, **fields):
+    """The [`CollapsePlan`] of a search: its curve, with the best candidate on it.
+
+    Args:
+        curve (`list[Candidate]`): From the dense model on.
+        candidates (`list[Candidate]`): What was measured.
+        started (`float`): `time.perf_counter()` then.
+        fields: The rest of the plan.
+    """
+    best = min(candidates, key=lambda candidate: search.sign * candidate.score)
+    points = {}
+    for candidate in [*curve, best]:
+        point = search.point(candidate)
+        # The same sizes, measured now.
+        points[tuple(sorted(point.choices.items()))] = point
+    ordered = sorted(points.values(), key=lambda point: -point.macs)
+    chosen = search.point(best)
+    return CollapsePlan(
+        neurons=search.neurons(),
+        curve=ordered,
+        chosen=ordered.index(chosen),
+        candidates=[search.point(candidate) for candidate in candidates],
+        seconds=time.perf_counter() - started,
+        **fields,
+    )

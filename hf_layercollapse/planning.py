@@ -1,28 +1,32 @@
 """What to collapse under a budget: how linear each block is, what it costs, and plans of what to do."""
 
 import dataclasses
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from tqdm.auto import tqdm
 
+from .block_sizes import RANK_SHARES
 from .calibration import collect_moments
 from .families import check_weights, find_feed_forward_blocks, modules_of, select_blocks, survey_blocks, unwrap
+from .loss_metric import loss_metrics, sample
 from .merging import Trial, has_constant, make_merge
 from .plan_search import (
-    LEVELS,
-    MOST_STEPPED_BLOCKS,
-    RANK_SHARES,
     Search,
-    candidate_neurons,
-    default_points,
+    divergences,
+    metric_scores,
+    plan_of,
+    refuse_unreachable,
+    within_drop,
     within_latency,
 )
-from .plans import CollapsePlan, first_within, one_budget, weights_fingerprint
+from .plans import CollapsePlan, one_budget, weights_fingerprint
 from .scoring import Score, split
 from .tables import table
-from .uniform_plans import UniformSearch, widths_for
-from .widths import width_groups
+from .uniform_plans import LEVELS, counts_of, widths_for
+from .widths import check_native, width_groups
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,17 @@ def _candidates(inner, selector):
     return chosen
 
 
+@dataclass(frozen=True)
+class _Options:
+    """What sizes plans choose from, and how they are measured; see [`plan_collapse`]."""
+
+    rank_shares: tuple
+    multiple_of: int
+    constant_term: str
+    token_mask_fn: Callable | None
+    max_memory: int | str | None
+
+
 def plan_collapse(
     model,
     calibration_data,
@@ -148,64 +163,64 @@ def plan_collapse(
     metric: Callable | None = None,
     evaluation_data=None,
     blocks="all",
-    levels=LEVELS,
-    rank_shares=RANK_SHARES,
-    points=None,
+    levels: Sequence[float] = LEVELS,
+    rank_shares: Sequence[float | None] = RANK_SHARES,
+    points: Sequence[float] | None = None,
     whole_curve: bool = False,
     uniform_width: bool = False,
     multiple_of: int = 1,
     constant_term: str = "native",
     token_mask_fn=None,
+    max_memory: int | str | None = None,
 ) -> CollapsePlan:
     """Chooses blocks, ranks and kept neurons under a budget; changes nothing.
 
-    One pass over the data gives every size of every block its least-squares fit. From the dense model on, the step
-    that is expected to cost the score least for what it saves is measured, with the next best ones where these may be
-    better, and the best is taken: each point of the curve is measured, and so is what a block costs in the company of
-    the others.
+    What counts is what the model predicts. A backward pass over some of the data, without labels, gives for every
+    block how much a change of its output matters to that ([`loss_metric.LossMetric`]). In this metric neurons and
+    linear maps are chosen, and what every size of every block is expected to lose comes out in one unit, nats of KL
+    divergence from the dense model a prediction. The sizes with the smallest sum under a budget are found exactly, for
+    all budgets at once. A few candidates are then measured on rows held aside: that plan, all blocks alike (narrower,
+    or with a linear map beside the neurons), and whole blocks dropped. The best of them is the plan.
 
     Args:
         model (`nn.Module`): A dense model; a PeftModel or compiled model is looked through.
-        calibration_data (iterable of `dict[str, Tensor]`): Model inputs, as in [`linearity_map`].
+        calibration_data (iterable of `dict[str, Tensor]`): Model inputs; labels are not used.
         parameters (`float` or `int`, *optional*): Largest number of parameters of the whole model, or largest share of
             those it has, in (0, 1).
         macs (`float` or `int`, *optional*): Largest number of multiply-accumulates per token in the feed-forward
             blocks, or largest share.
         latency (`float`, *optional*): Largest share of the dense model's time on the first scored batch, measured on
             this machine, in (0, 1).
-        max_drop (`float`, *optional*): Largest rise of the loss or divergence (nats), or drop of the metric. Exactly
-            one of these four.
-        metric (`Callable`, *optional*): `metric(model) -> float`, higher is better, in place of the loss.
-        evaluation_data (*optional*): What to score on. Default: as in [`linearity_map`]. Take
-            neither from what the result is to be tested on.
+        max_drop (`float`, *optional*): Largest divergence from the dense model's predictions (nats; cosine distance
+            for embeddings), or drop of the metric. Exactly one of these four.
+        metric (`Callable`, *optional*): `metric(model) -> float`, higher is better, in place of the divergence.
+        evaluation_data (*optional*): What to measure on. Default: as in [`linearity_map`]. Take neither from what the
+            result is to be tested on.
         blocks: As in [`LayerCollapseConfig`].
-        levels (`Sequence[float]`): Shares of a block's weights to choose from.
+        levels (`Sequence[float]`): With `uniform_width`, shares of the widths now that are measured where the budget
+            is no size, or `whole_curve` is set; other plans look at every size.
         rank_shares (`Sequence[float | None]`): Ranks to choose from, as shares of the input width; `None`: full.
-        points (`Sequence[float]`, *optional*): Shares of the feed-forward MACs at which the curve is measured, each
-            in (0, 1); between them steps are taken on expectation, which each measurement corrects. Default: every
-            step is measured up to eight blocks; with more, 23 evenly spaced shares and the budget's own.
-        whole_curve (`bool`): Go on below the budget, to the smallest plan, so that `plan.at` can reach it.
+        points (`Sequence[float]`, *optional*): Shares of these blocks' weights, each in (0, 1), at which the curve has
+            a point beside 23 evenly spaced ones and the budget; with `uniform_width` in place of `levels`.
+        whole_curve (`bool`): Measure every point of the curve, not only the candidates.
         uniform_width (`bool`): One hidden width for all blocks, and no linear part: what is left is the native
             architecture with a smaller number in its config, which [`export_stock`] writes. Which neurons stay is
             chosen for each block. Where several fields set widths (an encoder's and a decoder's, two towers'), each
             gets the same share of its own, and blocks of one field that differ already get at most the narrowest's.
-            With a budget of parameters or MACs one width is measured, otherwise those of `points` or `levels`.
         multiple_of (`int`): What the number of neurons that a block keeps, and the rank of a linear map below full
             rank, are multiples of.
         constant_term (`str`): `"native"` or `"always"`, as in [`LayerCollapseConfig`].
+        token_mask_fn: As in [`collapse_model`].
+        max_memory (`int` or `str`, *optional*): Bytes (`"2GB"`) for sums over the data; where all blocks' do not fit,
+            they are measured in several passes. Default: half of what is free.
 
     Raises:
-        ValueError: There is not exactly one budget, too little data, or the budget cannot be met.
+        ValueError: There is not exactly one budget, too little data, the budget cannot be met, the model's outputs are
+            no predictions, or `max_memory` is too small for one block.
     """
-    if uniform_width and rank_shares is not RANK_SHARES:
-        raise ValueError("`uniform_width` leaves no linear part: leave `rank_shares` out.")
-    if constant_term not in ("native", "always"):
-        raise ValueError(f'`constant_term` must be "native" or "always", got {constant_term!r}.')
-    if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
-        raise ValueError(f"`multiple_of` must be an integer of at least 1, got {multiple_of!r}.")
+    started = time.perf_counter()
+    _check(uniform_width, rank_shares, constant_term, multiple_of, points)
     budget = one_budget(parameters=parameters, macs=macs, latency=latency, max_drop=max_drop)
-    if points is not None and (not points or not all(0 < share < 1 for share in points)):
-        raise ValueError(f"`points` must be shares in (0, 1), got {list(points)}.")
     inner, _ = unwrap(model)
     chosen = _candidates(inner, blocks)
     widest = max(block.hidden_features for block in chosen)
@@ -213,52 +228,61 @@ def plan_collapse(
         raise ValueError(
             f"`multiple_of` is {multiple_of}, and no chosen block has more than {widest} neurons: none could keep any."
         )
-    total = sum(parameter.numel() for parameter in inner.parameters())
-    if uniform_width:
-        groups = width_groups(inner, chosen, multiple_of)
-    elif points is None and len(chosen) > MOST_STEPPED_BLOCKS:
-        points = default_points(budget, total, sum(block.macs for block in find_feed_forward_blocks(inner)))
     if any(block.state == "patched" for block in find_feed_forward_blocks(inner)):
         raise ValueError("The model is patched; plans are for dense models. `remove_layer_collapse` takes it back.")
-    fitting, scoring = split(calibration_data, evaluation_data)
-    score = Score(model, inner, scoring, metric)
-    if uniform_width:
-        macs_before = sum(block.macs for block in find_feed_forward_blocks(inner))
+    if not uniform_width:
+        refuse_unreachable(inner, chosen, budget, multiple_of)
+    else:
+        groups = width_groups(inner, chosen, multiple_of)
         shares = (points or levels) if whole_curve or not budget.keys() & {"parameters", "macs"} else []
-        widths = widths_for(inner, groups, total, macs_before, budget, shares, constant_term)
-        neurons = {block.name: list(range(block.hidden_features)) for block in chosen}
-        moments = collect_moments(model, inner, chosen, fitting, neurons, token_mask_fn)
-        search = UniformSearch(inner, groups, moments, score, total, macs_before, widths, constant_term)
+        rows = widths_for(inner, groups, budget, shares, constant_term)
+        for row in rows:
+            check_native(inner, groups, row)
+
+    fitting, held = split(calibration_data, evaluation_data)
+    if metric is None:
+        score_name, sign, score = "divergence", 1.0, partial(divergences, model)
     else:
-        neurons = candidate_neurons(model, inner, chosen, fitting, token_mask_fn)
-        moments = collect_moments(model, inner, chosen, fitting, neurons, token_mask_fn)
-        options = levels, rank_shares, points, multiple_of, constant_term
-        search = Search(inner, chosen, moments, score, total, *options)
-    del moments
-    with search:
-        for _ in search.steps():
-            reached = first_within(search.curve, budget, score.name) if "latency" not in budget else None
-            if whole_curve or "latency" in budget:
-                continue
-            if reached is not None and "max_drop" not in budget:
-                break
-            # Losses are not monotonous to the last digit: a plan far beyond the drop ends the search.
-            drop = score.sign * (search.curve[-1].score - search.curve[0].score)
-            if "max_drop" in budget and drop > 2 * budget["max_drop"] + 1e-12:
-                break
-    measured = None
-    if "latency" in budget:
-        index, measured = within_latency(model, inner, search, next(iter(scoring)), budget["latency"])
-    else:
-        index = first_within(search.curve, budget, score.name)
-    if index is None:
-        smallest = search.curve[-1]
-        raise ValueError(
-            f"The budget {budget} cannot be met: the smallest plan has {smallest.parameters:,} parameters and "
-            f"{smallest.macs:,} feed-forward MACs per token ({smallest.parameters / total:.1%} and "
-            f"{smallest.macs / search.curve[0].macs:.1%} of the dense model's)"
-            + (f", and takes {measured:.3f} of its time." if measured is not None else ".")
-        )
-    return CollapsePlan(
-        weights_fingerprint(inner), score.name, budget, search.neurons, search.curve, index, measured, constant_term
+        score_name, sign, score = "metric", -1.0, partial(metric_scores, model, metric=metric)
+    options = _Options(
+        (0.0,) if uniform_width else tuple(rank_shares), multiple_of, constant_term, token_mask_fn, max_memory
     )
+    metrics = loss_metrics(model, inner, chosen, sample(fitting), token_mask_fn=token_mask_fn)
+    search = Search(model, inner, chosen, fitting, held, metrics, score, sign, options)
+    search.look()
+    dense = search.dense()
+    if uniform_width:
+        curve = [search.of_widths(counts_of(groups, row)) for row in rows]
+    else:
+        curve = search.curve(budget, points or ())
+    time_share = None
+    if "latency" in budget:
+        candidates, time_share = within_latency(search, curve, next(iter(held)), budget["latency"])
+    elif "max_drop" in budget:
+        candidates = within_drop(search, [dense, *curve], budget["max_drop"])
+    elif uniform_width:
+        candidates = search.measured(curve[-1:] if not whole_curve else [search.largest_within(curve, budget)])
+    else:
+        candidates = search.measured(search.candidates(budget))
+    return plan_of(
+        search,
+        [dense, *(search.measured(curve) if whole_curve else curve)],
+        candidates,
+        fingerprint=weights_fingerprint(inner),
+        score_name=score_name,
+        budget=budget,
+        latency=time_share,
+        constant_term=constant_term,
+        started=started,
+    )
+
+
+def _check(uniform_width, rank_shares, constant_term, multiple_of, points):
+    if uniform_width and rank_shares is not RANK_SHARES:
+        raise ValueError("`uniform_width` leaves no linear part: leave `rank_shares` out.")
+    if constant_term not in ("native", "always"):
+        raise ValueError(f'`constant_term` must be "native" or "always", got {constant_term!r}.')
+    if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
+        raise ValueError(f"`multiple_of` must be an integer of at least 1, got {multiple_of!r}.")
+    if points is not None and (not points or not all(0 < share < 1 for share in points)):
+        raise ValueError(f"`points` must be shares in (0, 1), got {list(points)}.")

@@ -24,25 +24,31 @@ class PlanPoint:
             of neurons kept. Blocks that are not named stay as they are.
         parameters (`int`): Of the whole model.
         macs (`int`): Multiply-accumulates per token in the feed-forward blocks.
-        score (`float`): Measured on the data that plans are scored on.
+        score (`float`, *optional*): Measured on the rows held aside, if it was.
+        expected (`float`, *optional*): Expected loss: nats of KL divergence from the dense model a prediction, cosine
+            distance for embeddings.
+        name (`str`): How its sizes were chosen.
     """
 
     choices: dict[str, tuple[int | None, int]]
     parameters: int
     macs: int
-    score: float
+    score: float | None
+    expected: float | None = None
+    name: str = "planned"
 
 
 @dataclass(frozen=True)
 class CollapsePlan:
-    """Which blocks collapse, and how, with all plans that were met on the way to it.
+    """Which blocks collapse, and how, with the plans for other sizes, and what it was compared with.
 
     It holds choices and scores, no weights: [`collapse_model`] fits them to data again. A plan is for one model, by
     its weights' fingerprint, and is refused for another.
 
     Args:
         fingerprint (`str`): Of the model's weights.
-        score_name (`str`): `"loss"`, `"divergence"` or `"metric"`; lower is better except for a metric.
+        score_name (`str`): `"divergence"` (from the dense model's predictions) or `"metric"`, of which more is better;
+            `"loss"` in plans of before December 2026.
         budget (`dict`): What was asked for.
         neurons (`dict[str, dict[str, list[int]]]`): Block name -> rank (as text) -> neurons in the order of their use:
             who keeps `k` keeps the first `k`.
@@ -50,6 +56,8 @@ class CollapsePlan:
         chosen (`int`): Index in the curve.
         latency (`float`, *optional*): Measured share of the dense model's time, where that was the budget.
         constant_term (`str`): Which blocks get one, as in [`LayerCollapseConfig`]; with version 1 all do.
+        candidates (`list[PlanPoint]`): What was measured for the budget, the chosen one among them.
+        seconds (`float`, *optional*): What making the plan took.
     """
 
     fingerprint: str
@@ -60,6 +68,8 @@ class CollapsePlan:
     chosen: int
     latency: float | None = None
     constant_term: str = "native"
+    candidates: list[PlanPoint] = field(default_factory=list)
+    seconds: float | None = None
     version: int = PLAN_VERSION
     made_by: str = field(default=f"hf_layercollapse {__version__}")
 
@@ -70,7 +80,7 @@ class CollapsePlan:
 
     @property
     def order(self) -> list[str]:
-        """The blocks that the chosen point names, in the order in which the curve came to them: the cheapest first."""
+        """The blocks that the chosen point names, in the order in which they first shrink along the curve."""
         met = [name for point in self.curve[: self.chosen + 1] for name in point.choices]
         return [name for name in dict.fromkeys(met) if name in self.point.choices]
 
@@ -108,8 +118,9 @@ class CollapsePlan:
         for name, (rank, _) in self.point.choices.items():
             if any(neuron >= widths[name] for neuron in self.neurons[name][key_of(rank)]):
                 raise ValueError(f"The plan names neurons of {name} that there are none of: it has {widths[name]}.")
+        in_metric = self.point.expected is not None
         return {
-            name: BlockChoice(rank, sorted(self.neurons[name][key_of(rank)][:count]))
+            name: BlockChoice(rank, sorted(self.neurons[name][key_of(rank)][:count]), in_metric)
             for name, (rank, count) in self.point.choices.items()
         }
 
@@ -134,29 +145,23 @@ class CollapsePlan:
         if values["version"] == 1 and "constant_term" not in values:
             values = {**values, "constant_term": "always", "version": PLAN_VERSION}
         names = {f.name for f in dataclasses.fields(cls)}
-        required = names - {"latency", "made_by"}
+        required = names - {"latency", "made_by", "candidates", "seconds"}
         if values.keys() - names or required - values.keys():
             raise ValueError(
                 f"This is no collapse plan: missing {sorted(required - values.keys())}, unknown "
                 f"{sorted(values.keys() - names)}."
             )
         try:
-            curve = [
-                PlanPoint(
-                    {name: (rank, count) for name, (rank, count) in point["choices"].items()},
-                    point["parameters"],
-                    point["macs"],
-                    point["score"],
-                )
-                for point in values["curve"]
-            ]
-            plan = cls(**{**values, "curve": curve})
+            lists = {name: [_point_from(point) for point in values.get(name, [])] for name in ("curve", "candidates")}
+            plan = cls(**{**values, **lists, "version": PLAN_VERSION})
+            curve = plan.curve
             checks = [is_count(plan.chosen) and plan.chosen < len(curve), isinstance(plan.neurons, dict)]
             checks.append(plan.constant_term in ("native", "always"))
             orders = [order for by_rank in plan.neurons.values() for order in by_rank.values()]
             checks += [all(map(is_count, order)) and len(set(order)) == len(order) for order in orders]
-            for point in curve:
-                checks.append(is_count(point.parameters) and is_count(point.macs) and math.isfinite(point.score))
+            for point in [*curve, *plan.candidates]:
+                checks.append(is_count(point.parameters) and is_count(point.macs))
+                checks += [value is None or math.isfinite(value) for value in (point.score, point.expected)]
                 for name, (rank, count) in point.choices.items():
                     checks.append((rank is None or is_count(rank)) and is_count(count) and (rank, count) != (0, 0))
                     checks.append(all(checks) and count <= len(plan.neurons[name][key_of(rank)]))
@@ -189,29 +194,33 @@ class CollapsePlan:
         return cls.from_dict(values)
 
     def __str__(self):
-        rows = [["plan", "parameters", "FFN MACs/token", self.score_name, "blocks collapsed"]]
+        rows = [["plan", "parameters", "FFN MACs/token", "expected", self.score_name, "blocks collapsed"]]
         for index, point in enumerate(self.curve):
             mark = "*" if index == self.chosen else ""
-            rows.append(
-                [
-                    f"{index}{mark}",
-                    f"{point.parameters:,}",
-                    f"{point.macs:,}",
-                    f"{point.score:.4f}",
-                    str(len(point.choices)),
-                ]
-            )
+            rows.append([f"{index}{mark}", f"{point.parameters:,}", f"{point.macs:,}", *_losses(point)])
+            rows[-1].append(str(len(point.choices)))
+        lines = [table(rows)]
+        if len(self.candidates) > 1:
+            compared = [["compared", "FFN MACs/token", "expected", self.score_name]]
+            compared += [[point.name, f"{point.macs:,}", *_losses(point)] for point in self.candidates]
+            lines += ["", table(compared)]
         chosen = [["block", "rank", "kept neurons"]]
         for name, (rank, count) in self.point.choices.items():
             chosen.append([name, "full" if rank is None else str(rank), str(count)])
-        lines = [table(rows), "", table(chosen)]
+        lines += ["", table(chosen)]
         if self.latency is not None:
             lines.append(f"measured time, as a share of the dense model's: {self.latency:.3f}")
         return "\n".join(lines)
 
 
-def is_count(value):
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _losses(point):
+    return ["" if value is None else f"{value:.4f}" for value in (point.expected, point.score)]
+
+
+def _point_from(values):
+    """A [`PlanPoint`] from plain data."""
+    choices = {name: (rank, count) for name, (rank, count) in values["choices"].items()}
+    return PlanPoint(**{**values, "choices": choices})
 
 
 def key_of(rank):
@@ -243,13 +252,31 @@ def one_budget(**budgets):
     return given
 
 
+def limit_of(value, whole) -> int:
+    """A budget of size, as a count or as a share of the whole, as a count."""
+    return math.floor(value if value > 1 else value * whole + 1e-6)
+
+
 def first_within(curve, budget, score_name):
-    """Index of the point with the best score (of the smallest, for a `max_drop`) within the budget, or `None`."""
+    """Index of the largest point within a budget of size, of the smallest within a `max_drop`; `None` if none is.
+
+    Of points that were not measured a drop is what is expected, where that is in the unit of the score.
+    """
     ((name, value),) = budget.items()
-    sign = -1.0 if score_name == "metric" else 1.0
     if name == "max_drop":
-        within = [i for i, point in enumerate(curve) if sign * (point.score - curve[0].score) <= value]
-        return max(within, key=lambda i: -curve[i].parameters)
-    limit = value if value > 1 else value * getattr(curve[0], name)
-    within = [i for i, point in enumerate(curve) if getattr(point, name) <= limit]
-    return min(within, key=lambda i: sign * curve[i].score) if within else None
+        within = [index for index, point in enumerate(curve) if _drop(point, curve[0], score_name) <= value]
+        return max(within, key=lambda index: -curve[index].parameters)
+    limit = limit_of(value, getattr(curve[0], name))
+    within = [index for index, point in enumerate(curve) if getattr(point, name) <= limit]
+    return max(within, key=lambda index: getattr(curve[index], name)) if within else None
+
+
+def _drop(point, dense, score_name):
+    if point.score is not None:
+        return (-1.0 if score_name == "metric" else 1.0) * (point.score - dense.score)
+    return point.expected if score_name == "divergence" else math.inf
+
+
+def is_count(value) -> bool:
+    """Whether a value read from a file is an integer from 0 on."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -196,7 +196,8 @@ def plot_linearity(linearity, paths):
 
 
 def plot_plan(plan, paths):
-    """The curve of all plans, the chosen one marked.
+    """What plans of every size are expected to lose, and what was measured: the curve, what it was compared with, and
+    the chosen one.
 
     Args:
         plan ([`CollapsePlan`]): What to show.
@@ -204,11 +205,25 @@ def plot_plan(plan, paths):
     """
     figure, axes = _subplots(figsize=(6, 4))
     dense = plan.curve[0].parameters
-    shares = [100 * point.parameters / dense for point in plan.curve]
-    axes.plot(shares, [point.score for point in plan.curve], marker=".", color=COLORS[0])
-    axes.plot(shares[plan.chosen], plan.point.score, marker="s", color=COLORS[1], linestyle="none", label="chosen")
+
+    def draw(points, value, **style):
+        points = [point for point in points if value(point) is not None]
+        if points:
+            shares = [100 * point.parameters / dense for point in points]
+            axes.plot(shares, [value(point) for point in points], **style)
+
+    if plan.score_name == "divergence":
+        draw(plan.curve, lambda point: point.expected, color=COLORS[0], label="expected")
+    measured = {"marker": ".", "linestyle": "none" if plan.score_name == "divergence" else "-"}
+    draw(plan.curve, lambda point: point.score, color=COLORS[0], label="measured", **measured)
+    others = [point for point in plan.candidates if point != plan.point]
+    draw(others, lambda point: point.score, color=COLORS[2], marker="x", linestyle="none", label="compared with")
+    for point in others:
+        place = 100 * point.parameters / dense, point.score
+        axes.annotate(point.name, place, xytext=(4, 2), textcoords="offset points", fontsize=7)
+    draw([plan.point], lambda point: point.score, color=COLORS[1], marker="s", linestyle="none", label="chosen")
     axes.set_xlabel("parameters, % of the dense model")
-    axes.set_ylabel(plan.score_name)
+    axes.set_ylabel("divergence from the dense model" if plan.score_name == "divergence" else plan.score_name)
     axes.invert_xaxis()
     axes.legend()
     _save(figure, paths)

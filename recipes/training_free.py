@@ -22,7 +22,6 @@ An interrupted run goes on where it stopped. Writes `results.json`, `plan.json`,
 
 import contextlib
 import functools
-import itertools
 import json
 import math
 import sys
@@ -62,10 +61,6 @@ class TrainingFreeArguments:
     fit_samples: int = field(default=2000, metadata={"help": "Training rows that maps are fitted to."})
     score_samples: int = field(default=1000, metadata={"help": "Training rows that plans are scored on."})
     order_samples: int = field(default=500, metadata={"help": "How many of these order whole blocks."})
-    every_step: bool = field(
-        default=False,
-        metadata={"help": "Whether the plan measures every step, instead of two between neighbouring sizes."},
-    )
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Methods to measure."})
     output_dir: str = field(default="runs/training_free", metadata={"help": "Where the results go."})
 
@@ -296,16 +291,8 @@ class Comparison:
         handle.remove()
 
     def plan(self):
-        limits = dict(self.limits())
-        shares = [1.0, *(left / self.macs for left in limits.values())]
-        points = [high + (low - high) * part / 3 for high, low in itertools.pairwise(shares) for part in (1, 2, 3)]
-        plan = plan_collapse(
-            self.model,
-            self.fit,
-            macs=shares[-1],
-            evaluation_data=self.scoring,
-            points=None if self.arguments.every_step else points,
-        )
+        shares = [left / self.macs for _, left in self.limits()]
+        plan = plan_collapse(self.model, self.fit, macs=shares[-1], evaluation_data=self.scoring, points=shares)
         plan.save(self.output / "plan.json")
         for size, left in self.left("plan"):
             chosen = plan.at(macs=left / self.macs)

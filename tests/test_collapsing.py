@@ -488,7 +488,7 @@ def test_a_block_that_is_linear_is_fitted_exactly(name):
     model, inputs = case.model(), case.inputs(seed=100)
     for block in case.blocks():
         parent, _, child = f"{block}.{case.activation}".rpartition(".")
-        model.get_submodule(parent)._modules[child] = KnownLine(case.hidden)
+        model.get_submodule(parent)._modules[child] = KnownLine()
     before = logits(model, inputs)
     report = collapse_model(model, calibration_data=data_of(case))
     assert report.collapsed == case.blocks()

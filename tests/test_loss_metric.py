@@ -185,7 +185,7 @@ def test_allocation_is_as_good_as_trying_everything():
     for _ in range(10):
         options = [[(float(c), float(v)) for c, v in torch.rand(5, 2, generator=generator)] for _ in range(4)]
         budget = 1.5
-        found = functional.allocate(options, budget)
+        (found,) = functional.allocate(options, [budget])
         every = torch.cartesian_prod(*[torch.arange(5)] * 4).tolist()
         costs = [sum(row[i][0] for row, i in zip(options, pick, strict=True)) for pick in every]
         values = [sum(row[i][1] for row, i in zip(options, pick, strict=True)) for pick in every]
@@ -199,6 +199,6 @@ def test_allocation_is_as_good_as_trying_everything():
         assert min(possible) <= sum(row[i][1] for row, i in zip(options, found, strict=True)) <= min(tight)
 
 
-def test_allocation_within_too_small_a_budget():
-    assert functional.allocate([[(2.0, 0.0)], [(1.0, 1.0)]], 2.5) is None
-    assert functional.allocate([[(2.0, 0.0), (1.0, 5.0)], [(1.0, 1.0)]], 3.01) == [0, 0]
+def test_allocation_for_several_budgets_and_too_small_ones():
+    options = [[(2.0, 0.0), (1.0, 5.0)], [(1.0, 1.0)]]
+    assert functional.allocate(options, [1.5, 2.5, 3.5, 100.0]) == [None, [1, 0], [0, 0], [0, 0]]

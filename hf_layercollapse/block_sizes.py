@@ -1,0 +1,240 @@
+"""What each size of a block is expected to cost: every rank and number of neurons, from one greedy run a rank."""
+
+import bisect
+import math
+from dataclasses import dataclass
+
+import torch
+
+from . import functional
+from .families import BlockModules, FeedForwardBlock
+from .merging import cost_of, effective_rank, has_constant, parameters_of
+
+
+# Ranks of the linear part that plans choose from, as shares of the input width; `None` is full rank.
+RANK_SHARES = (None, 1 / 4, 1 / 8, 1 / 16, 1 / 48, 0.0)
+
+# Numbers of kept neurons that plans choose from, for each rank: evenly spaced ones, and halves of the first of them.
+EVEN_COUNTS = 96
+
+
+@dataclass(frozen=True)
+class BlockSize:
+    """One size of one block.
+
+    Args:
+        rank (`int`, *optional*): Of its linear map; `None`: full. Without a meaning where the block stays as it is.
+        count (`int`): Neurons kept.
+        macs (`int`): Weights, which are its multiply-accumulates per token.
+        parameters (`int`): Weights and biases.
+        loss (`float`): Expected to be lost: nats a prediction in the metric of the loss, else the share of the
+            output's variance that is left unexplained.
+        as_it_is (`bool`): Whether this is the block untouched.
+    """
+
+    rank: int | None
+    count: int
+    macs: int
+    parameters: int
+    loss: float
+    as_it_is: bool = False
+
+    def amount(self, unit):
+        """What it takes of a budget in `"macs"` or `"parameters"`."""
+        return self.macs if unit == "macs" else self.parameters
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """What one block can become.
+
+    Args:
+        block (`FeedForwardBlock`), parts (`BlockModules`): As it is.
+        constant_term (`str`): As in [`LayerCollapseConfig`].
+        neurons (`dict[int | None, list[int]]`): Rank -> hidden neurons in the order of their use.
+        losses (`dict[int | None, list[float]]`): Rank -> what is expected to be lost with the first `k` of them.
+        worth_having (`list[BlockSize]`): Those that plans choose from, none of which is lossier than a smaller one;
+            from the smallest to the block as it is.
+    """
+
+    block: FeedForwardBlock
+    parts: BlockModules
+    constant_term: str
+    neurons: dict[int | None, list[int]]
+    losses: dict[int | None, list[float]]
+    worth_having: list[BlockSize]
+
+    @property
+    def dense(self) -> BlockSize:
+        """The block as it is."""
+        return self.worth_having[-1]
+
+    def at(self, rank, count) -> BlockSize:
+        """One size; as many neurons as there are, and no linear map, are the block as it is."""
+        if rank == 0 and count == self.block.hidden_features:
+            return self.dense
+        parameters = parameters_of(self.block, self.parts, rank, count, self.constant_term)
+        return BlockSize(rank, count, cost_of(self.block, rank, count), parameters, self.losses[rank][count])
+
+    def largest(self, rank, room, unit, multiple_of):
+        """The largest size of this rank that takes no more than `room` of a budget; `None` if there is none."""
+        counts = range(0 if rank != 0 else multiple_of, len(self.losses.get(rank, ())), multiple_of)
+        fitting = bisect.bisect_right(counts, room, key=lambda count: self.at(rank, count).amount(unit))
+        return self.at(rank, counts[fitting - 1]) if fitting else None
+
+
+def rank_of(block, share, multiple_of=1):
+    """The rank that a share of the input width stands for; `None` where one full matrix is no larger."""
+    if share is None or share == 0:
+        return effective_rank(block, None if share is None else 0)
+    return effective_rank(block, max(1, round(share * block.in_features / multiple_of)) * multiple_of)
+
+
+def sizes_of(block, parts, moments, metric=None, rank_shares=RANK_SHARES, multiple_of=1, constant_term="native"):
+    """The [`BlockSizes`] of a block.
+
+    Neurons and linear maps are chosen in the metric of the loss `G = S S`: reduced-rank regression and orthogonal
+    least squares of `y S` in place of `y`, so that what is left unexplained there is `tr(G R)`, and half of it the
+    expected loss in nats (see [`loss_metric.LossMetric`]). It is corrected for what a fit explains of its own data by
+    chance (generalised cross-validation).
+
+    Args:
+        block (`FeedForwardBlock`), parts (`BlockModules`): What may change.
+        moments ([`calibration.BlockMoments`]): Of its input, all its neurons and its output.
+        metric ([`loss_metric.LossMetric`], *optional*): Default: every direction of the output counts alike.
+        rank_shares (`Sequence[float | None]`): See `RANK_SHARES`.
+        multiple_of (`int`): Of which ranks and numbers of neurons are multiples.
+        constant_term (`str`): As in [`LayerCollapseConfig`].
+    """
+    root = None if metric is None else metric.root().to(moments.cov_fo)
+    dense = BlockSize(None, block.hidden_features, block.macs, block.parameters, 0.0, as_it_is=True)
+    found = BlockSizes(block, parts, constant_term, {}, {}, [dense])
+    choice, about = [], {True: moments}
+    ranks = {rank_of(block, share, multiple_of) for share in rank_shares}
+    for rank in sorted(ranks, key=lambda rank: math.inf if rank is None else rank):
+        constant = has_constant(parts, rank, constant_term)
+        if constant not in about:
+            about[constant] = moments.without_constant()
+        own = about[constant]
+        most = min((block.macs - 1 - cost_of(block, rank, 0)) // cost_of(block, 0, 1), len(own.neurons))
+        if most < 0 or (rank == 0 and most == 0):
+            continue
+        order, left = _chosen(own, rank, most, root)
+        unit = 0.5 if metric is not None else 1 / max(float(own.cov_oo.trace()), 1e-300)
+        found.neurons[rank] = [own.neurons[position] for position in order]
+        found.losses[rank] = [
+            unit * functional.generalized(value, own.tokens, own.coefficients(rank, count))
+            for count, value in enumerate(left.tolist())
+        ]
+        choice += [found.at(rank, count) for count in _counts(block, rank, most, multiple_of)]
+    found.worth_having[:0] = _worth_having(choice)
+    return found
+
+
+def _chosen(moments, rank, most, root):
+    """`(order, what is left)`: neurons in the order of their use, and `tr(G R)` with the first `k` of them."""
+    width = moments.width
+    cov_fo, cov_oo = moments.cov_fo, moments.cov_oo
+    if root is not None:
+        cov_fo, cov_oo = cov_fo @ root, root @ cov_oo @ root
+    given = None
+    if rank is not None:
+        of_x = moments.cov_ff[:width, :width], cov_fo[:width]
+        given = functional.reduced_rank(*of_x, width, rank, moments.ridge)[1]
+    order, explained = functional.greedy_neurons(moments.cov_ff, cov_fo, width, most, given, moments.ridge)
+    return order, (float(cov_oo.trace()) - explained).clamp_min(0)
+
+
+def _counts(block, rank, most, multiple_of):
+    """Numbers of neurons that plans choose from."""
+    step = max(1, block.hidden_features // EVEN_COUNTS)
+    counts, small = {*range(step, most + 1, step), most}, step
+    while small > 1:
+        small //= 2
+        counts.add(small)
+    counts = {-(-count // multiple_of) * multiple_of for count in counts} | {most // multiple_of * multiple_of}
+    # Rank 0 without a neuron is nothing: the smallest block keeps one.
+    counts = {count for count in counts if count} | ({0} if rank != 0 else set())
+    return sorted(count for count in counts if count <= most)
+
+
+def _worth_having(sizes):
+    """Those below which none loses less, from the smallest on."""
+    worth, best = [], math.inf
+    for size in sorted(sizes, key=lambda size: (size.macs, size.loss)):
+        if size.loss < best:
+            best = size.loss
+            worth.append(size)
+    return worth
+
+
+def allocations(sizes, budgets, unit="macs"):
+    """Block name -> its size, for each budget: the smallest sum of expected losses.
+
+    Args:
+        sizes (`dict[str, list[BlockSize]]`): What each block may become.
+        budgets (`Sequence[float]`): Largest sums over the blocks.
+        unit (`str`): Of what: `"macs"` or `"parameters"`.
+
+    Returns:
+        For each budget the sizes, or `None` where the smallest sizes of all blocks are too large.
+    """
+    rows = [[(size.amount(unit), size.loss) for size in found] for found in sizes.values()]
+    return [
+        None if chosen is None else {n: f[i] for (n, f), i in zip(sizes.items(), chosen, strict=True)}
+        for chosen in functional.allocate(rows, budgets)
+    ]
+
+
+def alike(sizes, budget, unit, rank_share, multiple_of):
+    """Every block with a linear part of the same share of its width, and as many neurons as the same share of its
+    weights allows: what a plan has to beat.
+
+    Args:
+        sizes (`dict[str, BlockSizes]`): Of every block.
+        budget, unit: As in [`allocations`].
+        rank_share (`float`, *optional*): `None`: full rank.
+
+    Returns:
+        Block name -> size, or `None` where a block has no such size.
+    """
+    share = budget / sum(found.dense.amount(unit) for found in sizes.values())
+    chosen = {}
+    for name, found in sizes.items():
+        rank, room = rank_of(found.block, rank_share, multiple_of), share * found.dense.amount(unit)
+        chosen[name] = found.largest(rank, room, unit, multiple_of)
+    return None if None in chosen.values() else chosen
+
+
+def fit_size(moments, positions, rank, metric=None):
+    """The weights of a size: the linear map's input directions are chosen in the metric, everything that is computed
+    from them and from the neurons is plain least squares.
+
+    Args:
+        positions (`Sequence[int]`): Of the kept neurons among those of the moments.
+        rank (`int`, *optional*): Of the linear map; `None`: full.
+    """
+    kept = moments.restricted(sorted(positions, key=lambda position: moments.neurons[position]))
+    if not rank or metric is None:
+        return kept.fit(rank)
+    cov_fo = kept.cov_fo @ metric.root().to(kept.cov_fo)
+    right = functional.reduced_rank(kept.cov_ff, cov_fo, kept.width, rank, kept.ridge)[1]
+    return kept.fit(rank, right_ri=right)
+
+
+def any_fit(block, size, constant):
+    """A [`functional.Fit`] of the shapes of a size, for what does not depend on weights."""
+    width, out, count = block.in_features, block.out_features, size.count
+
+    def some(*shape):
+        return torch.full(shape, 1 / width, dtype=torch.float64)
+
+    full = size.rank is None
+    return functional.Fit(
+        some(out, width) if full else None,
+        None if full else some(out, size.rank),
+        None if full else some(size.rank, width),
+        some(out, count),
+        some(out) if constant else None,
+        list(range(count)),
+    )
