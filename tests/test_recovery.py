@@ -16,7 +16,6 @@ from hf_layercollapse import (
 )
 from hf_layercollapse.patching import alpha_parameters
 from hf_layercollapse.rows import hold_back
-from hf_layercollapse.rows import hold_back
 
 from .models import BY_NAME
 
