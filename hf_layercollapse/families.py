@@ -24,8 +24,9 @@ from .modeling_layercollapse import (
     linear_shape,
     resolve_table,
 )
+from .probe_inputs import BATCH, LENGTH
 from .upstream import uncompiled
-from .verification import BATCH, DROPOUTS, LENGTH, NORMS, Refusal, Verifier, Wiring
+from .verification import DROPOUTS, NORMS, Refusal, Verifier, Wiring
 
 
 # Names under which blocks keep their activation module.

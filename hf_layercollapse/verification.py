@@ -12,18 +12,10 @@ be copied, such as a lock or a file. The reads are recorded too, so that a block
 else is not run again.
 """
 
-import contextlib
-import copy
-import enum
 import functools
 import hashlib
-import inspect
 import math
-import random
-import re
 import types
-import weakref
-import zlib
 from collections import deque
 from dataclasses import dataclass, replace
 
@@ -32,26 +24,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging
 
 from .modeling_layercollapse import CollapsibleActivation, children_of, is_inplace, linear_shape, parameters_of
-from .upstream import BUFFERS, CHILDREN, OF_TORCH, PARAMETERS, WRAPPERS, buffers_of, forward_before_hooks, is_hooked
+from .probe_inputs import possible_arguments, signature_of
+from .skeletons import ALL, ATOMS, Skeleton, attributes_of, by_itself, seed_cpu
+from .upstream import buffers_of
 
-
-logger = logging.get_logger(__name__)
 
 DROPOUTS = (nn.Dropout, nn.Identity)
 # Folded into the linear beside it; in evaluation mode it is a scale and a shift per feature.
 NORMS = (nn.BatchNorm1d,)
-# Their statistics are random numbers in a skeleton, as weights are, and they use them in training mode too.
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-# Rows of the probing input: enough that an accidental equality is impossible, few enough to cost nothing.
-BATCH, LENGTH = 2, 4
 # Features on which a function that knows no width shows what it does.
 _ENOUGH = 32
-# So many numbers are different ones, in outputs that nobody looks at and in weights; more of them are repeated.
-_DIFFERENT = 4099
 
 
 @dataclass(frozen=True)
@@ -82,381 +66,6 @@ class Wiring:
 
 class Refusal(Exception):
     """Why something that is spelled like a feed-forward block is not one."""
-
-
-# ----------------------------------------------------------------------------------------------------
-# A copy whose code can run
-# ----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Event:
-    path: str
-    module: nn.Module
-    input: torch.Tensor
-    output: torch.Tensor
-
-
-class _StandIn(nn.Linear):
-    """In place of a linear or an activation: fixed random numbers of the right shape."""
-
-    def __init__(self, path, record, watched, out_features=None):
-        nn.Module.__init__(self)
-        self.path, self.record, self.watched, self.out_features = path, record, watched, out_features
-        self.salt, self.calls = 0, 0
-
-    def forward(self, hidden_states, *args, **kwargs):
-        width = hidden_states.shape[-1] if self.out_features is None else self.out_features
-        seed = zlib.crc32(f"{self.path} {self.calls} {self.salt}".encode())
-        self.calls += 1
-        generator = torch.Generator().manual_seed(seed)
-        shape = (*hidden_states.shape[:-1], width)
-        if self.watched:
-            output = torch.randn(shape, generator=generator, dtype=torch.float32)
-        else:  # the same few numbers again and again: whole towers may run around the block
-            numel = math.prod(shape)
-            few = torch.randn(min(numel, _DIFFERENT), generator=generator, dtype=torch.float32)
-            output = few.repeat(-(-numel // max(1, len(few))))[:numel].reshape(shape)
-        if self.watched:
-            self.record.append(_Event(self.path, self, hidden_states.detach().clone(), output.clone()))
-        return output
-
-
-# Every attribute of a module, in a record of what was read.
-_ALL = "*"
-
-
-def _state(module):
-    """A copy's `__dict__`, unrecorded."""
-    return object.__getattribute__(module, "__dict__")
-
-
-class _Reads:
-    """In front of a module's class in its copy: what is read is copied from the module when it is, and recorded."""
-
-    def __getattribute__(self, name):
-        if name in OF_TORCH:
-            return object.__getattribute__(self, name)
-        if name == "__class__":  # code may ask for it
-            return type(self).__mro__[2]
-        own = _state(self)
-        own["_source"].read(name)
-        for kind in (CHILDREN, BUFFERS, PARAMETERS):
-            if name in own[kind] and not own["_source"].in_class(name):
-                return own[kind][name]
-        return object.__getattribute__(self, name)
-
-    def __getattr__(self, name):
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-
-class _Source:
-    """The module that a copy is of: where its attributes come from.
-
-    Args:
-        module, copied (`nn.Module`): The real one, which is not changed, and its copy.
-        skeleton (`Skeleton`): Whose copy it is.
-        path (`str`, *optional*): Of the module inside what the skeleton is of, `None` for one outside of it.
-    """
-
-    def __init__(self, module, copied, skeleton, path):
-        self.module, self.copied, self.skeleton, self.path = module, copied, skeleton, path
-        self.buffers = dict(buffers_of(module))
-        self.attributes = _attributes(module)
-        self.readable = {*self.attributes, *self.buffers}
-
-    def in_class(self, name):
-        return any(name in kind.__dict__ for kind in type(self.module).__mro__)
-
-    def read(self, name):
-        if name in ("__dict__", BUFFERS):
-            self.read_all()
-        elif name in self.readable:
-            self.skeleton.seen.add((self.path, name))
-            self._give(name)
-
-    def read_all(self):
-        self.skeleton.seen.add((self.path, _ALL))
-        for name in (*self.attributes, *self.buffers):
-            self._give(name)
-
-    def _give(self, name):
-        if name in self.attributes:
-            value = self.attributes.pop(name)
-            # The code may have set it before it read it.
-            _state(self.copied).setdefault(name, self.skeleton.value(value))
-        if name in self.buffers:
-            value = self.buffers.pop(name)
-            _state(self.copied)[BUFFERS][name] = self.skeleton.buffer(self.module, name, value)
-
-
-def _attributes(module):
-    """What a module's code can read of it, tensors and children left out."""
-    left_out = {BUFFERS, *OF_TORCH, *WRAPPERS}
-    attributes = {name: value for name, value in module.__dict__.items() if name not in left_out}
-    if is_hooked(module):
-        # accelerate's `forward` is around the class's own, or around another one of the instance.
-        attributes.pop("forward", None)
-        wrapped = forward_before_hooks(module)
-        if not (isinstance(wrapped, types.MethodType) and wrapped.__func__ is type(module).forward):
-            attributes["forward"] = wrapped
-    return attributes
-
-
-# Class -> the same with `_Reads` in front; kept no longer than copies of it.
-_recording = weakref.WeakValueDictionary()
-
-
-def _recording_class(kind):
-    """`kind` with [`_Reads`] in front; `None` where code of the class itself would run and see the new one."""
-    if type(kind) is not type or not all(map(functools.partial(_is_native, kind), _SEEING)):
-        return None
-    recording = _recording.get(kind)
-    if recording is None:
-        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__slots__": ()}
-        recording = _recording[kind] = type(kind.__name__, (_Reads, kind), names)
-    return recording
-
-
-_SEEING = ("__init_subclass__", "__getattribute__", "__getattr__")
-
-
-def _is_native(kind, method):
-    first = next(base for base in kind.__mro__ if method in base.__dict__)
-    return first in (object, nn.Module, PreTrainedModel)
-
-
-_ATOMS = (
-    bool, int, float, complex, str, bytes, type(None), type, enum.Enum, range, slice, re.Pattern,
-    types.ModuleType, types.BuiltinFunctionType, types.CodeType,
-    torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
-)  # fmt: skip
-
-
-class Skeleton:
-    """A copy of a module's code without its weights. Nothing that runs in it touches the module it was made from.
-
-    Args:
-        module (`nn.Module`): What to copy.
-        base_layer (callable): Gives the linear that an adapter wraps, or the module itself.
-        activations (`set[nn.Module]`): Modules that become stand-ins that keep the width.
-        watch (`str`): Calls are recorded of modules whose path begins so.
-        seen (`set[tuple]`): Takes `(path of a module, name)` of each attribute and buffer that is read, and
-            `(path, "*")` where it may be any.
-        weights (`int`): Which random numbers stand for weights.
-    """
-
-    def __init__(self, module, base_layer, activations=frozenset(), watch="", seen=None, weights=0):
-        self.base_layer, self.activations, self.watch = base_layer, activations, watch
-        self.seen = set() if seen is None else seen
-        self.record, self.modules = [], []
-        self.copies = {}  # id -> (what it is a copy of, kept so that the id stays its own; the copy)
-        self.paths = {id(part): path for path, part in module.named_modules()}
-        self.generator = torch.Generator().manual_seed(weights)
-        self.module = self._module(module)
-
-    def run(self, *args, salted=(), train=False, **kwargs):
-        """What the copy returns; stand-ins named in `salted` return other numbers than they would otherwise."""
-        for module in self.modules:
-            state = _state(module)
-            state["training"] = train and not isinstance(module, _BATCH_NORMS)
-            if isinstance(module, _StandIn):
-                state["salt"] = int(module.path in salted)
-        with torch.no_grad():
-            return self.module(*args, **kwargs)
-
-    def has_changed_buffers(self):
-        """Whether the code has written to a buffer that it read; statistics of batch norms are left out."""
-        for original, made in self.copies.values():
-            if isinstance(original, nn.Module) and not isinstance(original, (nn.Linear, Conv1D, *_BATCH_NORMS)):
-                buffers = _state(made)[BUFFERS]
-                for name, buffer in buffers_of(original).items():
-                    if buffers[name] is not None and not torch.equal(buffers[name], _on_cpu(buffer)):
-                        return True
-        return False
-
-    def _keep(self, original, made):
-        self.copies[id(original)] = (original, made)
-        return made
-
-    def _module(self, module):
-        if module is None:
-            return None
-        if id(module) in self.copies:
-            return self.copies[id(module)][1]
-        path = self.paths.get(id(module))
-        watched = path is not None and path.startswith(self.watch)
-        base = self.base_layer(module)
-        if module in self.activations or isinstance(base, (nn.Linear, Conv1D)):
-            width = None if module in self.activations else linear_shape(base)[1]
-            made = self._keep(module, _StandIn(path, self.record, watched, width))
-            self.seen.add((self.paths.get(id(base)), _ALL))
-            for name, value in base.__dict__.items():  # `in_features`, `nf` and what else the code around may read
-                if not name.startswith("_") and name not in made.__dict__ and name != "forward":
-                    made.__dict__[name] = self.value(value)
-            made.__dict__[PARAMETERS] = self._weights(base)
-            self.modules.append(made)
-            return made
-        kind = type(module)
-        recording = _recording_class(kind)
-        made = self._keep(module, object.__new__(recording or kind))
-        state = _state(made)
-        state |= {
-            name: type(value)() if isinstance(value, (dict, set)) else value
-            for name, value in module.__dict__.items()
-            if name in OF_TORCH
-        }
-        state["_source"] = source = _Source(module, made, self, path)
-        state[PARAMETERS] = self._weights(module)
-        state[BUFFERS] = dict.fromkeys(buffers_of(module))
-        state[CHILDREN] = {}
-        for name, child in children_of(module).items():
-            state[CHILDREN][name] = self._module(child)
-        if recording is None:
-            source.read_all()
-        if not children_of(module) and watched:
-            made.register_forward_hook(self._recorder(path))
-        self.modules.append(made)
-        return made
-
-    def _recorder(self, path):
-        def hook(module, args, output):
-            if args and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
-                self.record.append(_Event(path, module, args[0].detach().clone(), output.detach().clone()))
-
-        return hook
-
-    def _weights(self, module):
-        return {
-            name: None if parameter is None else self.value(parameter)
-            for name, parameter in parameters_of(module).items()
-        }
-
-    def _weight(self, parameter):
-        """Random numbers about 1, no more than a few: further rows are the same ones, and take no memory."""
-        if not parameter.is_floating_point():
-            return torch.ones((), dtype=parameter.dtype).expand(parameter.shape)
-        shape = parameter.shape if parameter.numel() <= _DIFFERENT else parameter.shape[-1:]
-        return (torch.rand(shape, generator=self.generator, dtype=torch.float32) + 0.5).expand(parameter.shape)
-
-    def buffer(self, module, name, buffer):
-        """The copy of a buffer; of a batch norm's statistics, random numbers in their place."""
-        if isinstance(module, _BATCH_NORMS) and buffer is not None and buffer.is_floating_point():
-            return self._weight(buffer)
-        return self.value(buffer)
-
-    def value(self, value):
-        """A copy of what stands in an attribute, whose contents are copies too."""
-        if isinstance(value, _ATOMS):
-            return value
-        if id(value) in self.copies:
-            return self.copies[id(value)][1]
-        if isinstance(value, nn.Module):
-            return self._module(value)
-        if isinstance(value, nn.Parameter):
-            return self._keep(value, nn.Parameter(self._weight(value), requires_grad=False))
-        if isinstance(value, torch.Tensor):
-            return self._keep(value, _on_cpu(value))
-        if isinstance(value, torch.Generator):
-            made = torch.Generator(value.device)
-            made.set_state(value.get_state())
-            return self._keep(value, made)
-        if isinstance(value, tuple):
-            parts = [self.value(part) for part in value]
-            return self._keep(value, tuple.__new__(type(value), parts))
-        if isinstance(value, types.MethodType):
-            return types.MethodType(value.__func__, self.value(value.__self__))
-        if isinstance(value, types.FunctionType):
-            return self._function(value)
-        if isinstance(value, functools.partial):
-            arguments = (self.value(value.args), self.value(value.keywords))
-            return functools.partial(self.value(value.func), *arguments[0], **arguments[1])
-        if isinstance(value, weakref.ReferenceType):
-            return value if value() is None else weakref.ref(self.value(value()))
-        return self._object(value)
-
-    def _function(self, function):
-        if not function.__closure__:
-            return function
-        cells = tuple(types.CellType() for _ in function.__closure__)
-        made = types.FunctionType(
-            function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
-        )
-        made.__kwdefaults__ = function.__kwdefaults__
-        self._keep(function, made)
-        for cell, original in zip(cells, function.__closure__, strict=True):
-            try:
-                cell.cell_contents = self.value(original.cell_contents)
-            except ValueError:  # nothing in it yet
-                continue
-        return made
-
-    def _object(self, value):
-        kind = type(value)
-        if isinstance(value, (np.ndarray, np.random.Generator, np.random.RandomState, random.Random)):
-            return self._keep(value, copy.deepcopy(value))
-        if isinstance(value, (dict, list, set, deque)):
-            made = self._keep(value, copy.copy(value))
-            if isinstance(value, dict):
-                made.update({key: self.value(item) for key, item in value.items()})
-            else:
-                made.clear()
-                (made.update if isinstance(value, set) else made.extend)(list(map(self.value, value)))
-        else:
-            try:
-                made = self._keep(value, object.__new__(kind))
-            except TypeError:  # made by code that is not Python's: a lock, a file, a stream of a device
-                return self._keep(value, value)
-        if kind.__dictoffset__:
-            made.__dict__.update({name: self.value(item) for name, item in value.__dict__.items()})
-        for slot in _slots(kind):
-            try:
-                slot.__set__(made, self.value(slot.__get__(value)))
-            except AttributeError:  # nothing in it
-                continue
-        return made
-
-
-def _slots(kind):
-    members = [member for base in kind.__mro__ for member in base.__dict__.values()]
-    return [member for member in members if isinstance(member, types.MemberDescriptorType)]
-
-
-def _on_cpu(buffer):
-    if buffer.is_meta:
-        return torch.zeros(buffer.shape, dtype=torch.float32 if buffer.is_floating_point() else buffer.dtype)
-    buffer = buffer.detach().to("cpu", copy=True)
-    return buffer.float() if buffer.is_floating_point() else buffer
-
-
-@contextlib.contextmanager
-def _by_itself():
-    """The process as its own: random numbers drawn inside change none that are drawn afterwards, tensors are made on
-    the CPU whatever a caller made the default, and transformers is silent."""
-    level = logging.get_verbosity()
-    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    elsewhere = torch.get_default_device().type != "cpu"
-    try:
-        logging.set_verbosity_error()
-        with torch.device("cpu") if elsewhere else contextlib.nullcontext():
-            yield
-    finally:
-        logging.set_verbosity(level)
-        torch.set_rng_state(torch_state)
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
-
-
-def _seed_cpu(seed):
-    # `torch.manual_seed` would seed every accelerator too.
-    torch.default_generator.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Blocks
-# ----------------------------------------------------------------------------------------------------
 
 
 _UNKNOWN = object()
@@ -502,7 +111,7 @@ class Verifier:
         if not any(True for part in activation.modules() for _ in (*parameters_of(part), *buffers_of(part))):
             shape = (*shape[:-1], min(shape[-1], _ENOUGH))  # it knows no width
         work = functools.partial(_check_activation, activation, shape, self.base_layer)
-        self._once((shape,), activation, work, {(path, _ALL) for path, _ in activation.named_modules()})
+        self._once((shape,), activation, work, {(path, ALL) for path, _ in activation.named_modules()})
 
     def _once(self, key, module, work, seen):
         """What `work` returns or raises, or did for another module that shows the same."""
@@ -511,7 +120,7 @@ class Verifier:
         result = next(results, _UNKNOWN)
         if result is _UNKNOWN:
             try:
-                with _by_itself():
+                with by_itself():
                     result = work()
             except Refusal as refusal:
                 result = refusal
@@ -548,14 +157,14 @@ class Verifier:
             parts = module.named_modules(remove_duplicate=False)
             self.readable[id(module)] = {path: _readable(part) for path, part in parts}
         readable = self.readable[id(module)][path]
-        if name != _ALL:
+        if name != ALL:
             return self.contents.of(readable[name])
         return tuple((key, self.contents.of(value)) for key, value in readable.items())
 
 
 def _readable(module):
     """Buffers and attributes; a method that is bound to the module itself is the same of another one."""
-    values = {**buffers_of(module), **_attributes(module)}
+    values = {**buffers_of(module), **attributes_of(module)}
     return {
         name: ("own method", value.__func__)
         if isinstance(value, types.MethodType) and value.__self__ is module
@@ -573,7 +182,7 @@ class _Contents:
     def of(self, value):
         if isinstance(value, (bool, int, float, complex)):
             return type(value), repr(value)  # 1, 1.0 and True differ, and nan is itself
-        if isinstance(value, _ATOMS):
+        if isinstance(value, ATOMS):
             return value
         if id(value) not in self.known:
             # Until it is known: of a value that holds itself.
@@ -640,7 +249,7 @@ class _Probe:
 
     def run(self, salted=(), train=False, weights=0):
         """`(events, output)` of a new skeleton: nothing that ran before shows."""
-        _seed_cpu(0)
+        seed_cpu(0)
         # A patched block's activation stands for the native one inside it.
         activations = {self.activation, _native(self.activation)}
         skeleton = Skeleton(self.module, self.base_layer, activations, self.prefix, self.seen, weights)
@@ -655,7 +264,7 @@ class _Probe:
             if not np.allclose(wiring.scales, other.scales, rtol=1e-3):
                 raise Refusal("its code multiplies by a weight of its own")
         path = self.prefix + self.layout.activation
-        self.seen |= {(f"{path}.{name}".rstrip("."), _ALL) for name, _ in self.activation.named_modules()}
+        self.seen |= {(f"{path}.{name}".rstrip("."), ALL) for name, _ in self.activation.named_modules()}
         (first, *_) = (event for event in events if event.path == path)
         self.check_activation(_native(self.activation), first.input.shape)
         return wiring
@@ -726,7 +335,7 @@ class _Probe:
         layout = self.layout
         if len(up) != 1 or not isinstance(output, torch.Tensor) or "." in layout.down:
             return None
-        extra = _signature(self.module)[1:]
+        extra = signature_of(self.module)[1:]
         required = [p for p in extra if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         # Where a caller may pass more than the hidden states, the module must stay.
         if required or (extra and not layout.gated):
@@ -776,7 +385,7 @@ def _check_activation(activation, shape, base_layer):
         return left.clone()
 
     for train in (False, True):
-        _seed_cpu(0)
+        seed_cpu(0)
         where = "in training " if train else ""
         left, of_other, again = (run(given, train) for given in (x, other, x))
         if not torch.equal(left, again):
@@ -851,139 +460,3 @@ def _tensors(value):
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Inputs
-# ----------------------------------------------------------------------------------------------------
-
-# Names of arguments that take hidden states of the block's width.
-_HIDDEN = (
-    "hidden_states", "hidden_state", "x", "input", "inputs", "input_tensor", "hidden", "output_h", "features", "feat",
-    "residual", "src", "tgt", "inputs_embeds", "attention_output", "embeddings", "tensor", "hs", "state",
-    "lang_feats", "visn_feats", "image_features", "text_features", "cross_modal_text",
-)  # fmt: skip
-
-
-# Arguments that may be left out, but that some layers need all the same.
-_CONTEXT = ("encoder_hidden_states", "attention_mask", "encoder_attention_mask", "query_length")
-
-
-def _signature(module):
-    """The parameters of a class's `forward`, the module itself left out; none where it does not tell them."""
-    try:
-        # Of an instance that has nothing of its own: a `forward` may be more than a function.
-        return list(inspect.signature(object.__new__(type(module)).forward).parameters.values())
-    except (TypeError, ValueError):
-        return []
-
-
-def possible_arguments(module, width):
-    """Ways to call a module, most likely first: keyword arguments made up from the names in its signature."""
-    parameters = [p for p in _signature(module) if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    if not parameters:
-        return
-    first = parameters[0].name
-    if isinstance(module, PreTrainedModel) and first not in _HIDDEN[:2]:
-        inputs = model_inputs(module)
-        if inputs is not None:
-            yield inputs
-        if first not in _HIDDEN:
-            return
-    tokens = (BATCH, LENGTH, width)
-    for shape, full in (
-        (tokens, False),
-        (tokens, True),
-        ((BATCH, width, 2, 2), False),
-        ((BATCH, 2, 2, width), False),
-        ((LENGTH, width), False),
-    ):
-        generator = torch.Generator().manual_seed(len(shape) + shape[1])
-        arguments = {first: torch.randn(shape, generator=generator)}
-        for parameter in parameters[1:]:
-            name = parameter.name
-            if parameter.default is parameter.empty or name == "position_embeddings" or (full and name in _CONTEXT):
-                arguments[name] = _argument(name, shape, module, generator, full)
-        yield arguments
-
-
-def _argument(name, shape, module, generator, full):
-    if name in _HIDDEN or (full and name == "encoder_hidden_states"):
-        return torch.randn(shape, generator=generator)
-    if name == "query_length":
-        return shape[1] if full else 0
-    if full and name.endswith("attention_mask"):
-        return torch.zeros(shape[0], 1, 1, shape[1])
-    if name in ("position_embeddings", "rotary_pos_emb", "rotary_embeddings"):
-        widths = [m.__dict__["head_dim"] for m in module.modules() if isinstance(m.__dict__.get("head_dim"), int)]
-        if not widths:
-            return None
-        return tuple(torch.randn(1, shape[1], widths[0], generator=generator) for _ in range(2))
-    if name in ("input_dimensions", "spatial_shape", "hw_shape"):
-        return (2, 2)
-    if name in ("height", "width"):
-        return 2
-    if name == "cu_seqlens":
-        return torch.tensor([0, shape[0]], dtype=torch.int32)
-    if name in ("position_ids", "cache_position"):
-        return torch.arange(shape[1])[None]
-    if name.startswith(("output_", "use_", "return_", "always_")):
-        return False
-    return None
-
-
-def model_inputs(model, batch=BATCH, length=8):
-    """Made-up inputs of a transformers model by its `main_input_name` and config, or `None`."""
-    config = model.config
-    generator = torch.Generator().manual_seed(0)
-
-    def attribute(*names, default=None):
-        for name in names:
-            for holder in (config, *_sub_configs(config)):
-                value = holder.__dict__.get(name)
-                if value is not None:
-                    return value
-        return default
-
-    parameters = inspect.signature(type(model).forward).parameters
-    vocabulary = attribute("vocab_size", default=99)
-    vocabulary = vocabulary if isinstance(vocabulary, int) else 99
-    ids = torch.randint(1, max(2, min(vocabulary, 1000)), (batch, length), generator=generator)
-    inputs = {}
-    if "input_ids" in parameters:
-        inputs["input_ids"] = ids
-    if "pixel_values" in parameters:
-        channels = attribute("num_channels", "in_channels", "in_chans", default=3)
-        size = attribute("image_size", "input_size", "img_size", default=32)
-        size = tuple(size)[-2:] if isinstance(size, (list, tuple)) else (size, size)
-        frames = config.__dict__.get("num_frames")
-        shape = (batch, channels, *size) if frames is None else (batch, frames, channels, *size)
-        inputs["pixel_values"] = torch.randn(shape, generator=generator)
-    if "input_values" in parameters:
-        inputs["input_values"] = torch.randn(batch, 4000, generator=generator)
-    if "input_features" in parameters:
-        bins = attribute("num_mel_bins", "feature_size", "n_mels", "input_feat_per_channel", default=80)
-        frames = 2 * attribute("max_source_positions", default=32)
-        inputs["input_features"] = torch.randn(batch, frames, bins, generator=generator)
-        if "Whisper" in type(model).__name__:
-            inputs["input_features"] = inputs["input_features"].transpose(1, 2)
-    if "past_values" in parameters:
-        length = attribute("context_length", default=32)
-        channels = attribute("num_input_channels", default=1)
-        inputs["past_values"] = torch.randn(batch, length, channels, generator=generator)
-    if not inputs:
-        return None
-    for name in ("visual_feats", "visual_pos"):  # LXMERT's regions
-        if name in parameters:
-            width = attribute(f"{name}_dim", "visual_feat_dim", default=4) if name == "visual_feats" else 4
-            inputs[name] = torch.randn(batch, 4, width, generator=generator)
-    if "bbox" in parameters:
-        corners = 8 if "dim_bbox" in config.__dict__ and config.dim_bbox == 8 else 4
-        inputs["bbox"] = torch.zeros(batch, length, corners, dtype=torch.long)
-    if "decoder_input_ids" in parameters and (config.__dict__.get("is_encoder_decoder") or "input_ids" not in inputs):
-        inputs["decoder_input_ids"] = ids
-    return inputs
-
-
-def _sub_configs(config):
-    return [value for value in config.__dict__.values() if isinstance(value, PreTrainedConfig)]

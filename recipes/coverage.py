@@ -258,7 +258,7 @@ def runnable(model):
     """`{name: inputs}` of the model and of the towers in it that its own inputs do not reach."""
     from transformers.modeling_utils import PreTrainedModel
 
-    from hf_layercollapse.verification import model_inputs
+    from hf_layercollapse.probe_inputs import model_inputs
 
     runs, failure = {}, None
     for name, module in model.named_modules():

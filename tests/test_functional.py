@@ -85,11 +85,17 @@ def test_affine_target_of_neurons_that_do_not_vary():
     assert torch.isfinite(slope).all() and torch.isfinite(offset).all()
 
 
-def moments(f, y, weights=None):
+def second_moments(f, y, weights=None):
     weights = torch.ones(len(f), 1).double() if weights is None else weights[:, None]
     total = float(weights.sum())
     wf, wy = weights * f, weights * y
-    return functional.second_moments(total, wf.sum(0), wy.sum(0), f.T @ wf, f.T @ wy, (y * wy).sum(0))
+    return functional.second_moments(total, wf.sum(0), wy.sum(0), f.T @ wf, f.T @ wy, y.T @ wy)
+
+
+def moments(f, y, weights=None):
+    """The same with the variances of `y` in place of its covariance."""
+    *others, cov_oo = second_moments(f, y, weights)
+    return *others, cov_oo.diagonal()
 
 
 def lstsq(f, y):
@@ -120,14 +126,14 @@ def evaluate(fit, x, h):
 
 def test_second_moments_are_centred_and_weighted():
     f, y, weights = random(50, 3) + 4, random(50, 2, seed=1) - 2, random(50, seed=2).abs()
-    mean_f, mean_o, cov_ff, cov_fo, var_o = moments(f, y, weights)
+    mean_f, mean_o, cov_ff, cov_fo, cov_oo = second_moments(f, y, weights)
     share = (weights / weights.sum())[:, None]
     expected_f, expected_o = (share * f).sum(0), (share * y).sum(0)
     torch.testing.assert_close(mean_f, expected_f)
     torch.testing.assert_close(mean_o, expected_o)
     torch.testing.assert_close(cov_ff, (f - expected_f).T @ (share * (f - expected_f)))
     torch.testing.assert_close(cov_fo, (f - expected_f).T @ (share * (y - expected_o)))
-    torch.testing.assert_close(var_o, (share * (y - expected_o).square()).sum(0))
+    torch.testing.assert_close(cov_oo, (y - expected_o).T @ (share * (y - expected_o)))
 
 
 def test_the_full_fit_is_the_least_squares_map():

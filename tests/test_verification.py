@@ -20,8 +20,9 @@ from hf_layercollapse import (
     apply_layer_collapse,
     collapse_model,
     find_feed_forward_blocks,
+    probe_inputs,
+    skeletons,
 )
-from hf_layercollapse import verification as verification_module
 from hf_layercollapse.families import refused_blocks
 from hf_layercollapse.patching import alpha_parameters
 
@@ -276,7 +277,7 @@ def test_random_numbers_of_the_process_are_not_drawn(build, no_seeding):
 
 def test_made_up_inputs_draw_from_a_generator_of_their_own(no_seeding):
     before = random_states()
-    verification_module.model_inputs(whisper_encoder_without_drawing(before))
+    probe_inputs.model_inputs(whisper_encoder_without_drawing(before))
     assert random_states() == before
 
 
@@ -443,9 +444,9 @@ def test_blocks_that_differ_in_a_constant(build):
 
 
 def count_runs(monkeypatch, net):
-    runs, run = [], verification_module.Skeleton.run
+    runs, run = [], skeletons.Skeleton.run
     monkeypatch.setattr(
-        verification_module.Skeleton,
+        skeletons.Skeleton,
         "run",
         lambda self, *args, **kwargs: runs.append(self) or run(self, *args, **kwargs),
     )
