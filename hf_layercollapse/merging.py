@@ -318,7 +318,7 @@ def put_in_place(inner, merge, originals=None):
 
     narrow = fit.right_ri is not None or fit.neurons
     channels = block.in_features if fit.right_ri is None else fit.rank
-    native, act_name, _ = native_activation(parts)
+    native, act_name, act = native_activation(parts)
     if is_cut(parts, fit.rank):
         for path, linear in linears.items():
             put(block.path(path), linear, _linear_spec(linear))
@@ -350,6 +350,8 @@ def put_in_place(inner, merge, originals=None):
             put(block.path(layout.up), linears[layout.up], _linear_spec(linears[layout.up]))
         if narrow and fit.neurons:
             activation = NarrowActivation(native, channels, len(fit.neurons), act_name)
+            if act_name != "native":
+                activation.replacement = act  # with what it learned
             spec = {"type": "narrow_ffn", "part": "activation", "linear_channels": channels}
             spec.update(neurons=len(fit.neurons), gated=False, act=act_name)
             put(block.path(layout.activation), activation, spec)

@@ -37,7 +37,7 @@ from hf_layercollapse.modeling_layercollapse import (
 )
 from hf_layercollapse.profiling import count_macs
 
-from .models import BY_NAME, HIDDEN, VOCABULARY, WIDTH, Case, text_inputs
+from .models import BY_NAME, HIDDEN, VOCABULARY, WIDTH, Case, randomize, text_inputs
 from .test_patching import alphas, logits, set_alphas
 
 
@@ -348,6 +348,29 @@ def test_kept_neurons_of_the_papers_patch_keep_its_relu(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = case.auto_class.from_pretrained(tmp_path).eval()
     assert torch.equal(logits(loaded, case.inputs()), logits(model, case.inputs()))
+
+
+@pytest.mark.parametrize("case", [BY_NAME["bert"], BY_NAME["vit"]], ids=lambda case: case.name)
+def test_kept_neurons_keep_what_a_replaced_activation_learned(case, tmp_path):
+    """No option asks for such an activation, but a table may."""
+    model, inputs = case.model(), case.inputs(seed=77)
+    apply_layer_collapse(model, LayerCollapseConfig(granularity="neuron"))
+    for spec in model.config.layer_collapse["modules"].values():
+        spec["act"] = "prelu"
+    model = randomize(type(model)(model.config)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for index, name in enumerate(case.blocks()):
+            activation = model.get_submodule(f"{name}.{case.activation}")
+            activation.act.weight.fill_(0.5 + index)
+            activation.alpha.fill_(1.0)
+            activation.alpha[torch.randperm(HIDDEN, generator=generator)[:9]] = 0.25
+    before = logits(model, inputs)
+    collapse_model(model)
+    torch.testing.assert_close(logits(model, inputs), before, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    loaded = case.auto_class.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
 
 
 # ----------------------------------------------------------------------------------------------------
