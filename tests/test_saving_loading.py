@@ -287,7 +287,8 @@ def test_what_a_folder_holds(tmp_path):
     assert tensors["bert.encoder.layer.0.intermediate.intermediate_act_fn.alpha"].dtype == torch.float32
     assert not any("layer.1.intermediate" in name for name in tensors)
     stored = json.loads((tmp_path / "config.json").read_text())["layer_collapse"]
-    assert stored["version"] == 1 and stored["options"] == LayerCollapseConfig().to_dict()
+    assert stored["version"] == 1
+    assert stored["options"] == LayerCollapseConfig(blocks=BY_NAME["bert"].blocks()).to_dict()
     assert stored["modules"] == {
         "encoder.layer.0.intermediate.intermediate_act_fn": {
             "type": "activation",
