@@ -1008,7 +1008,7 @@ def apply_table(model, table):
     for path, _, native, spec in entries:
         # Found anew: an earlier `block` entry may have replaced the parent.
         *above, name = path.split(".")
-        parents = [model if spec.get("scope") == "model" else base_model_of(model)]
+        parents = [_root_of(model, spec)]
         while above and parents[-1] is not None:
             parents.append(_child(parents[-1], above.pop(0)))
         if parents[-1] is None or name not in children_of(parents[-1]):
@@ -1187,19 +1187,27 @@ def _parts_of(config, within=""):
 
 def _part_being_saved(config):
     """The part of a patched or collapsed model that is being saved by itself, with the config of the whole, if its
-    modules are not where the table of the whole has them."""
+    modules are not where the table of the whole has them.
+
+    Raises:
+        ValueError: They are where they would be in a dense model: this one was made by its native class.
+    """
     frame = inspect.currentframe().f_back.f_back
     if not is_save_pretrained(frame):
         return None
     part = local_of(frame, "model_to_save", PreTrainedModel)
     if isinstance(part, LayerCollapseModelMixin) or part.config is not config:
         return None
-    base = base_model_of(part)
-    in_place = any(
-        _child(part if spec.get("scope") == "model" else base, path.split(".")[0]) is not None
-        for path, spec in config.layer_collapse["modules"].items()
-    )
-    return None if in_place else part
+    table = config.layer_collapse["modules"]
+    if not any(_child(_root_of(part, spec), path.split(".")[0]) is not None for path, spec in table.items()):
+        return part
+    if not stands_in(part, table):
+        raise ValueError(
+            f"This {type(part).__name__} is dense, and its config describes a patched or collapsed model: what is "
+            "saved could not be loaded. `hf_layercollapse.patching.refresh_layer_collapse(model)` gives the model the "
+            "config of what it is. For a new model as the config says, use `AutoModelFor….from_config(config)`."
+        )
+    return None
 
 
 def _config_of_part(config, part):
@@ -1220,11 +1228,28 @@ def _config_of_part(config, part):
     )
 
 
+def _root_of(model, spec):
+    """What the path of a table entry begins at."""
+    return model if spec.get("scope") == "model" else base_model_of(model)
+
+
+def stands_in(model, table):
+    """Whether anything that a table describes stands in a model. Not in one that a native class made from the config
+    of a patched or collapsed model: it takes that for one of its own."""
+    return any(
+        _stands_at(_root_of(model, spec), path, {key: spec[key] for key in spec if key != "scope"})
+        for path, spec in table.items()
+    )
+
+
 def _stands_at(part, path, spec):
     """Whether what a spec describes stands at a path of a module."""
     module = part
     for name in path.split("."):
         module = _child(module, name)
+        while type(module).__module__.startswith("peft."):  # an adapter around it
+            children = children_of(module)
+            module = children.get("base_layer", children.get("original_module"))
         if module is None:
             return False
     if spec["type"] in ("linear", "conv1d"):

@@ -5,11 +5,13 @@ import torch
 import transformers
 from transformers import SwinConfig, YolosConfig
 
-from hf_layercollapse import apply_layer_collapse, collapse_model
+from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model
+from hf_layercollapse.patching import refresh_layer_collapse
 
-from .models import randomize
+from .models import BY_NAME, randomize
+from .test_built_classes import given
 from .test_families import tiny_llava
-from .test_patching import every_model, set_alphas
+from .test_patching import every_model, logits, set_alphas
 from .test_saving_loading import in_life
 
 
@@ -56,3 +58,33 @@ def test_families_whose_keys_are_renamed_by_their_model_type(build, life, tmp_pa
     again = type(model).from_pretrained(tmp_path)
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("case", [BY_NAME["bert"], BY_NAME["gpt2"]], ids=lambda case: case.name)
+@pytest.mark.parametrize("life", ["patched", "neurons", "collapsed", "narrow", "width cut"])
+def test_a_dense_model_with_the_config_of_another(case, life, tmp_path):
+    other = given(case.model(), life, [case.inputs(seed=seed) for seed in range(12)])
+    # Nothing tells a native class that it is to make anything else.
+    make = type(other).native_class
+    model = make(other.config).eval()
+    for part in (model, model.base_model):
+        with pytest.raises(ValueError, match="is dense, and its config describes a patched or collapsed model"):
+            part.save_pretrained(tmp_path / "refused")
+    assert not (tmp_path / "refused" / "config.json").exists()
+    inputs = case.inputs(seed=77)
+    before = logits(model, inputs)
+    refresh_layer_collapse(model)
+    assert type(model.config) is type(case.config())
+    model.save_pretrained(tmp_path / "dense")
+    assert torch.equal(logits(case.auto_class.from_pretrained(tmp_path / "dense").eval(), inputs), before)
+    assert type(other.config) is type(other).config_class
+
+
+def test_what_becomes_of_it_is_what_was_asked_for(tmp_path):
+    case = BY_NAME["bert"]
+    other = in_life(case, "collapsed")
+    model = apply_layer_collapse(type(other).native_class(other.config), LayerCollapseConfig(blocks=[0]))
+    assert {spec["type"] for spec in model.config.layer_collapse["modules"].values()} == {"activation"}
+    model.save_pretrained(tmp_path)
+    again = case.auto_class.from_pretrained(tmp_path)
+    assert all(torch.equal(again.state_dict()[key], value) for key, value in model.state_dict().items())
