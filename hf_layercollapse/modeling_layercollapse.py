@@ -1651,6 +1651,18 @@ class StoredConfig(PreTrainedConfig):
 
 
 _built = {}
+# The same classes, from before transformers' registries know them.
+_made = {}
+
+
+def _once(key, make, register):
+    """The class that `make()` gave first, in whichever thread, and only once `register` has been through with it."""
+    if key not in _built:
+        made = _made.setdefault(key, make())
+        # Whoever is first may not be through yet.
+        register(made)
+        _built[key] = made
+    return _built[key]
 
 
 def config_class_for(native_class):
@@ -1661,12 +1673,12 @@ def config_class_for(native_class):
     """
     if issubclass(native_class, LayerCollapseConfigMixin):
         return native_class
-    if native_class not in _built:
+
+    def make():
         namespace = {"__module__": __name__, "native_class": native_class, "__annotations__": {}}
-        built = type(f"LayerCollapse{native_class.__name__}", (LayerCollapseConfigMixin, native_class), namespace)
-        # One class, whichever thread is first.
-        _register(native_class, _built.setdefault(native_class, built))
-    return _built[native_class]
+        return type(f"LayerCollapse{native_class.__name__}", (LayerCollapseConfigMixin, native_class), namespace)
+
+    return _once(native_class, make, lambda built: _register(native_class, built))
 
 
 def _config_class_for_part(native_class, name):
@@ -1676,12 +1688,15 @@ def _config_class_for_part(native_class, name):
     part = module.__dict__.get(name)
     if not (isinstance(part, type) and issubclass(part, PreTrainedModel) and part.__module__ == module.__name__):
         raise ValueError(f"`layer_collapse.part` in config.json is {name!r}, which {module.__name__} does not have.")
-    if (native_class, part) not in _built:
-        built = config_class_for(native_class)
-        namespace = {"__module__": __name__, "__annotations__": {}}
-        _built[native_class, part] = alone = type(built.__name__, (built,), namespace)
+
+    def make():
+        whole = config_class_for(native_class)
+        return type(whole.__name__, (whole,), {"__module__": __name__, "__annotations__": {}})
+
+    def register(alone):
         modeling_auto.AutoModel.register(alone, model_class_for(part, alone), exist_ok=True)
-    return _built[native_class, part]
+
+    return _once((native_class, part), make, register)
 
 
 def model_class_for(native_class, config_class):
@@ -1691,8 +1706,8 @@ def model_class_for(native_class, config_class):
     """
     if issubclass(native_class, LayerCollapseModelMixin):
         return native_class
-    # Some native classes serve several configs.
-    if (native_class, config_class) not in _built:
+
+    def make():
         namespace = {
             # Of a class of the user's own, `save_pretrained` copies the file of its module.
             "__module__": __name__ if is_native(native_class) else native_class.__module__,
@@ -1705,11 +1720,10 @@ def model_class_for(native_class, config_class):
         }
         # Whether a class can generate is looked up by name among its own bases.
         bases = (LayerCollapseModelMixin, native_class, *native_class.__bases__[1:])
-        built = type(native_class.__name__, bases, namespace)
-        # One class, whichever thread is first.
-        built = _built.setdefault((native_class, config_class), built)
-        record_outputs(built)
-    return _built[native_class, config_class]
+        return type(native_class.__name__, bases, namespace)
+
+    # Some native classes serve several configs.
+    return _once((native_class, config_class), make, record_outputs)
 
 
 def _constructor_of(native_class):

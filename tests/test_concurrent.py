@@ -4,16 +4,21 @@ import multiprocessing
 import os
 import sys
 import threading
+import time
 import warnings
 
 import pytest
 import torch
+from transformers import AutoModel, BertConfig, BertModel
+from transformers.models.bert.modeling_bert import BertLayer
 
+from hf_layercollapse import apply_layer_collapse, modeling_layercollapse
 from hf_layercollapse.modeling_layercollapse import SAVING_PREFIX
 
-from .models import BY_NAME
+from .models import BY_NAME, registered
+from .test_families import tiny_whisper
 from .test_interrupted_saving import save_interrupted, what_loads
-from .test_patching import logits
+from .test_patching import alphas, logits
 from .test_saving_loading import in_life
 
 
@@ -92,3 +97,63 @@ def test_what_a_killed_process_left_does_not_stop_others(tmp_path):
     assert in_processes([model, model], tmp_path, times=2) == [0, 0]
     assert what_loads(tmp_path, None, model) == "new"
     assert not [name for name in os.listdir(tmp_path) if name.startswith(SAVING_PREFIX)]
+
+
+def at_once(work, *arguments):
+    """What `work` gives for each of the arguments in a thread of its own, all started together; errors too."""
+    outcomes, start = [], threading.Barrier(len(arguments))
+
+    def run(argument):
+        start.wait()
+        try:
+            outcomes.append(work(argument))
+        except Exception as error:  # noqa: BLE001 (a thread cannot fail a test)
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=run, args=(argument,)) for argument in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes
+
+
+@pytest.fixture
+def nothing_built(monkeypatch):
+    """As in a process that has not met a patched or collapsed model yet."""
+    for name in ("_built", "_made"):
+        monkeypatch.setattr(modeling_layercollapse, name, {})
+
+
+@pytest.mark.parametrize("part", [False, True], ids=["whole", "part"])
+def test_threads_that_need_a_class_for_the_first_time(part, switching_often, nothing_built, tmp_path):
+    model = apply_layer_collapse(tiny_whisper())
+    (model.get_encoder() if part else model).save_pretrained(tmp_path)
+    for _ in range(4):
+        modeling_layercollapse._built.clear()
+        modeling_layercollapse._made.clear()
+        models = at_once(AutoModel.from_pretrained, *[tmp_path] * 4)
+        assert len({type(each) for each in models}) == 1 and all(alphas(each) for each in models)
+        assert len({type(each.config) for each in models}) == 1
+
+
+class SlowToSay:
+    """A class attribute that takes its time, and lets other threads run."""
+
+    def __get__(self, instance, owner):
+        time.sleep(0.3)
+        return {"hidden_states": BertLayer}
+
+
+class RecordsSlowly(BertModel):
+    _can_record_outputs = SlowToSay()
+
+
+def test_threads_that_patch_live_models(nothing_built):
+    def hidden_states(model):
+        apply_layer_collapse(model)
+        return model(**CASE.inputs(), output_hidden_states=True).hidden_states
+
+    with registered(AutoModel, BertConfig, RecordsSlowly):
+        states = at_once(hidden_states, *[RecordsSlowly(CASE.config()).eval() for _ in range(3)])
+    assert [len(each) for each in states] == [4, 4, 4]
