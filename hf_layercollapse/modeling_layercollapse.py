@@ -1719,7 +1719,8 @@ def model_class_for(native_class, config_class):
             "config_class": config_class,
         }
         # Whether a class can generate is looked up by name among its own bases.
-        bases = (LayerCollapseModelMixin, native_class, *native_class.__bases__[1:])
+        mixins = [base for base in native_class.__bases__ if not issubclass(base, PreTrainedModel)]
+        bases = (LayerCollapseModelMixin, native_class, *mixins)
         return type(native_class.__name__, bases, namespace)
 
     # Some native classes serve several configs.

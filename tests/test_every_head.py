@@ -57,6 +57,9 @@ def test_saved_and_loaded_twice(family, tmp_path):
         if native.__name__.endswith("QuestionAnswering"):  # DistilBERT's takes nothing else
             config.num_labels = 2
         model = half_collapsed(randomize(native(config)))
+        # By the look of its own bases, as transformers' model tests ask.
+        looks = ["GenerationMixin" in str(each.__bases__) for each in (type(model), native)]
+        assert looks[0] is looks[1] and type(model).can_generate() is native.can_generate(), native.__name__
         expected, table = model.state_dict(), model.config.layer_collapse
         assert len({spec["type"] == "activation" for spec in table["modules"].values()}) == 2
         for round in range(2):
