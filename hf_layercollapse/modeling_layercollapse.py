@@ -1201,7 +1201,7 @@ def _part_being_saved(config):
     table = config.layer_collapse["modules"]
     if not any(_child(_root_of(part, spec), path.split(".")[0]) is not None for path, spec in table.items()):
         return part
-    if not stands_in(part, table):
+    if not standing(part, table):
         raise ValueError(
             f"This {type(part).__name__} is dense, and its config describes a patched or collapsed model: what is "
             "saved could not be loaded. `hf_layercollapse.patching.refresh_layer_collapse(model)` gives the model the "
@@ -1233,13 +1233,14 @@ def _root_of(model, spec):
     return model if spec.get("scope") == "model" else base_model_of(model)
 
 
-def stands_in(model, table):
-    """Whether anything that a table describes stands in a model. Not in one that a native class made from the config
-    of a patched or collapsed model: it takes that for one of its own."""
-    return any(
-        _stands_at(_root_of(model, spec), path, {key: spec[key] for key in spec if key != "scope"})
+def standing(model, table):
+    """The entries of a table that say what stands in a model. None of one that a native class made from the config of
+    a patched or collapsed model: it takes that for one of its own."""
+    return {
+        path: spec
         for path, spec in table.items()
-    )
+        if _stands_at(_root_of(model, spec), path, {key: spec[key] for key in spec if key != "scope"})
+    }
 
 
 def _stands_at(part, path, spec):

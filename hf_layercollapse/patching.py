@@ -27,7 +27,7 @@ from .modeling_layercollapse import (
     refuse_lost_code,
     resolve_table,
     set_layer_collapse,
-    stands_in,
+    standing,
 )
 
 
@@ -336,8 +336,8 @@ def _described(model, carrier, config, default, replaced):
     options = stored.get("options", {})
     prefix = base_model_prefix_of(model)
     table = {path: spec for path, spec in stored.get("modules", {}).items() if spec["type"] != "activation"}
-    if not stands_in(model, table):
-        table = {}
+    if not isinstance(model, LayerCollapseModelMixin):
+        table = standing(model, table)
     from_parts = []
     for name, part in model.named_modules():
         if part is not model and isinstance(part, LayerCollapseModelMixin):

@@ -80,11 +80,16 @@ def test_a_dense_model_with_the_config_of_another(case, life, tmp_path):
     assert type(other.config) is type(other).config_class
 
 
-def test_what_becomes_of_it_is_what_was_asked_for(tmp_path):
-    case = BY_NAME["bert"]
+@pytest.mark.parametrize("life", ["patched", "collapsed"])
+def test_what_becomes_of_it_is_what_was_asked_for(life, tmp_path):
+    case, asked = BY_NAME["bert"], LayerCollapseConfig(blocks=[0])
     other = in_life(case, "collapsed")
-    model = apply_layer_collapse(type(other).native_class(other.config), LayerCollapseConfig(blocks=[0]))
-    assert {spec["type"] for spec in model.config.layer_collapse["modules"].values()} == {"activation"}
+    model = type(other).native_class(other.config)
+    if life == "patched":
+        apply_layer_collapse(model, asked)
+    else:
+        collapse_model(model, asked, [case.inputs(seed=seed) for seed in range(12)])
+    assert {path.split(".")[2] for path in model.config.layer_collapse["modules"]} == {"0"}
     model.save_pretrained(tmp_path)
     again = case.auto_class.from_pretrained(tmp_path)
     assert all(torch.equal(again.state_dict()[key], value) for key, value in model.state_dict().items())
