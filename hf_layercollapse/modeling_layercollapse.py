@@ -8,8 +8,10 @@ not installed. It therefore imports torch and transformers only, knows no family
 Three parts: the modules that a table can name, the table itself, and the registered classes.
 """
 
+import collections
 import contextlib
 import copy
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -24,9 +26,9 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, initialization
-from transformers.activations import ACT2FN
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.activations import ACT2CLS, ACT2FN
+from transformers.conversion_mapping import get_model_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightRenaming
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, resolve_trust_remote_code
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import auto_factory, configuration_auto, modeling_auto
@@ -96,6 +98,8 @@ MODEL_METHODS = {
     "_init_weights": "module",
     # The one place where what was missing and left over is known and loading can still fail.
     "_finalize_model_loading": "load_config loading_info",
+    # The one place where the model is built, its weights are not read, and their keys can get further names.
+    "_load_pretrained_model": "state_dict checkpoint_files load_config",
     # Both read the source of the class's module, which for a built class is not the native one's.
     "_can_set_attn_implementation": "",
     "_can_set_experts_implementation": "",
@@ -110,6 +114,8 @@ MODULE_METHODS = {
 }
 require_methods(PreTrainedModel, MODEL_METHODS, transformers)
 require_methods(nn.Module, MODULE_METHODS, torch)
+# How a family's older checkpoints are read: each gives `(key now, ...)` for a key, and, turned round, the key then.
+require_methods(WeightRenaming, {"rename_source_key": "source_key", "reverse_transform": ""}, transformers)
 
 
 def children_of(module) -> dict:
@@ -1001,6 +1007,209 @@ def linear_shape(module, what="module"):
     raise ValueError(f"{what}: expected a Linear or Conv1D, found {type(module).__name__}.")
 
 
+# ----------------------------------------------------------------------------------------------------
+# Parts that a family has given another name since a table was written
+# ----------------------------------------------------------------------------------------------------
+
+# Classes that families' activations are of, and nothing else that stands beside linears.
+ACTIVATIONS = {nn.GELU, *(kind if isinstance(kind, type) else kind[0] for kind in ACT2CLS.values())}
+
+_NARROW_LINEARS = ("gate", "up", "down")
+
+
+def follow_renames(model, table):
+    """`(table, names)`: the table with the paths that its parts have in this model, which is as its family builds it,
+    and `{qualified name of an activation by the table: the one that it has}` where these are not the same.
+
+    Families rename their modules between versions of transformers. Its conversions of older checkpoints, which know
+    weights only, say where a linear is by now; an activation is the only one beside the linears that it stood beside.
+    What that leaves open is not guessed: the entry stays as it is, for [`resolve_table`] to judge.
+
+    Raises:
+        ValueError: Of the entries below one name that is gone only some can be followed.
+    """
+    lost = [path for path, spec in table.items() if not _fits(model, path, spec)]
+    if not lost:
+        return table, {}
+    renames = _Renames(model, lost)
+    found = {path: renames.entry(path, table[path]) for path in lost}
+    paths = collections.Counter(found[path][0] if found.get(path) else path for path in table)
+    found = {path: entry for path, entry in found.items() if entry and paths[entry[0]] == 1}
+    if not found:
+        return table, {}
+    gone = {_first_of(path, table[path]) for path in found if not _has_first(model, path, table[path])}
+    for path in lost:
+        if path not in found and _first_of(path, table[path]) in gone:
+            raise ValueError(
+                f"`layer_collapse.modules[{path!r}]` does not fit {type(model).__name__}: other entries below "
+                f"{path.split('.')[0]!r} have another name in transformers {transformers.__version__}, and for this "
+                "one none is known. Load the folder with the transformers that it was saved with "
+                "(`transformers_version` in its config.json)."
+            )
+    names = {}
+    for path, (now, spec) in found.items():
+        before, after = _activation_of(path, table[path]), _activation_of(now, spec)
+        if before != after:
+            prefix = "" if _is_scoped_to_model(spec) else renames.base_prefix
+            names[prefix + before] = prefix + after
+    return dict(found.get(path, (path, spec)) for path, spec in table.items()), names
+
+
+def _is_scoped_to_model(spec):
+    return spec.get("scope", "base_model") == "model"
+
+
+def _first_of(path, spec):
+    return path.split(".")[0], _is_scoped_to_model(spec)
+
+
+def _has_first(model, path, spec):
+    return _child(model if _is_scoped_to_model(spec) else base_model_of(model), path.split(".")[0]) is not None
+
+
+def _module_at(module, path):
+    for name in path.split("."):
+        module = None if module is None else _child(module, name)
+    return module
+
+
+def _children_named_by(spec):
+    """Key -> name, of the children that an entry names by a key of their own."""
+    keys = {"block": ("child",), "narrow_ffn": (*_NARROW_LINEARS, "activation")}.get(spec["type"], ())
+    return {key: spec[key] for key in keys if spec.get(key) is not None}
+
+
+def _fits(model, path, spec):
+    """Whether an entry's path, and the children that it names, are in a model."""
+    module = _module_at(model if _is_scoped_to_model(spec) else base_model_of(model), path)
+    names = [*_children_named_by(spec).values(), *spec.get("then", [])]
+    return module is not None and all(_child(module, name) is not None for name in names)
+
+
+def _activation_of(path, spec):
+    """Path of the activation that an entry puts something in the place of, or keeps; `None` if it does neither."""
+    if spec["type"] == "activation" or spec.get("part") == "activation":
+        return path
+    return f"{path}.{spec['activation']}" if spec.get("part") == "block" else None
+
+
+class _Renames:
+    """What a natively built model has for names of an older version of its family, or a newer one."""
+
+    def __init__(self, model, lost):
+        self.model, self.base_prefix = model, base_model_prefix_of(model)
+        # A family that named its base model wrongly had none: paths began at the whole.
+        self.base_name = f"{model.base_model_prefix}."
+        self.begins_at_whole = any(path.startswith(self.base_name) for path in lost)
+        self.to_now = renamings_of(model)
+        # As when it is saved: what changes prefixes does not say whether there was one.
+        to_then = [each.reverse_transform() for each in reversed(self.to_now) if not isinstance(each, PrefixChange)]
+        now, then = collections.defaultdict(set), collections.defaultdict(set)
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Linear, Conv1D)):
+                now[_holder_of(name)].add(_holder_of(name))
+                then[_holder_of(_renamed(f"{name}.weight", to_then).removesuffix(".weight"))].add(_holder_of(name))
+        # Name of a module, now or then -> those that hold its linears now.
+        self.places = {**then, **now}
+
+    def entry(self, path, spec):
+        """`(path, spec)` of an entry by the names that its parts have now; `None` if that is not plain."""
+        prefix = "" if _is_scoped_to_model(spec) else self.base_prefix
+        if self.begins_at_whole and _fits(self.model, path.removeprefix(self.base_name), spec):
+            return path.removeprefix(self.base_name), spec
+        if self.begins_at_whole and _fits(self.model, path, {**spec, "scope": "model"}):
+            return path, {**spec, "scope": "model"}
+        name, kind = prefix + path, spec.get("part", spec["type"])
+        if kind == "block":
+            name, spec = self.block(name, spec)
+        elif kind == "activation":
+            name = self.activation(name)
+        elif kind == "identity":
+            name = self.linear(name) or self.activation(name)
+        else:
+            name = self.linear(name)
+        if name is None or not name.startswith(prefix):
+            return None
+        path = name.removeprefix(prefix)
+        return (path, spec) if _fits(self.model, path, spec) else None
+
+    def block(self, name, spec):
+        """`(qualified name, spec)` of an MLP module that an entry describes whole: what holds all its parts now."""
+        now = {
+            key: (self.activation if key == "activation" else self.linear)(f"{name}.{child}")
+            for key, child in _children_named_by(spec).items()
+        }
+        if None in now.values() or len({_holder_of(child) for child in now.values()}) != 1:
+            return None, spec
+        children = {key: child.rpartition(".")[2] for key, child in now.items()}
+        return _holder_of(next(iter(now.values()))), {**spec, **children}
+
+    def linear(self, name):
+        """Where a linear of this qualified name is now, or `None`."""
+        name = _renamed(f"{name}.weight", self.to_now).removesuffix(".weight")
+        return name if isinstance(_module_at(self.model, name), (nn.Linear, Conv1D)) else None
+
+    def activation(self, name):
+        """Where an activation of this qualified name is now, or `None`: the only one beside the linears beside it."""
+        places = self.places.get(_holder_of(name), ())
+        found = [
+            f"{place}.{child}" if place else child
+            for place in places
+            for child, module in children_of(self.model.get_submodule(place)).items()
+            if type(module) in ACTIVATIONS
+        ]
+        return found[0] if len(places) == 1 and len(found) == 1 else None
+
+
+def renamings_of(model):
+    """What transformers renames in older checkpoints of a model, without what it renames for every model."""
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    return [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+
+
+def _holder_of(name):
+    return name.rpartition(".")[0]
+
+
+def _renamed(key, renamings):
+    for renaming in renamings:
+        key = renaming.rename_source_key(key)[0]
+    return key
+
+
+def renamed_keys(model, names):
+    """Key that transformers' conversions give for one of a checkpoint -> key in the model, for the tensors of
+    activations that have another name than in the table. The checkpoint may be a base model's or one with a head.
+    """
+    renamings = renamings_of(model) if names else []
+    prefix, keys = base_model_prefix_of(model), {}
+    for then, now in names.items():
+        in_base = then.removeprefix(prefix)
+        for key in [key for key in model.state_dict() if key.startswith(f"{now}.")]:
+            for start in {then, in_base, f"{model.base_model_prefix}.{in_base}"}:
+                keys[_renamed(start + key.removeprefix(now), renamings)] = key
+    return keys
+
+
+class _RenamedKeys(WeightRenaming):
+    """The last of the conversions of a checkpoint: keys of what transformers knows nothing of, by [`renamed_keys`].
+
+    Not turned round when the model is saved, whose table has the names that its modules have.
+    """
+
+    __slots__ = ("keys",)
+
+    def __init__(self, keys):
+        super().__init__(source_patterns=r"(.+)", target_patterns=r"\1")
+        self.keys = keys
+
+    def rename_source_key(self, source_key):
+        return self.keys.get(source_key, source_key), None
+
+    def reverse_transform(self):
+        return _RenamedKeys({})
+
+
 def apply_table(model, table):
     """Reshapes a natively built model in place, as the table says; the weights are loaded afterwards."""
     # Activations last: the linears beside them may have become narrower.
@@ -1293,6 +1502,8 @@ class LayerCollapseModelMixin:
     native_name_or_path = ""
     # Keys of the state dict that the table made, in a model that was built by it.
     _table_keys = frozenset()
+    # Keys in the checkpoint of a table whose paths are of another transformers -> keys of the state dict.
+    _renamed_keys = {}
 
     def __init__(self, config=None, *args, **kwargs):
         if not isinstance(config, LayerCollapseConfigMixin):
@@ -1312,11 +1523,26 @@ class LayerCollapseModelMixin:
             super().__init__(config, *args, **kwargs)
         finally:
             _under_construction.remove(running)
+        table, names = self._follow_renames(table)
         apply_table(self, table)
+        self._renamed_keys = renamed_keys(self, names)
         prefixes = tuple(f"{name}." for _, name, _, _ in resolve_table(self, table))
         self._table_keys = frozenset(key for key in self.state_dict() if key.startswith(prefixes))
         prune_parallel_plans(self)
         self.init_weights()
+
+    def _follow_renames(self, table):
+        """As [`follow_renames`]; the configs of the model and of its parts say from here on what it is now."""
+        followed, names = follow_renames(self, table)
+        if followed is not table:
+            configs = {id(part.config): part.config for part in self.modules() if isinstance(part, PreTrainedModel)}
+            for config in configs.values():
+                stored = config.__dict__.get("layer_collapse")
+                if stored is not None and stored["modules"] == table:
+                    # Names of blocks are of then too; what was chosen is what the table holds.
+                    options = {key: value for key, value in stored.get("options", {}).items() if key != "blocks"}
+                    config.layer_collapse = {**stored, "options": options, "modules": followed}
+        return followed, names
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
@@ -1354,6 +1580,15 @@ class LayerCollapseModelMixin:
                 elif isinstance(part, PASS_ON):
                     part.init_weights(std)
         super()._init_weights(module)
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        if model._renamed_keys:
+            conversions = [*(load_config.weight_mapping or []), _RenamedKeys(model._renamed_keys)]
+            load_config = dataclasses.replace(load_config, weight_mapping=conversions)
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
 
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):
@@ -1579,7 +1814,24 @@ def refuse_incomplete(model, loading_info):
         for key, found, expected in sorted(loading_info.mismatched_keys)
         if key.startswith(prefixes)
     ]
+    # Of a part that this class does not build, whose entries are passed over, no key is missing and no module there.
+    passed = set(model.config.layer_collapse["modules"]) - {path for path, _, _, _ in resolved}
+    problems += [f"missing: {key}" for key in sorted(loading_info.missing_keys) if _named_in(passed, key)]
+    problems += [
+        f"unexpected: {key}"
+        for key in sorted(loading_info.unexpected_keys)
+        if _module_at(model, _holder_of(_named_in(passed, key))) is not None
+    ]
     _refuse_checkpoint(model, problems)
+
+
+def _named_in(paths, key):
+    """Name of the module around a key's tensor that ends with one of these paths, or `""`."""
+    parts = key.split(".")
+    for end in range(1, len(parts)):
+        if any(".".join(parts[start:end]) in paths for start in range(end)):
+            return ".".join(parts[:end])
+    return ""
 
 
 def refuse_uninitialised(model):

@@ -1,5 +1,6 @@
 """Writes the folder of a format version: `python -m tests.regression.make v1`, once, when the version is new, and
-`transformers-5.16.1` under a transformers that becomes the oldest supported one.
+`transformers-5.16.1` under a transformers that becomes the oldest supported one, and `renamed-5.16.1` where a family
+has given its modules other names since or before.
 
 A folder that is there is never written again: it stands for the ones that lie on people's disks.
 """
@@ -17,9 +18,11 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     BertConfig,
+    Dinov2Config,
     DistilBertConfig,
     GPT2Config,
     LlamaConfig,
+    SwinConfig,
     ViTConfig,
 )
 
@@ -32,17 +35,24 @@ from ..models import randomize
 HERE = os.path.dirname(__file__)
 TEXT = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
 BERT = {**TEXT, "max_position_embeddings": 8, "num_labels": 2}
+VISION = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 4, "patch_size": 2}
 MODELS = {
     "bert": (AutoModelForSequenceClassification, lambda: BertConfig(**BERT)),
     "vit": (
         AutoModelForImageClassification,
-        lambda: ViTConfig(
-            hidden_size=8,
-            intermediate_size=12,
-            num_hidden_layers=2,
-            num_attention_heads=2,
+        lambda: ViTConfig(**VISION, intermediate_size=12, num_labels=2),
+    ),
+    "dinov2": (AutoModelForImageClassification, lambda: Dinov2Config(**VISION, mlp_ratio=2, num_labels=2)),
+    "swin": (
+        AutoModelForImageClassification,
+        lambda: SwinConfig(
             image_size=4,
             patch_size=2,
+            embed_dim=8,
+            depths=[2],
+            num_heads=[2],
+            window_size=2,
+            mlp_ratio=2,
             num_labels=2,
         ),
     ),
@@ -69,19 +79,30 @@ FOLDERS = {
     "llama-half": ("llama", {"linear_target": "affine"}, (0.5, 1.0)),
     "llama-neurons": ("llama", {"granularity": "neuron"}, (0.5, 0.1)),
 }
+# The same, of families whose modules have other names in another transformers.
+RENAMED = {
+    "dinov2-half": ("dinov2", {"linear_target": "affine", "granularity": "neuron"}, (1.0, 0.4)),
+    "vit-half": FOLDERS["vit-half"],
+    "swin-half": ("swin", {}, (0.6, 1.0)),
+}
 # folder -> model, and what its blocks are fitted to
 NARROW = {
     "bert-neurons-only": ("bert", {"rank": 0, "keep_neurons": 5}),
     "llama-neurons-only": ("llama", {"rank": 0, "keep_neurons": 5}),
     "llama-narrow": ("llama", {"rank": 2, "keep_neurons": 3}),
 }
+RENAMED_NARROW = {
+    "dinov2-narrow": ("dinov2", {"rank": 2, "keep_neurons": 3}),
+    "vit-narrow": ("vit", {"rank": 8, "keep_neurons": 3}),
+}
 
 
 def inputs_of(config, seed=None):
+    if config.model_type in ("vit", "dinov2", "swin"):
+        seed = 3 if seed is None else seed
+        return {"pixel_values": torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(seed))}
     if seed is not None:
         return {"input_ids": torch.randint(1, 16, (2, 7), generator=torch.Generator().manual_seed(seed))}
-    if config.model_type == "vit":
-        return {"pixel_values": torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(3))}
     return {"input_ids": torch.arange(1, 15).reshape(2, 7)}
 
 
@@ -111,7 +132,8 @@ def save(model, path):
 
 def make(root):
     os.makedirs(root, exist_ok=False)
-    for folder, (name, options, values) in FOLDERS.items():
+    renamed = os.path.basename(root).startswith("renamed-")
+    for folder, (name, options, values) in (RENAMED if renamed else FOLDERS).items():
         auto_class, config = MODELS[name]
         model = randomize(auto_class.from_config(config())).eval()
         config = LayerCollapseConfig(**options)
@@ -125,7 +147,7 @@ def make(root):
             if 1.0 in values:
                 collapse_model(model)
         save(model, os.path.join(root, folder))
-    for folder, (name, options) in NARROW.items():
+    for folder, (name, options) in (RENAMED_NARROW if renamed else NARROW).items():
         auto_class, config = MODELS[name]
         model = randomize(auto_class.from_config(config())).eval()
         collapse_model(model, LayerCollapseConfig(**options), [inputs_of(model.config, seed) for seed in range(12)])

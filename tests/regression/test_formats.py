@@ -9,17 +9,21 @@ from safetensors.torch import load_file
 
 from hf_layercollapse import find_feed_forward_blocks
 from hf_layercollapse.modeling_layercollapse import FORMAT_VERSION
+from hf_layercollapse.patching import layer_collapse_config_of
 
-from .make import FOLDERS, HERE, MODELS, NARROW, machine
+from .make import FOLDERS, HERE, MODELS, NARROW, RENAMED, RENAMED_NARROW, machine
 
 
 VERSIONS = sorted(name for name in os.listdir(HERE) if name.startswith("v"))
 # The same, saved under the oldest transformers that is supported.
 FLOORS = sorted(name for name in os.listdir(HERE) if name.startswith("transformers-"))
+# Families whose modules have not the same names in each of these transformers.
+OTHER_NAMES = sorted(name for name in os.listdir(HERE) if name.startswith("renamed-"))
+ROWS = {**FOLDERS, **RENAMED, **{name: (*row, (1, 1)) for name, row in {**NARROW, **RENAMED_NARROW}.items()}}
 
 
 def saved_folders():
-    for version in VERSIONS + FLOORS:
+    for version in VERSIONS + FLOORS + OTHER_NAMES:
         for folder in sorted(os.listdir(os.path.join(HERE, version))):
             if os.path.isdir(os.path.join(HERE, version, folder)):
                 yield f"{version}/{folder}"
@@ -29,7 +33,7 @@ def saved_folders():
 @pytest.mark.parametrize("folder", list(saved_folders()))
 def test_loads_and_computes_what_it_did(folder):
     path = os.path.join(HERE, folder)
-    name, _, values = {**FOLDERS, **{name: (*row, (1, 1)) for name, row in NARROW.items()}}[os.path.basename(folder)]
+    name, _, values = ROWS[os.path.basename(folder)]
     auto_class, _ = MODELS[name]
     model, info = auto_class.from_pretrained(path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -57,13 +61,35 @@ def test_loads_and_computes_what_it_did(folder):
             assert torch.equal(actual, logits)
 
 
+@pytest.mark.parametrize("folder", [folder for folder in saved_folders() if folder.split("/")[0] in OTHER_NAMES])
+def test_what_is_saved_again_has_the_names_of_now(folder, tmp_path):
+    path = os.path.join(HERE, folder)
+    auto_class, config = MODELS[ROWS[os.path.basename(folder)][0]]
+    model = auto_class.from_pretrained(path)
+    model.save_pretrained(tmp_path)
+    with open(tmp_path / "config.json") as file:
+        table = json.load(file)["layer_collapse"]["modules"]
+    native = auto_class.from_config(config())
+    assert {path for path in table if native.base_model.get_submodule(path)} == set(table)
+    # Chosen blocks are named, if they are, by the names of now.
+    chosen = layer_collapse_config_of(model).blocks
+    assert chosen == "all" or set(chosen) <= {block.name for block in find_feed_forward_blocks(model)}
+
+    again, info = auto_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    expected = load_file(os.path.join(path, "expected.safetensors"))
+    del expected["logits"]
+    with torch.no_grad():
+        assert torch.equal(again(**expected).logits, model(**expected).logits)
+
+
 def test_every_version_and_kind_is_kept():
     assert VERSIONS == [f"v{version}" for version in range(1, FORMAT_VERSION + 1)]
     kinds, activations = set(), set()
     for folder in saved_folders():
         with open(os.path.join(HERE, folder, "config.json")) as file:
             table = json.load(file)["layer_collapse"]
-        assert folder.split("/")[0] in (f"v{table['version']}", *FLOORS)
+        assert folder.split("/")[0] in (f"v{table['version']}", *FLOORS, *OTHER_NAMES)
         for spec in table["modules"].values():
             kinds.add(spec["type"])
             if spec["type"] == "activation":
@@ -78,6 +104,6 @@ def test_every_version_and_kind_is_kept():
 
 
 def test_the_folders_stay_small():
-    for version in VERSIONS + FLOORS:
+    for version in VERSIONS + FLOORS + OTHER_NAMES:
         walk = os.walk(os.path.join(HERE, version))
         assert sum(os.path.getsize(os.path.join(root, file)) for root, _, files in walk for file in files) < 150_000
