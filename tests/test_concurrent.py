@@ -1,10 +1,12 @@
 """Several threads that load, and several processes that save, at one time."""
 
+import functools
 import multiprocessing
 import os
 import sys
 import threading
 import time
+import traceback
 import warnings
 
 import pytest
@@ -26,6 +28,35 @@ CASE = BY_NAME["bert"]
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
 
 
+def in_a_process_of_its_own(test):
+    """Runs a test in a forked child: threads that load at one time may leave torch's initialisers switched off, as
+    transformers does while a model is loaded, native ones too. Other tests must not see that."""
+
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        context = multiprocessing.get_context("fork")
+        receiver, sender = context.Pipe(duplex=False)
+
+        def child():
+            try:
+                test(*args, **kwargs)
+            except BaseException:  # noqa: BLE001 (told to the parent, which fails)
+                sender.send(traceback.format_exc())
+            else:
+                sender.send(None)
+
+        process = context.Process(target=child)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: the child uses none
+            process.start()
+        assert receiver.poll(240), "the threads hang"
+        problem = receiver.recv()
+        process.join(60)
+        assert problem is None, problem
+
+    return needs_fork(run)
+
+
 @pytest.fixture
 def switching_often():
     interval = sys.getswitchinterval()
@@ -35,6 +66,7 @@ def switching_often():
 
 
 @pytest.mark.parametrize("life", ["patched", "collapsed"])
+@in_a_process_of_its_own
 def test_threads_that_load(life, switching_often, tmp_path):
     model = in_life(CASE, life)
     expected = logits(model, CASE.inputs())
@@ -126,6 +158,7 @@ def nothing_built(monkeypatch):
 
 
 @pytest.mark.parametrize("part", [False, True], ids=["whole", "part"])
+@in_a_process_of_its_own
 def test_threads_that_need_a_class_for_the_first_time(part, switching_often, nothing_built, tmp_path):
     model = apply_layer_collapse(tiny_whisper())
     (model.get_encoder() if part else model).save_pretrained(tmp_path)
@@ -149,6 +182,7 @@ class RecordsSlowly(BertModel):
     _can_record_outputs = SlowToSay()
 
 
+@in_a_process_of_its_own
 def test_threads_that_patch_live_models(nothing_built):
     def hidden_states(model):
         apply_layer_collapse(model)
