@@ -85,8 +85,10 @@ def predictions_of(model, inputs, outputs) -> list[Predictions]:
     given = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
     if "start_logits" in given and "end_logits" in given:
         return [Predictions("classes", given[name]) for name in ("start_logits", "end_logits")]
-    if "logits" in given and given["logits"].dim() in (2, 3):
-        logits = given["logits"]
+    logits = given.get("logits")
+    if logits is not None and logits.dim() == 4:  # segmentation: (inputs, classes, height, width)
+        return [Predictions("classes", logits.movedim(1, -1).flatten(0, -2))]
+    if logits is not None and logits.dim() in (2, 3):
         return [Predictions(_kind_of(model, inputs, logits), _real_rows(model, inputs, logits))]
     embeddings = [given[name] for name in _EMBEDDINGS if name in given and given[name].dim() == 2]
     if embeddings:

@@ -131,6 +131,13 @@ def test_a_block_that_no_prediction_depends_on_is_named():
     handle.remove()
 
 
+def test_segments_are_classes_of_each_place():
+    logits = torch.randn(2, 3, 4, 5)
+    (found,) = predictions_of(torch.nn.Identity(), {}, {"logits": logits})
+    assert (found.kind, tuple(found.values.shape)) == ("classes", (40, 3))
+    assert torch.equal(found.values[7], logits[0, :, 1, 2])
+
+
 def test_outputs_that_are_no_predictions_are_refused():
     with pytest.raises(ValueError, match="nothing is known to be a prediction"):
         predictions_of(torch.nn.Identity(), {}, {"loss": torch.zeros(())})

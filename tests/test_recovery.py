@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForQuestionAnswering, BertConfig
@@ -151,7 +152,6 @@ def test_heads_without_classes(auto, unit):
 
 
 def test_an_adapter_is_what_is_trained():
-    peft = pytest.importorskip("peft")
     case = BY_NAME["bert"]
     batches = batches_of(case)
     dense, model = collapsed(case)
