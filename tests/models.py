@@ -19,6 +19,7 @@ from transformers import (
     ViTConfig,
 )
 
+from hf_layercollapse.predictions import predictions_of
 from hf_layercollapse.upstream import TRANSFORMERS
 
 
@@ -216,3 +217,13 @@ CASES = [
     ),
 ]
 BY_NAME = {case.name: case for case in CASES}
+
+
+def divergence(model, dense, batches):
+    """Mean divergence of a model's predictions from another's, by plain forwards: what plans and recovery report."""
+    total = count = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            (now,), (then,) = (predictions_of(each, batch, each(**batch)) for each in (model, dense))
+            total, count = total + float(now.divergence_from(then).sum()), count + len(now.values)
+    return total / count

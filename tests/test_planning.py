@@ -19,10 +19,9 @@ from hf_layercollapse import (
 from hf_layercollapse.calibration import bytes_of_sums
 from hf_layercollapse.patching import layer_collapse_config_of
 from hf_layercollapse.plans import weights_fingerprint
-from hf_layercollapse.predictions import predictions_of
 from hf_layercollapse.rows import hold_back
 
-from .models import BY_NAME
+from .models import BY_NAME, divergence
 from .test_narrow import _MORE
 from .test_patching import logits
 
@@ -104,12 +103,7 @@ def test_a_plan_meets_its_budget_and_is_what_is_applied(case, budget, tmp_path):
     macs = sum(block.macs for block in find_feed_forward_blocks(model))
     assert macs == plan.point.macs
     # The score is the divergence from the dense model on the rows held aside.
-    total = count = 0.0
-    with torch.no_grad():
-        for batch in held_back:
-            (now,), (then,) = (predictions_of(m, batch, m(**batch)) for m in (model, case.model()))
-            total, count = total + float(now.divergence_from(then).sum()), count + len(now.values)
-    assert total / count == pytest.approx(plan.point.score, rel=1e-3, abs=1e-7)
+    assert divergence(model, case.model(), held_back) == pytest.approx(plan.point.score, rel=1e-3, abs=1e-7)
 
 
 @every_case

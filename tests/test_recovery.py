@@ -18,7 +18,7 @@ from hf_layercollapse import (
 from hf_layercollapse.patching import alpha_parameters
 from hf_layercollapse.rows import hold_back
 
-from .models import BY_NAME
+from .models import BY_NAME, divergence
 
 
 def batches_of(case, count=16, batch=8):
@@ -31,16 +31,6 @@ def collapsed(case, blocks="all", dtype=torch.float32):
     model = apply_layer_collapse(copy.deepcopy(dense), LayerCollapseConfig(blocks=blocks, initial_alpha=1.0))
     collapse_model(model)
     return dense, model
-
-
-def divergence(model, dense, batches):
-    total = count = 0.0
-    with torch.no_grad():
-        for batch in batches:
-            (now,) = predictions.predictions_of(model, batch, model(**batch))
-            (then,) = predictions.predictions_of(dense, batch, dense(**batch))
-            total, count = total + float(now.divergence_from(then).sum()), count + len(now.values)
-    return total / count
 
 
 @pytest.mark.parametrize("name", ["bert", "vit", "gpt2"])
