@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from . import functional
-from .families import BlockModules, FeedForwardBlock
+from .blocks import BoundBlock
 from .merging import cost_of, effective_rank, has_constant, parameters_of
 
 
@@ -49,7 +49,7 @@ class BlockSizes:
     """What one block can become.
 
     Args:
-        block (`FeedForwardBlock`), parts (`BlockModules`): As it is.
+        block (`BoundBlock`): As it is.
         constant_term (`str`): As in [`LayerCollapseConfig`].
         neurons (`dict[int | None, list[int]]`): Rank -> hidden neurons in the order of their use.
         losses (`dict[int | None, list[float]]`): Rank -> what is expected to be lost with the first `k` of them.
@@ -57,8 +57,7 @@ class BlockSizes:
             from the smallest to the block as it is.
     """
 
-    block: FeedForwardBlock
-    parts: BlockModules
+    block: BoundBlock
     constant_term: str
     neurons: dict[int | None, list[int]]
     losses: dict[int | None, list[float]]
@@ -73,7 +72,7 @@ class BlockSizes:
         """One size; as many neurons as there are, and no linear map, are the block as it is."""
         if rank == 0 and count == self.block.hidden_features:
             return self.dense
-        parameters = parameters_of(self.block, self.parts, rank, count, self.constant_term)
+        parameters = parameters_of(self.block, rank, count, self.constant_term)
         return BlockSize(rank, count, cost_of(self.block, rank, count), parameters, self.losses[rank][count])
 
     def largest(self, rank, room, unit, multiple_of):
@@ -90,7 +89,7 @@ def rank_of(block, share, multiple_of=1):
     return effective_rank(block, max(1, round(share * block.in_features / multiple_of)) * multiple_of)
 
 
-def sizes_of(block, parts, moments, metric=None, rank_shares=RANK_SHARES, multiple_of=1, constant_term="native"):
+def sizes_of(block, moments, metric=None, rank_shares=RANK_SHARES, multiple_of=1, constant_term="native"):
     """The [`BlockSizes`] of a block.
 
     Neurons and linear maps are chosen in the metric of the loss `G = S S`: reduced-rank regression and orthogonal
@@ -99,7 +98,7 @@ def sizes_of(block, parts, moments, metric=None, rank_shares=RANK_SHARES, multip
     chance (generalised cross-validation).
 
     Args:
-        block (`FeedForwardBlock`), parts (`BlockModules`): What may change.
+        block (`BoundBlock`): What may change.
         moments ([`calibration.BlockMoments`]): Of its input, all its neurons and its output.
         metric ([`loss_metric.LossMetric`], *optional*): Default: every direction of the output counts alike.
         rank_shares (`Sequence[float | None]`): See `RANK_SHARES`.
@@ -108,11 +107,11 @@ def sizes_of(block, parts, moments, metric=None, rank_shares=RANK_SHARES, multip
     """
     root = None if metric is None else metric.root().to(moments.cov_fo)
     dense = BlockSize(None, block.hidden_features, block.macs, block.parameters, 0.0, as_it_is=True)
-    found = BlockSizes(block, parts, constant_term, {}, {}, [dense])
+    found = BlockSizes(block, constant_term, {}, {}, [dense])
     choice, about = [], {True: moments}
     ranks = {rank_of(block, share, multiple_of) for share in rank_shares}
     for rank in sorted(ranks, key=lambda rank: math.inf if rank is None else rank):
-        constant = has_constant(parts, rank, constant_term)
+        constant = has_constant(block, rank, constant_term)
         if constant not in about:
             about[constant] = moments.without_constant()
         own = about[constant]

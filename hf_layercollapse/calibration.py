@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 from transformers.modeling_utils import PreTrainedModel
 
 from . import functional
-from .families import modules_of
 from .modeling_layercollapse import CollapsibleActivation, is_inplace
 from .rows import DistinctRows, not_inputs
 
@@ -143,7 +142,7 @@ def calibrate_affine_targets(model, inner, blocks, activations, calibration_data
         # Not through `activation.act`: the native module would call this hook again.
         replacement = activations[block.name].replacement
 
-        return _around_activation(block, modules_of(inner, block), turns, add, replacement)
+        return _around_activation(block, turns, add, replacement)
 
     sums = _neuron_sums(model, inner, blocks, calibration_data, token_mask_fn, observe)
     fitted = {}
@@ -177,10 +176,9 @@ def score_neurons(model, inner, blocks, calibration_data, token_mask_fn=None):
     turns = _Turns()
 
     def observe(block, add):
-        parts = modules_of(inner, block)
         if block.kind == "gated":
-            return [parts.down.register_forward_pre_hook(lambda module, args: add(args[0], args[0]))]
-        return _around_activation(block, parts, turns, add)
+            return [block.down.register_forward_pre_hook(lambda module, args: add(args[0], args[0]))]
+        return _around_activation(block, turns, add)
 
     sums = _neuron_sums(model, inner, blocks, calibration_data, token_mask_fn, observe)
     scores = {}
@@ -190,7 +188,7 @@ def score_neurons(model, inner, blocks, calibration_data, token_mask_fn=None):
             variance = (aa / count - (a / count).square()).clamp_min(0)
         else:
             variance = functional.line_residual(count, z, zz, a, aa, za)
-        scores[block.name] = variance * modules_of(inner, block).down_affine()[0].detach().double().square().sum(0)
+        scores[block.name] = variance * block.down_affine()[0].detach().double().square().sum(0)
     return scores
 
 
@@ -201,11 +199,10 @@ class _Turns:
     def __init__(self):
         self.begun = {}  # activation -> names of blocks whose first linear ran and whose activation did not yet
 
-    def announce(self, block, parts):
+    def announce(self, block):
         """A hook that notes when the block's first linear has run."""
-        begun = self.begun.setdefault(parts.activation, [])
-        first = parts.up if parts.gate is None else parts.gate
-        return first.register_forward_hook(lambda *_: begun.append(block.name))
+        begun = self.begun.setdefault(block.activation, [])
+        return block.first.register_forward_hook(lambda *_: begun.append(block.name))
 
     def is_of(self, block, activation):
         """Whether the call that runs now belongs to the block.
@@ -225,7 +222,7 @@ class _Turns:
         self.begun[activation].clear()
 
 
-def _around_activation(block, parts, turns, add, replacement=None):
+def _around_activation(block, turns, add, replacement=None):
     """Hooks that call `add(input, output)` for the block's own calls of its activation."""
     inputs = []
 
@@ -240,9 +237,9 @@ def _around_activation(block, parts, turns, add, replacement=None):
             add(z, output if replacement is None else replacement(z))
 
     return [
-        turns.announce(block, parts),
-        parts.activation.register_forward_pre_hook(before),
-        parts.activation.register_forward_hook(after),
+        turns.announce(block),
+        block.activation.register_forward_pre_hook(before),
+        block.activation.register_forward_hook(after),
     ]
 
 
@@ -283,7 +280,7 @@ def collect_moments(model, inner, blocks, calibration_data, neurons=None, token_
     The memory is that of the sums, whatever the number of tokens; see [`bytes_of_sums`].
 
     Args:
-        blocks (`list[FeedForwardBlock]`): Dense or patched.
+        blocks (`list[BoundBlock]`): Dense or patched.
         calibration_data (iterable of `dict[str, Tensor]`): Model inputs.
         neurons (`dict[str, list[int]]`, *optional*): Block name -> hidden neurons whose activations are features too.
         token_mask_fn (`Callable`, *optional*): See [`TokenFilter`].
@@ -302,11 +299,11 @@ def collect_moments(model, inner, blocks, calibration_data, neurons=None, token_
     turns = _Turns()
 
     def observe(block):
-        parts, wanted = modules_of(inner, block), neurons.get(block.name)
+        wanted = neurons.get(block.name)
         # An own module is replaced as a whole, with the constant that it multiplies its output by.
-        factor = parts.scales[2]
+        factor = block.scales[2]
         seen = {}
-        index = torch.as_tensor(wanted or [], dtype=torch.long, device=parts.down.weight.device)
+        index = torch.as_tensor(wanted or [], dtype=torch.long, device=block.down.weight.device)
 
         def activated(module, args, output):
             if not turns.is_of(block, module):
@@ -333,13 +330,12 @@ def collect_moments(model, inner, blocks, calibration_data, neurons=None, token_
                 h = h * seen.pop("up").index_select(-1, index)
             sums[block.name].add(*tokens.select(block, x, output, h), factor=factor)
 
-        first = parts.up if parts.gate is None else parts.gate
-        handles = [first.register_forward_pre_hook(before), parts.down.register_forward_hook(after)]
+        handles = [block.first.register_forward_pre_hook(before), block.down.register_forward_hook(after)]
         if wanted:
-            handles.append(turns.announce(block, parts))
-            handles.append(parts.activation.register_forward_hook(activated))
+            handles.append(turns.announce(block))
+            handles.append(block.activation.register_forward_hook(activated))
         if wanted and block.layout.gated:
-            handles.append(parts.up.register_forward_hook(multiplied))
+            handles.append(block.up.register_forward_hook(multiplied))
         return handles
 
     handles = [handle for block in blocks for handle in observe(block)]

@@ -10,8 +10,8 @@ from transformers.utils import logging
 
 from .checkpoints import forget_base
 from .config import LayerCollapseConfig
-from .families import unwrap
 from .merging import is_ready
+from .models import unwrap
 from .optimization import AlphaSteps, penalty_strength_at
 from .patching import collapsible_activations, layer_collapse_config_of, patch_or_check, penalty
 

@@ -17,8 +17,9 @@ from transformers.training_args import ParallelMode
 from transformers.utils import CONFIG_NAME, logging
 
 from .collapsing import collapse_as
-from .families import find_feed_forward_blocks, is_fully_sharded, unwrap
+from .families import find_feed_forward_blocks
 from .modeling_layercollapse import CODE_FILE, SAVING_PREFIX, resolve_table
+from .models import is_fully_sharded, unwrap
 from .patching import carriers_of, collapsible_activations, shorten, tables_of
 
 

@@ -11,17 +11,9 @@ from transformers.modeling_utils import PreTrainedModel
 
 from . import functional
 from .block_sizes import fit_size
+from .blocks import bind_blocks, check_weights, confirm_wiring, survey
 from .calibration import CANDIDATES_PER_NEURON, collect_moments, logits_of, reiterable, score_neurons
 from .config import LayerCollapseConfig
-from .families import (
-    check_weights,
-    confirm_wiring,
-    is_adapted,
-    modules_of,
-    select_blocks,
-    survey_blocks,
-    unwrap,
-)
 from .loss_metric import loss_metrics, sample
 from .merging import (
     BlockChoice,
@@ -37,6 +29,7 @@ from .merging import (
     ready_neurons,
 )
 from .modeling_layercollapse import children_of, refuse_lost_code
+from .models import is_adapted, unwrap
 from .patching import (
     collapsible_activations,
     layer_collapse_config_of,
@@ -45,6 +38,7 @@ from .patching import (
     restore_blocks,
 )
 from .reports import BlockReport, CollapseReport
+from .selection import select_blocks
 from .upstream import uncompiled
 
 
@@ -105,7 +99,7 @@ def collapse_model(
         if not isinstance(plan, CollapsePlan):
             raise TypeError(f"`plan` must be a CollapsePlan, got {type(plan).__name__}.")
     _check_max_error(max_error)
-    inner, holders = unwrap(model)
+    inner, wrappers = unwrap(model)
     if plan is not None and config is not None:
         raise ValueError("Pass `plan` or `config`, not both: each says which blocks collapse, and how.")
     if isinstance(inner, PreTrainedModel):
@@ -121,14 +115,14 @@ def collapse_model(
         )
 
     parameters_before = _count_parameters(inner)
-    replaced = [entry for merge in merges for entry in put_in_place(inner, merge)]
+    replaced = [exchange.new for merge in merges for exchange in put_in_place(merge)]
     if options.not_ready == "restore":
-        restore_blocks(inner, waiting)
+        restore_blocks(waiting)
     # What the model was patched with describes all that came of it; else the last collapse is what is recorded.
     done = replace(options, blocks=[merge.block.name for merge in merges]) if merges else None
-    refresh_layer_collapse(inner, None if was_patched else done, holders, replaced, default=done)
+    refresh_layer_collapse(inner, None if was_patched else done, wrappers, replaced, default=done)
 
-    reports = [merge.report for merge in merges] + [_waiting_report(inner, block, options) for block in waiting]
+    reports = [merge.report for merge in merges] + [_waiting_report(block, options) for block in waiting]
     difference = None
     if logits is not None:
         after = logits_of(model, kept_batches)
@@ -142,7 +136,7 @@ def _checked_merges(model, inner, config, options, calibration_data, plan, max_e
     """Everything that a collapse does before it changes anything: `(merges, patched blocks that are not ready, first
     calibration batches, logits on them)`.
     """
-    blocks, refused = survey_blocks(inner)
+    blocks, refused = survey(inner)
     patched = [block for block in blocks if block.state == "patched"]
 
     if not patched and calibration_data is None:
@@ -160,7 +154,7 @@ def _checked_merges(model, inner, config, options, calibration_data, plan, max_e
         # The stored selector may name blocks as another head class spells them; what is patched is what it chose.
         if config is not None:
             patched = _chosen_of(patched, select_blocks(blocks, config.blocks, refused), config)
-        ready, waiting = _split_ready(inner, patched, options, allow_none)
+        ready, waiting = _split_ready(patched, options, allow_none)
     else:
         chosen = select_blocks(blocks, options.blocks, refused)
         ready = [block for block in chosen if block.can_collapse]
@@ -169,17 +163,17 @@ def _checked_merges(model, inner, config, options, calibration_data, plan, max_e
     refuse_lost_code_inside(inner, ready)
     check_weights(inner, ready, merging=True)
     if choices is None:
-        choices = {block.name: _choice(inner, block, options) for block in ready}
-    check_choices(inner, ready, choices)
+        choices = {block.name: _choice(block, options) for block in ready}
+    check_choices(ready, choices)
 
     kept_batches, data = _keep_first(calibration_data)
-    refit = [block for block in ready if calibration_data is not None and not _exactly_linear(inner, block, choices)]
+    refit = [block for block in ready if calibration_data is not None and not _exactly_linear(block, choices)]
     if refit and options.sequential:
-        merges = _merge_in_turn(model, inner, ready, refit, choices, data, options, token_mask_fn)
+        merges = _merge_sequentially(model, inner, ready, refit, choices, data, options, token_mask_fn)
     else:
         how = options.neuron_choice, token_mask_fn, options.constant_term
         fits = fit_blocks(model, inner, refit, choices, data, *how) if refit else {}
-        merges = _merge_all(inner, ready, fits, options.collapse_threshold)
+        merges = _merge_all(ready, fits, options.collapse_threshold)
     _confirm_cuts(inner, merges)
     _refuse_errors(merges, max_error)
     logits = None if kept_batches is None else logits_of(model, kept_batches)
@@ -190,12 +184,12 @@ def _checked_merges(model, inner, config, options, calibration_data, plan, max_e
 
 def collapse_as(model, names):
     """Collapses these patched blocks in place whatever their alphas are, for weights that are loaded afterwards."""
-    inner, holders = unwrap(model)
-    blocks = [block for block in survey_blocks(inner)[0] if block.name in names]
+    inner, wrappers = unwrap(model)
+    blocks = [block for block in bind_blocks(inner) if block.name in names]
     check_weights(inner, blocks, merging=True)
-    merges = _merge_all(inner, blocks, {}, collapse_threshold=1.0)
-    replaced = [entry for merge in merges for entry in put_in_place(inner, merge)]
-    refresh_layer_collapse(inner, None, holders, replaced)
+    merges = _merge_all(blocks, {}, collapse_threshold=1.0)
+    replaced = [exchange.new for merge in merges for exchange in put_in_place(merge)]
+    refresh_layer_collapse(inner, None, wrappers, replaced)
 
 
 @contextlib.contextmanager
@@ -207,13 +201,8 @@ def _adapters_merged(model, inner, options, allow_none):
     if not alphas and not any(is_adapted(module) for module in inner.modules()):
         yield
         return
-    blocks = survey_blocks(inner)[0]
-    linears = [
-        block.path(path)
-        for block in blocks
-        for path in block.layout.linears
-        if block.can_collapse and is_adapted(inner.get_submodule(block.path(path)))
-    ]
+    blocks = [block for block in bind_blocks(inner) if block.can_collapse]
+    linears = [block.path(path) for block in blocks for path, part in block.linears.items() if is_adapted(part)]
     if not alphas and not linears:
         yield
         return
@@ -228,7 +217,7 @@ def _adapters_merged(model, inner, options, allow_none):
             + (' Or let the collapse do so: `adapters="merge"` in the config.' if model is not inner else "")
         )
     # Whatever can be refused is refused before that.
-    check_weights(inner, [block for block in blocks if block.can_collapse], merging=False)
+    check_weights(inner, blocks, merging=False)
     in_use = {name: module.alpha for name, module in collapsible_activations(inner).items() if not _is_copied(name)}
     ready = [alpha for alpha in in_use.values() if is_ready(alpha, options.collapse_threshold)]
     if in_use and not ready and not allow_none:
@@ -286,8 +275,8 @@ def _chosen_of(patched, chosen, config):
     return both
 
 
-def _split_ready(inner, patched, options, allow_none):
-    alphas = {block.name: modules_of(inner, block).activation.alpha.detach() for block in patched}
+def _split_ready(patched, options, allow_none):
+    alphas = {block.name: block.activation.alpha.detach() for block in patched}
     on_meta = [name for name, alpha in alphas.items() if alpha.is_meta]
     if on_meta:
         raise ValueError(
@@ -297,32 +286,30 @@ def _split_ready(inner, patched, options, allow_none):
     ready = [
         block
         for block in patched
-        if is_ready(alphas[block.name], options.collapse_threshold) or _partly_ready(inner, block, options)
+        if is_ready(alphas[block.name], options.collapse_threshold) or _partly_ready(block, options)
     ]
     if not ready and not allow_none:
         _refuse_none_ready(alphas, options)
     return ready, [block for block in patched if block not in ready]
 
 
-def _partly_ready(inner, block, options):
+def _partly_ready(block, options):
     """Whether merging the neurons that are ready makes a block with one alpha per neuron smaller."""
-    if modules_of(inner, block).activation.granularity != "neuron":
+    if block.activation.granularity != "neuron":
         return False
-    choice = _choice(inner, block, options)
+    choice = _choice(block, options)
     return cost_of(block, choice.rank, choice.count) < block.macs
 
 
-def _choice(inner, block, options):
+def _choice(block, options):
     """What the options make of a block."""
-    if block.state == "patched":
-        activation = modules_of(inner, block).activation
-        if activation.granularity == "neuron":
-            waiting = ~ready_neurons(activation.alpha, options.collapse_threshold)
-            return BlockChoice(options.rank, waiting.nonzero().flatten().tolist())
+    if block.state == "patched" and block.activation.granularity == "neuron":
+        waiting = ~ready_neurons(block.activation.alpha, options.collapse_threshold)
+        return BlockChoice(options.rank, waiting.nonzero().flatten().tolist())
     return BlockChoice(options.rank, options.keep_neurons)
 
 
-def check_choices(inner, blocks, choices):
+def check_choices(blocks, choices):
     """Raises if a block cannot become what is asked of it.
 
     Raises:
@@ -336,8 +323,8 @@ def check_choices(inner, blocks, choices):
             )
         if effective_rank(block, choice.rank) == 0 and not choice.count:
             raise ValueError(f"Rank 0 without kept neurons leaves nothing of block {block.name}.")
-        rank, parts = effective_rank(block, choice.rank), modules_of(inner, block)
-        if is_cut(parts, rank) or (rank is None and not choice.count):
+        rank = effective_rank(block, choice.rank)
+        if is_cut(block, rank) or (rank is None and not choice.count):
             continue
         enters, leaves, _ = block.wiring.scales
         if (enters, leaves) != (1.0, 1.0) or (
@@ -345,7 +332,7 @@ def check_choices(inner, blocks, choices):
         ):
             raise ValueError(
                 f"Block {block.name} can only collapse whole (`rank=None`, `keep_neurons=0`)"
-                + (" or to neurons alone (`rank=0`)" if is_cut(parts, 0) else "")
+                + (" or to neurons alone (`rank=0`)" if is_cut(block, 0) else "")
                 + ": its code scales what goes into its activation or its last linear, or its parts lie in modules of "
                 "their own."
             )
@@ -357,10 +344,6 @@ def _refuse_none_ready(alphas, options):
         f"No block is ready: none has 1 - alpha <= {options.collapse_threshold}. Train longer, with a larger "
         f"`penalty_strength` or `alpha_learning_rate`, or raise `collapse_threshold`.{listed}"
     )
-
-
-def _smallest_alpha(inner, block):
-    return float(modules_of(inner, block).activation.alpha.detach().min()) if block.state == "patched" else None
 
 
 def _keep_first(data):
@@ -377,11 +360,11 @@ def _keep_first(data):
     return kept, everything()
 
 
-def _exactly_linear(inner, block, choices):
+def _exactly_linear(block, choices):
     """Whether a block is one line at alpha 1, which no data can fit better."""
     choice = choices[block.name]
     whole = not choice.count and effective_rank(block, choice.rank) is None
-    return whole and block.state == "patched" and _smallest_alpha(inner, block) == 1
+    return whole and block.state == "patched" and float(block.activation.alpha.detach().min()) == 1
 
 
 def fit_blocks(
@@ -416,7 +399,7 @@ def fit_blocks(
     fits = {}
     for block in blocks:
         found, rank = moments[block.name], ranks[block.name]
-        if not has_constant(modules_of(inner, block), rank, constant_term):
+        if not has_constant(block, rank, constant_term):
             found = found.without_constant()
         if block.name in metrics:
             fits[block.name] = fit_size(found, range(len(found.neurons)), rank, metrics[block.name])
@@ -443,44 +426,50 @@ def best_fit(moments, rank, count=None):
     return moments.fit(rank)
 
 
-def _merge_all(inner, ready, fits, collapse_threshold):
+def _merge_all(ready, fits, collapse_threshold):
     """The merges in forward order; where a linear ends one block and begins the next, that takes the merged one."""
-    merges, merged = [], {}
+    merges = []
     for block in ready:
-        parts = modules_of(inner, block)
-        if parts.up in merged:
-            if block.name in fits:
-                raise ValueError(
-                    f"Block {block.name} begins with the linear that ends {merged[parts.up].block.name}; fitted to "
-                    "data, they cannot collapse in one call. Name one of them in `blocks`, then the other."
-                )
-            parts = replace(parts, up=merged[parts.up].linears[merged[parts.up].block.layout.down])
-        fit = fits.get(block.name)
-        merge = make_merge(block, parts, fit or fit_of_weights(parts, collapse_threshold), refit=fit is not None)
-        merged[parts.down] = merge
-        merges.append(merge)
+        before = _merge_before(block, merges)
+        if before is not None and block.name in fits:
+            raise ValueError(
+                f"Block {block.name} begins with the linear that ends {before.block.name}; fitted to data, they "
+                "cannot collapse in one call. Name one of them in `blocks`, then the other."
+            )
+        block, fit = _after(block, before), fits.get(block.name)
+        merges.append(make_merge(block, fit or fit_of_weights(block, collapse_threshold), refit=fit is not None))
     return merges
 
 
-def _merge_in_turn(model, inner, ready, refit, choices, data, options, token_mask_fn):
+def _merge_before(block, merges):
+    """The merge of the block whose last linear is this one's first."""
+    return next((merge for merge in merges if merge.block.down is block.up), None)
+
+
+def _after(block, before):
+    """The block as it is with that merge in place."""
+    return block if before is None else replace(block, up=before.linears[before.block.layout.down])
+
+
+def _merge_sequentially(model, inner, ready, refit, choices, data, options, token_mask_fn):
     """The merges, each fitted with those before it in place; the model is left as it was."""
     data = reiterable(data)
     merges, names = [], {block.name for block in refit}
-    with Trial(inner) as trial:
+    with Trial() as trial:
         for block in ready:
-            fits = {}
+            block, fits = _after(block, _merge_before(block, merges)), {}
             if block.name in names:
                 how = options.neuron_choice, token_mask_fn, options.constant_term
                 fits = fit_blocks(model, inner, [block], choices, data, *how)
-            merges += _merge_all(inner, [block], fits, options.collapse_threshold)
+            merges += _merge_all([block], fits, options.collapse_threshold)
             trial.put(merges[-1])
     return merges
 
 
 def _confirm_cuts(inner, merges):
     """Raises if native code does not run with the linears that it is to get."""
-    cut = [merge for merge in merges if is_cut(modules_of(inner, merge.block), merge.fit.rank)]
-    with Trial(inner) as trial:
+    cut = [merge for merge in merges if is_cut(merge.block, merge.fit.rank)]
+    with Trial() as trial:
         for merge in cut:
             trial.put(merge)
         confirm_wiring(inner, [merge.block for merge in cut])
@@ -507,7 +496,7 @@ def _refuse_errors(merges, max_error):
         )
 
 
-def _waiting_report(inner, block, options):
+def _waiting_report(block, options):
     return BlockReport(
         name=block.name,
         index=block.index,

@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 from transformers.modeling_utils import PreTrainedModel
 
 from ._version import __version__
-from .families import unwrap
 from .metrics import accuracy_interval, paired_difference, paired_perplexity_difference, perplexity_interval
+from .models import unwrap
 from .profiling import compare_latency, count_macs, count_parameters, describe_hardware, weights_size
 from .rows import IGNORED
 from .scoring import SECRET

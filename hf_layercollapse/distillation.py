@@ -13,8 +13,10 @@ from transformers.modeling_utils import PreTrainedModel
 from . import functional
 from .calibration import TokenFilter
 from .config import LayerCollapseConfig
-from .families import find_feed_forward_blocks, select_blocks, unwrap
+from .families import find_feed_forward_blocks
+from .models import unwrap
 from .patching import collapsible_activations, layer_collapse_config_of, remove_layer_collapse, shorten
+from .selection import select_blocks
 from .upstream import has_causal_loss
 
 

@@ -24,8 +24,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from .families import find_feed_forward_blocks, unwrap
+from .families import find_feed_forward_blocks
 from .modeling_layercollapse import SAVING_PREFIX
+from .models import unwrap
 from .profiling import weights_size
 from .stock import StockReport, export_stock
 from .upstream import refuse_old_exporters

@@ -1,16 +1,12 @@
 """How each family of models spells its feed-forward block, as data; finding blocks; why one is refused."""
 
-import re
-from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
-from accelerate.utils import is_compiled_module
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from . import functional
 from .modeling_layercollapse import (
     PASS_ON,
     CollapsedBlock,
@@ -19,13 +15,11 @@ from .modeling_layercollapse import (
     LayerCollapseModelMixin,
     NarrowActivation,
     NarrowFeedForward,
-    PassOnConv1D,
     children_of,
     linear_shape,
     resolve_table,
 )
-from .probe_inputs import BATCH, LENGTH
-from .upstream import uncompiled
+from .models import CUT, base_layer, part_at, unwrap
 from .verification import DROPOUTS, NORMS, Refusal, Verifier, Wiring
 
 
@@ -258,113 +252,6 @@ class FeedForwardBlock:
         return f"{self.holder}.{part}" if self.holder else part
 
 
-@dataclass(frozen=True)
-class BlockModules:
-    """The live modules of a dense or patched block, and what it computes with them.
-
-    `up` is the fused linear where gate and up are one, and `gate` then `None`; `before` and `between` are the batch
-    norms around the activation (dropouts left out).
-    """
-
-    holder: nn.Module
-    up: nn.Module
-    activation: nn.Module
-    down: nn.Module
-    gate: nn.Module | None
-    layout: FeedForwardLayout
-    before: tuple[nn.Module, ...]
-    between: tuple[nn.Module, ...]
-    scales: tuple[float, float, float]
-
-    def forward(self, x):
-        """What the block computes from its input, dropouts off."""
-        enters, leaves, returned = self.scales
-        up = self.up(x)
-        if self.layout.fused:
-            gate, up = self.layout.split(up, -1)
-        else:
-            gate = up if self.gate is None else self.gate(x)
-        hidden = self.activation(_normed(self.before, gate * enters if enters != 1 else gate))
-        if self.layout.gated:
-            hidden = hidden * up
-        hidden = _normed(self.between, hidden)
-        output = self.down(hidden * leaves if leaves != 1 else hidden)
-        return output * returned if returned != 1 else output
-
-    def up_affine(self):
-        """`(weight (m, i), bias (m,) or None)` from the block's input to what a linear activation acts on (plain), or
-        to what the gate multiplies (gated)."""
-        weight, bias = weight_and_bias(self.up)
-        if self.layout.fused:
-            return self.layout.split(weight, 0)[1], None if bias is None else self.layout.split(bias, 0)[1]
-        if self.layout.gated:
-            return weight, bias
-        weight = weight.double() * self.scales[0]
-        bias = None if bias is None else bias.double() * self.scales[0]
-        for norm in self.before:
-            scale, shift = _scale_and_shift(norm)
-            weight = scale[:, None] * weight
-            bias = shift if bias is None else scale * bias + shift
-        return weight, bias
-
-    def down_affine(self):
-        """`(weight (o, m), bias (o,) or None)` from what leaves the activation to what the block returns."""
-        weight, bias = weight_and_bias(self.down)
-        _, leaves, returned = self.scales
-        weight = weight.double() * leaves
-        bias = None if bias is None else bias.double()
-        for norm in reversed(self.between):
-            scale, shift = _scale_and_shift(norm)
-            shifted = weight @ shift
-            bias = shifted if bias is None else bias + shifted
-            weight = weight * scale
-        return weight * returned, None if bias is None else bias * returned
-
-
-def _normed(norms, hidden_states):
-    for norm in norms:
-        scale, shift = _scale_and_shift(norm)
-        hidden_states = hidden_states * scale.to(hidden_states) + shift.to(hidden_states)
-    return hidden_states
-
-
-def _scale_and_shift(norm):
-    """A batch norm in evaluation mode: a factor and a term per feature, float64."""
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.double()
-
-
-def weight_and_bias(linear):
-    """`(weight (out, in), bias (out,) or None)` of what [`modeling_layercollapse.linear_shape`] knows."""
-    return (linear.weight.T if isinstance(linear, (Conv1D, PassOnConv1D)) else linear.weight), linear.bias
-
-
-def modules_of(model, block):
-    """The live modules of a dense or patched block."""
-    layout, wiring = block.layout, block.wiring
-
-    def get(part):
-        return None if part is None else model.get_submodule(block.path(part))
-
-    def norms(parts):
-        return tuple(module for module in map(get, parts) if isinstance(module, NORMS))
-
-    return BlockModules(
-        model.get_submodule(block.holder),
-        get(layout.up),
-        get(layout.activation),
-        get(layout.down),
-        get(layout.gate),
-        layout,
-        norms(wiring.before),
-        norms(wiring.between),
-        wiring.scales,
-    )
-
-
 def find_feed_forward_blocks(model) -> list[FeedForwardBlock]:
     """The feed-forward blocks of a model that can be patched and collapsed, and those that are collapsed, in forward
     order.
@@ -388,7 +275,7 @@ def refused_blocks(model) -> dict[str, str]:
 def survey_blocks(model):
     """`(blocks, refused)` as [`find_feed_forward_blocks`] and [`refused_blocks`] give them, in one pass."""
     model = unwrap(model)[0]
-    blocks, refused, verifier = [], {}, Verifier(model, _base_layer)
+    blocks, refused, verifier = [], {}, Verifier(model)
     cut = _cut_linears(model)
     ups, downs, names = set(), set(), set()
     for holder_name, holder in model.named_modules():
@@ -404,13 +291,13 @@ def survey_blocks(model):
             if match is None:
                 continue
             state, layout = match
-            up, down = _descend(holder, layout.up), _descend(holder, layout.down)
+            up, down = part_at(holder, layout.up), part_at(holder, layout.down)
             if id(up) in ups or id(down) in downs:
                 continue
             try:
                 if state != "collapsed" and down not in cut:
                     _refuse_shapes(model, holder, layout)
-                wiring = None if state == "collapsed" else _wiring(verifier, holder_name, holder, layout)
+                wiring = None if state == "collapsed" else verifier.wiring(holder_name, layout)
             except Refusal as refusal:
                 reason = reason or str(refusal)
                 continue
@@ -429,10 +316,6 @@ def survey_blocks(model):
     return _in_forward_order(model, blocks), refused
 
 
-# Marks the last linear of a block that a collapse made narrower, where no table says so: in a plain torch module.
-CUT = "cut_by_layer_collapse"
-
-
 def _cut_linears(model):
     """The linears that a collapse put into a model and that are called by native code."""
     cut = {module for module in model.modules() if CUT in module.__dict__}
@@ -441,25 +324,6 @@ def _cut_linears(model):
             resolved = resolve_table(part, part.config.layer_collapse["modules"])
             cut.update(module for _, _, module, spec in resolved if spec["type"] in ("linear", "conv1d"))
     return cut
-
-
-def confirm_wiring(model, blocks):
-    """Raises if these blocks, whose linears have become narrower, do not run as they did.
-
-    Raises:
-        ValueError: The code of one needs its native width.
-    """
-    verifier = Verifier(model, _base_layer)
-    for block in blocks:
-        try:
-            found = _wiring(verifier, block.holder, model.get_submodule(block.holder), block.layout)
-        except Refusal as refusal:
-            found = refusal
-        if isinstance(found, Refusal) or not found.is_like(block.wiring):
-            raise ValueError(
-                f"Block {block.name} cannot keep fewer neurons in its native module, whose code does something else "
-                f"then ({found}). Give it a linear map beside them (`rank` > 0)."
-            )
 
 
 def _in_forward_order(model, blocks):
@@ -511,14 +375,6 @@ def _is_elementwise(module):
     return not isinstance(module, (nn.GLU, nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin))
 
 
-def _descend(module, path):
-    for part in path.split("."):
-        module = children_of(module).get(part)
-        if module is None:
-            return None
-    return module
-
-
 def _match(holder, layout):
     """`(state, layout with one activation path)` if the holder's children are spelled like this, or `None`."""
     if isinstance(holder, CollapsedBlock):
@@ -529,16 +385,16 @@ def _match(holder, layout):
         if not same or holder.gated != layout.gated:
             return None
         return "collapsed", replace(layout, activation=holder.names["activation"])
-    up = _descend(holder, layout.up)
+    up = part_at(holder, layout.up)
     if up is None:  # so it is of most rows
         return None
-    down = _descend(holder, layout.down)
-    if not _is_linear(down) or (layout.gate and not _is_linear(_descend(holder, layout.gate))):
+    down = part_at(holder, layout.down)
+    if not _is_linear(down) or (layout.gate and not _is_linear(part_at(holder, layout.gate))):
         return None
     paths = layout.activation if isinstance(layout.activation, tuple) else (layout.activation,)
-    path = next((path for path in paths if _descend(holder, path) is not None), None)
+    path = next((path for path in paths if part_at(holder, path) is not None), None)
     layout = replace(layout, activation=path or paths[0])
-    activation = _descend(holder, layout.activation)
+    activation = part_at(holder, layout.activation)
     if isinstance(up, CollapsedIdentity):
         return ("collapsed", layout) if isinstance(activation, CollapsedIdentity) and not layout.gated else None
     if not _is_linear(up):
@@ -553,58 +409,30 @@ def _match(holder, layout):
     return ("patched" if isinstance(activation, CollapsibleActivation) else "dense"), layout
 
 
-def _base_layer(linear):
-    """What an adapter wraps, or the linear itself."""
-    return linear.get_base_layer() if is_adapted(linear) else linear
-
-
-def is_adapted(linear):
-    """Whether a linear is under a peft adapter."""
-    return type(linear).__module__.startswith("peft.tuners.") and isinstance(linear, _tuner_layer_class())
-
-
-def _tuner_layer_class():
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return BaseTunerLayer
-
-
 def _is_linear(module):
-    return module is not None and isinstance(_base_layer(module), (nn.Linear, Conv1D, *PASS_ON))
+    return module is not None and isinstance(base_layer(module), (nn.Linear, Conv1D, *PASS_ON))
 
 
 def _linear_shape(module):
-    return linear_shape(_base_layer(module))
+    return linear_shape(base_layer(module))
 
 
 def _refuse_shapes(model, holder, layout):
-    (up_in, up_out), (down_in, down_out) = (_linear_shape(_descend(holder, path)) for path in (layout.up, layout.down))
+    (up_in, up_out), (down_in, down_out) = (_linear_shape(part_at(holder, path)) for path in (layout.up, layout.down))
     if isinstance(model, PreTrainedModel) and up_in != down_out:
         raise Refusal(f"it maps {up_in} to {down_out}: a head or a projection, not a block between equal widths")
-    if _descend(holder, layout.activation) is None:
+    if part_at(holder, layout.activation) is None:
         raise Refusal("its activation is a plain function, not a module that can be exchanged")
     gate = up_in * down_in if layout.gate else 0
     if up_in * down_out >= up_in * up_out + gate + down_in * down_out:
         raise Refusal(f"it is a bottleneck {up_in} -> {down_in} -> {down_out}: one map would be larger than the two")
 
 
-def _wiring(verifier, holder_name, holder, layout):
-    """The block's wiring, as its code shows it; that of an `nn.Sequential` stands there."""
-    if layout.name != "sequential":
-        return verifier.wiring(holder_name, layout)
-    activation = _descend(holder, layout.activation)
-    native = activation.native if isinstance(activation, CollapsibleActivation) else activation
-    verifier.check_activation(native, (BATCH, LENGTH, _linear_shape(_descend(holder, layout.down))[0]))
-    names = list(children_of(holder))
-    first, middle, last = (names.index(path) for path in (layout.up, layout.activation, layout.down))
-    return Wiring(False, tuple(names[first + 1 : middle]), tuple(names[middle + 1 : last]))
-
-
 def _describe(name, index, state, holder_name, holder, layout, wiring):
-    linears = [_base_layer(module) for path in layout.linears if (module := _descend(holder, path)) is not None]
+    linears = [base_layer(module) for path in layout.linears if (module := part_at(holder, path)) is not None]
     linears = [linear for linear in linears if not isinstance(linear, CollapsedIdentity)]
     shapes = [linear_shape(linear) for linear in linears]
-    activation = _descend(holder, layout.activation) if isinstance(layout.activation, str) else None
+    activation = part_at(holder, layout.activation) if isinstance(layout.activation, str) else None
     hidden = shapes[-1][0]
     if state == "collapsed" and wiring is None:
         narrow = holder if isinstance(holder, NarrowFeedForward) else activation
@@ -626,239 +454,5 @@ def _describe(name, index, state, holder_name, holder, layout, wiring):
     )
 
 
-# `"last:4"`, or in a part of the model `"encoder.last:4"`.
-COUNTED = re.compile(r"((?P<part>[^:]+)\.)?(?P<side>first|last):(?P<count>[1-9]\d*)")
-
-
 def _mean_alpha(activation):
     return None if activation.alpha.is_meta else float(activation.alpha.detach().float().mean())
-
-
-def select_blocks(blocks, selector, refused=None):
-    """The blocks that `LayerCollapseConfig.blocks` asks for, in forward order.
-
-    Raises:
-        ValueError: A part of the selector matches nothing, or names a block that is refused.
-    """
-    refused = refused or {}
-    if not blocks:
-        reasons = "".join(f"\n  {name}: {reason}" for name, reason in list(refused.items())[:10])
-        raise ValueError(
-            "The model has no feed-forward block of a known layout "
-            f"({', '.join(layout.name for layout in LAYOUTS)})." + (f" Refused:{reasons}" if reasons else "")
-        )
-    by_name = {block.name: block for block in blocks}
-    if isinstance(selector, list):
-        if isinstance(selector[0], str):
-            unknown = [name for name in selector if name not in by_name]
-            if unknown:
-                why = "".join(f" {name} is refused: {refused[name]}." for name in unknown if name in refused)
-                raise ValueError(
-                    f"`blocks` names what is no block of this model: {unknown}.{why} Its blocks are "
-                    f"{_shorten([block.name for block in blocks])}."
-                )
-            chosen = set(selector)
-            return [block for block in blocks if block.name in chosen]
-        wrong = [index for index in selector if not -len(blocks) <= index < len(blocks)]
-        if wrong:
-            raise ValueError(
-                f"`blocks` has indices {wrong}, and the model has {len(blocks)} blocks (0 to {len(blocks) - 1})."
-            )
-        chosen = {index % len(blocks) for index in selector}
-        return [block for block in blocks if block.index in chosen]
-    if selector == "all":
-        return list(blocks)
-    counted = COUNTED.fullmatch(selector)
-    if counted:
-        part, side, count = counted["part"], counted["side"], int(counted["count"])
-        where = blocks if part is None else _of_part(blocks, part)
-        if not where:
-            raise ValueError(
-                f"`blocks` is {selector!r}, and the model has no blocks in a part {part!r}. {_parts(blocks)}"
-            )
-        if count > len(where):
-            within = "the model" if part is None else f"its part {part!r}"
-            raise ValueError(f"`blocks` is {selector!r}, and {within} has {len(where)} blocks.")
-        return where[:count] if side == "first" else where[-count:]
-    chosen = _of_part(blocks, selector) or [block for block in blocks if re.fullmatch(selector, block.name)]
-    if not chosen:
-        why = f" {selector} is refused: {refused[selector]}." if selector in refused else ""
-        raise ValueError(
-            f"`blocks` is {selector!r}, which is neither a part of the model nor, as a regular expression, matches a "
-            f"block name in full.{why} The names are {_shorten([block.name for block in blocks])}. {_parts(blocks)}"
-        )
-    return chosen
-
-
-def _of_part(blocks, part):
-    """The blocks inside a module, named by its qualified name or by the last components of it (`"decoder"` for
-    `"model.decoder"`)."""
-    for levels in range(max((block.name.count(".") for block in blocks), default=0) + 1):
-        found = {}
-        for block in blocks:
-            components = block.name.split(".")
-            if ".".join(components[levels:]).startswith(f"{part}."):
-                found.setdefault(".".join(components[:levels]), []).append(block)
-        # The outermost level counts, and a name that stands for several modules there for none.
-        if found:
-            return next(iter(found.values())) if len(found) == 1 else []
-    return []
-
-
-def _parts(blocks):
-    """In words, the modules that `blocks` can name as parts."""
-    names = {}
-    for block in blocks:
-        components = block.name.split(".")
-        depth = next((i for i, component in enumerate(components) if component.isdigit()), len(components) - 1)
-        names[".".join(components[:depth])] = None
-    return f"Its parts are {_shorten(list(names))}." if "" not in names else ""
-
-
-def _shorten(names, limit=6):
-    return names if len(names) <= limit else [*names[: limit - 1], "...", names[-1]]
-
-
-def unwrap(model, sharded=False):
-    """`(the model itself, its wrappers)`: looks through PeftModel and `torch.compile`.
-
-    Args:
-        sharded (`bool`): Whether the model itself may be one that `fully_shard` has sharded in place.
-
-    Raises:
-        TypeError: It is no module, or it is wrapped or sharded for distributed training.
-    """
-    holders = []
-    while True:
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"Expected a model (`nn.Module`), got {type(model).__name__}. If it holds one, as SetFit's "
-                "`model_body`, pass that."
-            )
-        if is_compiled_module(model):
-            holders.append(model)
-            model = uncompiled(model)
-        elif is_peft_model(model):
-            holders.append(model)
-            model = model.get_base_model()
-        elif sharded and is_fully_sharded(model):
-            return model, holders
-        else:
-            _refuse_wrapped(model, "The model")
-            if not isinstance(model, PreTrainedModel):
-                for name, module in model.named_modules():
-                    if not is_fully_sharded(module):
-                        _refuse_wrapped(module, f"`{name}`")
-            return model, holders
-
-
-def _refuse_wrapped(module, which):
-    """Raises if the model, or a model inside of it, is wrapped in a way that it cannot be changed under."""
-    kind = type(module)
-    by_class = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    if isinstance(module, by_class) or kind.__module__.startswith(("deepspeed.", "torch.distributed.fsdp.")):
-        raise TypeError(
-            f"{which} is wrapped in {kind.__name__}. Patch it before it is wrapped (before the Trainer or "
-            "`accelerator.prepare` gets it), and collapse the unwrapped one: `accelerator.unwrap_model(model)`."
-        )
-    if re.fullmatch(r"transformers_modules\..*\.modeling_layercollapse", kind.__module__):
-        raise TypeError(
-            f"{which} was built by the code in its own folder (`trust_remote_code=True`). Load it again after "
-            "`import hf_layercollapse`, which then builds it."
-        )
-
-
-def is_peft_model(module):
-    """Whether a module is a PeftModel."""
-    return type(module).__module__.startswith("peft.") and isinstance(module, _peft_model_class())
-
-
-def is_fully_sharded(model):
-    """Whether `fully_shard` (FSDP2) has sharded a model in place."""
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(model, FSDPModule)
-
-
-def _peft_model_class():
-    from peft import PeftModel
-
-    return PeftModel
-
-
-def check_weights(model, blocks, merging):
-    """Raises if the weights of these blocks cannot be read or merged.
-
-    Args:
-        merging (`bool`): Whether the blocks are to be merged now; an adapter on top only matters then.
-
-    Raises:
-        TypeError: Weights are sharded over processes.
-        ValueError: Weights are quantized, on the meta device, tied, or under an adapter.
-    """
-    # By what holds them: a module that is reached by several ways, in models that share a part, is changed once.
-    modules = list(model.modules())
-    uses = Counter(id(child) for module in modules for child in children_of(module).values())
-    for module in modules:
-        own = module.named_parameters(recurse=False, remove_duplicate=False)
-        uses.update(id(parameter) for _, parameter in own)
-    for block in blocks:
-        for path in block.layout.linears:
-            name = block.path(path)
-            linear = model.get_submodule(name)
-            if is_adapted(linear):
-                if merging:
-                    raise ValueError(
-                        f"`{name}` is under an adapter that is not merged. Call `model = model.merge_and_unload()` "
-                        "first."
-                    )
-                linear = _base_layer(linear)
-            weight = linear.weight
-            # By name: torch.distributed is not part of every build of torch.
-            if type(weight).__name__ == "DTensor" or type(weight.data).__name__ == "DTensor":
-                raise TypeError(
-                    f"`{name}` is sharded over processes. Patch the model before `fully_shard`, and gather it "
-                    "(`get_model_state_dict` with `full_state_dict=True`) before collapsing."
-                )
-            if (
-                type(weight.data) is not torch.Tensor
-                or not weight.is_floating_point()
-                or not (weight.is_meta or _computes_linear(linear))
-            ):
-                raise ValueError(
-                    f"`{name}` is quantized or of a kind that cannot be merged: {type(linear).__name__} with weights "
-                    f"{type(weight.data).__name__} of {weight.dtype}. Load the model without quantization, collapse "
-                    "it, save it, and quantize the saved model."
-                )
-            if weight.is_meta:
-                raise ValueError(
-                    f"`{name}` is on the meta device or offloaded: there are no weights to work on. Load the model "
-                    "with its weights in memory."
-                )
-            shared = [key for key, parameter in linear.named_parameters() if uses[id(parameter)] > 1]
-            if shared:
-                raise ValueError(
-                    f"`{name}` shares its {' and '.join(shared)} with another module (tied weights): merging it would "
-                    "change that module too. Untie it first."
-                )
-            replaced = {name: linear, block.holder: model.get_submodule(block.holder)}
-            shared = [path for path, module in replaced.items() if uses[id(module)] > 1]
-            if shared:
-                raise ValueError(
-                    f"`{shared[0]}` stands in several places of the model: merging it would change one of them, and "
-                    "leave it as it is in the others. Put a copy into each."
-                )
-
-
-@torch.no_grad()
-def _computes_linear(linear):
-    """Whether a subclass of `nn.Linear` (Falcon has its own) does what `nn.Linear` does with its weight and bias."""
-    if type(linear) in (nn.Linear, Conv1D):
-        return True
-    if not isinstance(linear, nn.Linear):
-        return False
-    x = functional.gaussian_inputs(linear.in_features, rows=4).to(linear.weight)
-    expected = nn.functional.linear(x, linear.weight, linear.bias)
-    return functional.relative_error(expected, linear(x)) < 10 * torch.finfo(x.dtype).eps

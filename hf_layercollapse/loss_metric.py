@@ -7,7 +7,6 @@ import torch
 
 from . import functional
 from .calibration import TokenFilter, run_over
-from .families import modules_of
 from .predictions import predictions_of
 
 
@@ -72,7 +71,7 @@ def loss_metrics(model, inner, blocks, data, draws=1, seed=0, token_mask_fn=None
 
     Args:
         model (`nn.Module`): Runs the data; `inner` is what it wraps.
-        blocks (`list[FeedForwardBlock]`): Dense or patched.
+        blocks (`list[BoundBlock]`): Dense or patched.
         data (iterable of `dict[str, Tensor]`): Model inputs.
         draws (`int`): How often outcomes are drawn for each prediction, at least 1.
         seed (`int`): Of what is drawn. No other random generator is used.
@@ -91,7 +90,7 @@ def loss_metrics(model, inner, blocks, data, draws=1, seed=0, token_mask_fn=None
 
     def observe(block):
         # An own module multiplies its output by this, and it is that product which is fitted.
-        factor = modules_of(inner, block).scales[2]
+        factor = block.scales[2]
 
         def hook(module, args, output):
             # The first block is where the graph begins. A clone goes on: code that adds in place may follow.
@@ -99,7 +98,7 @@ def loss_metrics(model, inner, blocks, data, draws=1, seed=0, token_mask_fn=None
             calls.append((block, factor, tokens.mask(block, output.shape[:-1]), start))
             return start.clone()
 
-        return modules_of(inner, block).down.register_forward_hook(hook)
+        return block.down.register_forward_hook(hook)
 
     predictions = 0
 

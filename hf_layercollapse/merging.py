@@ -7,7 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from . import functional
-from .families import CUT, FeedForwardBlock, modules_of, weight_and_bias
+from .blocks import BoundBlock, weight_and_bias
 from .modeling_layercollapse import (
     CollapsedBlock,
     CollapsedIdentity,
@@ -19,7 +19,7 @@ from .modeling_layercollapse import (
     children_of,
     mark_initialized,
 )
-from .patching import replace_module
+from .models import CUT
 from .reports import BlockReport
 
 
@@ -48,13 +48,13 @@ class Merge:
     """What a block becomes, not yet in the model.
 
     Args:
-        block (`FeedForwardBlock`): Which.
+        block (`BoundBlock`): Which.
         linears (`dict[str, nn.Module]`): Path in the block -> the linear that will stand there.
         fit (`functional.Fit`): What they hold.
         report (`BlockReport`): What that does.
     """
 
-    block: FeedForwardBlock
+    block: BoundBlock
     linears: dict[str, nn.Module]
     fit: functional.Fit
     report: BlockReport
@@ -75,33 +75,33 @@ def cost_of(block, rank, neurons) -> int:
     return linear + neurons * (width * (2 if block.kind == "gated" else 1) + out)
 
 
-def is_cut(parts, rank) -> bool:
-    """Whether a block of these modules with a linear map of this rank is the native module with narrower linears:
-    neurons only, of which nothing between the linears knows how many there are."""
-    return rank == 0 and not parts.before and not parts.between and native_activation(parts)[1] == "native"
+def is_cut(block, rank) -> bool:
+    """Whether a block with a linear map of this rank is the native module with narrower linears: neurons only, of
+    which nothing between the linears knows how many there are."""
+    return rank == 0 and not block.before and not block.between and native_activation(block)[1] == "native"
 
 
-def has_constant(parts, rank, constant_term) -> bool:
-    """Whether what is fitted in the place of these modules has a constant term.
+def has_constant(block, rank, constant_term) -> bool:
+    """Whether what is fitted in the place of a block has a constant term.
 
     By `constant_term="native"` where the last linear of the native class has a bias, and where the result is a module
     of this package in any case: a gated block is linear only beside a constant gate, and batch norms shift.
     """
-    ours = parts.before or parts.between or (parts.layout.gated and rank != 0)
-    return constant_term == "always" or parts.down.bias is not None or bool(ours)
+    ours = block.before or block.between or (block.layout.gated and rank != 0)
+    return constant_term == "always" or block.down.bias is not None or bool(ours)
 
 
-def parameters_of(block, parts, rank, neurons, constant_term) -> int:
+def parameters_of(block, rank, neurons, constant_term) -> int:
     """Weights and biases of what a block becomes."""
     rank = effective_rank(block, rank)
     narrow, biases = bool(rank is not None or neurons), 0
     if narrow:
-        before = [linear for linear in (parts.up, parts.gate) if linear is not None and linear.bias is not None]
-        biases += neurons * len(before) * (2 if parts.layout.fused else 1)
-        biases += (rank or 0) if parts.up.bias is not None else 0
+        before = [linear for linear in (block.up, block.gate) if linear is not None and linear.bias is not None]
+        biases += neurons * len(before) * (2 if block.layout.fused else 1)
+        biases += (rank or 0) if block.up.bias is not None else 0
     # A `NarrowFeedForward` has a bias at its end.
-    ours = narrow and block.wiring.own_module and not is_cut(parts, rank)
-    if ours or has_constant(parts, rank, constant_term):
+    ours = narrow and block.wiring.own_module and not is_cut(block, rank)
+    if ours or has_constant(block, rank, constant_term):
         biases += block.out_features
     return cost_of(block, rank, neurons) + biases
 
@@ -120,8 +120,8 @@ def ready_neurons(alpha, collapse_threshold):
 class Trial:
     """Blocks replaced for a while: everything returns to its place on exit."""
 
-    def __init__(self, inner):
-        self.inner, self.originals = inner, []
+    def __init__(self):
+        self.exchanges = []
 
     def __enter__(self):
         return self
@@ -131,28 +131,28 @@ class Trial:
 
     def put(self, merge):
         """Puts what a block becomes in its place."""
-        put_in_place(self.inner, merge, self.originals)
+        self.exchanges += put_in_place(merge)
 
     def undo(self, count=0):
-        """Takes back all replacements but the first `count` (of `len(self.originals)`)."""
-        while len(self.originals) > count:
-            replace_module(self.inner, *self.originals.pop())
+        """Takes back all exchanges but the first `count` (of `len(self.exchanges)`)."""
+        while len(self.exchanges) > count:
+            self.exchanges.pop().undo()
 
 
 @torch.no_grad()
-def make_merge(block, parts, fit, refit):
+def make_merge(block, fit, refit):
     """The [`Merge`] that a fit makes of a block."""
-    linears = _linears_of(block, parts, fit)
+    linears = _linears_of(block, fit)
     # Not the block's own width, where the first linear is what another block of a chain became.
     width = (fit.weight_oi if fit.right_ri is None else fit.right_ri).shape[1]
-    x = functional.gaussian_inputs(width).to(parts.down.weight)
-    error = functional.relative_error(parts.forward(x), _compute(block, parts, linears, fit, x))
+    x = functional.gaussian_inputs(width).to(block.down.weight)
+    error = functional.relative_error(block.forward(x), _compute(block, linears, fit, x))
     report = BlockReport(
         name=block.name,
         index=block.index,
         outcome="collapsed",
         method="refit" if refit else "merged",
-        alpha=float(parts.activation.alpha.detach().min()) if block.state == "patched" else None,
+        alpha=float(block.activation.alpha.detach().min()) if block.state == "patched" else None,
         parameters_before=block.parameters,
         parameters_after=sum(p.numel() for linear in linears.values() for p in linear.parameters()),
         macs_before=block.macs,
@@ -166,19 +166,19 @@ def make_merge(block, parts, fit, refit):
     return Merge(block, linears, fit, report)
 
 
-def fit_of_weights(parts, collapse_threshold):
+def fit_of_weights(block, collapse_threshold):
     """The fit that the weights alone give: ready neurons as if at alpha 1, the others exactly as they are."""
-    slope, offset = parts.activation.line
-    alpha = parts.activation.alpha.detach()
+    slope, offset = block.activation.line
+    alpha = block.activation.alpha.detach()
     waiting = ~ready_neurons(alpha, collapse_threshold)
     neurons = []
-    (down, down_bias), up = parts.down_affine(), parts.up_affine()
+    (down, down_bias), up = block.down_affine(), block.up_affine()
     if alpha.numel() > 1 and waiting.any():
         # (1 - alpha) act(z) + alpha line(z): the second part is linear, and merges.
         neurons = waiting.nonzero().flatten().tolist()
         share = torch.where(waiting, alpha, 1.0)
         slope, offset = share * slope, share * offset
-    if parts.layout.gated:
+    if block.layout.gated:
         weight, bias = functional.merge_gated(*up, down, down_bias, offset)
     else:
         weight, bias = functional.merge_plain(*up, down, down_bias, slope, offset)
@@ -186,62 +186,57 @@ def fit_of_weights(parts, collapse_threshold):
     return functional.Fit(weight, None, None, kept, bias, neurons)
 
 
-def _linears_of(block, parts, fit):
+def _linears_of(block, fit):
     """Path in the block -> linear, for what the fit leaves of a block's linears, in the order they are called."""
     layout, neurons = block.layout, fit.neurons
-    if is_cut(parts, fit.rank):
-        return _cut_linears(parts, fit)
+    if is_cut(block, fit.rank):
+        return _cut_linears(block, fit)
     linear = fit.weight_oi if fit.left_or is None else fit.left_or
     linears = {}
     if neurons or fit.right_ri is not None:
-        up, up_bias = parts.up_affine()
+        up, up_bias = block.up_affine()
         rows = [up.double()[neurons]]
         biases = [None if up_bias is None else up_bias.double()[neurons]]
         if fit.right_ri is not None:
             rows.insert(0, fit.right_ri)
             biases.insert(0, None)
         if layout.gated and neurons:
-            if layout.fused:
-                gate, gate_bias = (
-                    None if tensor is None else layout.split(tensor, 0)[0] for tensor in weight_and_bias(parts.up)
-                )
-            else:
-                gate, gate_bias = weight_and_bias(parts.gate)
+            gate, gate_bias = block.gate_affine()
             gate, gate_bias = gate.double()[neurons], None if gate_bias is None else gate_bias.double()[neurons]
             if layout.fused:
                 rows.insert(0, gate)
                 biases.insert(0, gate_bias)
             else:
-                linears[layout.gate] = _make_linear(parts.gate, gate, gate_bias)
-        linears[layout.up] = _make_linear(parts.up, torch.cat(rows), _stack_biases(rows, biases))
+                linears[layout.gate] = _make_linear(block.gate, gate, gate_bias)
+        linears[layout.up] = _make_linear(block.up, torch.cat(rows), _stack_biases(rows, biases))
     bias = fit.bias_o
     if bias is None and linears and block.wiring.own_module:
         bias = linear.new_zeros(linear.shape[0])  # a `NarrowFeedForward` has one
-    linears[layout.down] = _make_linear(parts.down, torch.cat([linear, fit.down_ok], dim=1), bias)
+    linears[layout.down] = _make_linear(block.down, torch.cat([linear, fit.down_ok], dim=1), bias)
     return linears
 
 
-def _cut_linears(parts, fit):
+def _cut_linears(block, fit):
     """The native linears with the kept neurons only; what the last one gives is fitted."""
-    layout, linears = parts.layout, {}
+    layout, linears = block.layout, {}
 
     def rows(tensor):
         return None if tensor is None else tensor.double()[fit.neurons]
 
-    up = weight_and_bias(parts.up)
+    up = weight_and_bias(block.up)
     if layout.gate is not None:
-        gate = weight_and_bias(parts.gate)
-        linears[layout.gate] = _make_linear(parts.gate, *map(rows, gate))
+        gate = weight_and_bias(block.gate)
+        linears[layout.gate] = _make_linear(block.gate, *map(rows, gate))
     if layout.fused:
         halves = [None if tensor is None else layout.split(tensor, 0) for tensor in up]
         up = [None if pair is None else layout.join(*map(rows, pair), 0) for pair in halves]
-        linears[layout.up] = _make_linear(parts.up, *up)
+        linears[layout.up] = _make_linear(block.up, *up)
     else:
-        linears[layout.up] = _make_linear(parts.up, *map(rows, up))
+        linears[layout.up] = _make_linear(block.up, *map(rows, up))
     # The block's code goes on to multiply by its constants.
-    _, leaves, returned = parts.scales
+    _, leaves, returned = block.scales
     bias = None if fit.bias_o is None else fit.bias_o / returned
-    linears[layout.down] = _make_linear(parts.down, fit.down_ok / (leaves * returned), bias)
+    linears[layout.down] = _make_linear(block.down, fit.down_ok / (leaves * returned), bias)
     return linears
 
 
@@ -253,20 +248,20 @@ def _stack_biases(rows, biases):
     )
 
 
-def native_activation(parts):
+def native_activation(block):
     """`(the activation that stood there, the name in a table of the one that kept neurons have, that one)`."""
-    activation = parts.activation
+    activation = block.activation
     if isinstance(activation, CollapsibleActivation):
         return activation.native, activation.act_name, activation.act
     return activation, "native", activation
 
 
-def _compute(block, parts, linears, fit, x):
+def _compute(block, linears, fit, x):
     """What the block is going to compute."""
     layout = block.layout
-    if is_cut(parts, fit.rank):
+    if is_cut(block, fit.rank):
         cut = {"up": linears[layout.up], "gate": linears.get(layout.gate), "down": linears[layout.down]}
-        return replace(parts, **cut, activation=native_activation(parts)[0]).forward(x)
+        return replace(block, **cut, activation=native_activation(block)[0]).forward(x)
     if fit.right_ri is None and not fit.neurons:
         return linears[layout.down](x)
     gate, up = None, linears[layout.up](x)
@@ -276,7 +271,7 @@ def _compute(block, parts, linears, fit, x):
     elif layout.fused and count:
         gate, up = up[..., :count], up[..., count:]
     linear, up = (x, up) if fit.right_ri is None else (up[..., : fit.rank], up[..., fit.rank :])
-    act = native_activation(parts)[2]
+    act = native_activation(block)[2]
     return linears[layout.down](torch.cat([linear, act(up) if gate is None else act(gate) * up], dim=-1))
 
 
@@ -298,79 +293,61 @@ def _make_linear(like, weight, bias):
     return linear.train(like.training)
 
 
-def put_in_place(inner, merge, originals=None):
-    """Puts what a block becomes where it was; returns `(qualified name, spec)` for the replacement table.
+def put_in_place(merge):
+    """Puts what a block becomes where it was.
 
-    Args:
-        originals (`list`, *optional*): Gets `(qualified name, module)` of everything that was replaced, in order.
+    Returns:
+        `list[Exchange]`, in order. The modules that now stand there say what the replacement table holds of them.
     """
-    block, layout, linears, fit = merge.block, merge.block.layout, merge.linears, merge.fit
-    wiring, parts = block.wiring, modules_of(inner, block)
-    training = linears[layout.down].training
-    entries = []
-
-    def put(name, module, spec):
-        if originals is not None:
-            originals.append((name, inner.get_submodule(name)))
+    training = merge.linears[merge.block.layout.down].training
+    exchanges = []
+    for path, module in _modules_of(merge).items():
         mark_initialized(module)
-        replace_module(inner, name, module.train(training))
-        entries.append((name, spec))
+        exchanges.append(merge.block.exchange(path, module.train(training)))
+    return exchanges
 
-    narrow = fit.right_ri is not None or fit.neurons
-    channels = block.in_features if fit.right_ri is None else fit.rank
-    native, act_name, act = native_activation(parts)
-    if is_cut(parts, fit.rank):
-        for path, linear in linears.items():
-            put(block.path(path), linear, _linear_spec(linear))
+
+def _modules_of(merge):
+    """Path in the block -> what will stand there, `""` for the module that holds it; in the order of exchange."""
+    block, layout, linears, fit = merge.block, merge.block.layout, merge.linears, merge.fit
+    if is_cut(block, fit.rank):
         linears[layout.down].__dict__[CUT] = True
-        if block.state == "patched":
-            # No entry: the native one stands there again.
-            activation = block.path(layout.activation)
-            if originals is not None:
-                originals.append((activation, parts.activation))
-            replace_module(inner, activation, native.train(training))
-    elif wiring.own_module and narrow:
-        put(block.holder, *_narrow_module(inner, merge, parts, channels))
-    elif wiring.own_module:
-        holder, then = inner.get_submodule(block.holder), list(wiring.then)
-        children = {layout.down: linears[layout.down], **{name: children_of(holder)[name] for name in then}}
-        put(block.holder, CollapsedBlock(children), {"type": "block", "child": layout.down, "then": then})
-        entries.append((block.path(layout.down), _linear_spec(linears[layout.down])))
-    else:
-        idle = [*wiring.before, *wiring.between]
-        put(block.path(layout.down), linears[layout.down], _linear_spec(linears[layout.down]))
-        if not narrow:
-            idle += [layout.up, layout.activation]
-        elif fit.right_ri is None:
-            up = _pass_on(linears[layout.up])
-            spec = {"type": "narrow_ffn", "part": "up", "linear_channels": channels, "neurons": len(fit.neurons)}
-            spec.update(gated=False, in_features=channels, bias=up.bias is not None)
-            put(block.path(layout.up), up, spec)
-        else:
-            put(block.path(layout.up), linears[layout.up], _linear_spec(linears[layout.up]))
-        if narrow and fit.neurons:
-            activation = NarrowActivation(native, channels, len(fit.neurons), act_name)
-            if act_name != "native":
-                activation.replacement = act  # with what it learned
-            spec = {"type": "narrow_ffn", "part": "activation", "linear_channels": channels}
-            spec.update(neurons=len(fit.neurons), gated=False, act=act_name)
-            put(block.path(layout.activation), activation, spec)
-        elif narrow:
-            idle.append(layout.activation)
-        for path in idle:
-            put(block.path(path), CollapsedIdentity(), {"type": "identity"})
-    return entries
+        # Where an alpha was, the native activation stands again.
+        native = {layout.activation: native_activation(block)[0]} if block.state == "patched" else {}
+        return {**linears, **native}
+    if not block.wiring.own_module:
+        return _parts_of(merge)
+    then = {name: children_of(block.module)[name] for name in block.wiring.then}
+    if not _is_narrow(fit):
+        down = {layout.down: linears[layout.down]}
+        return {**down, "": CollapsedBlock({**down, **then})}
+    return {"": _narrow_module(merge, then)}
 
 
-def _linear_spec(linear):
-    if isinstance(linear, Conv1D):
-        return {"type": "conv1d", "in_features": linear.nx, "out_features": linear.nf}
-    return {
-        "type": "linear",
-        "in_features": linear.in_features,
-        "out_features": linear.out_features,
-        "bias": linear.bias is not None,
-    }
+def _is_narrow(fit):
+    """Whether there is more than one full linear map."""
+    return fit.right_ri is not None or bool(fit.neurons)
+
+
+def _linear_channels(merge):
+    """Channels that skip the activation."""
+    return merge.block.in_features if merge.fit.right_ri is None else merge.fit.rank
+
+
+def _parts_of(merge):
+    """What will stand in the places of a block whose own code goes on to run around them."""
+    block, layout, linears, fit = merge.block, merge.block.layout, merge.linears, merge.fit
+    idle = (layout.up, layout.activation, *block.wiring.before, *block.wiring.between)
+    modules = {layout.down: linears[layout.down], **{path: CollapsedIdentity() for path in idle}}
+    if layout.up in linears:
+        modules[layout.up] = _pass_on(linears[layout.up]) if fit.right_ri is None else linears[layout.up]
+    if fit.neurons:
+        native, name, act = native_activation(block)
+        narrow = NarrowActivation(native, _linear_channels(merge), len(fit.neurons), name)
+        if name != "native":
+            narrow.replacement = act  # with what it learned
+        modules[layout.activation] = narrow
+    return modules
 
 
 def _pass_on(linear):
@@ -382,35 +359,14 @@ def _pass_on(linear):
     return passing
 
 
-def _narrow_module(inner, merge, parts, channels):
-    """`(module, spec)` of a narrow block in place of an own module."""
-    block, layout, linears, fit = merge.block, merge.block.layout, merge.linears, merge.fit
-    holder, then = inner.get_submodule(block.holder), list(block.wiring.then)
-    native, act_name, act = native_activation(parts)
+def _narrow_module(merge, then):
+    """A narrow block in place of an own module, with what runs after it there."""
+    block, layout, fit = merge.block, merge.block.layout, merge.fit
+    _, act_name, act = native_activation(block)
     names = {"up": layout.up, "activation": layout.activation, "down": layout.down}
     if layout.gate is not None:
         names = {"gate": layout.gate, **names}
-    children = {**linears, layout.activation: native if act_name == "native" else act}
-    children = {name: children[name] for name in names.values() if name in children}
-    children.update({name: children_of(holder)[name] for name in then})
-    count, gated = len(fit.neurons), layout.gated
-    module = NarrowFeedForward(children, names, block.in_features, channels, count, gated, act_name)
-    up, gate = linears.get(layout.up), linears.get(layout.gate)
-    spec = {
-        "type": "narrow_ffn",
-        "part": "block",
-        "linear_channels": channels,
-        "neurons": count,
-        "gated": gated,
-        "in_features": block.in_features,
-        "out_features": block.out_features,
-        "up": layout.up,
-        "activation": layout.activation,
-        "down": layout.down,
-        "gate": layout.gate,
-        "then": then,
-        "up_bias": up is not None and up.bias is not None,
-        "gate_bias": gate is not None and gate.bias is not None,
-        "act": act_name,
-    }
-    return module, spec
+    standing = {**merge.linears, layout.activation: act}
+    children = {name: standing[name] for name in names.values() if name in standing} | then
+    channels, count = _linear_channels(merge), len(fit.neurons)
+    return NarrowFeedForward(children, names, block.in_features, channels, count, layout.gated, act_name)

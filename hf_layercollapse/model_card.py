@@ -8,8 +8,9 @@ from transformers.modelcard import TASK_MAPPING
 
 from ._version import __version__
 from .comparison import Comparison
-from .families import find_feed_forward_blocks, unwrap
+from .families import find_feed_forward_blocks
 from .modeling_layercollapse import FORMAT_VERSION
+from .models import unwrap
 from .patching import layer_collapse_config_of
 from .reports import CollapseReport
 from .upstream import model_mapping

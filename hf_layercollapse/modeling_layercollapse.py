@@ -529,6 +529,11 @@ def adapter_of_another_life(keys):
 class CollapsedIdentity(_NoAdapter, nn.Identity):
     """Stands where a collapse took a linear or an activation away; native models have identities of their own."""
 
+    @property
+    def spec(self):
+        """This module as an entry of the replacement table."""
+        return {"type": "identity"}
+
 
 class CollapsedBlock(_Remains):
     """A feed-forward module that became one linear map: what is left of its children, applied in order.
@@ -543,6 +548,12 @@ class CollapsedBlock(_Remains):
         super().__init__()
         for name, child in children.items():
             self.add_module(name, child)
+
+    @property
+    def spec(self):
+        """This module as an entry of the replacement table; its linear has one of its own."""
+        child, *then = children_of(self)
+        return {"type": "block", "child": child, "then": then}
 
     def forward(self, hidden_states):
         down, *then = children_of(self).values()
@@ -587,6 +598,29 @@ class NarrowFeedForward(_Remains):
         used = set(names.values())
         self.then = [name for name in children if name not in used]
 
+    @property
+    def spec(self):
+        """This module, its linears included, as an entry of the replacement table."""
+        modules, names = children_of(self), self.names
+        up, gate = (modules.get(names.get(part)) for part in ("up", "gate"))
+        return {
+            "type": "narrow_ffn",
+            "part": "block",
+            "linear_channels": self.linear_channels,
+            "neurons": self.neurons,
+            "gated": self.gated,
+            "in_features": self.in_features,
+            "out_features": linear_shape(modules[names["down"]])[1],
+            "up": names["up"],
+            "activation": names["activation"],
+            "down": names["down"],
+            "gate": names.get("gate"),
+            "then": list(self.then),
+            "up_bias": up is not None and up.bias is not None,
+            "gate_bias": gate is not None and gate.bias is not None,
+            "act": self.act_name,
+        }
+
     def forward(self, hidden_states):
         modules, names = children_of(self), self.names
         linear = hidden_states
@@ -629,6 +663,18 @@ class NarrowActivation(nn.Module):
         self.replacement = None if act == "native" else ACT2FN[act]
         self.act_name, self.linear_channels, self.neurons = act, linear_channels, neurons
 
+    @property
+    def spec(self):
+        """This module as an entry of the replacement table."""
+        return {
+            "type": "narrow_ffn",
+            "part": "activation",
+            "linear_channels": self.linear_channels,
+            "neurons": self.neurons,
+            "gated": False,
+            "act": self.act_name,
+        }
+
     def forward(self, pre_activation):
         act = self.native if self.replacement is None else self.replacement
         linear, neurons = pre_activation.split([self.linear_channels, self.neurons], dim=-1)
@@ -643,6 +689,18 @@ def _init_pass_on(layer, std=0.02):
     initialization.normal_(layer.weight, mean=0.0, std=std)
     if layer.bias is not None:
         initialization.zeros_(layer.bias)
+
+
+def _spec_of_pass_on(in_features, neurons, bias):
+    return {
+        "type": "narrow_ffn",
+        "part": "up",
+        "linear_channels": in_features,
+        "neurons": neurons,
+        "gated": False,
+        "in_features": in_features,
+        "bias": bias,
+    }
 
 
 # No subclasses of the linears that they hold the weights of: what puts something in a linear's place, as peft and
@@ -663,6 +721,11 @@ class PassOnLinear(_NoAdapter):
         self.init_weights()
 
     init_weights = _init_pass_on
+
+    @property
+    def spec(self):
+        """This module as an entry of the replacement table."""
+        return _spec_of_pass_on(self.in_features, self.out_features, self.bias is not None)
 
     def forward(self, hidden_states):
         neurons = nn.functional.linear(hidden_states, self.weight, self.bias)
@@ -688,6 +751,11 @@ class PassOnConv1D(_NoAdapter):
 
     init_weights = _init_pass_on
 
+    @property
+    def spec(self):
+        """This module as an entry of the replacement table."""
+        return _spec_of_pass_on(self.nx, self.nf, True)
+
     def forward(self, hidden_states):
         neurons = nn.functional.linear(hidden_states, self.weight.T, self.bias)
         return torch.cat([hidden_states, neurons], dim=-1)
@@ -697,6 +765,21 @@ class PassOnConv1D(_NoAdapter):
 
 
 PASS_ON = (PassOnLinear, PassOnConv1D)
+
+# What a collapse leaves of a block in the place of native modules.
+REMAINS = (CollapsedIdentity, CollapsedBlock, NarrowFeedForward, NarrowActivation, *PASS_ON)
+
+
+def spec_of(module):
+    """A module as an entry of the replacement table; `None` for one that no entry describes."""
+    if isinstance(module, (*REMAINS, CollapsibleActivation)):
+        return module.spec
+    if isinstance(module, Conv1D):
+        return {"type": "conv1d", "in_features": module.nx, "out_features": module.nf}
+    if isinstance(module, nn.Linear):
+        bias = module.bias is not None
+        return {"type": "linear", "in_features": module.in_features, "out_features": module.out_features, "bias": bias}
+    return None
 
 
 # ----------------------------------------------------------------------------------------------------

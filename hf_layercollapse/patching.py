@@ -6,29 +6,24 @@ import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
+from .blocks import bind_blocks, check_weights, survey
 from .calibration import calibrate_affine_targets
 from .config import LayerCollapseConfig
-from .families import (
-    check_weights,
-    find_feed_forward_blocks,
-    is_peft_model,
-    modules_of,
-    select_blocks,
-    survey_blocks,
-    unwrap,
-)
+from .families import find_feed_forward_blocks
 from .modeling_layercollapse import (
     FORMAT_VERSION,
     CollapsibleActivation,
     LayerCollapseModelMixin,
     base_model_prefix_of,
-    children_of,
     mark_initialized,
     refuse_lost_code,
     resolve_table,
     set_layer_collapse,
+    spec_of,
     standing,
 )
+from .models import is_peft_model, unwrap
+from .selection import select_blocks
 
 
 def apply_layer_collapse(model, config: LayerCollapseConfig | None = None, calibration_data=None):
@@ -56,10 +51,10 @@ def apply_layer_collapse(model, config: LayerCollapseConfig | None = None, calib
     config = LayerCollapseConfig() if config is None else config
     if not isinstance(config, LayerCollapseConfig):
         raise TypeError(f"`config` must be a LayerCollapseConfig, got {type(config).__name__}.")
-    inner, holders = unwrap(model)
+    inner, wrappers = unwrap(model)
     if isinstance(inner, PreTrainedModel):
         refuse_lost_code(inner)
-    blocks, refused = survey_blocks(inner)
+    blocks, refused = survey(inner)
     if collapsible_activations(inner):
         raise ValueError("The model is patched already. `remove_layer_collapse(model)` takes it back to dense.")
     chosen = select_blocks(blocks, config.blocks, refused)
@@ -74,16 +69,15 @@ def apply_layer_collapse(model, config: LayerCollapseConfig | None = None, calib
 
     activations = {}
     for block in chosen:
-        parts = modules_of(inner, block)
         activations[block.name] = activation = CollapsibleActivation(
-            parts.activation,
+            block.activation,
             block.hidden_features,
             linear_target=config.linear_target,
             granularity=config.granularity,
             gate=block.kind == "gated",
             act="native" if config.activation == "native" else config.activation,
             alpha=config.initial_alpha,
-            device=next(parts.up.parameters()).device,
+            device=next(block.up.parameters()).device,
         )
         mark_initialized(activation)
     if config.linear_target == "affine":
@@ -95,9 +89,8 @@ def apply_layer_collapse(model, config: LayerCollapseConfig | None = None, calib
         calibrate_affine_targets(model, inner, chosen, activations, calibration_data)
 
     for block in chosen:
-        replace_module(inner, block.path(block.layout.activation), activations[block.name])
-        activations[block.name].train(modules_of(inner, block).holder.training)
-    refresh_layer_collapse(inner, replace(config, blocks=[block.name for block in chosen]), holders)
+        block.exchange(block.layout.activation, activations[block.name].train(block.module.training))
+    refresh_layer_collapse(inner, replace(config, blocks=[block.name for block in chosen]), wrappers)
     return model
 
 
@@ -111,8 +104,8 @@ def patch_or_check(model, config, calibration_data):
         TypeError: The model is no module, wrapped or sharded.
         ValueError: It is patched in another way, or collapsed and not patched, and there is no distillation.
     """
-    inner, holders = unwrap(model)
-    blocks = find_feed_forward_blocks(inner)
+    inner, wrappers = unwrap(model)
+    blocks = bind_blocks(inner)
     patched = collapsible_activations(model)
     collapsed = [block.name for block in blocks if block.state == "collapsed"]
     if not patched:
@@ -127,7 +120,7 @@ def patch_or_check(model, config, calibration_data):
             )
         apply_layer_collapse(model, config, calibration_data)
         return
-    differences = _patch_differences(inner, blocks, patched.values(), config)
+    differences = _patch_differences(blocks, patched.values(), config)
     if differences:
         raise ValueError(
             "The model is patched already, and not as `layer_collapse_config` says:"
@@ -138,12 +131,12 @@ def patch_or_check(model, config, calibration_data):
     config = replace(config, blocks=[block.name for block in blocks if block.state == "patched"])
     carriers = [(name, carrier) for name, carrier in carriers_of(inner) if collapsible_activations(carrier)]
     if not all(isinstance(carrier, LayerCollapseModelMixin) for _, carrier in carriers):  # a part of one was patched
-        refresh_layer_collapse(inner, config, holders)
+        refresh_layer_collapse(inner, config, wrappers)
     for name, carrier in carriers:
         carrier.config.layer_collapse = {**carrier.config.layer_collapse, "options": _options_of(config, name)}
 
 
-def _patch_differences(inner, blocks, activations, config):
+def _patch_differences(blocks, activations, config):
     differences = []
     for option, found in (
         ("linear_target", {activation.linear_target for activation in activations}),
@@ -155,11 +148,7 @@ def _patch_differences(inner, blocks, activations, config):
             differences.append(f"`{option}`: {wanted!r} in the config, {' and '.join(map(repr, sorted(found)))} here")
     ours = {id(activation) for activation in activations}
     remaining = [block for block in blocks if block.state != "collapsed"]
-    patched = [
-        block.name
-        for block in remaining
-        if any(id(module) in ours for module in modules_of(inner, block).activation.modules())
-    ]
+    patched = [block.name for block in remaining if any(id(module) in ours for module in block.activation.modules())]
     wanted = [block.name for block in select_blocks(blocks, config.blocks) if block in remaining]
     if patched != wanted:
         differences.append(f"`blocks`: {config.blocks!r} chooses {shorten(wanted)}, patched are {shorten(patched)}")
@@ -181,32 +170,25 @@ def remove_layer_collapse(model):
         TypeError: The model is wrapped or sharded.
         ValueError: The model is not patched.
     """
-    inner, holders = unwrap(model)
+    inner, wrappers = unwrap(model)
     refuse_adapted_alphas(inner)
-    blocks = [block for block in find_feed_forward_blocks(inner) if block.state == "patched"]
+    blocks = [block for block in bind_blocks(inner) if block.state == "patched"]
     if not blocks:
         raise ValueError("The model is not patched: none of its blocks carries an alpha.")
-    restore_blocks(inner, blocks)
-    refresh_layer_collapse(inner, None, holders)
+    restore_blocks(blocks)
+    refresh_layer_collapse(inner, None, wrappers)
     return model
 
 
-def restore_blocks(inner, blocks):
+def restore_blocks(blocks):
     """Puts the native activation back into patched blocks."""
     for block in blocks:
-        activation = modules_of(inner, block).activation
-        replace_module(inner, block.path(block.layout.activation), activation.native.train(activation.training))
+        block.exchange(block.layout.activation, block.activation.native.train(block.activation.training))
 
 
 def shorten(names, limit=6):
     names = list(names)
     return names if len(names) <= limit else [*names[:limit], f"and {len(names) - limit} more"]
-
-
-def replace_module(model, name, module):
-    """Puts `module` where `name` stands, keeping the position among its siblings."""
-    parent, _, child = name.rpartition(".")
-    children_of(model.get_submodule(parent))[child] = module
 
 
 def collapsible_activations(model) -> dict[str, CollapsibleActivation]:
@@ -289,7 +271,7 @@ def _options_of(config, carrier):
     return {**config.to_dict(), "blocks": names}
 
 
-def refresh_layer_collapse(inner, config=None, holders=(), replaced=(), default=None):
+def refresh_layer_collapse(inner, config=None, wrappers=(), replaced=(), default=None):
     """Writes what the modules now are into the model's config in place, and gives it the classes that belong to that.
 
     A part that is a patched or collapsed model of its own becomes a part of this one: its table is taken over. Of a
@@ -299,10 +281,12 @@ def refresh_layer_collapse(inner, config=None, holders=(), replaced=(), default=
         config ([`LayerCollapseConfig`], *optional*): Options to record, with names as `blocks`. Default: those that
             are there.
         default ([`LayerCollapseConfig`], *optional*): What they are where none are there.
-        replaced (`Sequence[tuple[str, dict]]`): Qualified names and specs of modules that a collapse replaced.
+        wrappers (`Sequence[nn.Module]`): What wraps the model.
+        replaced (`Sequence[nn.Module]`): What a collapse put in the place of other modules.
     """
-    # By module and not by name: models inside a module may share parts.
-    specs = {id(inner.get_submodule(name)): spec for name, spec in replaced}
+    # By module and not by name: models inside a module may share parts. What native code runs around may have its
+    # native activation again, of which no table speaks.
+    specs = {id(module): spec for module in replaced if (spec := spec_of(module)) is not None}
     carriers, exchanged = carriers_of(inner), []
     for name, carrier in carriers:
         own = [(path, specs[id(module)]) for path, module in carrier.named_modules() if id(module) in specs]
@@ -310,7 +294,7 @@ def refresh_layer_collapse(inner, config=None, holders=(), replaced=(), default=
         stored = carrier.config.__dict__.get("layer_collapse")
         if carrier is inner or _modules_of(layer_collapse) != _modules_of(stored):
             exchanged.append((carrier, carrier.config))
-            set_layer_collapse(carrier, layer_collapse, [*holders, *_adapters_around(carrier, inner)])
+            set_layer_collapse(carrier, layer_collapse, [*wrappers, *_adapters_around(carrier, inner)])
     in_carriers = {id(module) for _, carrier in carriers for module in carrier.modules()}
     for module in inner.modules():
         if id(module) not in in_carriers:

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from .block_sizes import alike, allocations, any_fit, fit_size, sizes_of
 from .calibration import evaluating, inputs_of, moments_in_groups
-from .families import find_feed_forward_blocks, modules_of
+from .families import find_feed_forward_blocks
 from .merging import Trial, cost_of, has_constant, make_merge
 from .plans import CollapsePlan, PlanPoint, key_of, limit_of
 from .predictions import predictions_of, without_labels
@@ -46,7 +46,7 @@ class Search:
 
     Args:
         model, inner (`nn.Module`): The model, and what it wraps.
-        blocks (`list[FeedForwardBlock]`): Those that may change.
+        blocks (`list[BoundBlock]`): Those that may change.
         fitting, held (iterable of `dict[str, Tensor]`): What is fitted to, and what is measured on.
         metrics (`dict[str, LossMetric]`): Of the loss; without an entry a block's share left unexplained counts.
         score (`Callable`): `score(inner, plans, held) -> list[float]`, see [`divergences`].
@@ -57,7 +57,6 @@ class Search:
     def __init__(self, model, inner, blocks, fitting, held, metrics, score, sign, options):
         self.model, self.inner, self.fitting, self.held = model, inner, fitting, held
         self.blocks = {block.name: block for block in blocks}
-        self.parts = {block.name: modules_of(inner, block) for block in blocks}
         self.metrics, self.score, self.sign, self.options = metrics, score, sign, options
         everything = find_feed_forward_blocks(inner)
         self.fixed_macs = sum(block.macs for block in everything) - sum(block.macs for block in blocks)
@@ -71,9 +70,7 @@ class Search:
         options = self.options
         how = options.rank_shares, options.multiple_of, options.constant_term
         for block, moments in self._moments({name: None for name in self.blocks}):
-            self.sizes[block.name] = sizes_of(
-                block, self.parts[block.name], moments, self.metrics.get(block.name), *how
-            )
+            self.sizes[block.name] = sizes_of(block, moments, self.metrics.get(block.name), *how)
 
     def _moments(self, neurons):
         if not neurons:
@@ -182,11 +179,10 @@ class Search:
             position = {neuron: index for index, neuron in enumerate(moments.neurons)}
             for rank, count in wanted[block.name]:
                 kept = [position[neuron] for neuron in self.sizes[block.name].neurons[rank][:count]]
-                parts = self.parts[block.name]
-                constant = has_constant(parts, rank, self.options.constant_term)
+                constant = has_constant(block, rank, self.options.constant_term)
                 about = moments if constant else moments.without_constant()
                 fit = fit_size(about, kept, rank, self.metrics.get(block.name))
-                merges[block.name, rank, count] = make_merge(block, parts, fit, refit=True)
+                merges[block.name, rank, count] = make_merge(block, fit, refit=True)
         return merges
 
     def latency_of(self, chosen, batch, dense):
@@ -194,11 +190,10 @@ class Search:
         weights are does not matter, so none are fitted."""
         changed = [(self.blocks[name], size) for name, size in chosen.items() if not size.as_it_is]
         batch = inputs_of(batch, next(self.inner.parameters()).device)
-        with Trial(self.inner) as trial:
+        with Trial() as trial:
             for block, size in changed:
-                parts = self.parts[block.name]
-                constant = has_constant(parts, size.rank, self.options.constant_term)
-                trial.put(make_merge(block, parts, any_fit(block, size, constant), refit=False))
+                constant = has_constant(block, size.rank, self.options.constant_term)
+                trial.put(make_merge(block, any_fit(block, size, constant), refit=False))
             models = {"dense": dense, "plan": self.inner}
             return compare_latency(models, batch, rounds=10, warmup=2, progress=False)["plan"].ratio
 
@@ -233,7 +228,7 @@ def divergences(model, inner, plans, data):
             for index, merges in enumerate(plans):
                 if not merges:
                     continue
-                with Trial(inner) as trial:
+                with Trial() as trial:
                     for merge in merges:
                         trial.put(merge)
                     found = predictions_of(inner, inputs, model(**given))
@@ -250,7 +245,7 @@ def metric_scores(model, inner, plans, data, metric):
     """`metric(model)` with each of several plans put in place in turn; what it is measured on, it knows itself."""
     scores = []
     for merges in plans:
-        with Trial(inner) as trial:
+        with Trial() as trial:
             for merge in merges:
                 trial.put(merge)
             scores.append(float(metric(model)))

@@ -9,10 +9,11 @@ from functools import partial
 from tqdm.auto import tqdm
 
 from .block_sizes import RANK_SHARES
+from .blocks import check_weights, survey
 from .calibration import collect_moments
-from .families import check_weights, find_feed_forward_blocks, modules_of, select_blocks, survey_blocks, unwrap
 from .loss_metric import loss_metrics, sample
 from .merging import Trial, has_constant, make_merge
+from .models import unwrap
 from .plan_search import (
     Search,
     divergences,
@@ -24,6 +25,7 @@ from .plan_search import (
 )
 from .plans import CollapsePlan, one_budget, weights_fingerprint
 from .scoring import Score, split
+from .selection import select_blocks
 from .tables import table
 from .uniform_plans import LEVELS, counts_of, widths_for
 from .widths import check_native, width_groups
@@ -104,17 +106,17 @@ def linearity_map(
         ValueError: There is too little data, or nothing to collapse.
     """
     inner, _ = unwrap(model)
-    chosen = _candidates(inner, blocks)
+    _, chosen = _candidates(inner, blocks)
     fitting, scoring = split(calibration_data, evaluation_data)
     score = Score(model, inner, scoring, metric)
     before = score()
     moments = collect_moments(model, inner, chosen, fitting, token_mask_fn=token_mask_fn)
     rows = []
     for block in tqdm(chosen, desc="Measuring blocks", leave=False):
-        parts, found = modules_of(inner, block), moments[block.name]
-        fit = (found if has_constant(parts, None, "native") else found.without_constant()).fit()
-        merge = make_merge(block, parts, fit, refit=True)
-        with Trial(inner) as trial:
+        found = moments[block.name]
+        fit = (found if has_constant(block, None, "native") else found.without_constant()).fit()
+        merge = make_merge(block, fit, refit=True)
+        with Trial() as trial:
             trial.put(merge)
             change = score() - before
         report = merge.report
@@ -134,12 +136,13 @@ def linearity_map(
 
 
 def _candidates(inner, selector):
-    blocks, refused = survey_blocks(inner)
+    """`(all blocks, those that may change)`."""
+    blocks, refused = survey(inner)
     chosen = [block for block in select_blocks(blocks, selector, refused) if block.can_collapse]
     if not chosen:
         raise ValueError("All chosen blocks are collapsed already.")
     check_weights(inner, chosen, merging=True)
-    return chosen
+    return blocks, chosen
 
 
 @dataclass(frozen=True)
@@ -222,13 +225,13 @@ def plan_collapse(
     _check(uniform_width, rank_shares, constant_term, multiple_of, points)
     budget = one_budget(parameters=parameters, macs=macs, latency=latency, max_drop=max_drop)
     inner, _ = unwrap(model)
-    chosen = _candidates(inner, blocks)
+    everything, chosen = _candidates(inner, blocks)
     widest = max(block.hidden_features for block in chosen)
     if multiple_of > widest:
         raise ValueError(
             f"`multiple_of` is {multiple_of}, and no chosen block has more than {widest} neurons: none could keep any."
         )
-    if any(block.state == "patched" for block in find_feed_forward_blocks(inner)):
+    if any(block.state == "patched" for block in everything):
         raise ValueError("The model is patched; plans are for dense models. `remove_layer_collapse` takes it back.")
     if not uniform_width:
         refuse_unreachable(inner, chosen, budget, multiple_of)

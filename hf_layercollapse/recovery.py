@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .calibration import evaluating, inputs_of
-from .families import unwrap
+from .models import unwrap
 from .patching import alpha_parameters
 from .predictions import Predictions, predictions_of, without_labels
 from .scoring import split

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .modeling_layercollapse import children_of, linear_shape, parameters_of
+from .models import base_layer
 from .upstream import BUFFERS, CHILDREN, OF_TORCH, PARAMETERS, WRAPPERS, buffers_of, forward_before_hooks, is_hooked
 
 
@@ -179,7 +180,6 @@ class Skeleton:
 
     Args:
         module (`nn.Module`): What to copy.
-        base_layer (callable): Gives the linear that an adapter wraps, or the module itself.
         activations (`set[nn.Module]`): Modules that become stand-ins that keep the width.
         watch (`str`): Calls are recorded of modules whose path begins so.
         seen (`set[tuple]`): Takes `(path of a module, name)` of each attribute and buffer that is read, and
@@ -187,8 +187,8 @@ class Skeleton:
         weights (`int`): Which random numbers stand for weights.
     """
 
-    def __init__(self, module, base_layer, activations=frozenset(), watch="", seen=None, weights=0):
-        self.base_layer, self.activations, self.watch = base_layer, activations, watch
+    def __init__(self, module, activations=frozenset(), watch="", seen=None, weights=0):
+        self.activations, self.watch = activations, watch
         self.seen = set() if seen is None else seen
         self.record, self.modules = [], []
         self.copies = {}  # id -> (what it is a copy of, kept so that the id stays its own; the copy)
@@ -227,7 +227,7 @@ class Skeleton:
             return self.copies[id(module)][1]
         path = self.paths.get(id(module))
         watched = path is not None and path.startswith(self.watch)
-        base = self.base_layer(module)
+        base = base_layer(module)
         if module in self.activations or isinstance(base, (nn.Linear, Conv1D)):
             width = None if module in self.activations else linear_shape(base)[1]
             made = self._keep(module, _StandIn(path, self.record, watched, width))

@@ -12,15 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from . import functional
-from .families import (
-    BIAS_FIELDS,
-    RATIO_FIELDS,
-    WIDTH_FIELDS,
-    find_feed_forward_blocks,
-    modules_of,
-    unwrap,
-    weight_and_bias,
-)
+from .blocks import bind, bind_blocks, weight_and_bias
+from .families import BIAS_FIELDS, RATIO_FIELDS, WIDTH_FIELDS
 from .modeling_layercollapse import (
     PASS_ON,
     CollapsedBlock,
@@ -30,6 +23,7 @@ from .modeling_layercollapse import (
     NarrowFeedForward,
     children_of,
 )
+from .models import unwrap
 from .profiling import count_parameters
 from .widths import (
     build_native,
@@ -138,7 +132,7 @@ def export_stock(model):
             f"Expected a collapsed model, got {type(model).__name__}. A dense model is a checkpoint of its native "
             "type already: `save_pretrained` writes it."
         )
-    blocks = {block.name: block for block in find_feed_forward_blocks(model)}
+    blocks = {block.name: block for block in bind_blocks(model)}
     patched = [name for name, block in blocks.items() if block.state == "patched"]
     if patched:
         raise ValueError(
@@ -148,19 +142,19 @@ def export_stock(model):
     _check_weights(model)
     config = native_config(model.config)
     dense = build_native(model, config, meta=True)
-    native_blocks = {block.name: block for block in find_feed_forward_blocks(dense)}
+    native_blocks = {block.name: block for block in bind_blocks(dense)}
     wanted = {}
     for name, block in blocks.items():
         if block.state == "collapsed":
-            wanted[name] = _as_neurons(model, block, dense, native_blocks[name])
+            wanted[name] = _as_neurons(block, native_blocks[name])
     config, fields, stock_blocks = _fit_config(model, config, dense, blocks, native_blocks, wanted)
 
     native = build_native(model, config)
     state, native_state = model.state_dict(), native.state_dict()
     new = {key: value.clone() for key, value in state.items() if key in native_state}
     for name, block in stock_blocks.items():
-        neurons = wanted[name] if name in wanted else _native_neurons(model, blocks[name])
-        new.update(_weights(native, block, neurons, next(model.get_submodule(blocks[name].holder).parameters()).dtype))
+        neurons = wanted[name] if name in wanted else _native_neurons(blocks[name])
+        new.update(_weights(block, neurons, next(blocks[name].module.parameters()).dtype))
     native.load_state_dict(new, assign=True)
     native.tie_weights()
     native.to(model.device).eval()
@@ -176,7 +170,7 @@ def export_stock(model):
         sum(block.macs for block in native_blocks.values()),
         sum(block.macs for block in blocks.values()),
         sum(block.macs for block in stock_blocks.values()),
-        {name: _error(model, blocks[name], native, stock_blocks[name]) for name in wanted},
+        {name: _error(model, blocks[name], bind(native, stock_blocks[name])) for name in wanted},
     )
     eps = torch.finfo(model.dtype).eps
     if max(report.errors.values()) > TOLERANCE * eps:
@@ -201,17 +195,15 @@ def _check_weights(model):
 # ----------------------------------------------------------------------------------------------------
 
 
-def _as_neurons(model, block, dense, native_block):
+def _as_neurons(block, native):
     """A collapsed block as native neurons, whatever biases that takes."""
     if block.can_collapse:
-        return _native_neurons(model, block)
-    wiring = native_block.wiring
-    native = modules_of(dense, native_block)
-    if native.before or native.between or wiring.scales != (1.0, 1.0, 1.0):
+        return _native_neurons(block)
+    if native.before or native.between or native.scales != (1.0, 1.0, 1.0):
         raise ValueError(
             f"`{block.name}` has a batch norm or a constant factor between its linears: it has no native form."
         )
-    left, right, shift, neurons, bias, act = _parts(model, block)
+    left, right, shift, neurons, bias, act = _parts(block)
     if act not in (None, "native"):
         raise ValueError(f"`{block.name}` keeps neurons with the activation {act!r}; its native class has another.")
     # The linear part's own bias goes to the end of the block.
@@ -254,12 +246,12 @@ def _as_neurons(model, block, dense, native_block):
     return _Neurons(up, up_bias, down, bias, gate, gate_bias)
 
 
-def _parts(model, block):
+def _parts(block):
     """`(P, V, v, kept neurons, b, name of their activation or None)`: `y = P (V x + v) + D act(U x + u) + b`."""
-    layout, holder = block.layout, model.get_submodule(block.holder)
+    holder = block.module
     fused_gate = gate_linear = None
     if isinstance(holder, CollapsedBlock):
-        up, down, channels, count, act = None, holder.get_submodule(layout.down), block.in_features, 0, None
+        up, down, channels, count, act = None, block.down, block.in_features, 0, None
     elif isinstance(holder, NarrowFeedForward):
         modules, names = children_of(holder), holder.names
         up, down = modules.get(names["up"]), modules[names["down"]]
@@ -268,9 +260,7 @@ def _parts(model, block):
             gate_linear = modules[names["gate"]] if "gate" in names else None
             fused_gate = gate_linear is None
     else:
-        up, activation, down = (
-            model.get_submodule(block.path(part)) for part in (layout.up, layout.activation, layout.down)
-        )
+        up, activation, down = block.up, block.activation, block.down
         channels, count, act = weight_and_bias(down)[0].shape[1], 0, None
         if isinstance(activation, NarrowActivation):
             channels, count, act = activation.linear_channels, activation.neurons, activation.act_name
@@ -300,18 +290,18 @@ def _parts(model, block):
     return down_weight[:, :channels], right, _nonzero(shift), neurons, _nonzero(down_bias), act
 
 
-def _native_neurons(model, block):
+def _native_neurons(block):
     """A block whose modules are native, dense or narrowed."""
     layout = block.layout
-    up, up_bias = _affine(model.get_submodule(block.path(layout.up)))
-    down, down_bias = _affine(model.get_submodule(block.path(layout.down)))
+    up, up_bias = _affine(block.up)
+    down, down_bias = _affine(block.down)
     gate = gate_bias = None
     if layout.fused:
         gate, up = layout.split(up, 0)
         if up_bias is not None:
             gate_bias, up_bias = layout.split(up_bias, 0)
     elif layout.gate:
-        gate, gate_bias = _affine(model.get_submodule(block.path(layout.gate)))
+        gate, gate_bias = _affine(block.gate)
     return _Neurons(up, up_bias, down, down_bias, gate, gate_bias)
 
 
@@ -332,7 +322,7 @@ def _or_zeros(bias, count):
     return torch.zeros(count, dtype=torch.float64) if bias is None else bias
 
 
-def _weights(native, block, neurons, dtype):
+def _weights(block, neurons, dtype):
     """State dict entries of a native block, padded with neurons that give zero."""
     layout, width = block.layout, block.hidden_features
     padding = width - neurons.width
@@ -351,7 +341,7 @@ def _weights(native, block, neurons, dtype):
     parts[layout.up] = up, up_bias
     entries = {}
     for path, (weight, bias) in parts.items():
-        linear = native.get_submodule(block.path(path))
+        linear = block.linears[path]
         transposed = weight_and_bias(linear)[0] is not linear.weight
         entries[f"{block.path(path)}.weight"] = (weight.T if transposed else weight).contiguous().to(dtype)
         if linear.bias is not None:
@@ -359,18 +349,17 @@ def _weights(native, block, neurons, dtype):
     return entries
 
 
-def _error(model, block, native, native_block):
+def _error(model, block, native):
     """Relative error of the native block, on Gaussian inputs."""
-    holder = model.get_submodule(block.holder)
+    holder = block.module
     x = functional.gaussian_inputs(block.in_features).to(model.device, next(holder.parameters()).dtype)
-    actual = modules_of(native, native_block).forward(x)
+    actual = native.forward(x)
     if block.can_collapse:
-        return functional.relative_error(modules_of(model, block).forward(x), actual)
+        return functional.relative_error(block.forward(x), actual)
     if isinstance(holder, (CollapsedBlock, NarrowFeedForward)):
         collapsed = holder
     else:
-        parts = (block.layout.up, block.layout.activation, block.layout.down)
-        collapsed = torch.nn.Sequential(*(model.get_submodule(block.path(part)) for part in parts))
+        collapsed = torch.nn.Sequential(block.up, block.activation, block.down)
     modes = {module: module.training for module in collapsed.modules()}
     try:
         expected = collapsed.eval()(x)
@@ -407,14 +396,14 @@ def _fit_config(model, config, dense, blocks, native_blocks, wanted):
         setattr(part, name, new)
         fields[".".join((*path, name))] = (old, new)
 
-    lacking = _lacking_biases(dense, native_blocks, wanted)
+    lacking = _lacking_biases(native_blocks, wanted)
     if lacking:
         flags = [name for name in BIAS_FIELDS if name in changed.to_dict() and getattr(changed, name) is False]
         for name in flags:
             setattr(changed, name, True)
             fields[name] = (False, True)
         if flags:
-            lacking = _lacking_biases(build_native(model, changed, meta=True), native_blocks, wanted)
+            lacking = _lacking_biases(resized_blocks(build_native(model, changed, meta=True), native_blocks), wanted)
         if lacking:
             _refuse_biases(config, native_blocks, needed, wanted, lacking)
 
@@ -436,15 +425,13 @@ def _fit_config(model, config, dense, blocks, native_blocks, wanted):
     return changed, fields, stock_blocks
 
 
-def _lacking_biases(native, native_blocks, wanted):
+def _lacking_biases(native_blocks, wanted):
     """Block -> the linears that need a bias and have none."""
     lacking = {}
     for name, neurons in wanted.items():
-        layout, block = native_blocks[name].layout, native_blocks[name]
-        paths = {"up": layout.up, "down": layout.down, "gate": layout.up if layout.fused else layout.gate}
-        missing = [
-            part for part in sorted(neurons.biases()) if native.get_submodule(block.path(paths[part])).bias is None
-        ]
+        block = native_blocks[name]
+        linears = {"up": block.up, "down": block.down, "gate": block.first}
+        missing = [part for part in sorted(neurons.biases()) if linears[part].bias is None]
         if missing:
             lacking[name] = missing
     return lacking

@@ -26,18 +26,20 @@ from transformers.trainer_utils import default_compute_objective, has_length
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
+from .blocks import bind_blocks
 from .callbacks import NO_TRAINABLE_ALPHA, LayerCollapseCallback
 from .checkpoints import CheckpointsMixin, forget_base
 from .collapsing import collapse_model
 from .config import LayerCollapseConfig
 from .distillation import Distillation, teacher_for
-from .families import find_feed_forward_blocks, is_fully_sharded, modules_of, unwrap
+from .families import find_feed_forward_blocks
 from .merging import is_ready
 from .model_card import create_model_card
 from .modeling_layercollapse import (
     CollapsibleActivation,
     push_failed,
 )
+from .models import is_fully_sharded, unwrap
 from .optimization import AlphaSteps, TaskParameters, exchange_parameters, penalty_strength_at, replicate_alphas
 from .patching import (
     collapsible_activations,
@@ -260,10 +262,10 @@ class LayerCollapseTrainerMixin(CheckpointsMixin):
         activations = collapsible_activations(self.model).values()
         if not all(module in self._block_indices for module in activations):
             inner = unwrap(self.model, sharded=True)[0]
-            for block in find_feed_forward_blocks(inner):
+            for block in bind_blocks(inner):
                 if block.state != "collapsed":
                     # Looks into peft's wrappers.
-                    parts = modules_of(inner, block).activation.modules()
+                    parts = block.activation.modules()
                     self._block_indices.update(dict.fromkeys(parts, block.index))
         in_use = {}
         for module in activations:

@@ -1,6 +1,6 @@
 """Plans in which all blocks have one hidden width: the native architecture, with a smaller number in its config."""
 
-from .families import find_feed_forward_blocks, modules_of
+from .families import find_feed_forward_blocks
 from .merging import cost_of, parameters_of
 from .plans import limit_of
 
@@ -43,7 +43,7 @@ def _widths_within(inner, groups, budget, constant_term):
     limit = limit_of(value, whole)
     shares = {step * group.step / group.width for group in groups for step in range(1, group.width // group.step + 1)}
     for row in widths_at(groups, shares):
-        sizes = [_saved(inner, block, width, constant_term)[name] for block, width in counts_of(groups, row).items()]
+        sizes = [_saved(block, width, constant_term)[name] for block, width in counts_of(groups, row).items()]
         left = whole - sum(sizes)
         if left <= limit:
             return row
@@ -53,9 +53,9 @@ def _widths_within(inner, groups, budget, constant_term):
     )
 
 
-def _saved(inner, block, width, constant_term):
+def _saved(block, width, constant_term):
     """What a block saves at a width: `{"parameters": ..., "macs": ...}`."""
     if width == block.hidden_features:
         return {"parameters": 0, "macs": 0}
-    parameters = parameters_of(block, modules_of(inner, block), 0, width, constant_term)
+    parameters = parameters_of(block, 0, width, constant_term)
     return {"macs": block.macs - cost_of(block, 0, width), "parameters": block.parameters - parameters}

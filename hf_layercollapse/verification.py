@@ -26,7 +26,8 @@ from transformers import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from .modeling_layercollapse import CollapsibleActivation, children_of, is_inplace, linear_shape, parameters_of
-from .probe_inputs import possible_arguments, signature_of
+from .models import base_layer, part_at
+from .probe_inputs import BATCH, LENGTH, possible_arguments, signature_of
 from .skeletons import ALL, ATOMS, Skeleton, attributes_of, by_itself, seed_cpu
 from .upstream import buffers_of
 
@@ -79,25 +80,37 @@ class Verifier:
 
     Args:
         model (`nn.Module`): The model.
-        base_layer (callable): Gives the linear that an adapter wraps, or the module itself.
     """
 
-    def __init__(self, model, base_layer):
-        self.model, self.base_layer = model, base_layer
+    def __init__(self, model):
+        self.model = model
         self.known = {}  # what blocks have in common -> [(what was seen, wiring or refusal)]
         self.structures, self.readable, self.contents = {}, {}, _Contents()
 
     def wiring(self, name, layout):
-        """The [`Wiring`] of the block that the module `name` of the model holds: this module is run, or if it cannot
-        be run alone the smallest around it that can.
+        """The [`Wiring`] of the block that the module `name` of the model holds.
 
         Raises:
             Refusal: Its code does something else than the layout says, or could not be run.
         """
+        holder = self.model.get_submodule(name)
+        return self._in_sequence(holder, layout) if layout.name == "sequential" else self._shown(name, layout)
+
+    def _in_sequence(self, holder, layout):
+        """That of an `nn.Sequential` stands there."""
+        activation = part_at(holder, layout.activation)
+        hidden = linear_shape(base_layer(part_at(holder, layout.down)))[0]
+        self.check_activation(_native(activation), (BATCH, LENGTH, hidden))
+        names = list(children_of(holder))
+        first, middle, last = (names.index(path) for path in (layout.up, layout.activation, layout.down))
+        return Wiring(False, tuple(names[first + 1 : middle]), tuple(names[middle + 1 : last]))
+
+    def _shown(self, name, layout):
+        """The module is run, or if it cannot be run alone the smallest around it that can."""
         outer, failure = name, None
         while True:
             inside, module = name[len(outer) :].lstrip("."), self.model.get_submodule(outer)
-            probe = _Probe(module, inside, not inside and bool(name), layout, self.base_layer, self.check_activation)
+            probe = _Probe(module, inside, not inside and bool(name), layout, self.check_activation)
             result = self._once((layout, inside, probe.own), module, probe.wiring, probe.seen)
             if isinstance(result, Wiring):
                 return result
@@ -110,7 +123,7 @@ class Verifier:
         """Raises a `Refusal` unless a module, on an input of this shape, is a function of single numbers."""
         if not any(True for part in activation.modules() for _ in (*parameters_of(part), *buffers_of(part))):
             shape = (*shape[:-1], min(shape[-1], _ENOUGH))  # it knows no width
-        work = functools.partial(_check_activation, activation, shape, self.base_layer)
+        work = functools.partial(_check_activation, activation, shape)
         self._once((shape,), activation, work, {(path, ALL) for path, _ in activation.named_modules()})
 
     def _once(self, key, module, work, seen):
@@ -218,12 +231,11 @@ class _Probe:
         inside (`str`): Path of the block's holder in it.
         own (`bool`): Whether it is the holder, and may be exchanged as a whole.
         layout (`FeedForwardLayout`): With one activation path.
-        base_layer (callable): Gives the linear that an adapter wraps, or the module itself.
         check_activation (callable): Raises for a module that is none, given the shape of its input.
     """
 
-    def __init__(self, module, inside, own, layout, base_layer, check_activation):
-        self.module, self.own, self.layout, self.base_layer = module, own, layout, base_layer
+    def __init__(self, module, inside, own, layout, check_activation):
+        self.module, self.own, self.layout = module, own, layout
         self.prefix = f"{inside}." if inside else ""
         self.activation = module.get_submodule(self.prefix + layout.activation)
         self.check_activation = check_activation
@@ -233,7 +245,7 @@ class _Probe:
     def wiring(self):
         """The [`Wiring`], or, if the module could not be run, why not."""
         failure = None
-        width = linear_shape(self.base_layer(self.module.get_submodule(self.prefix + self.layout.up)))[0]
+        width = linear_shape(base_layer(self.module.get_submodule(self.prefix + self.layout.up)))[0]
         for arguments in possible_arguments(self.module, width):
             self.arguments = arguments
             try:
@@ -252,7 +264,7 @@ class _Probe:
         seed_cpu(0)
         # A patched block's activation stands for the native one inside it.
         activations = {self.activation, _native(self.activation)}
-        skeleton = Skeleton(self.module, self.base_layer, activations, self.prefix, self.seen, weights)
+        skeleton = Skeleton(self.module, activations, self.prefix, self.seen, weights)
         # The code may write into its inputs.
         arguments = {name: skeleton.value(value) for name, value in self.arguments.items()}
         return skeleton.record, skeleton.run(**arguments, salted=salted, train=train)
@@ -361,13 +373,13 @@ def _native(activation):
     return activation.native if isinstance(activation, CollapsibleActivation) else activation
 
 
-def _check_activation(activation, shape, base_layer):
+def _check_activation(activation, shape):
     """Raises a `Refusal` unless a module is a function of one number, the same for every number of its input."""
     x = 2 * torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     kept = (1000 * x).long() % 2 == 0
     other = torch.where(kept, x, -2 * x)
     called = f"its activation ({type(activation).__name__})"
-    skeleton = Skeleton(activation, base_layer)
+    skeleton = Skeleton(activation)
 
     def run(given, train):
         entered = given.clone()

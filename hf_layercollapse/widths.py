@@ -7,7 +7,8 @@ import math
 import torch
 from transformers.modeling_utils import PreTrainedModel
 
-from .families import RATIO_FIELDS, WIDTH_FIELDS, find_feed_forward_blocks
+from .blocks import bind, bind_blocks
+from .families import RATIO_FIELDS, WIDTH_FIELDS
 from .modeling_layercollapse import LayerCollapseConfigMixin, LayerCollapseModelMixin, linear_shape
 
 
@@ -32,10 +33,12 @@ def build_native(model, config, meta=False):
 
 
 def resized_blocks(model, native_blocks):
-    """The same blocks in a model of other widths. Not looked for: the narrowest would be refused as bottlenecks."""
+    """Name -> the same block, bound in a model of other widths. Not looked for: the narrowest would be refused as
+    bottlenecks."""
     resized = {}
-    for name, block in native_blocks.items():
-        linears = [model.get_submodule(block.path(path)) for path in block.layout.linears]
+    for name, native in native_blocks.items():
+        block = bind(model, native)
+        linears = list(block.linears.values())
         resized[name] = dataclasses.replace(
             block,
             hidden_features=linear_shape(linears[-1])[0],
@@ -138,7 +141,7 @@ def check_native(model, groups, widths):
     """
     config = native_config(model.config)
     dense = build_native(model, config, meta=True)
-    native_blocks = {block.name: block for block in find_feed_forward_blocks(dense)}
+    native_blocks = {block.name: block for block in bind_blocks(dense)}
     wanted = {}
     for group, width in zip(groups, widths, strict=True):
         path, name = group.field
@@ -204,7 +207,7 @@ def _fields_of(model, chosen):
     """Name of a native block -> the field that sets its width, where it sets that of a chosen one."""
     config = native_config(model.config)
     dense = build_native(model, config, meta=True)
-    native_blocks = {block.name: block for block in find_feed_forward_blocks(dense)}
+    native_blocks = {block.name: block for block in bind_blocks(dense)}
     governed = governing_fields(model, config, native_blocks)
     for block in chosen:
         if block.name not in governed:

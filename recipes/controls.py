@@ -4,8 +4,9 @@ import torch
 from torch import nn
 
 from hf_layercollapse import LayerCollapseTrainer, find_feed_forward_blocks, functional
+from hf_layercollapse.blocks import bind_blocks, survey
 from hf_layercollapse.calibration import OUTLIER_LENGTH
-from hf_layercollapse.families import modules_of, select_blocks, survey_blocks
+from hf_layercollapse.selection import select_blocks
 
 
 class Zeros(nn.Module):
@@ -50,7 +51,7 @@ class TaughtTrainer(LayerCollapseTrainer):
 
 
 def chosen_blocks(model, selector):
-    blocks, refused = survey_blocks(model)
+    blocks, refused = survey(model)
     return select_blocks(blocks, selector, refused)
 
 
@@ -58,11 +59,10 @@ def drop_blocks(model, selector):
     """Changes the model in place: the chosen blocks cost nothing and give zero, so that their residual passes them."""
     names = {module: name for name, module in model.named_modules()}
     for block in chosen_blocks(model, selector):
-        parts = modules_of(model, block)
-        for module in (parts.up, parts.gate, parts.activation):
+        for module in (block.up, block.gate, block.activation):
             if module is not None:
                 model.set_submodule(names[module], nn.Identity())
-        model.set_submodule(names[parts.down], Zeros(block.out_features))
+        model.set_submodule(names[block.down], Zeros(block.out_features))
 
 
 def feed_forward_share(model, blocks) -> float:
@@ -89,12 +89,11 @@ def prune_width(model, selector, share, example):
     graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example)
     importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
     for block in chosen_blocks(model, selector):
-        up = modules_of(model, block).up
         cut = round((1 - share) * block.hidden_features)
         everything = list(range(block.hidden_features))
-        group = graph.get_pruning_group(up, torch_pruning.prune_linear_out_channels, idxs=everything)
+        group = graph.get_pruning_group(block.up, torch_pruning.prune_linear_out_channels, idxs=everything)
         least = importance(group).argsort()[:cut].tolist()
-        graph.get_pruning_group(up, torch_pruning.prune_linear_out_channels, idxs=least).prune()
+        graph.get_pruning_group(block.up, torch_pruning.prune_linear_out_channels, idxs=least).prune()
 
 
 def replaceable_layers(model):
@@ -117,7 +116,7 @@ def replace_layers(model, count, data):
     Returns:
         The index of the first layer that is gone.
     """
-    layers, blocks = replaceable_layers(model), find_feed_forward_blocks(model)
+    layers, blocks = replaceable_layers(model), bind_blocks(model)
     states = list(_outputs(model, layers, data[: max(1, len(data) // 4)]).values())
     similarity = [
         torch.cosine_similarity(states[index], states[index + count], dim=-1).mean()
@@ -125,7 +124,7 @@ def replace_layers(model, count, data):
     ]
     del states
     keeper = int(torch.stack(similarity).argmax())
-    down = modules_of(model, blocks[keeper]).down
+    down = blocks[keeper].down
     modules = (down, layers[keeper], layers[keeper + count])
     outputs = _outputs(model, modules, data)
     m, before, after = (outputs[module] for module in modules)

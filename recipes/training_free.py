@@ -38,7 +38,6 @@ from tqdm.auto import tqdm
 
 from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model, functional, plan_collapse
 from hf_layercollapse.calibration import collect_moments
-from hf_layercollapse.families import modules_of
 from hf_layercollapse.merging import Trial, cost_of, make_merge
 from hf_layercollapse.metrics import bootstrap_interval
 from hf_layercollapse.patching import alpha_parameters
@@ -205,10 +204,10 @@ class Comparison:
                 moments.cov_ff, moments.cov_fo, moments.width, max(counts.values()), given
             )
         for size, keep in counts.items():
-            with Trial(self.model) as trial:
+            with Trial() as trial:
                 for block in tqdm(self.blocks, desc=f"Fitting ({method})", leave=False):
                     fit = self.moments[block.name].restricted(sorted(orders[block.name][:keep])).fit(rank)
-                    trial.put(make_merge(block, modules_of(self.model, block), fit, refit=True))
+                    trial.put(make_merge(block, fit, refit=True))
                 weights = sum(cost_of(block, rank, keep) for block in self.blocks)
                 self.add(method, size, weights, kept_neurons=keep)
 
@@ -255,9 +254,7 @@ class Comparison:
             self.whole(method, self.dropped, lambda block: 0)
         elif method == "least squares":
             merges = {
-                block.name: make_merge(
-                    block, modules_of(self.model, block), self.moments[block.name].restricted([]).fit(), refit=True
-                )
+                block.name: make_merge(block, self.moments[block.name].restricted([]).fit(), refit=True)
                 for block in self.blocks
             }
             self.whole(method, lambda block: self.merged(merges[block.name]), lambda block: cost_of(block, None, 0))
@@ -273,7 +270,7 @@ class Comparison:
 
     @contextlib.contextmanager
     def merged(self, merge):
-        with Trial(self.model) as trial:
+        with Trial() as trial:
             trial.put(merge)
             yield
 
@@ -286,7 +283,7 @@ class Comparison:
 
     @contextlib.contextmanager
     def dropped(self, block):
-        handle = modules_of(self.model, block).down.register_forward_hook(lambda module, args, y: torch.zeros_like(y))
+        handle = block.down.register_forward_hook(lambda module, args, y: torch.zeros_like(y))
         yield
         handle.remove()
 

@@ -20,9 +20,9 @@ import torch
 from common import machine, versions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_layercollapse import find_feed_forward_blocks, functional
+from hf_layercollapse import functional
+from hf_layercollapse.blocks import bind_blocks
 from hf_layercollapse.calibration import collect_moments
-from hf_layercollapse.families import modules_of
 from hf_layercollapse.loss_metric import loss_metrics
 from hf_layercollapse.merging import Trial, make_merge
 from hf_layercollapse.profiling import count_parameters
@@ -87,12 +87,12 @@ def sizes(losses, room, multiple, alike):
 
 def measure(model, blocks, moments, orders, counts, test):
     """`(perplexity, parameters)` with these neurons."""
-    with Trial(model) as trial:
+    with Trial() as trial:
         for block in blocks:
             positions = sorted(orders[block.name][: counts[block.name]])
             fit = moments[block.name].restricted(positions).fit(0)
             fit = replace(fit, right_ri=fit.right_ri.new_zeros(0, block.in_features))
-            trial.put(make_merge(block, modules_of(model, block), fit, refit=True))
+            trial.put(make_merge(block, fit, refit=True))
         return perplexity(model, test), count_parameters(model)
 
 
@@ -112,7 +112,7 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     fitting = windows(tokenizer, options.fit, options.length, options.fit_windows, spread=True)
     test = windows(tokenizer, options.test, options.length, options.test_windows, spread=False)
-    blocks = find_feed_forward_blocks(model)
+    blocks = bind_blocks(model)
     parameters, dense = count_parameters(model), perplexity(model, test)
     print(f"dense: {dense:.3f}", flush=True)
     metrics = loss_metrics(model, model, blocks, fitting[:: max(1, len(fitting) // 3)][:3])

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel, T5Config, T5Model
 
-from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, find_feed_forward_blocks
+from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse
+from hf_layercollapse.blocks import bind, bind_blocks
 from hf_layercollapse.calibration import (
     OUTLIER_LENGTH,
     TokenFilter,
@@ -16,7 +17,6 @@ from hf_layercollapse.calibration import (
     reiterable,
     score_neurons,
 )
-from hf_layercollapse.families import modules_of
 
 from .models import BY_NAME, HIDDEN, VOCABULARY, WIDTH, randomize, text_inputs
 
@@ -41,11 +41,11 @@ def data(batches=8, length=7):
 
 def stored(model, block, batches, neurons=()):
     """`(f, y)` of every token, in float64."""
-    parts, xs, hs, ys = modules_of(model, block), [], [], []
+    xs, hs, ys = [], [], []
     handles = [
-        parts.up.register_forward_pre_hook(lambda module, args: xs.append(args[0].flatten(0, -2))),
-        parts.down.register_forward_pre_hook(lambda module, args: hs.append(args[0].flatten(0, -2))),
-        parts.down.register_forward_hook(lambda module, args, output: ys.append(output.flatten(0, -2))),
+        block.up.register_forward_pre_hook(lambda module, args: xs.append(args[0].flatten(0, -2))),
+        block.down.register_forward_pre_hook(lambda module, args: hs.append(args[0].flatten(0, -2))),
+        block.down.register_forward_hook(lambda module, args, output: ys.append(output.flatten(0, -2))),
     ]
     with torch.no_grad():
         for batch in batches:
@@ -73,7 +73,7 @@ def assert_moments(moments, f, y, tolerance=1e-6):
 @pytest.mark.parametrize("neurons", [[], [5, 0, 17]], ids=["x", "x-and-neurons"])
 def test_moments_are_those_of_the_stored_activations(neurons):
     model = bert()
-    blocks = find_feed_forward_blocks(model)
+    blocks = bind_blocks(model)
     moments = collect_moments(model, model, blocks, data(), {block.name: neurons for block in blocks})
     for block in blocks:
         assert moments[block.name].neurons == neurons and moments[block.name].width == WIDTH
@@ -82,7 +82,7 @@ def test_moments_are_those_of_the_stored_activations(neurons):
 
 def test_restricted_moments_are_those_of_the_neurons():
     model = bert()
-    block = find_feed_forward_blocks(model)[0]
+    block = bind_blocks(model)[0]
     moments = collect_moments(model, model, [block], data(), {block.name: [1, 3, 9]})[block.name].restricted([2, 0])
     assert moments.neurons == [9, 1]
     assert_moments(moments, *stored(model, block, data(), [9, 1]))
@@ -92,9 +92,9 @@ def test_a_chunked_block_is_called_several_times():
     model, chunked = bert(), bert(chunk_size_feed_forward=2)
     batches = data(length=6)
     batches[0]["attention_mask"] = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
-    for block in find_feed_forward_blocks(model):
+    for block in bind_blocks(model):
         whole = collect_moments(model, model, [block], batches)[block.name]
-        parts = collect_moments(chunked, chunked, [block], batches)[block.name]
+        parts = collect_moments(chunked, chunked, [bind(chunked, block)], batches)[block.name]
         assert parts.tokens == whole.tokens == 8 * 12 - 3
         torch.testing.assert_close(parts.cov_fo, whole.cov_fo, rtol=1e-5, atol=1e-6)
 
@@ -110,7 +110,7 @@ def test_a_shared_block_gets_the_tokens_of_all_its_calls():
         max_position_embeddings=40,
     )
     model = randomize(AlbertModel(config)).eval()
-    (block,) = find_feed_forward_blocks(model)
+    (block,) = bind_blocks(model)
     moments = collect_moments(model, model, [block], data())[block.name]
     assert moments.tokens == 3 * 8 * 14
     assert_moments(moments, *stored(model, block, data()))
@@ -118,7 +118,7 @@ def test_a_shared_block_gets_the_tokens_of_all_its_calls():
 
 def test_padding_is_left_out():
     model = bert()
-    blocks = find_feed_forward_blocks(model)
+    blocks = bind_blocks(model)
     plain = [text_inputs(batch=1, seed=seed, length=length) for seed, length in enumerate((7, 4, 5, 6) * 5)]
     padded = []
     for batch in plain:
@@ -140,7 +140,7 @@ def test_blocks_of_a_decoder_use_its_mask():
         vocab_size=VOCABULARY, d_model=WIDTH, d_ff=HIDDEN, d_kv=8, num_layers=1, num_heads=2, decoder_start_token_id=0
     )
     model = randomize(T5Model(config)).eval()
-    encoder, decoder = find_feed_forward_blocks(model)
+    encoder, decoder = bind_blocks(model)
     batches = []
     for seed in range(10):
         batch = {"input_ids": text_inputs(seed=seed)["input_ids"], "attention_mask": torch.ones(2, 7)}
@@ -161,7 +161,7 @@ def filter_of(mask, token_mask_fn=None):
     model = bert()
     tokens = TokenFilter(model, token_mask_fn)
     tokens.start({"attention_mask": mask})
-    return tokens, find_feed_forward_blocks(model)[0]
+    return tokens, bind_blocks(model)[0]
 
 
 def test_a_mask_fits_flattened_tokens_too():
@@ -195,7 +195,7 @@ def test_the_users_own_mask():
 
 def test_too_few_tokens():
     model = bert()
-    block = find_feed_forward_blocks(model)[0]
+    block = bind_blocks(model)[0]
     one = [text_inputs(batch=1, length=16)]
     with pytest.raises(ValueError, match="16 calibration tokens, of 1 different rows, .* At least 22 tokens"):
         collect_moments(model, model, [block], one)
@@ -207,7 +207,7 @@ def test_too_few_tokens():
 def test_rows_that_repeat_others_do_not_count():
     """However often, in whatever batch, and however padded."""
     model = bert()
-    block = find_feed_forward_blocks(model)[0]
+    block = bind_blocks(model)[0]
     ids = text_inputs(batch=2, length=9)["input_ids"]
     copies = [{"input_ids": ids.repeat(8, 1)} for _ in range(8)]
     with pytest.raises(ValueError, match="18 calibration tokens, of 2 different rows, .* rows that repeat others"):
@@ -243,7 +243,7 @@ def gaussian(rows, width, outputs=8, rank=None, seed=0):
 def moments_of(x, y):
     sums = _MomentSums([])
     sums.add(x, y)
-    return sums.finish(find_feed_forward_blocks(bert())[0], len(x))
+    return sums.finish(bind_blocks(bert())[0], len(x))
 
 
 @pytest.mark.parametrize("width", [40, 300], ids=["float64", "float32"])
@@ -295,14 +295,14 @@ def test_data_that_are_not_finite():
     batches = data()
     batches[3]["input_ids"][0, 0] = 5
     with pytest.raises(ValueError, match="not finite"):
-        collect_moments(model, model, find_feed_forward_blocks(model), batches)
+        collect_moments(model, model, bind_blocks(model), batches)
     with pytest.raises(ValueError, match="not finite"):
-        score_neurons(model, model, find_feed_forward_blocks(model), batches)
+        score_neurons(model, model, bind_blocks(model), batches)
 
 
 def test_half_precision_models_are_summed_in_float32_or_better():
     model = bert().bfloat16()
-    block = find_feed_forward_blocks(model)[0]
+    block = bind_blocks(model)[0]
     moments = collect_moments(model, model, [block], data(40))[block.name]
     assert_moments(moments, *stored(model, block, data(40)))
 
@@ -315,7 +315,7 @@ def test_large_means_and_many_tokens_keep_their_precision(width):
     sums = _MomentSums([])
     for start in range(0, 9000, 700):
         sums.add(x[start : start + 700], y[start : start + 700])
-    assert_moments(sums.finish(find_feed_forward_blocks(bert())[0], 1), x.double(), y.double(), 1e-5)
+    assert_moments(sums.finish(bind_blocks(bert())[0], 1), x.double(), y.double(), 1e-5)
 
 
 def test_a_massive_token_does_not_decide_the_fit():
@@ -326,7 +326,7 @@ def test_a_massive_token_does_not_decide_the_fit():
     y[7] = 1e5
     sums = _MomentSums([])
     sums.add(x, y)
-    fit = sums.finish(find_feed_forward_blocks(bert())[0], 1).fit()
+    fit = sums.finish(bind_blocks(bert())[0], 1).fit()
     # Its squared error weighs as much as that of a token of this length.
     ordinary = torch.arange(4000) != 7
     residual = (x @ fit.weight_oi.T.float() + fit.bias_o.float() - y)[ordinary]
@@ -338,12 +338,12 @@ def test_a_massive_token_does_not_decide_the_fit():
 def test_neurons_are_scored_by_what_a_line_leaves_times_their_column(name):
     case = BY_NAME[name]
     model = case.model()
-    blocks = find_feed_forward_blocks(model)
+    blocks = bind_blocks(model)
     batches = [case.inputs(seed=seed) for seed in range(5)]
     scores = score_neurons(model, model, blocks, batches)
     for block in blocks:
-        parts, seen = modules_of(model, block), []
-        handle = parts.activation.register_forward_hook(
+        seen = []
+        handle = block.activation.register_forward_hook(
             lambda module, args, output, seen=seen: seen.append((args[0].flatten(0, -2), output.flatten(0, -2)))
         )
         with torch.no_grad():
@@ -353,7 +353,7 @@ def test_neurons_are_scored_by_what_a_line_leaves_times_their_column(name):
         z, a = (torch.cat(parts).double() for parts in zip(*seen, strict=True))
         z, a = z - z.mean(0), a - a.mean(0)
         left = (a - z * ((z * a).sum(0) / (z * z).sum(0))).square().mean(0)
-        expected = left * parts.down_affine()[0].detach().double().square().sum(0)
+        expected = left * block.down_affine()[0].detach().double().square().sum(0)
         torch.testing.assert_close(scores[block.name], expected, rtol=1e-6, atol=1e-9)
 
 
@@ -424,11 +424,12 @@ def test_affine_targets_of_blocks_that_share_an_activation(blocks):
 
 def test_scores_and_moments_of_blocks_that_share_an_activation():
     shared, apart, batches = stacks()
-    blocks = find_feed_forward_blocks(shared)
-    scores = [score_neurons(model, model, blocks, batches) for model in (shared, apart)]
+    blocks = bind_blocks(shared)
+    both = [(shared, blocks), (apart, [bind(apart, block) for block in blocks])]
+    scores = [score_neurons(model, model, bound, batches) for model, bound in both]
     assert all(torch.equal(scores[0][block.name], scores[1][block.name]) for block in blocks)
     neurons = {block.name: [3, 1] for block in blocks}
-    moments = [collect_moments(model, model, blocks, batches, neurons) for model in (shared, apart)]
+    moments = [collect_moments(model, model, bound, batches, neurons) for model, bound in both]
     for block in blocks:
         assert torch.equal(moments[0][block.name].cov_ff, moments[1][block.name].cov_ff)
 
@@ -437,7 +438,7 @@ def test_scores_and_moments_of_blocks_that_share_an_activation():
 def test_blocks_that_share_an_activation_and_run_at_the_same_time(run):
     model = randomize(Interleaved(nn.GELU()), 3).eval()
     batches = [{"x": torch.randn(64, 16)}]
-    blocks = find_feed_forward_blocks(model)
+    blocks = bind_blocks(model)
     assert [block.name for block in blocks] == ["a", "b"]
     with pytest.raises(ValueError, match="a, b share one activation module and run at the same time"):
         if run == "affine":

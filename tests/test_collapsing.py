@@ -16,6 +16,7 @@ from hf_layercollapse import (
     functional,
     remove_layer_collapse,
 )
+from hf_layercollapse.blocks import bind_blocks
 from hf_layercollapse.calibration import collect_moments
 from hf_layercollapse.functional import gaussian_inputs
 
@@ -445,7 +446,7 @@ def rows(model, case, index, data):
 def own_to_other(case, index, data):
     """By how much the error on other data exceeds that on the data a block of a fresh model is fitted to."""
     model = case.model()
-    block = find_feed_forward_blocks(model)[index]
+    block = bind_blocks(model)[index]
     moments = collect_moments(model, model, [block], data)[block.name]
     return functional.generalized(1.0, moments.tokens, moments.coefficients()) ** 0.5
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForQuestionAnswering, BertConfig
 
-from hf_layercollapse import find_feed_forward_blocks, functional
-from hf_layercollapse.families import modules_of
+from hf_layercollapse import functional
+from hf_layercollapse.blocks import bind_blocks
 from hf_layercollapse.loss_metric import loss_metrics
 from hf_layercollapse.predictions import Predictions, predictions_of
 
@@ -18,7 +18,7 @@ def batches_of(case, count=4, batch=8):
 
 def exact_metric(model, block, batches):
     """The expectation over all classes, one backward pass each, with gradients from plain autograd."""
-    down = modules_of(model, block).down
+    down = block.down
     total, predictions = 0.0, 0
     for batch in batches:
         outputs = []
@@ -40,7 +40,7 @@ def exact_metric(model, block, batches):
 def test_it_is_the_fisher_information_at_a_blocks_output(name):
     case = BY_NAME[name]
     model, batches = case.model(), batches_of(case)
-    blocks = find_feed_forward_blocks(model)
+    blocks = bind_blocks(model)
     metrics = loss_metrics(model, model, blocks, batches, draws=200)
     for block in blocks:
         expected = exact_metric(model, block, batches)
@@ -51,7 +51,7 @@ def test_it_is_the_fisher_information_at_a_blocks_output(name):
 def test_it_predicts_what_a_small_change_of_an_output_costs(name):
     case = BY_NAME[name]
     model, batches = case.model(), batches_of(case, count=8)
-    block = find_feed_forward_blocks(model)[1]
+    block = bind_blocks(model)[1]
     metric = loss_metrics(model, model, [block], batches, draws=20)[block.name].matrix
     generator = torch.Generator().manual_seed(0)
     noise = 0.01
@@ -63,7 +63,7 @@ def test_it_predicts_what_a_small_change_of_an_output_costs(name):
     with torch.no_grad():
         for batch in batches:
             (before,) = predictions_of(model, batch, model(**batch))
-            handle = modules_of(model, block).down.register_forward_hook(disturb)
+            handle = block.down.register_forward_hook(disturb)
             (after,) = predictions_of(model, batch, model(**batch))
             handle.remove()
             cost += float(after.divergence_from(before).sum())
@@ -77,7 +77,7 @@ def test_measuring_changes_nothing():
     frozen = next(model.parameters()).requires_grad_(False)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     generator = torch.get_rng_state()
-    loss_metrics(model, model, find_feed_forward_blocks(model), batches)
+    loss_metrics(model, model, bind_blocks(model), batches)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert [p for p in model.parameters() if not p.requires_grad] == [frozen]
@@ -88,7 +88,7 @@ def test_measuring_changes_nothing():
 def test_the_same_seed_gives_the_same_metric_and_padding_counts_for_nothing():
     case = BY_NAME["bert"]
     model, (batch,) = case.model(), batches_of(case, count=1)
-    (block, *_) = find_feed_forward_blocks(model)
+    (block, *_) = bind_blocks(model)
     mask = torch.ones_like(batch["input_ids"])
     plain = loss_metrics(model, model, [block], [{**batch, "attention_mask": mask}])[block.name]
     padding = torch.zeros_like(mask[:, :3])
@@ -110,7 +110,7 @@ def test_heads_without_classes(kind):
     auto = AutoModel if kind == "embedding" else AutoModelForQuestionAnswering
     model = auto.from_config(config).eval()
     batches = batches_of(BY_NAME["bert"])
-    blocks = find_feed_forward_blocks(model)
+    blocks = bind_blocks(model)
     metrics = loss_metrics(model, model, blocks, batches)
     assert all(float(metric.matrix.trace()) > 0 for metric in metrics.values())
     found = predictions_of(model, batches[0], model(**batches[0]))
@@ -120,7 +120,7 @@ def test_heads_without_classes(kind):
 def test_a_block_that_no_prediction_depends_on_is_named():
     case = BY_NAME["bert"]
     model = case.model()
-    blocks = find_feed_forward_blocks(model)
+    blocks = bind_blocks(model)
 
     def cut(module, args, output):
         return output.detach()

@@ -24,9 +24,9 @@ from hf_layercollapse import (
     find_feed_forward_blocks,
     functional,
 )
+from hf_layercollapse.blocks import bind_blocks, weight_and_bias
 from hf_layercollapse.calibration import collect_moments
 from hf_layercollapse.collapsing import fit_blocks
-from hf_layercollapse.families import modules_of, weight_and_bias
 from hf_layercollapse.merging import BlockChoice as Choice
 from hf_layercollapse.merging import Trial, cost_of, effective_rank, make_merge
 from hf_layercollapse.modeling_layercollapse import (
@@ -158,14 +158,13 @@ def test_computes_the_least_squares_fit(case, rank, keep):
     for block in find_feed_forward_blocks(dense):
         model = case.model()
         choices = {block.name: Choice(rank, keep)}
-        (found,) = [other for other in find_feed_forward_blocks(model) if other.name == block.name]
+        (found,) = [other for other in bind_blocks(model) if other.name == block.name]
         fit = fit_blocks(model, model, [found], choices, batches)[block.name]
         moments = collect_moments(model, model, [found], batches, {block.name: fit.neurons})[block.name]
-        parts, xs, ys = modules_of(model, found), [], []
-        first = parts.up if parts.gate is None else parts.gate
+        xs, ys = [], []
         handles = [
-            first.register_forward_pre_hook(lambda module, args, xs=xs: xs.append(args[0].flatten(0, -2))),
-            parts.down.register_forward_hook(lambda module, args, output, ys=ys: ys.append(output.flatten(0, -2))),
+            found.first.register_forward_pre_hook(lambda module, args, xs=xs: xs.append(args[0].flatten(0, -2))),
+            found.down.register_forward_hook(lambda module, args, output, ys=ys: ys.append(output.flatten(0, -2))),
         ]
         with torch.no_grad():
             for batch in batches:
@@ -173,9 +172,9 @@ def test_computes_the_least_squares_fit(case, rank, keep):
         for handle in handles:
             handle.remove()
         x, y = torch.cat(xs), torch.cat(ys)
-        merge = make_merge(found, parts, fit, refit=True)
+        merge = make_merge(found, fit, refit=True)
         outputs = []
-        with Trial(model) as trial:
+        with Trial() as trial:
             trial.put(merge)
             (after,) = [other for other in find_feed_forward_blocks(model) if other.name == block.name]
             assert after.macs == merge.report.macs_after == cost_of(found, rank, keep)
@@ -230,7 +229,7 @@ def test_sequential_fits_to_the_inputs_that_blocks_will_see():
     )
     assert torch.equal(*first) and not torch.equal(*last)
     # The last block against the dense one, on what reaches it in the collapsed model.
-    block = find_feed_forward_blocks(dense)[2]
+    block = bind_blocks(dense)[2]
     xs = []
     up = model.get_submodule(case.blocks()[2]).get_submodule("intermediate")
     up.register_forward_pre_hook(lambda module, args: xs.append(args[0].flatten(0, -2)))
@@ -238,7 +237,7 @@ def test_sequential_fits_to_the_inputs_that_blocks_will_see():
         logits(model, batch)
     x = torch.cat(xs)
     with torch.no_grad():
-        y = modules_of(dense, block).forward(x)
+        y = block.forward(x)
         errors = [
             relative(linear(x), y)
             for linear in (modules.get_submodule(f"{case.blocks()[2]}.{case.down}") for modules in (model, at_once))

@@ -17,7 +17,7 @@ from hf_layercollapse import (
     plan_collapse,
     remove_layer_collapse,
 )
-from hf_layercollapse.families import modules_of, weight_and_bias
+from hf_layercollapse.blocks import bind_blocks, weight_and_bias
 from hf_layercollapse.rows import hold_back
 
 from .models import BY_NAME, HIDDEN, WIDTH, divergence
@@ -39,7 +39,7 @@ def table_of(model):
 
 def in_parts(case, model):
     """The modules of every block."""
-    return [modules_of(model, block) for block in find_feed_forward_blocks(model)]
+    return bind_blocks(model)
 
 
 @every_layout

@@ -12,7 +12,7 @@ import time
 import torch
 from transformers import BertConfig, BertModel
 
-from hf_layercollapse import find_feed_forward_blocks
+from hf_layercollapse.blocks import bind_blocks
 from hf_layercollapse.calibration import collect_moments, run_over, score_neurons
 
 
@@ -32,7 +32,7 @@ def main():
             num_attention_heads=heads,
         )
     ).eval()
-    blocks = find_feed_forward_blocks(model)
+    blocks = bind_blocks(model)
     data = [{"input_ids": torch.randint(1000, 20000, (8, 128))} for _ in range(args.batches)]
     kept = {block.name: list(range(args.width // 2)) for block in blocks}
     passes = {
