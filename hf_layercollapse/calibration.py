@@ -1,8 +1,6 @@
 """Passes over calibration data: sums over tokens, never the activations themselves."""
 
-import contextlib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import psutil
@@ -14,7 +12,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from . import functional
 from .modeling_layercollapse import CollapsibleActivation, is_inplace
-from .rows import DistinctRows, not_inputs
+from .models import device_of, evaluating, inputs_of
+from .rows import DistinctRows
 
 
 # Tokens whose products are summed in float32 before they are added to the float64 totals.
@@ -393,7 +392,7 @@ def _moments_of_group(model, inner, group, data, wanted, token_mask_fn):
 
 
 def _free_memory(inner):
-    device = next(inner.parameters()).device
+    device = device_of(inner)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return int(FREE_SHARE * free)
 
@@ -595,7 +594,7 @@ def run_over(model, data, handles, description, tokens=None, gradients=False):
     Raises:
         ValueError: There is no batch, or a batch is not a dict of model inputs.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     batches = 0
     try:
         with evaluating(model), torch.set_grad_enabled(gradients):
@@ -610,29 +609,6 @@ def run_over(model, data, handles, description, tokens=None, gradients=False):
             handle.remove()
     if not batches:
         raise ValueError("The calibration data is empty: it must give at least one batch of model inputs.")
-
-
-@contextlib.contextmanager
-def evaluating(model):
-    """The model in evaluation mode; afterwards every module is in the mode that it was in."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-
-
-def inputs_of(batch, device):
-    """A batch of model inputs on a device.
-
-    Raises:
-        ValueError: It is no mapping.
-    """
-    if not isinstance(batch, Mapping):  # as dicts and BatchEncodings are
-        raise ValueError(not_inputs(batch))
-    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
 def logits_of(model: nn.Module, data):

@@ -18,6 +18,7 @@ from .collapsing import collapse_model
 from .comparison import compare_models, weights_folder
 from .families import find_feed_forward_blocks, refused_blocks
 from .model_card import auto_class_of, create_model_card
+from .models import count_parameters, inputs_of
 from .planning import linearity_map, plan_collapse
 from .plans import CollapsePlan
 from .profiling import measure_speedup
@@ -134,7 +135,7 @@ def inspect(
             widths = f"{b.in_features} -> {b.hidden_features} -> {b.out_features}"
             rows.append([b.name, b.kind, b.state, widths, f"{b.parameters:,}", f"{b.macs:,}"])
         typer.echo(table(rows))
-        total = sum(parameter.numel() for parameter in live.parameters())
+        total = count_parameters(live)
         inside = sum(block.parameters for block in found)
         typer.echo(f"{len(found)} blocks hold {inside:,} of {total:,} parameters ({inside / total:.1%})")
         for name, reason in refused_blocks(live).items():
@@ -338,7 +339,7 @@ def latency(
     """Times two models in turn, against what their MACs promise, and says where that cannot show."""
     models = [load_model(name, trust_remote_code).to(device) for name in (dense, collapsed)]
     inputs = example_inputs(models[0], _processor_of(models[0], dense), batch_size, length)
-    inputs = {name: value.to(device) for name, value in inputs.items()}
+    inputs = inputs_of(inputs, device)
     modes = ["eager", "compiled"] if compiled else ["eager"]
     for speedup in measure_speedup(*models, inputs, modes, rounds):
         typer.echo(str(speedup))

@@ -29,7 +29,7 @@ from .merging import (
     ready_neurons,
 )
 from .modeling_layercollapse import children_of, refuse_lost_code
-from .models import is_adapted, unwrap
+from .models import count_parameters, is_adapted, unwrap
 from .patching import (
     collapsible_activations,
     layer_collapse_config_of,
@@ -114,7 +114,7 @@ def collapse_model(
             model, inner, config, options, calibration_data, plan, max_error, allow_none, token_mask_fn
         )
 
-    parameters_before = _count_parameters(inner)
+    parameters_before = count_parameters(inner)
     replaced = [exchange.new for merge in merges for exchange in put_in_place(merge)]
     if options.not_ready == "restore":
         restore_blocks(waiting)
@@ -128,7 +128,7 @@ def collapse_model(
         after = logits_of(model, kept_batches)
         difference = max(float((a - b).abs().max()) for a, b in zip(logits, after, strict=True))
     return CollapseReport(
-        sorted(reports, key=lambda report: report.index), parameters_before, _count_parameters(inner), difference
+        sorted(reports, key=lambda report: report.index), parameters_before, count_parameters(inner), difference
     )
 
 
@@ -507,7 +507,3 @@ def _waiting_report(block, options):
         macs_before=block.macs,
         macs_after=block.macs,
     )
-
-
-def _count_parameters(model):
-    return sum(parameter.numel() for parameter in model.parameters())

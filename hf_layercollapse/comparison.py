@@ -17,7 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ._version import __version__
 from .metrics import accuracy_interval, paired_difference, paired_perplexity_difference, perplexity_interval
-from .models import unwrap
+from .models import device_of, evaluating, inputs_of, unwrap
 from .profiling import compare_latency, count_macs, count_parameters, describe_hardware, weights_size
 from .rows import IGNORED
 from .scoring import SECRET
@@ -218,8 +218,8 @@ def compare_models(
     if not batches:
         raise ValueError("The data is empty: it must give at least one batch of model inputs.")
     metric = _metric_of(models, batches)
-    device = next(next(iter(models.values())).parameters()).device
-    batches = [_on(device, batch) for batch in batches]
+    device = device_of(next(iter(models.values())))
+    batches = [inputs_of(batch, device) for batch in batches]
     timed = max(batches, key=_count)
     timed = {name: value for name, value in timed.items() if name != "labels"}
     images = "pixel_values" in timed
@@ -272,10 +272,6 @@ def _count(batch):
     return max((value.numel() for value in batch.values() if isinstance(value, torch.Tensor)), default=0)
 
 
-def _on(device, batch):
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-
-
 def _metric_of(models, batches):
     inner = [unwrap(model)[0] for model in models.values()]
     if all(is_causal_language_model(model) for model in inner):
@@ -307,22 +303,16 @@ def _described(model):
 
 def _score(model, batches, metric, name, progress):
     """Whether each example is right, or each sequence's summed loss and its tokens: a tuple of arrays."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     parts = []
-    try:
-        with torch.no_grad():
-            for batch in tqdm(batches, desc=f"Scoring {name}", leave=False, disable=not progress):
-                inputs = {key: value for key, value in batch.items() if key != "labels"}
-                logits = model(**inputs)["logits"]
-                if metric == "accuracy":
-                    _check_logits(name, logits, batch["labels"])
-                    parts.append([(logits.argmax(-1) == batch["labels"]).cpu().numpy()])
-                else:
-                    parts.append(_losses(logits, batch))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model), torch.no_grad():
+        for batch in tqdm(batches, desc=f"Scoring {name}", leave=False, disable=not progress):
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            logits = model(**inputs)["logits"]
+            if metric == "accuracy":
+                _check_logits(name, logits, batch["labels"])
+                parts.append([(logits.argmax(-1) == batch["labels"]).cpu().numpy()])
+            else:
+                parts.append(_losses(logits, batch))
     score = tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     if metric == "perplexity" and not np.isfinite(score[0]).all():
         raise ValueError(f"The loss of {name} is not finite.")

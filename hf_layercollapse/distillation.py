@@ -14,8 +14,8 @@ from . import functional
 from .calibration import TokenFilter
 from .config import LayerCollapseConfig
 from .families import find_feed_forward_blocks
-from .models import unwrap
-from .patching import collapsible_activations, layer_collapse_config_of, remove_layer_collapse, shorten
+from .models import shorten, unwrap
+from .patching import collapsible_activations, layer_collapse_config_of, remove_layer_collapse
 from .selection import select_blocks
 from .upstream import has_causal_loss
 

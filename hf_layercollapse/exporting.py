@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .families import find_feed_forward_blocks
 from .modeling_layercollapse import SAVING_PREFIX
-from .models import unwrap
+from .models import evaluating, shorten, unwrap
 from .profiling import weights_size
 from .stock import StockReport, export_stock
 from .upstream import refuse_old_exporters
@@ -92,13 +92,9 @@ class ExportReport:
         if self.stock is not None:
             lines.append(str(self.stock))
         if self.inputs:
-            lines.append(f"inputs: {', '.join(_shorten(self.inputs))}")
-            lines.append(f"outputs: {', '.join(_shorten(self.outputs))}")
+            lines.append(f"inputs: {', '.join(shorten(self.inputs))}")
+            lines.append(f"outputs: {', '.join(shorten(self.outputs))}")
         return "\n".join(lines)
-
-
-def _shorten(names):
-    return names if len(names) <= 6 else [*names[:5], f"... and {len(names) - 5} more"]
 
 
 @torch.no_grad()
@@ -156,19 +152,14 @@ def export_model(model, inputs, output, to="onnx", *, cache=None, processor=None
 
     parent = output.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
-    modes = {module: module.training for module in model.modules()}
     with tempfile.TemporaryDirectory(prefix=SAVING_PREFIX, dir=parent) as beside:
         folder = Path(beside) / "export"
-        try:
-            model.eval()
+        with evaluating(model):
             samples = _samples(model, inputs, cache)
             if to == "stock":
                 report = _export_stock(model, samples, folder)
             else:
                 report = _export_graph(model, samples, folder, to)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
         if not report["difference"] <= tolerance * max(1.0, report["largest"]):  # not (NaN) either
             raise ValueError(
                 f"The {to} export of this {type(model).__name__} differs from it by {report['difference']:.3e} where "

@@ -1,6 +1,8 @@
-"""What a live model is asked: what wraps it, which of its modules are adapted, what stands at a path."""
+"""What a live model is asked: what wraps it, what stands at a path, its mode, its device, its size."""
 
+import contextlib
 import re
+from collections.abc import Mapping
 
 import torch
 from accelerate.utils import is_compiled_module
@@ -8,6 +10,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from .modeling_layercollapse import children_of
+from .rows import not_inputs
 from .upstream import uncompiled
 
 
@@ -107,3 +110,42 @@ def part_at(module, path):
         if module is None:
             return None
     return module
+
+
+def count_parameters(model) -> int:
+    """Elements of all parameters; shared (tied) ones count once, buffers do not."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """The model in evaluation mode; afterwards every module is in the mode that it was in."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def device_of(model):
+    """Where a model's inputs go: the device of its first parameter."""
+    return next(model.parameters()).device
+
+
+def inputs_of(batch, device):
+    """A batch of model inputs on a device.
+
+    Raises:
+        ValueError: It is no mapping.
+    """
+    if not isinstance(batch, Mapping):  # as dicts and BatchEncodings are
+        raise ValueError(not_inputs(batch))
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+
+def shorten(names, limit=6):
+    """Names for a message: the first of them, and how many more there are."""
+    names = list(names)
+    return names if len(names) <= limit else [*names[:limit], f"and {len(names) - limit} more"]

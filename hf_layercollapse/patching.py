@@ -22,7 +22,7 @@ from .modeling_layercollapse import (
     spec_of,
     standing,
 )
-from .models import is_peft_model, unwrap
+from .models import is_peft_model, shorten, unwrap
 from .selection import select_blocks
 
 
@@ -184,11 +184,6 @@ def restore_blocks(blocks):
     """Puts the native activation back into patched blocks."""
     for block in blocks:
         block.exchange(block.layout.activation, block.activation.native.train(block.activation.training))
-
-
-def shorten(names, limit=6):
-    names = list(names)
-    return names if len(names) <= limit else [*names[:limit], f"and {len(names) - limit} more"]
 
 
 def collapsible_activations(model) -> dict[str, CollapsibleActivation]:

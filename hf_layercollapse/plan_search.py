@@ -9,9 +9,10 @@ import torch
 from tqdm.auto import tqdm
 
 from .block_sizes import alike, allocations, any_fit, fit_size, sizes_of
-from .calibration import evaluating, inputs_of, moments_in_groups
+from .calibration import moments_in_groups
 from .families import find_feed_forward_blocks
 from .merging import Trial, cost_of, has_constant, make_merge
+from .models import count_parameters, device_of, evaluating, inputs_of
 from .plans import CollapsePlan, PlanPoint, key_of, limit_of
 from .predictions import predictions_of, without_labels
 from .profiling import compare_latency
@@ -60,7 +61,7 @@ class Search:
         self.metrics, self.score, self.sign, self.options = metrics, score, sign, options
         everything = find_feed_forward_blocks(inner)
         self.fixed_macs = sum(block.macs for block in everything) - sum(block.macs for block in blocks)
-        self.parameters = sum(parameter.numel() for parameter in inner.parameters())
+        self.parameters = count_parameters(inner)
         self.sizes = {}
 
     # ---- What each size is expected to lose ----
@@ -189,7 +190,7 @@ class Search:
         """Time of the model with these sizes as a share of the time of `dense`, a copy of it as it is. What the
         weights are does not matter, so none are fitted."""
         changed = [(self.blocks[name], size) for name, size in chosen.items() if not size.as_it_is]
-        batch = inputs_of(batch, next(self.inner.parameters()).device)
+        batch = inputs_of(batch, device_of(self.inner))
         with Trial() as trial:
             for block, size in changed:
                 constant = has_constant(block, size.rank, self.options.constant_term)
@@ -218,7 +219,7 @@ def divergences(model, inner, plans, data):
     sums, count = [0.0] * len(plans), 0
     if not any(plans):  # the model as it is
         return sums
-    device = next(model.parameters()).device
+    device = device_of(model)
     with evaluating(model):
         for batch in tqdm(data, desc="Measuring plans", leave=False):
             inputs = inputs_of(batch, device)
@@ -261,7 +262,7 @@ def _unit(budget):
 def room_of(unit, value, inner, blocks):
     """What these blocks may have of a budget of parameters of the model, or of MACs of its feed-forward blocks."""
     if unit == "parameters":
-        whole = sum(parameter.numel() for parameter in inner.parameters())
+        whole = count_parameters(inner)
         ours = sum(block.parameters for block in blocks)
     else:
         whole = sum(block.macs for block in find_feed_forward_blocks(inner))

@@ -6,7 +6,7 @@ import re
 import statistics
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +15,8 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .modeling_layercollapse import PASS_ON
-
-
-def count_parameters(model) -> int:
-    """Elements of all parameters; shared (tied) ones count once, buffers do not."""
-    return sum(parameter.numel() for parameter in model.parameters())
+from .models import count_parameters as count_parameters
+from .models import evaluating
 
 
 def count_macs(model, inputs) -> int:
@@ -43,7 +40,8 @@ def count_macs(model, inputs) -> int:
         for module in model.modules():
             if isinstance(module, _COUNTED):
                 stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
+        stack.enter_context(torch.no_grad())
         model(**inputs)
     return total
 
@@ -181,7 +179,7 @@ def compare_latency(
     """
     if not models:
         raise ValueError("There is no model to measure.")
-    seconds = _in_turn({name: (model, inputs) for name, model in models.items()}, rounds, warmup, progress)
+    seconds = _seconds_of({name: (model, inputs) for name, model in models.items()}, rounds, warmup, progress)
     baseline = next(iter(seconds.values()))
     return {
         name: Latency(tuple(times), tuple(time_ / base for time_, base in zip(times, baseline, strict=True)))
@@ -189,7 +187,7 @@ def compare_latency(
     }
 
 
-def _in_turn(calls, rounds, warmup, progress):
+def _seconds_of(calls, rounds, warmup, progress):
     """Name -> seconds of each round, for `calls` name -> `(model, inputs)`."""
     if rounds < 2 or warmup < 0:
         raise ValueError(f"Need rounds >= 2 and warmup >= 0, got rounds={rounds}, warmup={warmup}.")
@@ -197,7 +195,8 @@ def _in_turn(calls, rounds, warmup, progress):
     seconds = {name: [] for name in names}
     with ExitStack() as stack:
         for model, _ in calls.values():
-            stack.enter_context(_evaluating(model))
+            stack.enter_context(evaluating(model))
+        stack.enter_context(torch.no_grad())
         for round_ in tqdm(range(-warmup, rounds), desc="Timing", leave=False, disable=not progress):
             turn = round_ % len(names)
             for name in names[turn:] + names[:turn]:
@@ -222,18 +221,6 @@ def _synchronize(inputs):
 
 
 _CPU = torch.device("cpu")
-
-
-@contextmanager
-def _evaluating(model):
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @dataclass(frozen=True)
@@ -306,7 +293,7 @@ def fixed_cost(model, inputs, rounds: int = 10, warmup: int = 2, progress: bool 
         "larger": (model, with_rows([0, 0] if rows == 1 else slice(0, rows))),
         "weights": (_ReadWeights(model), {}),
     }
-    seconds = _in_turn(calls, rounds, warmup, progress)
+    seconds = _seconds_of(calls, rounds, warmup, progress)
     small, large, reading = (statistics.median(times) for times in seconds.values())
     slope = (large - small) / (larger - smaller)
     at_batch = large if rows > 1 else small

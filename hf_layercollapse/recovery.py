@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .calibration import evaluating, inputs_of
-from .models import unwrap
+from .models import device_of, evaluating, inputs_of, unwrap
 from .patching import alpha_parameters
 from .predictions import Predictions, predictions_of, without_labels
 from .scoring import split
@@ -185,8 +184,7 @@ class _Targets:
         """The teacher's predictions; `key` tells batches apart."""
         if key in self._kept:
             return self._kept[key]
-        device = next(self.teacher.parameters()).device
-        given = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
+        given = inputs_of(inputs, device_of(self.teacher))
         with torch.no_grad():
             found = predictions_of(self.inner, given, self.teacher(**without_labels(self.inner, given)))
         self.unit = self.unit or _UNITS[found[0].kind]
@@ -249,7 +247,7 @@ def _divergence(model, inner, inputs, targets, key):
 @torch.no_grad()
 def _measure(model, inner, data, targets):
     """`(mean divergence, predictions)` on rows held aside."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     total, count = 0.0, 0
     for index, batch in enumerate(tqdm(data, desc="Measuring", leave=False)):
         part, rows = _divergence(model, inner, inputs_of(batch, device), targets, ("held", index))
@@ -285,7 +283,7 @@ class _Run:
 
     def steps(self, data, every):
         """Yields `(step, mean divergence since the last yield)` after every so many steps, and at the end."""
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         total, count = 0.0, 0
         with tqdm(total=self.max_steps, desc="Recovering", leave=False) as progress:
             for step, (index, batch) in enumerate(self._batches(data), start=1):

@@ -3,6 +3,7 @@
 import re
 
 from . import families
+from .models import shorten
 
 
 # `"last:4"`, or in a part of the model `"encoder.last:4"`.
@@ -30,7 +31,7 @@ def select_blocks(blocks, selector, refused=None):
                 why = "".join(f" {name} is refused: {refused[name]}." for name in unknown if name in refused)
                 raise ValueError(
                     f"`blocks` names what is no block of this model: {unknown}.{why} Its blocks are "
-                    f"{_shorten([block.name for block in blocks])}."
+                    f"{shorten(block.name for block in blocks)}."
                 )
             chosen = set(selector)
             return [block for block in blocks if block.name in chosen]
@@ -60,7 +61,7 @@ def select_blocks(blocks, selector, refused=None):
         why = f" {selector} is refused: {refused[selector]}." if selector in refused else ""
         raise ValueError(
             f"`blocks` is {selector!r}, which is neither a part of the model nor, as a regular expression, matches a "
-            f"block name in full.{why} The names are {_shorten([block.name for block in blocks])}. {_parts(blocks)}"
+            f"block name in full.{why} The names are {shorten(block.name for block in blocks)}. {_parts(blocks)}"
         )
     return chosen
 
@@ -87,8 +88,4 @@ def _parts(blocks):
         components = block.name.split(".")
         depth = next((i for i, component in enumerate(components) if component.isdigit()), len(components) - 1)
         names[".".join(components[:depth])] = None
-    return f"Its parts are {_shorten(list(names))}." if "" not in names else ""
-
-
-def _shorten(names, limit=6):
-    return names if len(names) <= limit else [*names[: limit - 1], "...", names[-1]]
+    return f"Its parts are {shorten(names)}." if "" not in names else ""

@@ -23,8 +23,7 @@ from .modeling_layercollapse import (
     NarrowFeedForward,
     children_of,
 )
-from .models import unwrap
-from .profiling import count_parameters
+from .models import count_parameters, evaluating, unwrap
 from .widths import (
     build_native,
     governing_fields,
@@ -360,12 +359,8 @@ def _error(model, block, native):
         collapsed = holder
     else:
         collapsed = torch.nn.Sequential(block.up, block.activation, block.down)
-    modes = {module: module.training for module in collapsed.modules()}
-    try:
-        expected = collapsed.eval()(x)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(collapsed):
+        expected = collapsed(x)
     return functional.relative_error(expected, actual)
 
 

@@ -2,6 +2,7 @@
 
 from .families import find_feed_forward_blocks
 from .merging import cost_of, parameters_of
+from .models import count_parameters
 from .plans import limit_of
 
 
@@ -37,7 +38,7 @@ def _widths_within(inner, groups, budget, constant_term):
     """
     ((name, value),) = budget.items()
     if name == "parameters":
-        whole = sum(parameter.numel() for parameter in inner.parameters())
+        whole = count_parameters(inner)
     else:
         whole = sum(block.macs for block in find_feed_forward_blocks(inner))
     limit = limit_of(value, whole)
