@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import itertools
 import json
 import os
 import re
@@ -263,26 +264,68 @@ def collapsible(pre_activation, activated, alpha, slope, offset):
     Half-precision inputs are blended in float32, since alpha is float32; the output has the dtype of `activated`.
     """
     dtype = torch.promote_types(activated.dtype, alpha.dtype)
-    blended = activated.to(dtype)
-    return _toward(blended, _line(pre_activation.to(dtype), slope, offset), alpha.to(dtype)).to(activated.dtype)
+    line = _line(pre_activation.to(dtype), slope, offset)
+    return _toward(activated.to(dtype), line, alpha).to(activated.dtype)
 
 
 def _line(pre_activation, slope, offset):
     if isinstance(slope, torch.Tensor):
         return torch.addcmul(offset.to(pre_activation.dtype), pre_activation, slope.to(pre_activation.dtype))
-    if isinstance(offset, torch.Tensor):
-        return offset.to(pre_activation.dtype)
-    return pre_activation if _is_one(slope) else pre_activation.new_full((), offset)
+    # A gate goes to a constant.
+    return pre_activation if _is_one(slope) else offset
 
 
 def _is_one(slope):
     return not isinstance(slope, torch.Tensor) and slope == 1
 
 
-def _toward(start, end, alpha, out=None):
-    if isinstance(alpha, float):
-        return torch.add(start, end - start, alpha=alpha, out=out)
-    return torch.addcmul(start, end - start, alpha, out=out)
+def _toward(start, end, alpha):
+    return torch.addcmul(start, end - start, alpha.to(start.dtype))
+
+
+class _CollapsibleFunction(torch.autograd.Function):
+    """[`collapsible`] in chunks, keeping only the pre-activation for backward, as GELU and SiLU do.
+
+    Plain arithmetic would keep the difference of line and activation too, a tensor of the size of the input for each
+    block, and take three times as long; `torch.utils.checkpoint` keeps the input only, and takes four times as long.
+    """
+
+    @staticmethod
+    def forward(ctx, pre_activation, alpha, slope, offset, activation):
+        ctx.save_for_backward(pre_activation, alpha)
+        ctx.line, ctx.activation = (slope, offset), activation
+        chunks = (collapsible(z, activation(z), alpha, slope, offset) for z in _chunks(pre_activation))
+        return _joined(chunks, pre_activation.shape)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        pre_activation, alpha = ctx.saved_tensors
+        grad_alphas = []
+
+        def grad_inputs():
+            for z, grad in zip(_chunks(pre_activation), _chunks(grad_output), strict=True):
+                grad_input, grad_alpha = _gradients(z, grad, alpha, *ctx.line, ctx.activation)
+                grad_alphas.append(grad_alpha)
+                yield grad_input
+
+        grad_input = _joined(grad_inputs(), pre_activation.shape)
+        return grad_input, sum(grad_alphas).view(alpha.shape).to(alpha.dtype), None, None, None
+
+
+def _gradients(pre_activation, grad_output, alpha, slope, offset, activation):
+    """Those of a chunk: of its pre-activation and, in float32 at least, of alpha. They have gradients of their own."""
+    again = torch.is_grad_enabled()  # a gradient of the gradient is wanted
+    with torch.enable_grad():
+        pre_activation = (pre_activation if again else pre_activation.detach()).requires_grad_()
+        activated = activation(pre_activation)
+    (through_activation,) = torch.autograd.grad(activated, pre_activation, grad_output, create_graph=again)
+    dtype = torch.promote_types(grad_output.dtype, alpha.dtype)
+    grad = grad_output.to(dtype)
+    through_line = grad if _is_one(slope) else grad * slope
+    grad_input = _toward(through_activation.to(dtype), through_line, alpha)
+    difference = _line(pre_activation.to(dtype), slope, offset) - activated.to(dtype)
+    grad_alpha = torch.dot(grad.flatten(), difference.flatten()) if alpha.numel() == 1 else (grad * difference).sum(0)
+    return grad_input.to(pre_activation.dtype), grad_alpha
 
 
 def _chunks(tensor):
@@ -290,77 +333,17 @@ def _chunks(tensor):
     return rows.split(max(1, CHUNK_ELEMENTS // rows.shape[-1])) if tensor.device.type == "cpu" else (rows,)
 
 
-def _factor(alpha, dtype):
-    # A number is faster than a tensor, and free to read on a CPU.
-    return float(alpha) if alpha.numel() == 1 and alpha.device.type == "cpu" else alpha.to(dtype)
-
-
-class _CollapsibleFunction(torch.autograd.Function):
-    """[`collapsible`] in chunks, keeping only the pre-activation for backward, as GELU and SiLU do."""
-
-    @staticmethod
-    def forward(pre_activation, alpha, slope, offset, activation):
-        output = None
-        for start, chunk in _enumerate_rows(_chunks(pre_activation)):
-            activated = activation(chunk)
-            if output is None:
-                output = activated.new_empty(pre_activation.shape)
-                rows = output.view(-1, output.shape[-1])
-            dtype = torch.promote_types(activated.dtype, alpha.dtype)
-            line = _line(chunk.to(dtype), slope, offset)
-            _toward(activated.to(dtype), line, _factor(alpha, dtype), out=rows[start : start + len(chunk)])
-        return output
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pre_activation, alpha, slope, offset, activation = inputs
-        ctx.save_for_backward(pre_activation, alpha, *(v for v in (slope, offset) if isinstance(v, torch.Tensor)))
-        ctx.constants = [None if isinstance(value, torch.Tensor) else value for value in (slope, offset)]
-        ctx.activation = activation
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        pre_activation, alpha, *buffers = ctx.saved_tensors
-        slope, offset = (buffers.pop(0) if value is None else value for value in ctx.constants)
-        if torch.is_grad_enabled():  # a gradient of the gradient is wanted
-            output = collapsible(pre_activation, ctx.activation(pre_activation), alpha, slope, offset)
-            wanted = [value for value in (pre_activation, alpha) if value.requires_grad]
-            grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True))
-            return (
-                *(next(grads) if value.requires_grad else None for value in (pre_activation, alpha)),
-                None,
-                None,
-                None,
-            )
-
-        dtype = torch.promote_types(grad_output.dtype, alpha.dtype)
-        factor = _factor(alpha, dtype)
-        grad_input = pre_activation.new_empty(pre_activation.shape) if ctx.needs_input_grad[0] else None
-        grad_alpha = torch.zeros_like(alpha, dtype=dtype) if ctx.needs_input_grad[1] else None
-        chunks, grads = _chunks(pre_activation), _chunks(grad_output)
-        for (start, chunk), grad in zip(_enumerate_rows(chunks), grads, strict=True):
-            with torch.enable_grad():
-                chunk = chunk.detach().requires_grad_()
-                activated = ctx.activation(chunk)
-            if grad_input is not None:
-                (through_activation,) = torch.autograd.grad(activated, chunk, grad, retain_graph=False)
-                through_line = grad.to(dtype) if _is_one(slope) else grad.to(dtype) * slope
-                rows = grad_input.view(-1, grad_input.shape[-1])[start : start + len(chunk)]
-                _toward(through_activation.to(dtype), through_line, factor, out=rows)
-            if grad_alpha is not None:
-                difference = _line(chunk.detach().to(dtype), slope, offset) - activated.detach().to(dtype)
-                if alpha.numel() == 1:
-                    grad_alpha += torch.dot(grad.to(dtype).flatten(), difference.flatten())
-                else:
-                    grad_alpha += (grad.to(dtype) * difference).sum(0)
-        return grad_input, None if grad_alpha is None else grad_alpha.to(alpha.dtype), None, None, None
-
-
-def _enumerate_rows(chunks):
-    start = 0
-    for chunk in chunks:
-        yield start, chunk
+def _joined(chunks, shape):
+    """Chunks of rows as one tensor; each is copied to its place while the cache still has it."""
+    first = next(chunks)
+    if first.numel() == shape.numel():
+        return first.view(shape)
+    joined, start = first.new_empty(shape), 0
+    rows = joined.view(-1, shape[-1])
+    for chunk in itertools.chain([first], chunks):
+        rows[start : start + len(chunk)] = chunk
         start += len(chunk)
+    return joined
 
 
 class CollapsibleActivation(nn.Module):

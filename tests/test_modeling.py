@@ -264,6 +264,9 @@ def test_second_derivatives():
     alpha = module.alpha.detach().double().requires_grad_()
     run = lambda z, alpha: torch.func.functional_call(module, {"alpha": alpha}, (z,))  # noqa: E731
     assert torch.autograd.gradgradcheck(run, (z, alpha))
+    # Of one alone, where the other needs no gradient.
+    assert torch.autograd.gradgradcheck(lambda z: run(z, alpha.detach()), (z,))
+    assert torch.autograd.gradgradcheck(lambda alpha: run(z.detach(), alpha), (alpha,))
 
 
 # ----------------------------------------------------------------------------------------------------
