@@ -13,6 +13,7 @@ from . import functional
 from .block_sizes import fit_size
 from .blocks import bind_blocks, check_weights, confirm_wiring, survey
 from .calibration import CANDIDATES_PER_NEURON, collect_moments, logits_of, reiterable, score_neurons
+from .classes import refuse_lost_code
 from .config import LayerCollapseConfig
 from .loss_metric import loss_metrics, sample
 from .merging import (
@@ -28,7 +29,7 @@ from .merging import (
     put_in_place,
     ready_neurons,
 )
-from .modeling_layercollapse import children_of, refuse_lost_code
+from .modeling_layercollapse import children_of
 from .models import count_parameters, is_adapted, unwrap
 from .patching import (
     collapsible_activations,

@@ -101,7 +101,7 @@ MODEL_METHODS = {
     "_finalize_model_loading": "load_config loading_info",
     # The one place where the model is built, its weights are not read, and their keys can get further names.
     "_load_pretrained_model": "state_dict checkpoint_files load_config",
-    # Both read the source of the class's module, which for a built class is not the native one's.
+    # Both read the source of the class's module, which for a built class is this file.
     "_can_set_attn_implementation": "",
     "_can_set_experts_implementation": "",
     # The last that `push_to_hub` does, when the stock card is written.
@@ -176,17 +176,6 @@ def has_own_adapters(model) -> bool:
 
 
 require("_hf_peft_config_loaded" in dir(PreTrainedModel), "PreTrainedModel._hf_peft_config_loaded", transformers)
-
-
-def auto_class_of_code(native_class):
-    """Name of the Auto class that a class from a repository's own code was loaded by, or `None`.
-
-    Upstream: `PreTrainedModel._auto_class`, set by `register_for_auto_class` and by the loader.
-    """
-    return native_class._auto_class
-
-
-require("_auto_class" in dir(PreTrainedModel), "PreTrainedModel._auto_class", transformers)
 
 
 def record_outputs(built):
@@ -769,72 +758,51 @@ def spec_of(module):
 # The replacement table: data from a file that may be damaged or hostile
 # ----------------------------------------------------------------------------------------------------
 
-_WIDTH = f"an integer from 1 to {MAX_WIDTH}"
+
+def _is_integer_from(least):
+    return lambda value: type(value) is int and least <= value <= MAX_WIDTH
 
 
-def _is_width(value):
-    return type(value) is int and 1 <= value <= MAX_WIDTH
+# What a value must be: (check, how to say it).
+_WIDTH = (_is_integer_from(1), f"an integer from 1 to {MAX_WIDTH}")
+_COUNT = (_is_integer_from(0), f"an integer from 0 to {MAX_WIDTH}")
+_BOOL = (lambda v: isinstance(v, bool), "true or false")
+_CHILD = (lambda v: isinstance(v, str), "the name of a child module")
+_CHILD_OR_NONE = (lambda v: v is None or isinstance(v, str), "the name of a child module, or null")
+_CHILDREN = (lambda v: isinstance(v, list) and all(isinstance(n, str) for n in v), "a list of names of children")
+_ACT = (lambda v: v == "native" or (isinstance(v, str) and v in ACT2FN), "'native' or an activation's name")
+_TARGET = (lambda v: v in ("identity", "affine"), "'identity' or 'affine'")
+_ALPHA_SHAPE = (lambda v: isinstance(v, list) and len(v) == 1 and _WIDTH[0](v[0]), "[1] or [width]")
+_PART = (lambda v: isinstance(v, str) and v in _NARROW_PARTS, "'block', 'up' or 'activation'")
 
-
-_COUNT = f"an integer from 0 to {MAX_WIDTH}"
-
-
-def _is_count(value):
-    return type(value) is int and 0 <= value <= MAX_WIDTH
-
-
-# kind -> {key: (check, what is expected)}; "optional" keys are marked by a default in _DEFAULTS.
+# kind -> {key: what its value must be}; a key that may be left out has a value in _DEFAULTS.
 _SPECS = {
-    "activation": {
-        "act": (lambda v: v == "native" or (isinstance(v, str) and v in ACT2FN), "'native' or an activation's name"),
-        "linear_target": (lambda v: v in ("identity", "affine"), "'identity' or 'affine'"),
-        "width": (_is_width, _WIDTH),
-        "alpha_shape": (lambda v: isinstance(v, list) and len(v) == 1 and _is_width(v[0]), "[1] or [width]"),
-        "gate": (lambda v: isinstance(v, bool), "true or false"),
-    },
-    "linear": {
-        "in_features": (_is_width, _WIDTH),
-        "out_features": (_is_width, _WIDTH),
-        "bias": (lambda v: isinstance(v, bool), "true or false"),
-    },
-    "conv1d": {
-        "in_features": (_is_width, _WIDTH),
-        "out_features": (_is_width, _WIDTH),
-    },
+    "activation": {"act": _ACT, "linear_target": _TARGET, "width": _WIDTH, "alpha_shape": _ALPHA_SHAPE, "gate": _BOOL},
+    "linear": {"in_features": _WIDTH, "out_features": _WIDTH, "bias": _BOOL},
+    "conv1d": {"in_features": _WIDTH, "out_features": _WIDTH},
     "identity": {},
-    "block": {
-        "child": (lambda v: isinstance(v, str), "the name of a child module"),
-        "then": (lambda v: isinstance(v, list) and all(isinstance(n, str) for n in v), "a list of names of children"),
-    },
-    "narrow_ffn": {
-        "part": (lambda v: isinstance(v, str), "'block', 'up' or 'activation'"),
-        "linear_channels": (_is_count, _COUNT),
-        "neurons": (_is_count, _COUNT),
-        "gated": (lambda v: isinstance(v, bool), "true or false"),
-    },
+    "block": {"child": _CHILD, "then": _CHILDREN},
+    "narrow_ffn": {"part": _PART, "linear_channels": _COUNT, "neurons": _COUNT, "gated": _BOOL},
 }
-_ACT = _SPECS["activation"]["act"]
-_CHILD = _SPECS["block"]["child"]
-_BIAS = _SPECS["linear"]["bias"]
 # What a `narrow_ffn` entry says beside that: the whole of an MLP module, or one part of a block that other code runs
 # around (the last linear is a `linear` or `conv1d` there, and so is the first below full rank).
 _NARROW_PARTS = {
     "block": {
-        "in_features": (_is_width, _WIDTH),
-        "out_features": (_is_width, _WIDTH),
+        "in_features": _WIDTH,
+        "out_features": _WIDTH,
         "up": _CHILD,
         "activation": _CHILD,
         "down": _CHILD,
-        "gate": (lambda v: v is None or isinstance(v, str), "the name of a child module, or null"),
-        "then": _SPECS["block"]["then"],
-        "up_bias": _BIAS,
-        "gate_bias": _BIAS,
+        "gate": _CHILD_OR_NONE,
+        "then": _CHILDREN,
+        "up_bias": _BOOL,
+        "gate_bias": _BOOL,
         "act": _ACT,
     },
-    "up": {"in_features": (_is_width, _WIDTH), "bias": _BIAS},
+    "up": {"in_features": _WIDTH, "bias": _BOOL},
     "activation": {"act": _ACT},
 }
-_DEFAULTS = {"gate": False, "then": [], "scope": "base_model"}
+_DEFAULTS = {"gate": False, "then": []}
 
 
 def validate_layer_collapse(layer_collapse):
@@ -885,8 +853,9 @@ def _validate_entry(path, spec):
         raise ValueError(f"{entry}: unknown type {kind!r}, expected one of {sorted(_SPECS)}.")
     keys = _SPECS[kind]
     if kind == "narrow_ffn":
-        if spec.get("part") not in list(_NARROW_PARTS):
-            raise ValueError(f"{entry}: `part` of a narrow_ffn must be {keys['part'][1]}, got {spec.get('part')!r}.")
+        check, expected = _PART
+        if not check(spec.get("part")):
+            raise ValueError(f"{entry}: `part` of a narrow_ffn must be {expected}, got {spec.get('part')!r}.")
         keys = {**keys, **_NARROW_PARTS[spec["part"]]}
     for key in spec.keys() - {"type", "scope"} - keys.keys():
         raise ValueError(f"{entry}: unknown key {key!r} for type {kind!r}.")
@@ -916,6 +885,30 @@ def _child(module, name):
     return children_of(module).get(name)
 
 
+def _module_at(module, path):
+    for name in path.split("."):
+        module = None if module is None else _child(module, name)
+    return module
+
+
+def _is_scoped_to_model(spec):
+    return spec.get("scope", "base_model") == "model"
+
+
+def _root_of(model, spec):
+    """What the path of a table entry begins at."""
+    return model if _is_scoped_to_model(spec) else base_model_of(model)
+
+
+def _has_part(model, path, spec):
+    """Whether a model builds the part that an entry belongs to: a T5EncoderModel has no decoder."""
+    return _child(_root_of(model, spec), path.split(".")[0]) is not None
+
+
+def _without_scope(spec):
+    return {key: value for key, value in spec.items() if key != "scope"}
+
+
 def resolve_table(model, table):
     """`[(path, qualified name, native module, spec)]` for the entries that apply to this model, parents first.
 
@@ -930,9 +923,8 @@ def resolve_table(model, table):
     # Parents before children: a `block` keeps the children that further entries replace.
     for path in sorted(table, key=lambda path: path.count(".")):
         spec = table[path]
-        in_base = spec.get("scope", "base_model") == "base_model"
         first, *rest = path.split(".")
-        module = _child(base_model_of(model) if in_base else model, first)
+        module = _child(_root_of(model, spec), first)
         if module is None:
             continue
         for part in rest:
@@ -942,13 +934,18 @@ def resolve_table(model, table):
                     f"`layer_collapse.modules[{path!r}]` does not fit {type(model).__name__}: there is no "
                     f"{part!r} in {type(parent).__name__}. The table belongs to another model, or was edited."
                 )
-        resolved.append((path, (base_prefix if in_base else "") + path, module, spec))
+        resolved.append((path, ("" if _is_scoped_to_model(spec) else base_prefix) + path, module, spec))
     if not resolved:
         raise ValueError(
             f"No entry of `layer_collapse.modules` applies to {type(model).__name__}; the first is "
             f"{next(iter(table))!r}. The table belongs to another model."
         )
     return resolved
+
+
+def _resolved_of(model):
+    """[`resolve_table`] of a patched or collapsed model and its own table."""
+    return resolve_table(model, model.config.layer_collapse["modules"])
 
 
 def base_model_of(model):
@@ -979,11 +976,7 @@ def build_module(path, native, spec):
             act=spec["act"],
         )
     if kind == "block":
-        names = [spec["child"], *spec.get("then", [])]
-        missing = [name for name in names if _child(native, name) is None]
-        if missing or len(set(names)) != len(names):
-            raise ValueError(f"{entry}: {type(native).__name__} has no children {missing or names}.")
-        return CollapsedBlock({name: children_of(native)[name] for name in names})
+        return CollapsedBlock(_children_named(native, [spec["child"], *spec.get("then", [])], entry))
     if kind == "narrow_ffn":
         return _build_narrow(entry, native, spec)
     native_in, native_out = linear_shape(native, entry)
@@ -997,9 +990,15 @@ def build_module(path, native, spec):
             f"{entry}: a map {spec['in_features']} -> {spec['out_features']} does not fit in place of "
             f"{native_in} -> {native_out}."
         )
-    if kind == "linear":
-        return nn.Linear(spec["in_features"], spec["out_features"], bias=spec["bias"])
-    return Conv1D(spec["out_features"], spec["in_features"])
+    return _linear_like(native, spec["in_features"], spec["out_features"], spec.get("bias"))
+
+
+def _children_named(module, names, entry):
+    """`{name: child}` for names from a table."""
+    missing = [name for name in names if _child(module, name) is None]
+    if missing or len(set(names)) != len(names):
+        raise ValueError(f"{entry}: {type(module).__name__} has no children {missing or names}.")
+    return {name: _child(module, name) for name in names}
 
 
 def _build_narrow(entry, native, spec):
@@ -1018,42 +1017,34 @@ def _build_narrow(entry, native, spec):
         return PassOnLinear(native_in, neurons, bias=spec["bias"])
 
     names = {part: spec[part] for part in ("gate", "up", "activation", "down") if spec[part] is not None}
-    children = [*names.values(), *spec["then"]]
-    missing = [name for name in children if _child(native, name) is None]
-    if missing or len(set(children)) != len(children):
-        raise ValueError(f"{entry}: {type(native).__name__} has no children {missing or children}.")
+    modules = _children_named(native, [*names.values(), *spec["then"]], entry)
     width, out = spec["in_features"], spec["out_features"]
-    up_in, _ = linear_shape(children_of(native)[names["up"]], entry)
-    hidden, down_out = linear_shape(children_of(native)[names["down"]], entry)
+    down = modules[names["down"]]
+    up_in, _ = linear_shape(modules[names["up"]], entry)
+    hidden, down_out = linear_shape(down, entry)
     if (width, out) != (up_in, down_out) or neurons > hidden or (spec["gate"] is not None and not gated):
         raise ValueError(
             f"{entry}: {channels} linear channels and {neurons} neurons, {width} -> {out}, do not fit in place of "
             f"{up_in} -> {hidden} -> {down_out}."
         )
-    modules = {name: children_of(native)[name] for name in children}
-    up_out, gate_out = narrow_widths(width, channels, neurons, gated, spec["gate"] is None)
-    kind = children_of(native)[names["down"]]
-    if up_out:
-        modules[names["up"]] = make_linear(kind, width, up_out, spec["up_bias"])
-    else:
-        del modules[names["up"]]
-    if gate_out:
-        modules[names["gate"]] = make_linear(kind, width, gate_out, spec["gate_bias"])
-    elif spec["gate"] is not None:
-        del modules[names["gate"]]
+    # The linear channels first; at full rank they are the input itself. A gate without a linear is in that of up.
+    outputs = {"up": (channels if channels < width else 0) + neurons}
+    if spec["gate"] is not None:
+        outputs["gate"] = neurons
+    elif gated:
+        outputs["up"] += neurons
+    for part, size in outputs.items():
+        if size:
+            modules[names[part]] = _linear_like(down, width, size, spec[f"{part}_bias"])
+        else:
+            del modules[names[part]]
     if spec["act"] != "native":
         modules[names["activation"]] = ACT2FN[spec["act"]]
-    modules[names["down"]] = make_linear(kind, channels + neurons, out, True)
+    modules[names["down"]] = _linear_like(down, channels + neurons, out, True)
     return NarrowFeedForward(modules, names, width, channels, neurons, gated, spec["act"])
 
 
-def narrow_widths(in_features, linear_channels, neurons, gated, fused):
-    """`(outputs of up, outputs of the gate's own linear)` in a narrow feed-forward block."""
-    linear = linear_channels if linear_channels < in_features else 0
-    return linear + neurons * (2 if gated and fused else 1), neurons if gated and not fused else 0
-
-
-def make_linear(like, in_features, out_features, bias):
+def _linear_like(like, in_features, out_features, bias):
     """A layer of the class of `like`. Parameters are made on the current device; a `Conv1D` always has a bias."""
     if isinstance(like, Conv1D):
         return Conv1D(out_features, in_features)
@@ -1103,7 +1094,7 @@ def follow_renames(model, table):
     found = {path: entry for path, entry in found.items() if entry and paths[entry[0]] == 1}
     if not found:
         return table, {}
-    gone = {_first_of(path, table[path]) for path in found if not _has_first(model, path, table[path])}
+    gone = {_first_of(path, table[path]) for path in found if not _has_part(model, path, table[path])}
     for path in lost:
         if path not in found and _first_of(path, table[path]) in gone:
             raise ValueError(
@@ -1121,22 +1112,8 @@ def follow_renames(model, table):
     return dict(found.get(path, (path, spec)) for path, spec in table.items()), names
 
 
-def _is_scoped_to_model(spec):
-    return spec.get("scope", "base_model") == "model"
-
-
 def _first_of(path, spec):
     return path.split(".")[0], _is_scoped_to_model(spec)
-
-
-def _has_first(model, path, spec):
-    return _child(model if _is_scoped_to_model(spec) else base_model_of(model), path.split(".")[0]) is not None
-
-
-def _module_at(module, path):
-    for name in path.split("."):
-        module = None if module is None else _child(module, name)
-    return module
 
 
 def _children_named_by(spec):
@@ -1147,7 +1124,7 @@ def _children_named_by(spec):
 
 def _fits(model, path, spec):
     """Whether an entry's path, and the children that it names, are in a model."""
-    module = _module_at(model if _is_scoped_to_model(spec) else base_model_of(model), path)
+    module = _module_at(_root_of(model, spec), path)
     names = [*_children_named_by(spec).values(), *spec.get("then", [])]
     return module is not None and all(_child(module, name) is not None for name in names)
 
@@ -1318,7 +1295,7 @@ def prune_parallel_plans(model):
     """Takes modules that a collapse replaced out of the model's tensor-parallel and FSDP plans: sharding one half of a
     pair of linears whose other half is gone would give wrong results. Where a layer got narrower linears and nothing
     else, its blocks are what they were, and are sharded as before."""
-    resolved = resolve_table(model, model.config.layer_collapse["modules"])
+    resolved = _resolved_of(model)
     linears = ("linear", "conv1d")
     changed = {_layer_of(name) for _, name, _, spec in resolved if spec["type"] not in ("activation", *linears)}
     replaced = [
@@ -1347,10 +1324,6 @@ def _layer_of(name):
 # ----------------------------------------------------------------------------------------------------
 # Registered classes: subclasses of the native ones, made on demand
 # ----------------------------------------------------------------------------------------------------
-
-# Absent in a later transformers, these fail at import instead of never being called.
-PreTrainedModel._finalize_model_loading  # noqa: B018
-PreTrainedModel._upload_modified_files  # noqa: B018
 
 
 def push_failed(repo_id):
@@ -1448,7 +1421,7 @@ def _is_nested(config, caller):
     return not isinstance(caller.f_locals.get("self"), type(config))
 
 
-def _parts_of(config, within=""):
+def config_parts(config, within=""):
     """`[(name, config of a part, whether any model may stand there)]`, of parts of parts too."""
     parts = []
     for name, part in config.__dict__.items():
@@ -1456,7 +1429,7 @@ def _parts_of(config, within=""):
             # Not declared: made from its own model type.
             free = config.sub_configs.get(name, AutoConfig) is AutoConfig
             parts.append((f"{within}{name}", part, free))
-            parts += [(inner, inside, free and also) for inner, inside, also in _parts_of(part, f"{within}{name}.")]
+            parts += [(inner, inside, free and also) for inner, inside, also in config_parts(part, f"{within}{name}.")]
     return parts
 
 
@@ -1474,7 +1447,7 @@ def _part_being_saved(config):
     if isinstance(part, LayerCollapseModelMixin) or part.config is not config:
         return None
     table = config.layer_collapse["modules"]
-    if not any(_child(_root_of(part, spec), path.split(".")[0]) is not None for path, spec in table.items()):
+    if not any(_has_part(part, path, spec) for path, spec in table.items()):
         return part
     if not standing(part, table):
         raise ValueError(
@@ -1490,8 +1463,8 @@ def _config_of_part(config, part):
     table = config.layer_collapse["modules"]
     places = {path[: match.start()] for path in table for match in re.finditer(r"\.", path)}
     for place in sorted(places, key=len):
-        own = {path[len(place) + 1 :]: spec for path, spec in table.items() if path.startswith(f"{place}.")}
-        own = {path: {key: spec[key] for key in spec if key != "scope"} for path, spec in own.items()}
+        below = f"{place}."
+        own = {path.removeprefix(below): _without_scope(table[path]) for path in table if path.startswith(below)}
         if all(_stands_at(part, path, spec) for path, spec in own.items()):
             alone = copy.deepcopy(config)
             alone.layer_collapse = {**config.layer_collapse, "part": type(part).__name__, "modules": own}
@@ -1503,19 +1476,10 @@ def _config_of_part(config, part):
     )
 
 
-def _root_of(model, spec):
-    """What the path of a table entry begins at."""
-    return model if spec.get("scope") == "model" else base_model_of(model)
-
-
 def standing(model, table):
     """The entries of a table that say what stands in a model. None of one that a native class made from the config of
     a patched or collapsed model: it takes that for one of its own."""
-    return {
-        path: spec
-        for path, spec in table.items()
-        if _stands_at(_root_of(model, spec), path, {key: spec[key] for key in spec if key != "scope"})
-    }
+    return {path: spec for path, spec in table.items() if _stands_at(_root_of(model, spec), path, spec)}
 
 
 def _stands_at(part, path, spec):
@@ -1532,14 +1496,14 @@ def _stands_at(part, path, spec):
         kind = Conv1D if spec["type"] == "conv1d" else nn.Linear
         return isinstance(module, kind) and linear_shape(module) == (spec["in_features"], spec["out_features"])
     if spec["type"] == "activation":
-        return isinstance(module, CollapsibleActivation) and module.spec == {"gate": False, **spec}
+        return isinstance(module, CollapsibleActivation) and module.spec == {"gate": False, **_without_scope(spec)}
     kinds = {"identity": CollapsedIdentity, "block": CollapsedBlock}
     return isinstance(module, kinds.get(spec["type"], (NarrowFeedForward, NarrowActivation, *PASS_ON)))
 
 
 def _refuse_fixed_part(outer, config):
     """Raises if a config says of its part that it is patched or collapsed, and its model does not look at that."""
-    for name, part, free in _parts_of(outer):
+    for name, part, free in config_parts(outer):
         if not free and type(part) is type(config) and part.layer_collapse == config.layer_collapse:
             raise ValueError(
                 f"`{name}` of this {type(outer).__name__} describes a patched or collapsed model, and the model of a "
@@ -1624,7 +1588,6 @@ class LayerCollapseModelMixin:
         # Weight conversions (ViT's renamed layers, Mixtral's experts) are skipped for custom code.
         return cls.native_class.is_custom_code()
 
-    # Both read the source of the class's module, which here is this file.
     @classmethod
     def _can_set_attn_implementation(cls):
         return cls.native_class._can_set_attn_implementation()
@@ -1663,8 +1626,7 @@ class LayerCollapseModelMixin:
 
     def load_adapter(self, *args, **kwargs):
         loading_info = super().load_adapter(*args, **kwargs)
-        resolved = resolve_table(self, self.config.layer_collapse["modules"])
-        prefixes = tuple(f"{name}." for _, name, _, spec in resolved if spec["type"] != "activation")
+        prefixes = tuple(f"{name}." for _, name, _, spec in _resolved_of(self) if spec["type"] != "activation")
         keys = [key for key in sorted(loading_info.unexpected_keys) if key.startswith(prefixes)]
         if keys:
             raise ValueError(adapter_of_another_life(keys))
@@ -1733,7 +1695,6 @@ class LayerCollapseModelMixin:
         return result
 
     def _upload_modified_files(self, working_dir, *args, **kwargs):
-        # The last that `push_to_hub` does, when the stock card is written.
         if self._model_card is not None:
             self._model_card.save(os.path.join(working_dir, "README.md"))
         return super()._upload_modified_files(working_dir, *args, **kwargs)
@@ -1757,7 +1718,7 @@ def _refuse_uncarried_part(model, prefix):
         return
     outer = local_of(frame, "self", PreTrainedModel)
     wanted = model.config.layer_collapse
-    carried = [part.__dict__.get("layer_collapse") for _, part, free in _parts_of(outer.config) if free]
+    carried = [part.__dict__.get("layer_collapse") for _, part, free in config_parts(outer.config) if free]
     if outer is not model and wanted not in carried and not _names_all_of(outer, model, prefix):
         raise ValueError(
             f"`{prefix.removesuffix('.')}` of this {type(outer).__name__} is patched or collapsed, and the config of "
@@ -1776,10 +1737,7 @@ def _names_all_of(outer, part, prefix):
 
 def _specs_of(model):
     """Qualified name -> spec without its scope, of what a model's table says."""
-    return {
-        name: {key: value for key, value in spec.items() if key != "scope"}
-        for _, name, _, spec in resolve_table(model, model.config.layer_collapse["modules"])
-    }
+    return {name: _without_scope(spec) for _, name, _, spec in _resolved_of(model)}
 
 
 def state_dict_without_adapters(model):
@@ -1866,10 +1824,10 @@ def refuse_incomplete(model, loading_info):
     A native model with missing weights warns and goes on with random ones; for an alpha or a merged matrix that would
     be a different model.
     """
-    resolved = resolve_table(model, model.config.layer_collapse["modules"])
-    prefixes = tuple(name + "." for _, name, _, _ in resolved)
+    resolved = _resolved_of(model)
+    prefixes = tuple(f"{name}." for _, name, _, _ in resolved)
     # A base model's checkpoint in a head model, or the other way round: what found no place keeps its own prefix.
-    paths = [path for path, _, _, spec in resolved if spec.get("scope", "base_model") == "base_model"]
+    paths = [path for path, _, _, spec in resolved if not _is_scoped_to_model(spec)]
     foreign = tuple(f"{prefix}{path}." for path in paths for prefix in ("", f"{model.base_model_prefix}."))
     problems = [f"missing: {key}" for key in sorted(loading_info.missing_keys) if key.startswith(prefixes)]
     problems += [
@@ -1984,6 +1942,12 @@ def _once(key, make, register):
     return _built[key]
 
 
+def native_class_of(model_or_config):
+    """The class of a model or a config in its dense form."""
+    ours = isinstance(model_or_config, (LayerCollapseModelMixin, LayerCollapseConfigMixin))
+    return type(model_or_config).native_class if ours else type(model_or_config)
+
+
 def config_class_for(native_class):
     """The config class of patched and collapsed models whose dense form uses `native_class`; made on first use.
 
@@ -2072,7 +2036,7 @@ def is_native(native_class):
     return native_class.__module__.startswith("transformers.")
 
 
-def _native_models(native_config):
+def native_models_of(native_config):
     """`[(Auto class, its native model classes, whether it has several)]`, for the Auto classes that know a config."""
     found = []
     for auto_class, mapping in auto_class_mappings():
@@ -2088,7 +2052,7 @@ def _native_models(native_config):
 
 
 def _register(native_config, built_config):
-    for auto_class, native_models, several in _native_models(native_config):
+    for auto_class, native_models, several in native_models_of(native_config):
         # A class that is made from a part's config (Mllama's text model) is not made from this one.
         built_models = tuple(
             model_class_for(model, built_config)
@@ -2108,56 +2072,12 @@ def _register(native_config, built_config):
             mapping.register(built_config, mapping[native_config], exist_ok=True)
 
 
-def model_classes_of_own(native_model, config):
-    """`{name of an Auto class: name of a model class}`: what Auto classes have to give for this model, as far as that
-    is code of the user's own; empty for a model of transformers.
-    """
-    if is_native(native_model):
-        return {}
-    native_config = type(config).native_class if isinstance(config, LayerCollapseConfigMixin) else type(config)
-    known = {auto_class.__name__: models for auto_class, models, _ in _native_models(native_config)}
-    classes = {name: native_model.__name__ for name, models in known.items() if native_model in models}
-    # `save_pretrained` puts the code of what was loaded with `trust_remote_code=True` into the folder. That code may
-    # have classes for other tasks too.
-    loaded_by = auto_class_of_code(native_model)
-    if native_model.is_remote_code() and native_model.__module__ != "__main__" and loaded_by in known:
-        auto_map = config.__dict__.get("auto_map") or {}
-        classes |= {name: auto_map[name].rpartition(".")[2] for name in known if name in auto_map}
-        classes[loaded_by] = native_model.__name__
-    return classes
-
-
-def refuse_lost_code(model):
-    """Raises if `from_pretrained` would make another model of what this one saves: its class or that of its config is
-    the user's own, and no Auto class knows it.
-
-    Raises:
-        ValueError: The message names the calls that register the classes.
-    """
-    native_model = type(model).native_class if isinstance(model, LayerCollapseModelMixin) else type(model)
-    config = model.config
-    native_config = type(config).native_class if isinstance(config, LayerCollapseConfigMixin) else type(config)
-    model_type, known, calls = native_config.model_type, configuration_auto.CONFIG_MAPPING, []
-    if not is_native(native_config):
-        if model_type not in known or known[model_type] is not native_config:
-            calls.append(f"AutoConfig.register({model_type!r}, {native_config.__name__})")
-    if not is_native(native_model) and not model_classes_of_own(native_model, config):
-        calls.append(f"AutoModel.register({native_config.__name__}, {native_model.__name__}, exist_ok=True)")
-    if calls:
-        raise ValueError(
-            f"{native_model.__name__} with {native_config.__name__} is code of your own that no Auto class knows: "
-            "what is saved would be loaded as another model. Call "
-            f"{' and '.join(f'`{call}`' for call in calls)} first (AutoModel, or the Auto class of its task), here "
-            "and where the model is loaded. A config class of your own needs a `model_type` of its own for that."
-        )
-
-
 def _class_of_own(built_class, config, name_or_path, kwargs):
     """The class to load where an Auto class gave `built_class`: another one, if what was saved was code of the user's
     own that is not registered here, and its code lies in the folder.
     """
     native_config = type(config).native_class
-    for auto_class, native_models, _ in _native_models(native_config):
+    for auto_class, native_models, _ in native_models_of(native_config):
         name = config.layer_collapse.get("model_classes", {}).get(auto_class.__name__)
         if name in (None, built_class.native_class.__name__) or built_class.native_class not in native_models:
             continue
@@ -2193,72 +2113,6 @@ def _empty_model(native_class, native_config_class):
     built = model_class_for(native_class, built_config)
     record_outputs(built)
     return built.__new__(built)
-
-
-def _make_native(config):
-    if isinstance(config, LayerCollapseConfigMixin):
-        config.__class__ = type(config).native_class
-        config.__dict__.pop("layer_collapse", None)
-
-
-def set_layer_collapse(model, layer_collapse, holders=()):
-    """Gives a live model its patched or collapsed classes, or, with `None`, the native ones back.
-
-    The config is copied first: another model made from the same config object must not change. `holders` are further
-    modules (a PeftModel around the model) whose `config` is the same object.
-    """
-    old = model.config
-    native_config = type(old).native_class if isinstance(old, LayerCollapseConfigMixin) else type(old)
-    native_model = type(model).native_class if isinstance(model, LayerCollapseModelMixin) else type(model)
-    copies = {}  # id of the old config and of each part of it -> its copy
-    config = copy.deepcopy(old, copies)
-    for _, part, _ in _parts_of(config):
-        _make_native(part)
-    # The whole carries the table of all its parts.
-    for part in model.modules():
-        if part is not model and isinstance(part, LayerCollapseModelMixin):
-            part.__class__ = type(part).native_class
-            part.name_or_path = ""
-            if id(part.config) not in copies:
-                part_config = copy.deepcopy(part.config, copies)
-                for _, inner, _ in [(None, part_config, None), *_parts_of(part_config)]:
-                    _make_native(inner)
-                part_config.name_or_path = ""
-    # Some parts hold a copy of the config of the whole, as T5's encoder and decoder do.
-    configs = [config]
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and isinstance(part.config, native_config):
-            if id(part.config) not in copies:
-                configs.append(copy.deepcopy(part.config, copies))
-    if layer_collapse is None:
-        model.__class__ = native_model
-    else:
-        own = model_classes_of_own(native_model, config)
-        layer_collapse = validate_layer_collapse({**layer_collapse, "model_classes": own} if own else layer_collapse)
-        model.__class__ = model_class_for(native_model, config_class_for(native_config))
-    for each in configs:
-        if layer_collapse is None:
-            _make_native(each)
-        else:
-            each.__class__ = config_class_for(native_config)
-            each.layer_collapse = layer_collapse
-        # An adapter would otherwise name the dense folder as its base.
-        each.name_or_path = ""
-    for holder in holders:
-        if type(holder).__module__.startswith("peft."):
-            for adapter in holder.peft_config.values():
-                adapter.base_model_name_or_path = adapter.revision = None
-    for holder in (model, *holders):
-        for module in holder.modules():
-            # The towers of a composite model hold its sub-configs.
-            if isinstance(module.__dict__.get("config"), PreTrainedConfig):
-                module.config = copies.get(id(module.config), module.config)
-    if model.name_or_path:
-        model.native_name_or_path = model.name_or_path
-    model.name_or_path = ""
-    if layer_collapse is not None:
-        prune_parallel_plans(model)
-    return model
 
 
 class _RefuseNativeClass(WeightRenaming):

@@ -8,6 +8,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .blocks import bind_blocks, check_weights, survey
 from .calibration import calibrate_affine_targets
+from .classes import refuse_lost_code, set_layer_collapse
 from .config import LayerCollapseConfig
 from .families import find_feed_forward_blocks
 from .modeling_layercollapse import (
@@ -16,9 +17,7 @@ from .modeling_layercollapse import (
     LayerCollapseModelMixin,
     base_model_prefix_of,
     mark_initialized,
-    refuse_lost_code,
     resolve_table,
-    set_layer_collapse,
     spec_of,
     standing,
 )

@@ -14,6 +14,7 @@ import transformers
 from accelerate import hooks
 from packaging.version import Version
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto import modeling_auto
 
@@ -165,6 +166,17 @@ def is_classifier(model) -> bool:
 def has_causal_loss(model) -> bool:
     """Whether a model's loss is that of next tokens. Upstream: `transformers.loss.loss_utils.ForCausalLMLoss`."""
     return model.loss_function is ForCausalLMLoss
+
+
+def auto_class_of_code(native_class):
+    """Name of the Auto class that a class from a repository's own code was loaded by, or `None`.
+
+    Upstream: `PreTrainedModel._auto_class`, set by `register_for_auto_class` and by the loader.
+    """
+    return native_class._auto_class
+
+
+require("_auto_class" in dir(PreTrainedModel), "PreTrainedModel._auto_class", transformers)
 
 
 def model_mapping(name):

@@ -9,7 +9,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .blocks import bind, bind_blocks
 from .families import RATIO_FIELDS, WIDTH_FIELDS
-from .modeling_layercollapse import LayerCollapseConfigMixin, LayerCollapseModelMixin, linear_shape
+from .modeling_layercollapse import LayerCollapseConfigMixin, linear_shape, native_class_of
 
 
 def native_config(config):
@@ -24,7 +24,7 @@ def native_config(config):
 
 def build_native(model, config, meta=False):
     """A new model of the native class of `model`, from a native config; with `meta` it has no weights."""
-    native_class = type(model).native_class if isinstance(model, LayerCollapseModelMixin) else type(model)
+    native_class = native_class_of(model)
     config = copy.deepcopy(config)
     if meta:
         with torch.device("meta"):

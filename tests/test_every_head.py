@@ -5,7 +5,7 @@ import torch
 from transformers import AutoBackbone, BlipConfig, BlipModel, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from hf_layercollapse import apply_layer_collapse, collapse_model
-from hf_layercollapse.modeling_layercollapse import LayerCollapseModelMixin, _native_models
+from hf_layercollapse.modeling_layercollapse import LayerCollapseModelMixin, native_models_of
 
 from .models import CASES, randomize
 from .test_families import llama_config, tiny_bart, tiny_llava, tiny_t5, tiny_towers, tiny_whisper
@@ -32,7 +32,7 @@ CONFIGS |= {
 def heads_of(config):
     """Native model class -> an Auto class that gives it for this config."""
     found = {}
-    for auto_class, models, _ in _native_models(type(config)):
+    for auto_class, models, _ in native_models_of(type(config)):
         # Several classes for one config are told apart by `architectures`.
         found |= {model: auto_class for model in models if model.config_class is type(config)}
     return found
