@@ -1,8 +1,6 @@
-"""Every model type of the committed list through the whole road of recipes/coverage.py, and the list's own length."""
+"""Every model type of the committed list through the whole road, and the list's own length."""
 
 import collections
-import importlib.util
-from pathlib import Path
 
 import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -10,17 +8,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from hf_layercollapse import families
 from hf_layercollapse.families import LAYOUTS
 
-
-def load_recipe():
-    path = Path(__file__).resolve().parent.parent / "recipes" / "coverage.py"
-    spec = importlib.util.spec_from_file_location("coverage_recipe", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from . import every_model_type as road
 
 
-coverage = load_recipe()
-LIST = coverage.read_list()
+LIST = road.read_list()
 
 SMOKE = ("bert", "clip", "dinov2", "gpt2", "llama", "mixtral", "swin", "t5", "vit", "whisper")
 
@@ -57,17 +48,17 @@ FEWER = {
     "model_type", [pytest.param(name, marks=[pytest.mark.smoke] * (name in SMOKE)) for name in LIST["passed"]]
 )
 def test_model_type(model_type):
-    result = coverage.examine(model_type)
+    result = road.examine(model_type)
     assert result["status"] == "passed", result
-    listed = coverage.as_list([result])
-    assert coverage.still_passes(model_type, LIST, listed), listed["passed"]
+    listed = road.as_list([result])
+    assert road.still_passes(model_type, LIST, listed), listed["passed"]
 
 
 def test_a_layout_that_is_lost_is_noticed(monkeypatch):
-    assert coverage.still_passes("bert", LIST, coverage.as_list([coverage.examine("bert")]))
+    assert road.still_passes("bert", LIST, road.as_list([road.examine("bert")]))
     monkeypatch.setattr(families, "LAYOUTS", [row for row in LAYOUTS if row.name != "split"])
-    lost = coverage.as_list([coverage.examine("bert")])
-    assert not coverage.still_passes("bert", LIST, lost)
+    lost = road.as_list([road.examine("bert")])
+    assert not road.still_passes("bert", LIST, lost)
     assert lost["no blocks"] == {"bert": "nothing in it is spelled like a feed-forward block"}
 
 
@@ -89,5 +80,5 @@ def test_every_layout_is_in_it_three_times_with_two_blocks():
 
 def test_every_model_type_is_accounted_for():
     listed = [name for status in LIST.values() for name in status]
-    assert sorted(listed) == sorted(set(CONFIG_MAPPING_NAMES) - coverage.SKIPPED)
+    assert sorted(listed) == sorted(set(CONFIG_MAPPING_NAMES) - road.SKIPPED)
     assert all(LIST[status][name] for status in LIST for name in LIST[status])

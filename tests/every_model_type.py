@@ -1,9 +1,9 @@
 """Which model types of transformers can be patched, trained, collapsed, saved and loaded: tried on every one of them.
 
-    python recipes/coverage.py                          # all model types, seven minutes of CPU time
-    python recipes/coverage.py bert llama t5            # some
-    python recipes/coverage.py --check                  # fails if a type of tests/coverage.json does not pass any more
-    python recipes/coverage.py --update                 # writes what it found into tests/coverage.json
+    python tests/every_model_type.py                  # all model types, seven minutes of CPU time
+    python tests/every_model_type.py bert llama t5    # some
+    python tests/every_model_type.py --check          # fails if a type of coverage.json does not pass any more
+    python tests/every_model_type.py --update         # writes what it found into coverage.json
 
 Each type is built small and random from its own config, nothing is downloaded. Then: find the blocks; give them random
 weights and biases; patch (the output must not change by a bit); save and load patched; train three steps; set every
@@ -27,7 +27,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 
-LIST = Path(__file__).resolve().parent.parent / "tests" / "coverage.json"
+LIST = Path(__file__).resolve().with_name("coverage.json")
 # Seconds of CPU time for one model type; parameters of the largest model that is still "small".
 TIME_LIMIT, PARAMETER_LIMIT = 30, 30_000_000
 # Relative difference of outputs allowed between alpha = 1 and merged, in float64 and in float32.
