@@ -11,6 +11,7 @@ from ._version import __version__ as __version__
 
 # name -> module; loaded on first use, so that importing the package costs little.
 _EXPORTS = {
+    "CalibrationData": "calibration_data",
     "CollapsePlan": "plans",
     "CollapseReport": "reports",
     "CollapsibleActivation": "modeling_layercollapse",

@@ -2,113 +2,93 @@
 what was there, and export it, from the shell."""
 
 import copy
-import json
 import sys
 import tempfile
-from dataclasses import dataclass, fields
-from inspect import Parameter, signature
+import time
+from inspect import signature
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import transformers
+import typer
+from safetensors import SafetensorError
 from transformers import AutoConfig
 
+from ._version import __version__
+from .calibration_data import CalibrationData, longest_row
+from .cli_options import (
+    DATA_HELP,
+    Blocks,
+    DataOptions,
+    Device,
+    JsonFile,
+    Model,
+    Output,
+    Processor,
+    TestDataOptions,
+    Trust,
+    check_files,
+    check_new_folder,
+    new_folder,
+    parse_budget,
+    usable_device,
+    with_options,
+)
 from .collapsing import collapse_model
 from .comparison import compare_models, weights_folder
+from .data_files import format_of, is_path, load_rows
 from .families import find_feed_forward_blocks, refused_blocks
 from .model_card import auto_class_of, create_model_card
-from .models import count_parameters, inputs_of
+from .models import count_parameters, device_of, inputs_of
 from .planning import linearity_map, plan_collapse
 from .plans import CollapsePlan
 from .profiling import measure_speedup
 from .recovery import recover_model
-from .rows import contents
-from .scoring import check_classes
 from .tables import table
+from .upstream import is_causal_language_model
 
 
-try:
-    import typer
-except ImportError:
-    raise SystemExit('layercollapse needs typer: pip install "hf_layercollapse[cli]"') from None
-
+EXIT_CODES = """
+Exit codes: 0 done; 1 refused or failed, with one line on stderr that says why; 2 wrong options; 130 interrupted, and
+nothing is left half-written.
+"""
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Makes transformers models smaller by collapsing feed-forward blocks into linear maps.",
+    help="Makes transformers models smaller by collapsing feed-forward blocks into linear maps.\n" + EXIT_CODES,
 )
 
-TABLES = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-
-Model = Annotated[str, typer.Argument(help="Name on the Hub, or folder, of a transformers model.", show_default=False)]
-DataConfig = Annotated[str | None, typer.Option(help="Configuration of a data set on the Hub.")]
-Split = Annotated[str, typer.Option(help="Split of the data to use. Not the one the result is tested on.")]
-Columns = Annotated[
-    list[str] | None,
-    typer.Option(help="Column of the text or image; twice for pairs of texts. Default: the only one that holds any."),
-]
-Label = Annotated[str | None, typer.Option(help="Column of the class; with it the score is the model's loss.")]
-Samples = Annotated[int, typer.Option(min=8, help="Rows of the data to use.")]
-Batch = Annotated[int, typer.Option(min=1, help="Rows a batch.")]
-Length = Annotated[int, typer.Option(min=1, help="Tokens a text is cut to.")]
-TestSplit = Annotated[str, typer.Option(help="Split of the data to test on: one that no model here has seen.")]
-TestLabel = Annotated[str | None, typer.Option(help="Column of the class. Not for language models.")]
-TestSamples = Annotated[int, typer.Option(min=2, help="Rows of the data to test on.")]
-Blocks = Annotated[str, typer.Option(help="'all', 'last:N', 'first:N', or a regular expression of block names.")]
-JsonFile = Annotated[Path | None, typer.Option("--json-file", "--json", help="Write the table as JSON.")]
-Device = Annotated[str, typer.Option(help="Device to compute on, as torch names it.")]
-Trust = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
-DATA_HELP = (
-    "Text or images: a name on the Hub, a .txt, .csv, .tsv, .json(l) or .parquet file, or a folder of images in "
-    "folders named after their classes."
-)
+# Forwards and backwards that a plan takes for each batch of the data, in times of one forward; measured, see the
+# command's estimate.
+PLAN_PASSES, COLLAPSE_PASSES, RECOVERY_PASSES = 8, 3, 5
 
 
-@dataclass(frozen=True)
-class DataOptions:
-    """Which inputs a command reads from its data. The fields are options of every command that has one of these."""
-
-    data_config: DataConfig = None
-    split: Split = "train"
-    column: Columns = None
-    label_column: Label = None
-    samples: Samples = 512
-    batch_size: Batch = 8
-    max_length: Length = 256
+def _version(wanted: bool):
+    if wanted:
+        typer.echo(
+            f"hf_layercollapse {__version__}, transformers {transformers.__version__}, torch {torch.__version__}, "
+            f"Python {sys.version.split()[0]}"
+        )
+        raise typer.Exit()
 
 
-@dataclass(frozen=True)
-class TestDataOptions(DataOptions):
-    """The same of a command that tests."""
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print versions and stop.")
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Let errors through as Python raised them, for a report.")
+    ] = False,
+):
+    _asked["traceback"] = traceback
 
-    split: TestSplit = "test"
-    label_column: TestLabel = None
-    samples: TestSamples = 10_000
 
-
-def with_options(command):
-    """Gives a command, in place of its parameter `options`, an option for each field of that parameter's class."""
-    parameters = signature(command).parameters
-    kind = parameters["options"].annotation
-    names = [option.name for option in fields(kind)]
-
-    def run(**values):
-        chosen = kind(**{name: values.pop(name) for name in names})
-        return command(**values, options=chosen)
-
-    own = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters.values()]
-    added = [
-        Parameter(option.name, Parameter.KEYWORD_ONLY, default=option.default, annotation=option.type)
-        for option in fields(kind)
-    ]
-    listed = [parameter for parameter in own if parameter.name != "options"] + added
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    run.__signature__ = signature(command).replace(parameters=listed)
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in listed}
-    return run
+# What was asked of the program as a whole.
+_asked = {"traceback": False}
 
 
 @app.command()
@@ -117,44 +97,54 @@ def inspect(
     model: Model,
     options: DataOptions,
     data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} Without it nothing is measured.")] = None,
-    blocks: Blocks = "all",
+    blocks: Blocks = None,
     json_file: JsonFile = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a plot; .png or .svg.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot; .png, .svg or .pdf.")] = None,
     device: Device = "cpu",
     trust_remote_code: Trust = False,
 ):
     """Lists a model's feed-forward blocks; with data, how linear each is and what collapsing it alone costs."""
-    _check_plot(plot)
+    check_files(plot=plot, json=json_file)
+    if data is None and plot is not None:
+        raise ValueError("--plot shows what is measured on data: pass --data too.")
+    device, out = usable_device(device), Output(json_file)
     live = load_model(model, trust_remote_code).to(device)
     if data is None:
-        found = find_feed_forward_blocks(live)
-        if plot is not None:
-            raise ValueError("--plot shows what is measured on data: pass --data too.")
-        rows = [["block", "kind", "state", "widths", "parameters", "MACs/token"]]
-        for b in found:
-            widths = f"{b.in_features} -> {b.hidden_features} -> {b.out_features}"
-            rows.append([b.name, b.kind, b.state, widths, f"{b.parameters:,}", f"{b.macs:,}"])
-        typer.echo(table(rows))
-        total = count_parameters(live)
-        inside = sum(block.parameters for block in found)
-        typer.echo(f"{len(found)} blocks hold {inside:,} of {total:,} parameters ({inside / total:.1%})")
-        for name, reason in refused_blocks(live).items():
-            typer.echo(f"refused: {name}: {reason}")
-        values = [{key: getattr(b, key) for key in _COLUMNS} for b in found]
-    else:
-        batches = load_batches(live, model, data, options)
-        result = linearity_map(live, batches, blocks)
-        typer.echo(str(result))
-        values = result.to_dict()
-        if plot is not None:
-            from .plotting import plot_linearity
+        out.say(_blocks_table(live))
+        out.write([{key: getattr(b, key) for key in _COLUMNS} for b in find_feed_forward_blocks(live)])
+        return
+    read = read_data(live, load_processor(live, model, options, trust_remote_code), data, options)
+    out.say(f"data: {read}")
+    result = linearity_map(live, read, blocks or "all")
+    out.say(result)
+    out.write(result.to_dict())
+    if plot is not None:
+        from .plotting import plot_linearity
 
-            plot_linearity(result, [plot])
-    if json_file is not None:
-        json_file.write_text(json.dumps(values, indent=1) + "\n")
+        plot_linearity(result, [plot])
 
 
-_COLUMNS = ("name", "index", "kind", "state", "in_features", "hidden_features", "out_features", "parameters", "macs")
+_COLUMNS = ("name", "index", "kind", "state", "in_features", "hidden_features", "out_features", "rank")
+_COLUMNS += ("parameters", "macs")
+
+
+def _blocks_table(model):
+    """What blocks a model has, as text."""
+    found = find_feed_forward_blocks(model)
+    collapsed = any(block.state == "collapsed" for block in found)
+    rows = [["block", "kind", "state", "widths", "parameters", "MACs/token"]]
+    rows[0] += ["rank", "kept neurons"] if collapsed else []
+    for b in found:
+        widths = f"{b.in_features} -> {b.hidden_features} -> {b.out_features}"
+        rows.append([b.name, b.kind, b.state, widths, f"{b.parameters:,}", f"{b.macs:,}"])
+        if b.rank is not None:
+            rows[-1] += ["full" if b.rank == b.in_features else str(b.rank), str(b.hidden_features)]
+        elif collapsed:
+            rows[-1] += ["", ""]
+    total = count_parameters(model)
+    inside = sum(block.parameters for block in found)
+    lines = [table(rows), f"{len(found)} blocks hold {inside:,} of {total:,} parameters ({inside / total:.1%})"]
+    return "\n".join(lines + [f"refused: {name}: {reason}" for name, reason in refused_blocks(model).items()])
 
 
 @app.command()
@@ -174,7 +164,7 @@ def collapse(
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="A plan that was made before, in place of --budget.")] = None,
     save_plan: Annotated[Path | None, typer.Option(help="Write the plan, with the curve of all plans (JSON).")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a plot of that curve; .png or .svg.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot of that curve; .png, .svg or .pdf.")] = None,
     recovery_steps: Annotated[
         int,
         typer.Option(
@@ -182,7 +172,7 @@ def collapse(
             help="Steps of training afterwards towards the dense model's predictions on the data, without labels.",
         ),
     ] = 0,
-    blocks: Blocks = "all",
+    blocks: Blocks = None,
     uniform_width: Annotated[
         bool,
         typer.Option(
@@ -194,48 +184,75 @@ def collapse(
     multiple_of: Annotated[
         int, typer.Option(min=1, help="What numbers of neurons, and ranks, are multiples of (64 suits accelerators).")
     ] = 1,
+    json_file: JsonFile = None,
     device: Device = "cpu",
     trust_remote_code: Trust = False,
 ):
     """Collapses a model under a budget, with no training or a short one without labels, and saves it."""
-    _check_plot(plot)
     if (budget is None) == (plan is None):
         raise ValueError("Pass either --budget or --plan.")
+    if plan is not None and (blocks is not None or uniform_width or multiple_of != 1 or save_plan is not None):
+        raise ValueError("--plan says which blocks collapse, and how: leave out --blocks, --uniform-width, "
+                         "--multiple-of and --save-plan.")  # fmt: skip
     wanted = parse_budget(budget) if budget is not None else None
-    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
-        raise ValueError(f"--output {output} exists and is not empty.")
+    check_files(save_plan=save_plan, plot=plot, json=json_file)
+    device, out, started = usable_device(device), Output(json_file), time.perf_counter()
     made = CollapsePlan.load(plan) if plan is not None else None
-    live = load_model(model, trust_remote_code).to(device)
-    batches = load_batches(live, model, data, options)
-    if made is None:
-        shape = {"uniform_width": uniform_width, "multiple_of": multiple_of}
-        made = plan_collapse(live, batches, **wanted, blocks=blocks, **shape)
-    typer.echo(str(made) + "\n")
-    if save_plan is not None:
-        made.save(save_plan)
-    if plot is not None:
-        from .plotting import plot_plan
+    with new_folder(output) as folder:
+        live = load_model(model, trust_remote_code).to(device)
+        processor = load_processor(live, model, options, trust_remote_code)
+        read = read_data(live, processor, data, options)
+        out.say(f"data: {read}")
+        out.say(_estimate(live, read, made is None, recovery_steps))
+        if made is None:
+            shape = {"uniform_width": uniform_width, "multiple_of": multiple_of}
+            made = plan_collapse(live, read, **wanted, blocks=blocks or "all", **shape)
+        out.say(f"{made}\n")
+        if save_plan is not None:
+            made.save(save_plan)
+        if plot is not None:
+            from .plotting import plot_plan
 
-        plot_plan(made, [plot])
-    if not made.point.choices:
-        raise ValueError("No block can collapse within this budget; nothing was saved.")
-    teacher = copy.deepcopy(live) if recovery_steps else None
-    report = collapse_model(live, plan=made, calibration_data=batches)
-    recovery = recover_model(live, teacher, batches, max_steps=recovery_steps) if recovery_steps else None
-    live.save_pretrained(output)
-    base = None if Path(model).exists() else model
-    create_model_card(live, report, name=output.name, base_model=base).save(output / "README.md")
-    processor = _processor_of(live, model)
-    if processor is not None:
-        processor.save_pretrained(output)
-    typer.echo(str(report))
+            plot_plan(made, [plot])
+        if not made.point.choices:
+            raise ValueError("No block can collapse within this budget; nothing was saved.")
+        teacher = copy.deepcopy(live) if recovery_steps else None
+        report = collapse_model(live, plan=made, calibration_data=read)
+        recovery = recover_model(live, teacher, read, max_steps=recovery_steps) if recovery_steps else None
+        live.save_pretrained(folder)
+        base = None if Path(model).exists() else model
+        create_model_card(live, report, name=output.name, base_model=base).save(folder / "README.md")
+        processor.save_pretrained(folder)
+    out.say(report)
     if recovery is not None:
-        typer.echo(f"\n{recovery}")
-    typer.echo(
+        out.say(f"\n{recovery}")
+    out.say(
         f"\nSaved in {output}. Load it with\n\n    import hf_layercollapse\n"
         f"    from transformers import {auto_class_of(live.config)}\n\n"
         f'    model = {auto_class_of(live.config)}.from_pretrained("{output}")'
     )
+    out.write(
+        {
+            "output": str(output),
+            "plan": made.to_dict(),
+            "report": report.to_dict(),
+            "recovery": None if recovery is None else recovery.to_dict(),
+            "seconds": time.perf_counter() - started,
+        }
+    )
+
+
+def _estimate(model, batches, planned, recovery_steps):
+    """How long it is going to take, from the time of one batch."""
+    batch = inputs_of(next(iter(batches)), device_of(model))
+    with torch.no_grad():
+        model(**batch)
+        started = time.perf_counter()
+        model(**batch)
+        one = time.perf_counter() - started
+    passes = (PLAN_PASSES if planned else 0) + COLLAPSE_PASSES
+    seconds = one * (passes * len(batches) + RECOVERY_PASSES * recovery_steps)
+    return f"one batch takes the model {one:.2g} s, so all of it takes about {max(1, round(seconds / 60))} min"
 
 
 @app.command()
@@ -255,20 +272,24 @@ def compare(
     trust_remote_code: Trust = False,
 ):
     """Compares two models on the same data: accuracy or perplexity, size and latency, side by side."""
+    check_files(json=json_file, card=card)
+    device, out = usable_device(device), Output(json_file)
     names = {"dense": dense, "control": control, "collapsed": collapsed}
     names = {name: folder for name, folder in names.items() if folder is not None}
     models = {name: load_model(folder, trust_remote_code).to(device) for name, folder in names.items()}
-    batches = load_batches(models["dense"], dense, data, options)
+    _check_alike(models)
+    processor = load_processor(models["dense"], dense, options, trust_remote_code)
+    read = read_data(models["dense"], processor, data, options)
+    out.say(f"data: {read}")
     result = compare_models(
         models,
-        batches,
+        read,
         folders={name: weights_folder(folder) for name, folder in names.items()},
         rounds=rounds,
         source=(data, options.data_config, None if Path(data).exists() else options.split),
     )
-    typer.echo(str(result))
-    if json_file is not None:
-        result.save(json_file)
+    out.say(result)
+    out.write(result.to_dict())
     if card is not None:
         base = None if Path(dense).exists() else dense
         create_model_card(models["collapsed"], None, result, name=Path(collapsed).name, base_model=base).save(card)
@@ -287,42 +308,53 @@ def export(
         bool | None, typer.Option(help="A graph with a key-value cache. Default: if the model generates text.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of the example batch, which is timed.")] = 8,
-    length: Annotated[int, typer.Option(min=4, help="Tokens of each row, the longest that is compared.")] = 32,
+    length: Annotated[
+        int | None, typer.Option(min=4, help="Tokens of each row, the longest that is compared. Default: 32.")
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
             help="float32, float16 or bfloat16. Default: that of the weights for a stock checkpoint, else float32."
         ),
     ] = None,
+    processor: Processor = None,
+    json_file: JsonFile = None,
     trust_remote_code: Trust = False,
 ):
     """Exports a dense, patched or collapsed model, compared with the PyTorch model in the runtime itself."""
-    from .exporting import decoder_step, export_model, load_exported
+    from .exporting import check_format, decoder_step, export_model, load_exported
     from .profiling import compare_latency
 
+    check_format(to)
     if dtype not in (None, "float32", "float16", "bfloat16"):
         raise ValueError(f"--dtype must be float32, float16 or bfloat16, got {dtype!r}.")
+    check_new_folder(output)
+    check_files(json=json_file)
+    out = Output(json_file)
     live = load_model(model, trust_remote_code)
     if dtype is not None or to != "stock":
         live = live.to(getattr(torch, dtype or "float32"))
-    processor = _processor_of(live, model)
-    inputs = example_inputs(live, processor, batch_size, length)
-    report = export_model(live, inputs, output, to, cache=cache, processor=processor)
-    typer.echo(str(report))
-    if benchmark is None:
-        return
-    dense = load_model(benchmark, trust_remote_code).to(live.dtype)
-    with tempfile.TemporaryDirectory() as work:
-        if to != "stock":
-            export_model(dense, inputs, Path(work) / "dense", to, cache=cache)
-            dense = load_exported(Path(work) / "dense")
-        batch = decoder_step(live, inputs, length - 1) if report.cache else inputs
-        times = compare_latency({benchmark: dense, model: load_exported(output)}, batch)
-    rows = [["", "latency", "relative", "quartiles"]]
-    for name, latency in times.items():
-        low, high = latency.ratio_quartiles
-        rows.append([name, f"{latency.median * 1e3:.2f} ms", f"{latency.ratio:.2f}", f"{low:.2f} to {high:.2f}"])
-    typer.echo(f"\n{table(rows)}")
+    dense = None if benchmark is None else load_model(benchmark, trust_remote_code).to(live.dtype)
+    if dense is not None:
+        _check_alike({benchmark: dense, model: live})
+    reader = _processor_of(live, processor or model, trust_remote_code)
+    inputs = example_inputs(live, reader, batch_size, length, 32)
+    report = export_model(live, inputs, output, to, cache=cache, processor=reader)
+    out.say(report)
+    times = {}
+    if dense is not None:
+        with tempfile.TemporaryDirectory() as work:
+            if to != "stock":
+                export_model(dense, inputs, Path(work) / "dense", to, cache=cache)
+                dense = load_exported(Path(work) / "dense")
+            batch = decoder_step(live, inputs, inputs["input_ids"].shape[1] - 1) if report.cache else inputs
+            times = compare_latency({benchmark: dense, model: load_exported(output)}, batch)
+        rows = [["", "latency", "relative", "quartiles"]]
+        for name, latency in times.items():
+            low, high = latency.ratio_quartiles
+            rows.append([name, f"{latency.median * 1e3:.2f} ms", f"{latency.ratio:.2f}", f"{low:.2f} to {high:.2f}"])
+        out.say(f"\n{table(rows)}")
+    out.write({**report.to_dict(), "latency": {name: _numbers(latency) for name, latency in times.items()}})
 
 
 @app.command()
@@ -330,27 +362,65 @@ def latency(
     dense: Annotated[str, typer.Argument(help="Name on the Hub, or folder, of the dense model.", show_default=False)],
     collapsed: Annotated[str, typer.Argument(help="The collapsed model.", show_default=False)],
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of the timed batch.")] = 8,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of each row.")] = 128,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of each row. Default: 128, or the model's most.")
+    ] = None,
     compiled: Annotated[bool, typer.Option(help="Time both compiled by torch.compile too.")] = False,
     rounds: Annotated[int, typer.Option(min=2, help="Timed calls of each model, in turn.")] = 30,
+    processor: Processor = None,
+    json_file: JsonFile = None,
     device: Device = "cpu",
     trust_remote_code: Trust = False,
 ):
     """Times two models in turn, against what their MACs promise, and says where that cannot show."""
-    models = [load_model(name, trust_remote_code).to(device) for name in (dense, collapsed)]
-    inputs = example_inputs(models[0], _processor_of(models[0], dense), batch_size, length)
-    inputs = inputs_of(inputs, device)
+    check_files(json=json_file)
+    device, out = usable_device(device), Output(json_file)
+    models = {name: load_model(name, trust_remote_code).to(device) for name in (dense, collapsed)}
+    _check_alike(models)
+    live = models[dense]
+    reader = _processor_of(live, processor or dense, trust_remote_code)
+    inputs = inputs_of(example_inputs(live, reader, batch_size, length, 128), device)
     modes = ["eager", "compiled"] if compiled else ["eager"]
-    for speedup in measure_speedup(*models, inputs, modes, rounds):
-        typer.echo(str(speedup))
+    found = measure_speedup(live, models[collapsed], inputs, modes, rounds)
+    for speedup in found:
+        out.say(speedup)
+    out.write(
+        [
+            {
+                "mode": speedup.mode,
+                "dense": _numbers(speedup.dense),
+                "collapsed": _numbers(speedup.collapsed),
+                "speedup": speedup.measured,
+                "promised_by_macs": speedup.promised,
+            }
+            for speedup in found
+        ]
+    )
 
 
-def example_inputs(model, processor, rows, length):
-    """A batch of random tokens or images, as the processor would give them to this model."""
+def _numbers(latency):
+    return {
+        "seconds": latency.median,
+        "quartiles": latency.quartiles,
+        "ratio": latency.ratio,
+        "ratio_quartiles": latency.ratio_quartiles,
+    }
+
+
+def example_inputs(model, processor, rows, length, usual):
+    """A batch of random tokens or images, as the processor would give them to this model.
+
+    Args:
+        length (`int`, *optional*): Tokens of each row. Default: `usual`, or the most that the model takes.
+    """
     generator = torch.Generator().manual_seed(0)
     if model.main_input_name == "pixel_values":
         images = torch.randint(0, 256, (rows, 3, 256, 256), generator=generator, dtype=torch.uint8)
         return {"pixel_values": processor(list(images.numpy()), return_tensors="pt")["pixel_values"].to(model.dtype)}
+    if model.main_input_name != "input_ids":
+        raise ValueError(f"Example inputs are made for texts and images; this model reads {model.main_input_name}.")
+    length = min(usual, longest_row(None, model, processor)) if length is None else length
+    length = longest_row(length, model, processor)
     special = set(processor.all_special_ids)
     words = torch.tensor([token for token in range(model.config.vocab_size) if token not in special])
     inputs = {"input_ids": words[torch.randint(0, len(words), (rows, length), generator=generator)]}
@@ -361,142 +431,106 @@ def example_inputs(model, processor, rows, length):
     return inputs
 
 
-def parse_budget(text) -> dict[str, float | int]:
-    """`"macs=0.5"` as `{"macs": 0.5}`.
+def load_model(name, trust_remote_code=False):
+    """The model that a folder or a Hub name holds, in the class that was saved.
 
     Raises:
-        ValueError: It is no budget.
+        ValueError: There is no such folder, or it holds no model that can be read.
     """
-    name, equals, value = text.partition("=")
-    names = ("parameters", "macs", "latency", "max_drop")
-    if not equals or name not in names:
-        raise ValueError(f"--budget must be {', '.join(f'{name}=...' for name in names)}; got {text!r}.")
-    try:
-        return {name: int(value) if value.isdigit() and int(value) > 1 else float(value)}
-    except ValueError:
-        raise ValueError(f"--budget {text!r}: {value!r} is not a number.") from None
-
-
-def _check_plot(plot):
-    if plot is None:
-        return
-    if plot.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--plot must end in .png, .svg or .pdf, got {plot}.")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ValueError('--plot needs matplotlib: pip install "hf_layercollapse[plot]".') from None
-
-
-def load_model(name, trust_remote_code=False):
-    """The model that a folder or a Hub name holds, in the class that was saved."""
+    folder = Path(name).expanduser()
+    if is_path(name) or folder.exists():
+        if not folder.is_dir():
+            raise ValueError(f"{name}: there is no such folder.")
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(f"{name} holds an adapter, not a model: merge it (`merge_and_unload`) and save that.")
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{name} holds no transformers model: it has no config.json.")
+        name = str(folder)
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     auto_class = getattr(transformers, auto_class_of(config))
-    return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code).eval()
+    try:
+        return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code).eval()
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {name} are damaged: {error}") from error
 
 
-def _processor_of(model, name):
-    if model.main_input_name == "pixel_values":
-        return transformers.AutoImageProcessor.from_pretrained(name)
-    return transformers.AutoTokenizer.from_pretrained(name)
-
-
-def load_batches(model, name, data, options: DataOptions):
-    """Batches of model inputs from a data set, on the CPU.
+def _check_alike(models):
+    """Refuses models that cannot be given the same inputs, or do not predict the same kind of thing.
 
     Raises:
-        ValueError: The data have no such column, or none that the model reads.
+        ValueError: As said.
     """
-    import datasets
-
-    label_column = options.label_column
-    suffix, path = Path(data).suffix, Path(data)
-    if suffix in TABLES and not path.exists():
-        raise ValueError(f"--data {data}: there is no such file.")
-    if path.is_dir():
-        rows = datasets.load_dataset("imagefolder", data_dir=data, split=options.split)
-    elif suffix in TABLES:
-        tabs = {"delimiter": "\t", "quoting": 3} if suffix == ".tsv" else {}
-        rows = datasets.load_dataset(TABLES[suffix], data_files={options.split: data}, split=options.split, **tabs)
-    else:
-        rows = datasets.load_dataset(data, options.data_config, split=options.split)
-    images = model.main_input_name == "pixel_values"
-    columns = _columns(rows.features, options, images, data)
-    for chosen in (*columns, label_column):
-        if chosen is not None and chosen not in rows.features:
-            raise ValueError(f"--data {data} has no column {chosen!r}; it has {sorted(rows.features)}.")
-    rows = rows.filter(
-        lambda row: all(row[column] is not None and (images or row[column].strip() != "") for column in columns)
-    )
-    if not len(rows):
-        raise ValueError(f"--data {data} has no row with anything in {' and '.join(columns)}.")
-    rows = rows.shuffle(seed=0).select(range(min(options.samples, len(rows))))
-    processor = _processor_of(model, name)
-    batches = []
-    for start in range(0, len(rows), options.batch_size):
-        part = rows[start : start + options.batch_size]
-        if images:
-            batch = dict(processor([image.convert("RGB") for image in part[columns[0]]], return_tensors="pt"))
-        else:
-            if processor.pad_token is None:
-                processor.pad_token = processor.eos_token
-            cut = {"truncation": True, "max_length": options.max_length}
-            batch = dict(processor(*(part[column] for column in columns), padding=True, return_tensors="pt", **cut))
-        if label_column is not None:
-            if not all(isinstance(value, int) for value in part[label_column]):
-                raise ValueError(f"Column {label_column!r} must hold class indices, got {part[label_column][0]!r}.")
-            batch["labels"] = torch.tensor(part[label_column])
-            check_classes(model, batch["labels"])
-        batches.append(batch)
-    typer.echo(_described(batches, columns))
-    return batches
+    (first, model), *others = models.items()
+    for name, other in others:
+        kinds = [(type(each).__name__, each.main_input_name) for each in (model, other)]
+        heads = [auto_class_of(each.config) for each in (model, other)]
+        words = [each.config.to_dict().get("vocab_size") for each in (model, other)]
+        if heads[0] != heads[1] or kinds[0][1] != kinds[1][1] or words[0] != words[1]:
+            raise ValueError(
+                f"{first} is a {kinds[0][0]} and {name} a {kinds[1][0]}"
+                + (f", with vocabularies of {words[0]:,} and {words[1]:,}" if all(words) else "")
+                + ": they cannot be compared on the same inputs."
+            )
 
 
-def _columns(features, options, images, data):
-    """The columns that inputs are made of: those that were named, or the only one there is.
+def load_processor(model, name, options, trust_remote_code):
+    """The tokenizer or processor that makes this model's inputs."""
+    return _processor_of(model, options.processor or name, trust_remote_code)
+
+
+def _processor_of(model, name, trust_remote_code):
+    what = {"pixel_values": "image processor", "input_ids": "tokenizer"}.get(model.main_input_name, "processor")
+    lacking = f"{name} has no {what} that can be read: say where one is with --processor."
+    # Of some families transformers makes a tokenizer without words where a folder has none.
+    if what == "tokenizer" and Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _WORDS):
+        raise ValueError(lacking)
+    kinds = {"pixel_values": "AutoImageProcessor", "input_ids": "AutoTokenizer"}
+    kind = kinds.get(model.main_input_name, "AutoFeatureExtractor")
+    if kind == "AutoFeatureExtractor" and model.config.is_encoder_decoder:
+        kind = "AutoProcessor"
+    try:
+        return getattr(transformers, kind).from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{lacking} ({str(error).splitlines()[0]})") from error
+
+
+# Files that a tokenizer is read from, one of which each has.
+_WORDS = (
+    *("tokenizer_config.json", "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model"),
+    "sentencepiece.bpe.model",
+)
+
+
+def read_data(model, processor, data, options: DataOptions) -> CalibrationData:
+    """Batches of model inputs from a file, a folder or a data set.
 
     Raises:
-        ValueError: There is none or several, or too many were named.
+        ValueError: The data cannot be read, have no such column, or nothing that the model reads.
     """
-    import datasets
-
-    if options.column:
-        most = 1 if images else 2
-        if len(options.column) > most:
-            raise ValueError(f"--column can be given {most} times for this model, got {options.column}.")
-        return options.column
-    kind, wanted = ("images", datasets.Image) if images else ("text", datasets.Value)
-    found = [
-        name
-        for name, feature in features.items()
-        if isinstance(feature, wanted) and (images or feature.dtype in ("string", "large_string"))
-    ]
-    found = [name for name in found if name != options.label_column] or found
-    if not found:
-        raise ValueError(f"--data {data} has no column of {kind}: {sorted(features)}.")
-    if len(found) > 1:
-        raise ValueError(
-            f"--data {data} has several columns of {kind}, {found}: say which to read with --column"
-            + (", or two of them for pairs of texts." if not images else ".")
+    document = is_causal_language_model(model) and format_of(data)[0] == "text"
+    rows = load_rows(data, options.data_config, options.split, document)
+    try:
+        return CalibrationData(
+            rows,
+            processor,
+            model,
+            columns=options.column,
+            label_column=options.label_column,
+            max_length=options.max_length,
+            batch_size=options.batch_size,
+            samples=options.samples,
         )
-    return found
-
-
-def _described(batches, columns):
-    """What was read of the data, in one line."""
-    rows = [content for batch in batches for content in contents(batch)]
-    parts = [f"{len(rows):,} rows", f"{len(set(rows)):,} different"]
-    if "input_ids" in batches[0]:
-        masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in batches]
-        parts.append(f"{sum(int(mask.sum()) for mask in masks):,} tokens")
-    return f"data: column {' and '.join(columns)}, {', '.join(parts)}"
+    except ValueError as error:
+        raise ValueError(f"--data {data}: {error}") from error
 
 
 def main():
     """Console entry point: errors that the user can mend are one line."""
     try:
         app()
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if _asked["traceback"]:
+            raise
         message = " ".join(str(error).split())
         print(f"layercollapse: {message}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -13,6 +13,7 @@ from . import functional
 from .block_sizes import fit_size
 from .blocks import bind_blocks, check_weights, confirm_wiring, survey
 from .calibration import CANDIDATES_PER_NEURON, collect_moments, logits_of, reiterable, score_neurons
+from .calibration_data import model_inputs
 from .classes import refuse_lost_code
 from .config import LayerCollapseConfig
 from .loss_metric import loss_metrics, sample
@@ -55,6 +56,7 @@ def collapse_model(
     max_error: float | None = None,
     allow_none: bool = False,
     token_mask_fn=None,
+    processing_class=None,
 ) -> CollapseReport:
     """Collapses feed-forward blocks in place: each becomes one linear map.
 
@@ -82,6 +84,8 @@ def collapse_model(
         token_mask_fn (`Callable`, *optional*): `token_mask_fn(block_name, batch, shape)` gives a mask of that shape,
             1 where a calibration token is no padding, or `None` if none is. For models whose attention mask does not
             have the shape of their blocks' inputs.
+        processing_class (*optional*): Tokenizer or processor that makes model inputs of raw texts, pairs, images or
+            sounds, as [`CalibrationData`] says. Default: the data are model inputs.
 
     Returns:
         [`CollapseReport`]
@@ -105,6 +109,7 @@ def collapse_model(
         raise ValueError("Pass `plan` or `config`, not both: each says which blocks collapse, and how.")
     if isinstance(inner, PreTrainedModel):
         refuse_lost_code(inner)
+    calibration_data = model_inputs(calibration_data, processing_class, model)
     was_patched = bool(collapsible_activations(inner))
     # What a model was collapsed with earlier says nothing of its other blocks.
     options = config or (layer_collapse_config_of(inner) if was_patched else None) or LayerCollapseConfig()

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers.modeling_utils import PreTrainedModel
 
 from ._version import __version__
+from .calibration_data import model_inputs
 from .metrics import accuracy_interval, paired_difference, paired_perplexity_difference, perplexity_interval
 from .models import device_of, evaluating, inputs_of, unwrap
 from .profiling import compare_latency, count_macs, count_parameters, describe_hardware, weights_size
@@ -189,6 +190,7 @@ def compare_models(
     warmup: int = 5,
     source: tuple[str | None, ...] = (),
     progress: bool = True,
+    processing_class=None,
 ) -> Comparison:
     """Measures models side by side: accuracy or perplexity on the same inputs, size, and latency in turn.
 
@@ -204,6 +206,8 @@ def compare_models(
         rounds, warmup (`int`): Of the timing, see [`compare_latency`]. The timed call is the largest batch.
         source (`tuple[str, ...]`): Name, configuration and split of the data, for the record.
         progress (`bool`): Whether to show progress bars.
+        processing_class (*optional*): Tokenizer or processor that makes model inputs of raw texts, pairs, images or
+            sounds, as [`CalibrationData`] says. Default: the data are model inputs.
 
     Returns:
         [`Comparison`]
@@ -214,7 +218,7 @@ def compare_models(
     """
     if len(models) < 2:
         raise ValueError(f"A comparison needs at least two models, got {list(models)}.")
-    batches = list(data)
+    batches = list(model_inputs(data, processing_class, next(iter(models.values()))))
     if not batches:
         raise ValueError("The data is empty: it must give at least one batch of model inputs.")
     metric = _metric_of(models, batches)

@@ -97,6 +97,22 @@ class ExportReport:
         return "\n".join(lines)
 
 
+def check_format(to):
+    """Raises if nothing can be exported to this format here.
+
+    Raises:
+        ValueError: There is no such format, or what it needs is not installed or too old.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"`to` must be one of {sorted(FORMATS)}, got {to!r}.")
+    packages, extra = FORMATS[to]
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f'Exporting to {to} needs {", ".join(missing)}: pip install "hf_layercollapse[{extra}]".')
+    if to != "stock":
+        refuse_old_exporters(to)
+
+
 @torch.no_grad()
 def export_model(model, inputs, output, to="onnx", *, cache=None, processor=None, tolerance=None) -> ExportReport:
     """Exports a dense, patched or collapsed model, and compares the files with it in the runtime they are for.
@@ -128,14 +144,7 @@ def export_model(model, inputs, output, to="onnx", *, cache=None, processor=None
         ValueError: A package is missing or too old, the folder is not empty, the model cannot be exported, or the
             exported one differs: nothing is written then.
     """
-    if to not in FORMATS:
-        raise ValueError(f"`to` must be one of {sorted(FORMATS)}, got {to!r}.")
-    packages, extra = FORMATS[to]
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f'Exporting to {to} needs {", ".join(missing)}: pip install "hf_layercollapse[{extra}]".')
-    if to != "stock":
-        refuse_old_exporters(to)
+    check_format(to)
     model = unwrap(model)[0]
     _check(model, inputs)
     output = Path(output)

@@ -225,6 +225,7 @@ class FeedForwardBlock:
         holder (`str`): Qualified name of the module that holds the block's parts.
         wiring ([`Wiring`], *optional*): What its code does with them; `None` where a collapse left other modules than
             the native ones.
+        rank (`int`, *optional*): Of its linear map once it is collapsed: `in_features` is full rank, 0 none.
     """
 
     name: str
@@ -240,6 +241,7 @@ class FeedForwardBlock:
     alpha: float | None = None
     holder: str = ""
     wiring: Wiring | None = None
+    rank: int | None = None
 
     @property
     def can_collapse(self):
@@ -433,10 +435,12 @@ def _describe(name, index, state, holder_name, holder, layout, wiring):
     linears = [linear for linear in linears if not isinstance(linear, CollapsedIdentity)]
     shapes = [linear_shape(linear) for linear in linears]
     activation = part_at(holder, layout.activation) if isinstance(layout.activation, str) else None
-    hidden = shapes[-1][0]
+    hidden, rank = shapes[-1][0], 0 if state == "collapsed" else None
     if state == "collapsed" and wiring is None:
         narrow = holder if isinstance(holder, NarrowFeedForward) else activation
-        hidden = narrow.neurons if isinstance(narrow, (NarrowFeedForward, NarrowActivation)) else 0
+        hidden, rank = 0, shapes[0][0]
+        if isinstance(narrow, (NarrowFeedForward, NarrowActivation)):
+            hidden, rank = narrow.neurons, narrow.linear_channels
     return FeedForwardBlock(
         name=name,
         index=index,
@@ -451,6 +455,7 @@ def _describe(name, index, state, holder_name, holder, layout, wiring):
         alpha=_mean_alpha(activation) if state == "patched" else None,
         holder=holder_name,
         wiring=wiring,
+        rank=rank,
     )
 
 

@@ -8,6 +8,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .blocks import bind_blocks, check_weights, survey
 from .calibration import calibrate_affine_targets
+from .calibration_data import model_inputs
 from .classes import refuse_lost_code, set_layer_collapse
 from .config import LayerCollapseConfig
 from .families import find_feed_forward_blocks
@@ -25,7 +26,9 @@ from .models import is_peft_model, shorten, unwrap
 from .selection import select_blocks
 
 
-def apply_layer_collapse(model, config: LayerCollapseConfig | None = None, calibration_data=None):
+def apply_layer_collapse(
+    model, config: LayerCollapseConfig | None = None, calibration_data=None, processing_class=None
+):
     """Patches a dense model in place: each chosen block's activation becomes a [`CollapsibleActivation`].
 
     While every alpha is 0 the model computes what it did before, bit for bit. The model's class and config become
@@ -37,6 +40,8 @@ def apply_layer_collapse(model, config: LayerCollapseConfig | None = None, calib
         config ([`LayerCollapseConfig`], *optional*): Which blocks, and how. Default: all blocks, identity target.
         calibration_data (iterable of `dict[str, Tensor]`, *optional*): Model inputs; needed, and only used, for
             `linear_target="affine"`.
+        processing_class (*optional*): Tokenizer or processor that makes model inputs of raw texts, pairs, images or
+            sounds, as [`CalibrationData`] says. Default: the data are model inputs.
 
     Returns:
         The same object.
@@ -85,6 +90,7 @@ def apply_layer_collapse(model, config: LayerCollapseConfig | None = None, calib
                 'linear_target="affine" needs `calibration_data`: some batches of model inputs to fit each neuron\'s '
                 "line to."
             )
+        calibration_data = model_inputs(calibration_data, processing_class, model)
         calibrate_affine_targets(model, inner, chosen, activations, calibration_data)
 
     for block in chosen:

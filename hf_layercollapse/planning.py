@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from .block_sizes import RANK_SHARES
 from .blocks import check_weights, survey
 from .calibration import collect_moments
+from .calibration_data import model_inputs
 from .loss_metric import loss_metrics, sample
 from .merging import Trial, has_constant, make_merge
 from .models import unwrap
@@ -89,7 +90,13 @@ class LinearityMap:
 
 
 def linearity_map(
-    model, calibration_data, blocks="all", evaluation_data=None, metric: Callable | None = None, token_mask_fn=None
+    model,
+    calibration_data,
+    blocks="all",
+    evaluation_data=None,
+    metric: Callable | None = None,
+    token_mask_fn=None,
+    processing_class=None,
 ) -> LinearityMap:
     """How linear each block is, and what the model loses if it alone becomes its least-squares map. Changes nothing.
 
@@ -101,12 +108,17 @@ def linearity_map(
         evaluation_data (*optional*): What to score on. Default: a quarter of the different rows, chosen by their
             content, which are then not fitted to. It is held in memory.
         metric (`Callable`, *optional*): `metric(model) -> float`, higher is better, in place of the loss.
+        processing_class (*optional*): Tokenizer or processor that makes model inputs of raw texts, pairs, images or
+            sounds, as [`CalibrationData`] says. Default: the data are model inputs.
 
     Raises:
         ValueError: There is too little data, or nothing to collapse.
     """
     inner, _ = unwrap(model)
     _, chosen = _candidates(inner, blocks)
+    calibration_data, evaluation_data = (
+        model_inputs(data, processing_class, model) for data in (calibration_data, evaluation_data)
+    )
     fitting, scoring = split(calibration_data, evaluation_data)
     score = Score(model, inner, scoring, metric)
     before = score()
@@ -175,6 +187,7 @@ def plan_collapse(
     constant_term: str = "native",
     token_mask_fn=None,
     max_memory: int | str | None = None,
+    processing_class=None,
 ) -> CollapsePlan:
     """Chooses blocks, ranks and kept neurons under a budget; changes nothing.
 
@@ -216,6 +229,8 @@ def plan_collapse(
         token_mask_fn: As in [`collapse_model`].
         max_memory (`int` or `str`, *optional*): Bytes (`"2GB"`) for sums over the data; where all blocks' do not fit,
             they are measured in several passes. Default: half of what is free.
+        processing_class (*optional*): Tokenizer or processor that makes model inputs of raw texts, pairs, images or
+            sounds, as [`CalibrationData`] says. Default: the data are model inputs.
 
     Raises:
         ValueError: There is not exactly one budget, too little data, the budget cannot be met, the model's outputs are
@@ -242,6 +257,9 @@ def plan_collapse(
         for row in rows:
             check_native(inner, groups, row)
 
+    calibration_data, evaluation_data = (
+        model_inputs(data, processing_class, model) for data in (calibration_data, evaluation_data)
+    )
     fitting, held = split(calibration_data, evaluation_data)
     if metric is None:
         score_name, sign, score = "divergence", 1.0, partial(divergences, model)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .calibration_data import model_inputs
 from .models import device_of, evaluating, inputs_of, unwrap
 from .patching import alpha_parameters
 from .predictions import Predictions, predictions_of, without_labels
@@ -78,6 +79,7 @@ def recover_model(
     evaluation_data=None,
     top_k: int | None = None,
     seed: int = 0,
+    processing_class=None,
 ) -> RecoveryReport:
     """Trains a collapsed model in place for a few minutes, towards the teacher's predictions; needs no labels.
 
@@ -102,6 +104,8 @@ def recover_model(
         top_k (`int`, *optional*): Keep the teacher's `k` largest classes and the mass of all others of each
             prediction, from one pass over the data, in place of asking it in every step. Default: ask it.
         seed (`int`): Of the order of batches.
+        processing_class (*optional*): Tokenizer or processor that makes model inputs of raw texts, pairs, images or
+            sounds, as [`CalibrationData`] says. Default: the data are model inputs.
 
     Returns:
         [`RecoveryReport`]
@@ -123,6 +127,9 @@ def recover_model(
         raise ValueError("No parameter of the model wants a gradient, so there is nothing to train.")
     if not all(p.is_floating_point() for p in parameters):
         raise ValueError("Quantized weights cannot be trained: put an adapter (LoRA) on the model and pass that.")
+    calibration_data, evaluation_data = (
+        model_inputs(data, processing_class, model) for data in (calibration_data, evaluation_data)
+    )
     training, held = split(calibration_data, evaluation_data)
     started = time.perf_counter()
     with evaluating(model), evaluating(teacher), _restored_on_failure(model), _in_float32(model):

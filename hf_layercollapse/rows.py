@@ -20,7 +20,10 @@ _PLAIN = (bool, int, float, str, type(None))
 
 def not_inputs(batch) -> str:
     """What is wrong with a batch that is no dict."""
-    return f"Calibration data must be an iterable of model inputs (dicts of tensors), got a {type(batch).__name__}."
+    return (
+        f"Calibration data must be an iterable of model inputs (dicts of tensors), got a {type(batch).__name__}. They "
+        "are made of raw texts, images or sounds where you pass the tokenizer or processor as `processing_class`."
+    )
 
 
 class DistinctRows:

@@ -1,7 +1,6 @@
 """The command line, on tiny models and files."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -9,41 +8,25 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from typer.testing import CliRunner
 
 from hf_layercollapse import LayerCollapseConfig, collapse_model, find_feed_forward_blocks
-from hf_layercollapse.cli import app, main, parse_budget
+from hf_layercollapse.cli import app
+from hf_layercollapse.cli_options import parse_budget
 from hf_layercollapse.comparison import Comparison
 
-from .models import BY_NAME, VOCABULARY
-
-
-WORDS = [f"w{index}" for index in range(VOCABULARY - 3)]
+from .command_line import fails, lines_of_words, run, save_text_model
+from .models import BY_NAME
 
 
 @pytest.fixture
 def classifier(tmp_path):
     """Folders of a tiny BERT with a tokenizer, and a file of text."""
-    folder = tmp_path / "model"
-    BY_NAME["bert"].model().save_pretrained(folder)
-    words = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
-    lines = ["sentence\tlabel"]
-    for row in range(160):
-        chosen = torch.randint(0, len(WORDS), (int(3 + row % 9),), generator=generator).tolist()
-        lines.append(" ".join(WORDS[index] for index in chosen) + f"\t{row % 3}")
-    (tmp_path / "data.tsv").write_text("\n".join(lines) + "\n")
-    return folder, tmp_path / "data.tsv"
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    rows = [f"{line}\t{row % 3}" for row, line in enumerate(lines_of_words(160))]
+    (tmp_path / "data.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    return save_text_model(tmp_path / "model"), tmp_path / "data.tsv"
 
 
 def test_inspect_lists_the_blocks(classifier, tmp_path):
@@ -80,9 +63,13 @@ def test_what_is_read_of_the_data_is_said(classifier, tmp_path, monkeypatch, cap
     table = tmp_path / "lang.csv"
     table.write_text("lang,text,class\n" + "".join(f"w1 w2 w3,{text},{label}\n" for text, label in lines))
     arguments = ["inspect", folder, "--data", table]
-    assert "['lang', 'text']: say which to read with --column" in fails(monkeypatch, capsys, *arguments)
+    assert "['lang', 'text']: say which to read with `columns` (from the shell: --column)" in fails(
+        monkeypatch, capsys, *arguments
+    )
     assert "1 different rows" in fails(monkeypatch, capsys, *arguments, "--column", "lang")
-    assert "can be given 2 times" in fails(monkeypatch, capsys, *arguments, *["--column", "text"] * 3)
+    assert "Two columns can be read together at most" in fails(
+        monkeypatch, capsys, *arguments, *["--column", "text"] * 3
+    )
     tokens = sum(len(text.split()) for text, _ in lines)
     result = run(*arguments, "--column", "text", "--label-column", "class")
     assert result.exit_code == 0, result.output
@@ -174,16 +161,6 @@ def test_compare(classifier, tmp_path):
     assert entry.metric_value == pytest.approx(found["collapsed"].quality, abs=1e-6)
 
 
-def fails(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["layercollapse", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert exit_.value.code == 1
-    error = capsys.readouterr().err.strip().split("\n")[-1].split("\r")[-1]
-    assert error.startswith("layercollapse: ")
-    return error
-
-
 def test_errors_are_one_line(classifier, tmp_path, monkeypatch, capsys):
     folder, data = classifier
 
@@ -199,7 +176,9 @@ def test_errors_are_one_line(classifier, tmp_path, monkeypatch, capsys):
     assert "cannot be met" in error("collapse", folder, "--data", data, *out, "--budget", "parameters=0.01")
     assert "pass --data" in error("inspect", folder, "--plot", "a.png")
     assert "must end in" in error("inspect", folder, "--plot", "a.bmp")
-    assert "not empty" in error("collapse", folder, "--data", data, "--output", folder, "--budget", "macs=0.5")
+    assert "not an empty folder" in error(
+        "collapse", folder, "--data", data, "--output", folder, "--budget", "macs=0.5"
+    )
     assert "--label-column" in error("compare", folder, folder, "--data", data)
     error("inspect", tmp_path / "nothing")
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,530 @@
+"""Calibration data as models read it, made of what people have: texts, pairs, conversations, images, sounds."""
+
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from inspect import signature
+from itertools import islice
+
+import numpy as np
+import torch
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin, SequenceFeatureExtractor
+from transformers.image_utils import is_pil_image
+from transformers.modeling_utils import PreTrainedModel
+
+from .models import unwrap
+from .rows import IGNORED, contents
+from .scoring import check_classes
+from .upstream import is_causal_language_model, is_classifier
+
+
+# Tokens of a row, where nothing is said and the model takes more: what a block is fitted to hardly depends on it, and
+# the time and memory of attention do.
+MOST_TOKENS = 512
+
+# A document that gives fewer rows than this is read in shorter ones, of no fewer than so many tokens.
+FEW_ROWS, LEAST_TOKENS = 16, 32
+
+
+class CalibrationData:
+    """Batches of model inputs, made of raw data by the model's own tokenizer or processor.
+
+    A text that is longer than a row is read in several rows of `max_length` tokens, so that nothing of it is lost;
+    with a label it is one example and is cut, as the model's user would cut it. Tokens are kept; images and sounds
+    are read anew at each pass, and only those that are used. Batches can be read as often as one likes.
+
+    What takes `calibration_data` takes raw data too, where it is given the `processing_class`, with the defaults here.
+
+    Args:
+        data (iterable): Any of these, all of one kind, or rows of a data set that have them in `columns`:
+
+            - texts (`str`), or pairs of them (`tuple[str, str]`): two sentences that the model reads together, or for
+              an encoder-decoder a source and a target;
+            - conversations: lists of messages, `{"role": …, "content": …}`, written out by the chat template;
+            - images (`PIL.Image`, or arrays as the processor takes them);
+            - sounds: arrays of shape `(samples,)` at the processor's sampling rate, or dicts of `array` and
+              `sampling_rate`; for an encoder-decoder pairs of a sound and a text;
+            - rows that are tokenized (`{"input_ids": list[int], …}`), which are padded to batches;
+            - batches (dicts of tensors), which stay as they are.
+        processing_class (*optional*): Tokenizer, image processor, feature extractor, or processor with these parts,
+            as [`~transformers.Trainer`] takes it. Not needed for batches and rows that are tokenized.
+        model (`nn.Module`, *optional*): Whose inputs these are to be: its longest input is the limit of `max_length`,
+            and it gets only what its forward takes.
+        columns (`str` or `list[str]`, *optional*): Where data has columns: which to read, two for pairs. Default: the
+            only one that holds something of the above.
+        label_column (`str`, *optional*): Column of the class of each row, its index or its name in the model's
+            config; the batches then have `labels`.
+        max_length (`int`, *optional*): Tokens of a row at most. Default: what the model and its tokenizer take, at
+            most 512.
+        batch_size (`int`): Rows of a batch.
+        samples (`int`, *optional*): Use so many rows, drawn at random, from as many texts as there are. Default: all,
+            in order.
+        seed (`int`): Of that draw.
+
+    Raises:
+        TypeError: `processing_class` is none of these.
+        ValueError: There is no data, it is of no kind that is known or that `processing_class` reads, columns or
+            labels are missing or wrong, or `max_length` is more than the model takes.
+    """
+
+    def __init__(
+        self,
+        data: Iterable,
+        processing_class=None,
+        model=None,
+        columns: str | Sequence[str] | None = None,
+        label_column: str | None = None,
+        max_length: int | None = None,
+        batch_size: int = 8,
+        samples: int | None = None,
+        seed: int = 0,
+    ):
+        for name, value in (("max_length", max_length), ("batch_size", batch_size), ("samples", samples)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        self.model = None if model is None else unwrap(model)[0]
+        self.batch_size, self.samples, self.label_column = batch_size, samples, label_column
+        self.columns = [columns] if isinstance(columns, str) else None if columns is None else list(columns)
+        if isinstance(data, (str, bytes, Mapping)):
+            raise ValueError(f"Calibration data must be a list or another iterable of samples, got {_kind(data)}.")
+        if iter(data) is data:
+            data = list(data)
+        first = next(iter(data), None)
+        if first is None:
+            raise ValueError("The calibration data is empty.")
+        self._batches = data if _is_batch(first) else None
+        if self._batches is not None:
+            return
+        self._order = random.Random(seed)
+        self._parts = _Parts(processing_class)
+        # The second to ask what is there, which decodes nothing.
+        self._data = self._undecoded = data if isinstance(data, Sequence) or _is_data_set(data) else list(data)
+        self._rows = self._prepared(first, max_length)
+
+    def __len__(self):
+        """How many batches there are."""
+        return len(self._batches) if self._batches is not None else math.ceil(len(self._rows) / self.batch_size)
+
+    def __iter__(self):
+        if self._batches is not None:
+            yield from self._batches
+            return
+        for start in range(0, len(self._rows), self.batch_size):
+            batch = self._collate(self._rows[start : start + self.batch_size])
+            if self.model is not None:
+                taken = signature(self.model.forward).parameters
+                batch = {name: value for name, value in batch.items() if name in taken}
+            yield batch
+
+    def __str__(self):
+        """What was read, in one line."""
+        if self._batches is not None:
+            return "batches of model inputs"
+        parts = [f"column {' and '.join(self.columns)}"] if self.columns else []
+        parts.append(f"{len(self._rows):,} rows")
+        if self._collate == self._padded:
+            found = [content for batch in self for content in contents(batch)]
+            parts += [f"{len(set(found)):,} different", f"{sum(map(_length, self._rows)):,} tokens"]
+        if self.samples is not None and len(self._rows) < self.samples:
+            parts.append(f"all there are (asked for {self.samples:,})")
+        if self._cut:
+            parts.append(f"{self._cut:,} of them cut to {self.max_length} tokens")
+        return ", ".join(parts)
+
+    # ---- What the samples are ----
+
+    def _prepared(self, first, max_length):
+        """The rows: tokens, or where images and sounds are."""
+        self._cut, self.max_length = 0, None
+        if isinstance(first, Mapping) and "input_ids" in first:
+            self._collate = self._padded
+            return self._drawn([_token_row(self._data[index])] for index in self._indices())
+        if isinstance(first, Mapping) and not _is_medium(first):
+            self.columns = self._columns(first)
+            if _is_data_set(self._data):
+                self._data, self._undecoded = _columns_of(self._data, [*self.columns, self.label_column])
+        elif self.columns or self.label_column:
+            raise ValueError(f"`columns` are of data that has some; got {_kind(first)} in place of rows.")
+        filled = next((index for index in range(len(self._data)) if not self._is_empty(index)), None)
+        if filled is None:
+            where = f"column {' and '.join(self.columns)} of " if self.columns else ""
+            raise ValueError(f"There is nothing in {where}the calibration data: all {len(self._data)} rows are empty.")
+        sample = self._sample(self._data, filled)
+        medium, paired = (sample[0], True) if _is_pair(sample) else (sample, False)
+        if isinstance(medium, str) or _is_chat(medium):
+            tokenizer = self._parts.tokenizer(medium)
+            if _is_chat(medium) and tokenizer.chat_template is None:
+                raise ValueError(
+                    "The data are conversations, and the tokenizer has no chat template: set "
+                    "`tokenizer.chat_template`, or pass the texts as they are to be."
+                )
+            self._check_encoder_decoder(paired)
+            self._collate = self._padded
+            return self._texts(max_length, tokenizer)
+        if not _is_medium(medium):
+            where = f"Column {self.columns[0]!r} holds" if self.columns else "The calibration data holds"
+            raise ValueError(
+                f"{where} {_kind(medium)}; known are texts, pairs of texts, conversations (lists of messages with "
+                "`role` and `content`), images, sounds, rows with `input_ids`, and batches (dicts of tensors)."
+            )
+        self._reader = self._parts.reader(medium, self.model)
+        self._collate = self._read
+        return list(islice((index for index in self._indices() if not self._is_empty(index)), self.samples))
+
+    def _columns(self, first):
+        """The columns to read: those that were named, or the only one there is."""
+        for name in [*(self.columns or []), *([self.label_column] if self.label_column else [])]:
+            if name not in first:
+                raise ValueError(f"The data has no column {name!r}; it has {sorted(first)}.")
+        if self.columns:
+            if len(self.columns) > 2:
+                raise ValueError(f"Two columns can be read together at most, got {self.columns}.")
+            return self.columns
+        wanted = self._parts.wanted(self.model)
+        found = [name for name in first if _is_one_of(self._first_of(name, first), wanted)]
+        found = [name for name in found if name != self.label_column] or found
+        if not found:
+            raise ValueError(f"The data has no column with any {wanted}; it has {sorted(first)}.")
+        if len(found) > 1:
+            raise ValueError(
+                f"The data has several columns of {wanted}, {found}: say which to read with `columns` (from the "
+                "shell: --column), or two of them for pairs."
+            )
+        return found
+
+    def _first_of(self, name, first):
+        """What a column holds first."""
+        if not _is_nothing(first[name]):
+            return first[name]
+        column = self._data[name] if _is_data_set(self._data) else (row[name] for row in self._data)
+        return next((value for value in column if not _is_nothing(value)), None)
+
+    def _sample(self, data, index):
+        row = data[index]
+        if self.columns is None:
+            return row
+        return row[self.columns[0]] if len(self.columns) == 1 else tuple(row[name] for name in self.columns)
+
+    def _is_empty(self, index):
+        sample = self._sample(self._undecoded, index)
+        parts = sample if isinstance(sample, tuple) else [sample]
+        return any(_is_nothing(part) for part in parts)
+
+    def _indices(self):
+        """Of the data: in order, or in a random one where some are drawn."""
+        indices = list(range(len(self._data)))
+        if self.samples is not None:
+            self._order.shuffle(indices)
+        return indices
+
+    def _drawn(self, rows_of_samples):
+        """The rows of all samples; or so many as are wanted, from as many samples as there are."""
+        if self.samples is None:
+            return [row for rows in rows_of_samples for row in rows]
+        share = math.ceil(self.samples / len(self._data))
+        drawn, spare = [], []
+        for rows in rows_of_samples:
+            if len(rows) > share:
+                rows = self._order.sample(rows, len(rows))
+            drawn, spare = drawn + rows[:share], spare + rows[share:]
+            if len(drawn) >= self.samples:
+                break
+        self._order.shuffle(spare)
+        return (drawn + spare)[: self.samples]
+
+    # ---- Texts ----
+
+    def _texts(self, max_length, tokenizer):
+        """The rows of all texts. Where nothing is said of their length, and a document gives few, shorter ones: some
+        are held back to score on."""
+        self.max_length = longest_row(max_length, self.model, tokenizer)
+        while True:
+            self._cut = 0
+            rows = self._drawn(self._tokenized(index) for index in self._indices())
+            long = any(len(row["input_ids"]) == self.max_length for row in rows) and not self._cut
+            if max_length is not None or len(rows) >= FEW_ROWS or not long or self.max_length // 2 < LEAST_TOKENS:
+                return rows
+            self.max_length //= 2
+
+    def _check_encoder_decoder(self, paired):
+        decodes = isinstance(self.model, PreTrainedModel) and self.model.config.is_encoder_decoder
+        self._has_target = decodes and not is_classifier(self.model)
+        if self._has_target and not paired:
+            raise ValueError(
+                f"A {type(self.model).__name__} reads an input and writes another text: pass pairs of these."
+            )
+
+    def _tokenized(self, index):
+        """The rows of one text, pair or conversation; none if it is empty."""
+        if self._is_empty(index):
+            return []
+        sample, tokenizer = self._sample(self._data, index), self._parts.tokenizer()
+        label = {} if self.label_column is None else {"labels": self._label(self._data[index][self.label_column])}
+        cut = {"truncation": True, "max_length": self.max_length}
+        if _is_pair(sample):
+            source, *other = sample
+            if not all(isinstance(text, str) for text in sample):
+                raise ValueError(f"Pairs must be two texts, got {_kind(source)} and {_kind(other[0])}.")
+            row = dict(tokenizer(source, **cut) if self._has_target else tokenizer(*sample, **cut))
+            if self._has_target:
+                label = {"labels": tokenizer(text_target=other[0], **cut)["input_ids"]}
+            self._cut += len(row["input_ids"]) == self.max_length
+            return [{**row, **label}]
+        special = not _is_chat(sample)
+        if not special:
+            sample = tokenizer.apply_chat_template(list(sample), tokenize=False)
+        elif not isinstance(sample, str):
+            raise ValueError(f"Row {index} of the calibration data holds {_kind(sample)} where others hold text.")
+        rows = _windows(tokenizer, sample, self.max_length, special)
+        if label and len(rows) > 1:
+            self._cut += 1
+            rows = rows[:1]
+        return [{**row, **label} for row in rows]
+
+    def _label(self, value):
+        names = self.model.config.label2id if isinstance(self.model, PreTrainedModel) else {}
+        value = names.get(value, value) if isinstance(value, str) else value
+        if isinstance(value, float) and isinstance(self.model, PreTrainedModel) and self.model.config.num_labels == 1:
+            return value
+        if not isinstance(value, int):
+            raise ValueError(
+                f"Column {self.label_column!r} must hold class indices"
+                + (f" or {sorted(names)}" if names else "")
+                + f", got {value!r}."
+            )
+        if isinstance(self.model, PreTrainedModel):
+            check_classes(self.model, torch.tensor([value]))
+        return value
+
+    def _padded(self, rows):
+        """Tokens as a batch. On the right for language models: positions that are not said count from the left."""
+        right = self._parts.pads_right() or (self.model is not None and is_causal_language_model(self.model))
+        fill = {"input_ids": self._parts.pad_id(), "labels": IGNORED}
+        batch = {}
+        for name in rows[0]:
+            values = [row[name] for row in rows]
+            if not isinstance(values[0], Sequence):
+                batch[name] = torch.tensor(values)
+                continue
+            longest = max(map(len, values))
+            short = [[fill.get(name, 0)] * (longest - len(value)) for value in values]
+            both = zip(values, short, strict=True)
+            batch[name] = torch.tensor([[*value, *rest] if right else [*rest, *value] for value, rest in both])
+        if "attention_mask" not in batch and "input_ids" in batch:
+            lengths = torch.tensor([len(row["input_ids"]) for row in rows])[:, None]
+            places = torch.arange(batch["input_ids"].shape[1])[None]
+            batch["attention_mask"] = ((places if right else places.flip(1)) < lengths).long()
+        return batch
+
+    # ---- Images and sounds ----
+
+    def _read(self, indices):
+        samples = [self._sample(self._data, index) for index in indices]
+        media, targets = zip(*samples, strict=True) if _is_pair(samples[0]) else (samples, None)
+        batch = self._reader(list(media))
+        if targets is not None:
+            tokenizer = self._parts.tokenizer(targets[0])
+            rows = [{"labels": tokenizer(text_target=target)["input_ids"]} for target in targets]
+            batch.update(self._padded(rows))
+        if self.label_column is not None:
+            batch["labels"] = torch.tensor([self._label(self._data[index][self.label_column]) for index in indices])
+        return batch
+
+
+def model_inputs(data, processing_class, model):
+    """Calibration data as it was given, or made by the processing class if there is one."""
+    if processing_class is None or data is None or isinstance(data, CalibrationData):
+        return data
+    return CalibrationData(data, processing_class, model)
+
+
+def longest_row(max_length, model, tokenizer) -> int:
+    """Tokens of a row at most: as asked for, or what the model and its tokenizer take, up to [`MOST_TOKENS`].
+
+    Raises:
+        ValueError: More than the model takes is asked for.
+    """
+    positions = None if model is None else positions_of(model)
+    if max_length is None:
+        return min(MOST_TOKENS, tokenizer.model_max_length, positions or MOST_TOKENS)
+    if positions is not None and max_length > positions:
+        raise ValueError(f"Rows of {max_length} tokens are too long for this model, which takes {positions}.")
+    return max_length
+
+
+def positions_of(model) -> int | None:
+    """How many tokens a model takes; `None` where nothing limits them, or its config does not say it."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    config = model.config.get_text_config()
+    name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    count = config.to_dict().get(name)
+    if not isinstance(count, int) or count < 1:
+        return None
+    for path, module in model.named_modules():
+        # RoBERTa's kin count positions from behind the padding's.
+        if isinstance(module, torch.nn.Embedding) and "position" in path and module.num_embeddings == count:
+            return count if module.padding_idx is None else count - module.padding_idx - 1
+    return count
+
+
+def _windows(tokenizer, text, length, special):
+    """A text in rows of so many tokens, each with the special tokens of a text of its own."""
+    if tokenizer.is_fast:
+        found = tokenizer(
+            text, add_special_tokens=special, truncation=True, max_length=length, return_overflowing_tokens=True
+        )
+        names = [name for name in tokenizer.model_input_names if name in found]
+        return [{name: found[name][row] for name in names} for row in range(len(found["input_ids"]))]
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    room = length - (tokenizer.num_special_tokens_to_add() if special else 0)
+    starts = range(0, len(tokens), room)
+    return [dict(tokenizer.prepare_for_model(tokens[s : s + room], add_special_tokens=special)) for s in starts]
+
+
+class _Parts:
+    """What a processing class is made of, and which of it reads what."""
+
+    def __init__(self, processing_class):
+        self.given = processing_class
+        if isinstance(processing_class, ProcessorMixin):
+            parts = [getattr(processing_class, name) for name in processing_class.get_attributes()]
+        else:
+            parts = [] if processing_class is None else [processing_class]
+        kinds = {"text": PreTrainedTokenizerBase, "image": BaseImageProcessor, "sound": SequenceFeatureExtractor}
+        self.found = {kind: part for part in parts for kind, of in kinds.items() if isinstance(part, of)}
+        if parts and not self.found:
+            raise TypeError(
+                "`processing_class` must be a tokenizer, an image processor, a feature extractor, or a processor with "
+                f"one of these, got {type(processing_class).__name__}."
+            )
+
+    def wanted(self, model):
+        """What a column is looked for: what the model reads, as far as the processing class can make it."""
+        for kind, name in (("image", "pixel_values"), ("text", "input_ids")):
+            if kind in self.found and model is not None and model.main_input_name == name:
+                return kind
+        return next(iter(self.found), "text")
+
+    def part(self, kind, sample):
+        if kind not in self.found:
+            given = "none was given" if self.given is None else f"got {type(self.given).__name__}"
+            need = {"text": "a tokenizer", "image": "an image processor", "sound": "a feature extractor"}[kind]
+            raise ValueError(
+                f"The calibration data holds {_kind(sample)}, which {need} makes model inputs of: pass it as "
+                f"`processing_class` ({given})."
+            )
+        return self.found[kind]
+
+    def tokenizer(self, sample=""):
+        return self.part("text", sample)
+
+    def reader(self, sample, model):
+        """What makes a batch of a list of images, or of sounds."""
+        if "sound" in self.found and ("image" not in self.found or _is_sound(sample)):
+            return self._heard
+        self.part("image", sample)
+        return self._seen
+
+    def _seen(self, images):
+        # Arrays are taken as they are.
+        images = [image if _is_array(image) else image.convert("RGB") for image in images]
+        return dict(self.found["image"](images, return_tensors="pt"))
+
+    def _heard(self, sounds):
+        extractor = self.found["sound"]
+        rates = {sound["sampling_rate"] for sound in sounds if isinstance(sound, Mapping)}
+        if len(rates) > 1:
+            raise ValueError(f"Sounds must be of one sampling rate, got {sorted(rates)}.")
+        rate = rates.pop() if rates else extractor.sampling_rate
+        arrays = [sound["array"] if isinstance(sound, Mapping) else sound for sound in sounds]
+        return dict(extractor(arrays, sampling_rate=rate, padding=True, return_tensors="pt"))
+
+    def pads_right(self):
+        return "text" not in self.found or self.found["text"].padding_side == "right"
+
+    def pad_id(self):
+        # Padding is masked out, so any token will do where there is none for it.
+        tokenizer = self.found.get("text")
+        return 0 if tokenizer is None or tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _length(row):
+    return len(row["input_ids"])
+
+
+def _token_row(row):
+    """What a model reads of a row that is tokenized."""
+    names = {"label": "labels", "label_ids": "labels"}
+    kept = {names.get(name, name): value for name, value in row.items()}
+    known = ("input_ids", "attention_mask", "token_type_ids", "labels")
+    kept = {name: kept[name] for name in known if name in kept}
+    return {name: value.tolist() if _is_array(value) else value for name, value in kept.items()}
+
+
+def _is_data_set(data):
+    # Not at the head of the module: importing it takes as long as the rest of this package.
+    from datasets import Dataset
+
+    return isinstance(data, Dataset)
+
+
+def _columns_of(data, names):
+    """A data set with these columns only, and the same without anything decoded."""
+    from datasets import Audio, Image
+
+    data = data.select_columns([name for name in dict.fromkeys(names) if name is not None])
+    undecoded = data
+    for name, feature in data.features.items():
+        if isinstance(feature, (Audio, Image)):
+            undecoded = undecoded.cast_column(name, type(feature)(decode=False))
+    return data, undecoded
+
+
+def _is_batch(value):
+    tensors = [part for part in value.values() if isinstance(part, torch.Tensor)] if isinstance(value, Mapping) else []
+    return bool(tensors) and all(tensor.dim() > 0 for tensor in tensors) and not _is_row(value)
+
+
+def _is_row(value):
+    """Whether it is one row of tokens, as data sets in torch's format give them."""
+    return isinstance(value.get("input_ids"), torch.Tensor) and value["input_ids"].dim() == 1
+
+
+def _is_pair(value):
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2 and isinstance(value[1], str)
+
+
+def _is_chat(value):
+    messages = value if isinstance(value, Sequence) and not isinstance(value, str) else []
+    return len(messages) > 0 and all(
+        isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in messages
+    )
+
+
+def _is_nothing(value):
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, Sequence) and len(value) == 0)
+
+
+def _is_array(value):
+    return isinstance(value, (np.ndarray, torch.Tensor))
+
+
+def _is_sound(value):
+    return isinstance(value, Mapping) and {"array", "sampling_rate"} <= value.keys()
+
+
+def _is_medium(value):
+    return is_pil_image(value) or _is_sound(value) or _is_array(value)
+
+
+def _is_one_of(value, kind):
+    return isinstance(value, str) or _is_chat(value) if kind == "text" else _is_medium(value)
+
+
+def _kind(value):
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and len(value):
+        return f"a {type(value).__name__} of {type(value[0]).__name__}"
+    return f"a {type(value).__name__}"

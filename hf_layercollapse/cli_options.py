@@ -1,0 +1,232 @@
+"""What the commands of `layercollapse` have in common: their options, what is refused before anything is loaded, and
+where their results go."""
+
+import contextlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, fields
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Annotated
+
+import torch
+
+from .modeling_layercollapse import SAVING_PREFIX
+from .plans import one_budget
+
+
+try:
+    import typer
+except ImportError:
+    raise SystemExit('layercollapse needs typer: pip install "hf_layercollapse[cli]"') from None
+
+
+Model = Annotated[str, typer.Argument(help="Name on the Hub, or folder, of a transformers model.", show_default=False)]
+Processor = Annotated[
+    str | None,
+    typer.Option(help="Name or folder of the tokenizer or processor. Default: the model's own."),
+]
+DataConfig = Annotated[str | None, typer.Option(help="Configuration of a data set on the Hub.")]
+Split = Annotated[str, typer.Option(help="Split of the data to use. Not the one the result is tested on.")]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Column of the text, conversation, image or sound; twice for pairs. Default: the only one that holds any."
+    ),
+]
+Label = Annotated[str | None, typer.Option(help="Column of the class; with it the score is the model's loss.")]
+Samples = Annotated[int, typer.Option(min=8, help="Rows to use: texts, windows of long ones, images.")]
+Batch = Annotated[int, typer.Option(min=1, help="Rows a batch.")]
+Length = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens a row; longer texts are several rows. Default: the model's most, up to 512."),
+]
+TestSplit = Annotated[str, typer.Option(help="Split of the data to test on: one that no model here has seen.")]
+TestLabel = Annotated[str | None, typer.Option(help="Column of the class. Not for language models.")]
+TestSamples = Annotated[int, typer.Option(min=2, help="Rows of the data to test on.")]
+Blocks = Annotated[
+    str | None,
+    typer.Option(help="'all', 'last:N', 'first:N', or a regular expression of block names. Default: all."),
+]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", "--json-file", help="Write the result as JSON; '-': to stdout, and words to stderr."),
+]
+Device = Annotated[str, typer.Option(help="Device to compute on, as torch names it.")]
+Trust = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
+DATA_HELP = (
+    "Text, conversations, images or sounds: a name on the Hub; a .txt, .csv, .tsv, .json(l), .parquet or .arrow file, "
+    "each also with .gz (of a language model's .txt all is one document, else a line is a text); a folder of such "
+    "files, of images in folders named after their classes, or of what save_to_disk wrote."
+)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which inputs a command reads from its data. The fields are options of every command that has one of these."""
+
+    processor: Processor = None
+    data_config: DataConfig = None
+    split: Split = "train"
+    column: Columns = None
+    label_column: Label = None
+    samples: Samples = 512
+    batch_size: Batch = 8
+    max_length: Length = None
+
+
+@dataclass(frozen=True)
+class TestDataOptions(DataOptions):
+    """The same of a command that tests."""
+
+    split: TestSplit = "test"
+    label_column: TestLabel = None
+    samples: TestSamples = 10_000
+
+
+def with_options(command):
+    """Gives a command, in place of its parameter `options`, an option for each field of that parameter's class."""
+    parameters = signature(command).parameters
+    kind = parameters["options"].annotation
+    names = [option.name for option in fields(kind)]
+
+    def run(**values):
+        chosen = kind(**{name: values.pop(name) for name in names})
+        return command(**values, options=chosen)
+
+    own = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters.values()]
+    added = [
+        Parameter(option.name, Parameter.KEYWORD_ONLY, default=option.default, annotation=option.type)
+        for option in fields(kind)
+    ]
+    listed = [parameter for parameter in own if parameter.name != "options"] + added
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = signature(command).replace(parameters=listed)
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in listed}
+    return run
+
+
+def parse_budget(text) -> dict[str, float | int]:
+    """`"macs=0.5"` as `{"macs": 0.5}`, `"parameters=1e6"` as `{"parameters": 1000000}`.
+
+    Raises:
+        ValueError: It is no budget.
+    """
+    name, equals, value = text.partition("=")
+    names = ("parameters", "macs", "latency", "max_drop")
+    if not equals or name not in names:
+        raise ValueError(f"--budget must be {', '.join(f'{name}=...' for name in names)}; got {text!r}.")
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError(f"--budget {text!r}: {value!r} is not a number.") from None
+    if number > 1 and number.is_integer():
+        number = int(number)
+    return one_budget(**{**dict.fromkeys(names), name: number})
+
+
+def usable_device(name) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ValueError: There is none, or nothing can be computed on it.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    # What torch raises depends on the kind of the device.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    if device.type == "meta":
+        raise ValueError("--device meta holds no numbers to compute with.")
+    return device
+
+
+def check_files(**paths):
+    """Refuses files that could not be written in the end, and plots of a format that is not known; option -> path.
+
+    Raises:
+        ValueError: A file's folder is not there, it is a folder itself, or its plot cannot be drawn.
+    """
+    for name, path in paths.items():
+        option = f"--{name.replace('_', '-')}"
+        if path is None or str(path) == "-":
+            continue
+        if path.is_dir():
+            raise ValueError(f"{option} {path} is a folder.")
+        _check_parent(option, path)
+        if name == "plot":
+            if path.suffix not in (".png", ".svg", ".pdf"):
+                raise ValueError(f"--plot must end in .png, .svg or .pdf, got {path}.")
+            try:
+                import matplotlib  # noqa: F401
+            except ImportError:
+                raise ValueError('--plot needs matplotlib: pip install "hf_layercollapse[plot]".') from None
+
+
+def _check_parent(option, path):
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise ValueError(f"{option} {path}: there is no folder {parent}. Make it first.")
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"{option} {path}: nothing can be written in {parent}.")
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """A folder that becomes `--output` once all that is done in it has succeeded; else nothing is left of it.
+
+    It is made at once, beside the other, so that a place that cannot be written is refused before the work.
+
+    Raises:
+        ValueError: `path` is there already and not an empty folder, or cannot be made.
+    """
+    check_new_folder(path)
+    beside = path.absolute().parent / f"{SAVING_PREFIX}{path.name}-{os.getpid()}"
+    try:
+        beside.mkdir()
+    except OSError as error:
+        raise ValueError(f"--output {path} cannot be made: {error.strerror}.") from error
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_new_folder(path):
+    """Refuses an `--output` that cannot be made.
+
+    Raises:
+        ValueError: As said.
+    """
+    if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
+        raise ValueError(f"--output {path} exists and is not an empty folder.")
+    _check_parent("--output", path)
+
+
+class Output:
+    """Where a command's words and its JSON go.
+
+    Args:
+        json_file (`Path`, *optional*): For the JSON; `-` is stdout, and the words then go to stderr.
+    """
+
+    def __init__(self, json_file):
+        self.json_file = json_file
+        self.to_stdout = str(json_file) == "-"
+
+    def say(self, text):
+        """Words for the reader."""
+        typer.echo(str(text), err=self.to_stdout)
+
+    def write(self, values):
+        """The result as plain data."""
+        if self.json_file is None:
+            return
+        text = json.dumps(values, indent=1)
+        if self.to_stdout:
+            typer.echo(text)
+        else:
+            self.json_file.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,97 @@
+"""Rows of data from what people have: files of many formats, folders, data sets on the Hub."""
+
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+from pyarrow import ArrowInvalid
+
+
+# Ending -> what `datasets` calls the format, and its options.
+FORMATS = {
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"delimiter": "\t", "quoting": 3}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
+    ".txt": ("text", {}),
+}
+ENDINGS = f"{', '.join(FORMATS)}, each also with .gz"
+
+# What `datasets` calls fields of a line that its head has no name for.
+_UNNAMED = "__index_level_0__"
+
+
+def load_rows(data, data_config=None, split="train", document=False) -> Dataset:
+    """The rows of a file, a folder, or a data set on the Hub.
+
+    Args:
+        data (`str`): Path of a file (`ENDINGS`, in upper case too), of what `Dataset.save_to_disk` wrote, of a folder
+            of such files or of images in folders named after their classes; or a name on the Hub.
+        data_config (`str`, *optional*): Configuration of a data set on the Hub.
+        split (`str`): Which part, where there are several; a file is one.
+        document (`bool`): Whether a text file is one document, and not a text a line.
+
+    Raises:
+        ValueError: There is no such file, its format is unknown, it is damaged, or it has no such split.
+    """
+    path = Path(data).expanduser()
+    name, options = format_of(path)
+    if path.is_file():
+        if name is None:
+            raise ValueError(f"{data} has an ending that is not known; known are {ENDINGS}.")
+        if path.stat().st_size == 0:
+            raise ValueError(f"{data} is empty.")
+        if name == "text" and document:
+            options = {"sample_by": "document"}
+        return _loaded(data, name, data_files={split: str(path)}, split=split, **options)
+    if is_saved(path):
+        saved = load_from_disk(str(path))
+        if isinstance(saved, DatasetDict) and split not in saved:
+            raise ValueError(f"{data} has no split {split!r}; it has {sorted(saved)}.")
+        return saved[split] if isinstance(saved, DatasetDict) else saved
+    if path.is_dir():
+        return _loaded(data, str(path), split=split)
+    if name is not None or is_path(data):
+        raise ValueError(f"{data}: there is no such file or folder.")
+    return _loaded(data, data, data_config, split=split)
+
+
+def format_of(path):
+    """`(what datasets calls the format, options)` by a file's ending; `None` in place of the first if it is none."""
+    endings = [ending.lower() for ending in Path(path).suffixes]
+    if endings[-1:] == [".gz"]:
+        endings.pop()
+    return FORMATS.get(endings[-1] if endings else "", (None, {}))
+
+
+def is_saved(path) -> bool:
+    """Whether a folder is what `Dataset.save_to_disk`, or `DatasetDict.save_to_disk`, wrote."""
+    return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def is_path(name) -> bool:
+    """Whether a name can only be a path: names on the Hub are `name` or `owner/name`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def _loaded(data, *args, **kwargs):
+    try:
+        rows = load_dataset(*args, **kwargs)
+    except (DatasetGenerationError, ArrowInvalid) as error:
+        raise ValueError(f"{data} cannot be read: {_reason(error)}") from error
+    if _UNNAMED in rows.features:
+        raise ValueError(
+            f"{data} has lines with more fields than its head names, {sorted(set(rows.features) - {_UNNAMED})}: is "
+            "its separator what its ending says, and are texts with separators in them quoted?"
+        )
+    return rows
+
+
+def _reason(error):
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 ({error}). Convert it: iconv -f latin1 -t utf-8 FILE > NEW."
+    return f"{error}"
