@@ -1,6 +1,5 @@
 """LayerCollapse for a Trainer whose class cannot be changed."""
 
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
@@ -8,20 +7,22 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
-from .checkpoints import forget_base
 from .config import LayerCollapseConfig
 from .merging import is_ready
 from .models import unwrap
-from .optimization import AlphaSteps, penalty_strength_at
+from .optimization import (
+    NO_TRAINABLE_ALPHA,
+    AlphaSteps,
+    alpha_logs,
+    penalty_strength_at,
+    plain_optimizer,
+    refuse_steps_in_backward,
+)
 from .patching import collapsible_activations, layer_collapse_config_of, patch_or_check, penalty
+from .trained_blocks import forget_base
 
 
 logger = logging.get_logger(__name__)
-
-NO_TRAINABLE_ALPHA = (
-    "The model is patched, but no alpha is trainable, so its blocks will not become linear. Under peft, name the "
-    "activation modules in `modules_to_save`."
-)
 
 
 class LayerCollapseCallback(TrainerCallback):
@@ -97,10 +98,8 @@ class LayerCollapseCallback(TrainerCallback):
                 "A callback comes too late to keep alphas out of what FSDP and DeepSpeed shard. Put "
                 "LayerCollapseTrainerMixin in front of the Trainer's class, or train in DDP."
             )
-        if "lomo" in args.optim or "layerwise" in args.optim:
-            raise ValueError(f"optim={args.optim.value!r} updates parameters during the backward pass.")
-        while isinstance(optimizer, AcceleratedOptimizer):
-            optimizer = optimizer.optimizer
+        refuse_steps_in_backward(args)
+        optimizer = plain_optimizer(optimizer)
         if self._alpha_steps is None or self._alpha_steps.optimizer is not optimizer:
             # The schedule counts the groups that are there.
             self._alpha_steps = AlphaSteps(optimizer, alphas, self.config, self._penalty_strength, scheduled=True)
@@ -117,17 +116,13 @@ class LayerCollapseCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs or not self._activations:
             return
-        threshold = self.config.collapse_threshold
-        alphas = [module.alpha.detach() for module in self._activations.values()]
-        driven = [module.alpha.detach() for module in self._activations.values() if module.alpha.requires_grad]
-        step = max(0, state.global_step - 1)
-        strength = penalty_strength_at(self.config, step, state.max_steps)
+        alphas = {str(i): module.alpha for i, module in enumerate(self._activations.values())}
+        driven = [alpha.detach() for alpha in alphas.values() if alpha.requires_grad]
+        strength = penalty_strength_at(self.config, max(0, state.global_step - 1), state.max_steps)
         added = {
-            "layer_collapse/ready_blocks": sum(is_ready(alpha, threshold) for alpha in alphas),
+            "layer_collapse/ready_blocks": sum(is_ready(a, self.config.collapse_threshold) for a in alphas.values()),
             "layer_collapse/penalty": strength * float(penalty(driven)),
-            "layer_collapse/penalty_strength": strength,
-            "layer_collapse/alpha_mean": sum(float(alpha.mean()) for alpha in alphas) / len(alphas),
-            **{f"layer_collapse/alpha/{i}": float(alpha.mean()) for i, alpha in enumerate(alphas)},
+            **alpha_logs(alphas, strength),
         }
         logs.update(added)
         state.log_history[-1].update(added)

@@ -37,22 +37,29 @@ def teacher_for(model, config: LayerCollapseConfig, teacher=None):
         ValueError: There is a teacher and nothing that it teaches, the other way round, or it is the model itself.
     """
     if teacher is not None:
-        if not isinstance(teacher, nn.Module):
-            raise TypeError(f"`teacher` must be a model, got {type(teacher).__name__}.")
-        if not config.distils:
-            raise ValueError(
-                "There is a `teacher`, but `distillation_weight` and `hidden_state_weight` of the "
-                "`layer_collapse_config` are both 0. Set at least one, or leave the teacher out."
-            )
-        if unwrap(teacher)[0] is unwrap(model)[0]:
-            raise ValueError("`teacher` is the model itself, which training changes; pass a copy.")
-        if config.hidden_state_weight:
-            blocks = find_feed_forward_blocks(unwrap(model)[0])
-            patched = [block for block in blocks if block.state != "dense"] or select_blocks(blocks, config.blocks)
-            _refuse_blocks_without_a_teacher([block.path(block.layout.down) for block in patched], teacher)
+        _check_teacher(teacher, model, config)
         return teacher.eval()
+    return _frozen_copy(model, config) if config.distils else None
+
+
+def _check_teacher(teacher, model, config):
+    if not isinstance(teacher, nn.Module):
+        raise TypeError(f"`teacher` must be a model, got {type(teacher).__name__}.")
     if not config.distils:
-        return None
+        raise ValueError(
+            "There is a `teacher`, but `distillation_weight` and `hidden_state_weight` of the "
+            "`layer_collapse_config` are both 0. Set at least one, or leave the teacher out."
+        )
+    if unwrap(teacher)[0] is unwrap(model)[0]:
+        raise ValueError("`teacher` is the model itself, which training changes; pass a copy.")
+    if config.hidden_state_weight:
+        blocks = find_feed_forward_blocks(unwrap(model)[0])
+        patched = [block for block in blocks if block.state != "dense"] or select_blocks(blocks, config.blocks)
+        _refuse_blocks_without_a_teacher([block.path(block.layout.down) for block in patched], teacher)
+
+
+def _frozen_copy(model, config):
+    """What the model was before it was patched."""
     inner = unwrap(model)[0]
     states = {block.state for block in find_feed_forward_blocks(inner)}
     needs = "so its dense form is not known: pass the dense model as `teacher`."
@@ -260,24 +267,31 @@ def _head_losses(model, inputs, forwards, taught, temperature):
         )
     logits, target = outputs["logits"], taught["logits"].to(outputs["logits"].device)
     _check_shapes(logits, target)
+    yield _labelled_losses(model, _labels_of(model, inputs, logits), logits, target, temperature)
+
+
+def _labels_of(model, inputs, logits):
+    """One for each position of the logits, or for each input; `None` if there are none."""
     labels = inputs.get("shift_labels")
     if labels is None:
         labels = inputs.get("labels")
         if labels is not None and labels.dim() == 2 and logits.dim() == 3 and _shifts_labels(model):
             labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return labels
+
+
+def _labelled_losses(model, labels, logits, target, temperature):
+    """What kind of prediction it is, the labels tell."""
     if labels is not None and labels.shape == logits.shape[:-1] and logits.shape[-1] > 1:
         if not labels.is_floating_point():
             kept = labels.to(logits.device) != IGNORED
-            yield functional.soft_target_loss(logits[kept], target[kept], temperature)
-            return
+            return functional.soft_target_loss(logits[kept], target[kept], temperature)
     elif labels is not None and logits.dim() == 2 and labels.shape[:1] == logits.shape[:1]:
         kind = model.config.problem_type if isinstance(model, PreTrainedModel) else None
         if kind == "regression" or (kind is None and logits.shape[-1] == 1):
-            yield (logits.float() - target.float()).square().flatten()
-            return
+            return (logits.float() - target.float()).square().flatten()
         if labels.shape == logits.shape and labels.is_floating_point():
-            yield functional.soft_binary_loss(logits, target, temperature).flatten()
-            return
+            return functional.soft_binary_loss(logits, target, temperature).flatten()
     raise ValueError(
         f"`distillation_weight` knows classes (of inputs or of tokens), several labels and regression. The labels are "
         f"of shape {None if labels is None else tuple(labels.shape)} and logits {tuple(logits.shape)}. "

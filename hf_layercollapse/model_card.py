@@ -76,58 +76,75 @@ def create_model_card(
         TypeError: `report` or `comparison` is of a wrong type.
         ValueError: The model is neither patched nor collapsed, or the comparison has no model called `compared_as`.
     """
-    if report is not None and not isinstance(report, CollapseReport):
-        raise TypeError(f"`report` must be a CollapseReport, got {type(report).__name__}.")
-    if comparison is not None and not isinstance(comparison, Comparison):
-        raise TypeError(f"`comparison` must be a Comparison, got {type(comparison).__name__}.")
+    _check(report, comparison, compared_as)
     inner, _ = unwrap(model)
     blocks = find_feed_forward_blocks(inner)
-    changed = [block for block in blocks if block.state != "dense"]
-    if not changed:
+    if all(block.state == "dense" for block in blocks):
         raise ValueError("The model is dense: a card says which blocks are patched or collapsed.")
-    if comparison is not None and compared_as not in [measured.name for measured in comparison.models]:
-        raise ValueError(
-            f"The comparison has no model called {compared_as!r}, it has "
-            f"{[measured.name for measured in comparison.models]}: say `compared_as`."
-        )
-    where = repo_id or "path/or/name-of-this-model"
     name = name or (repo_id.split("/")[-1] if repo_id else type(inner).__name__)
-    task = next((task for task, names in TASK_MAPPING.items() if type(inner).__name__ in names.values()), None)
-    data = ModelCardData(
-        language=language,
-        license=license,
-        library_name="transformers",
-        tags=list(dict.fromkeys([*TAGS, *_listed(tags)])),
-        base_model=base_model,
-        datasets=_listed(datasets) or None,
-        metrics=[comparison.metric] if comparison is not None else None,
-        pipeline_tag=task,
-        model_name=name,
-        eval_results=_results(comparison, compared_as, task),
-        ignore_metadata_errors=False,
-    )
-    config = layer_collapse_config_of(inner)
+    metadata = {"language": language, "license": license, "base_model": base_model, "model_name": name}
     return ModelCard.from_template(
-        data,
+        _metadata(inner, comparison, compared_as, datasets=datasets, tags=tags, **metadata),
         template_path=str(TEMPLATE),
         name=name,
         base_model=base_model,
-        block_count=len(blocks),
-        collapsed_count=sum(block.state == "collapsed" for block in blocks),
-        patched_count=sum(block.state == "patched" for block in blocks),
-        methods=_methods(report, config),
-        block_table=_markdown(_block_rows(blocks, report)),
-        report=report,
-        comparison=comparison,
-        comparison_table=None if comparison is None else _markdown(comparison.rows()),
-        where_measured=None if comparison is None else _where(comparison),
+        repo_id=repo_id or "path/or/name-of-this-model",
         training=training,
         evaluation=evaluation,
-        auto_class=auto_class_of(inner.config, type(inner).__name__),
-        repo_id=where,
-        package_version=__version__,
-        format_version=FORMAT_VERSION,
+        **_of_model(inner, blocks, report),
+        **_of_comparison(comparison),
     )
+
+
+def _check(report, comparison, compared_as):
+    if report is not None and not isinstance(report, CollapseReport):
+        raise TypeError(f"`report` must be a CollapseReport, got {type(report).__name__}.")
+    if comparison is None:
+        return
+    if not isinstance(comparison, Comparison):
+        raise TypeError(f"`comparison` must be a Comparison, got {type(comparison).__name__}.")
+    names = [measured.name for measured in comparison.models]
+    if compared_as not in names:
+        raise ValueError(f"The comparison has no model called {compared_as!r}, it has {names}: say `compared_as`.")
+
+
+def _metadata(model, comparison, compared_as, *, datasets, tags, **known):
+    """The head of the card, which the Hub reads."""
+    task = next((task for task, names in TASK_MAPPING.items() if type(model).__name__ in names.values()), None)
+    return ModelCardData(
+        library_name="transformers",
+        tags=list(dict.fromkeys([*TAGS, *_listed(tags)])),
+        datasets=_listed(datasets) or None,
+        metrics=[comparison.metric] if comparison is not None else None,
+        pipeline_tag=task,
+        eval_results=_results(comparison, compared_as, task),
+        ignore_metadata_errors=False,
+        **known,
+    )
+
+
+def _of_model(model, blocks, report):
+    """What the template says of the model and its blocks."""
+    return {
+        "block_count": len(blocks),
+        "collapsed_count": sum(block.state == "collapsed" for block in blocks),
+        "patched_count": sum(block.state == "patched" for block in blocks),
+        "methods": _methods(report, layer_collapse_config_of(model)),
+        "block_table": _markdown(_block_rows(blocks, report)),
+        "report": report,
+        "auto_class": auto_class_of(model.config, type(model).__name__),
+        "package_version": __version__,
+        "format_version": FORMAT_VERSION,
+    }
+
+
+def _of_comparison(comparison):
+    """What the template says of the model beside others."""
+    return {
+        "comparison": comparison,
+        "comparison_table": None if comparison is None else _markdown(comparison.rows()),
+        "where_measured": None if comparison is None else _where(comparison),
+    }
 
 
 def _listed(value):

@@ -2,9 +2,14 @@
 
 import contextlib
 import math
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from torch.optim import Optimizer
+from transformers.training_args import TrainingArguments
 from transformers.utils import logging
 
 from .config import LayerCollapseConfig
@@ -13,6 +18,11 @@ from .upstream import let_the_scaler_unscale
 
 
 logger = logging.get_logger(__name__)
+
+NO_TRAINABLE_ALPHA = (
+    "The model is patched, but no alpha is trainable, so its blocks will not become linear. Under peft, name the "
+    "activation modules in `modules_to_save`."
+)
 
 
 def penalty_strength_at(config: LayerCollapseConfig, step: int, max_steps: int) -> float:
@@ -24,6 +34,26 @@ def penalty_strength_at(config: LayerCollapseConfig, step: int, max_steps: int) 
     if config.penalty_schedule == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
     return config.penalty_strength * progress
+
+
+def plain_optimizer(optimizer: Optimizer | None) -> Optimizer | None:
+    """The optimizer that takes the steps, without what accelerate puts around it."""
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def refuse_steps_in_backward(args: TrainingArguments):
+    """Raises if the optimizer that training arguments name takes its steps during the backward pass.
+
+    Raises:
+        ValueError: It does.
+    """
+    if "lomo" in args.optim or "layerwise" in args.optim:
+        raise ValueError(
+            f"optim={args.optim.value!r} updates parameters during the backward pass, where alphas cannot "
+            "take steps of their own. Use an optimizer that works in `step`, such as 'adamw_torch'."
+        )
 
 
 class AlphaSteps:
@@ -46,44 +76,41 @@ class AlphaSteps:
         config ([`LayerCollapseConfig`]): `alpha_learning_rate` and `alpha_lr_schedule` are used.
         strength (`Callable[[], float]`): Gives the strength of the penalty in the step that is being taken.
         scheduled (`bool`): Whether a learning rate schedule is attached.
-        apart (`bool`): Whether alphas are in none of the groups, and take their steps when `step` is called.
 
     Attributes:
         taken (`int`): How many steps there were.
     """
 
-    def __init__(self, optimizer, alphas, config, strength, scheduled=False, apart=False):
-        self.optimizer, self.alphas, self.config, self.apart = optimizer, alphas, config, apart
-        self.strength, self.taken = strength, 0
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        alphas: list[nn.Parameter],
+        config: LayerCollapseConfig,
+        strength: Callable[[], float],
+        scheduled: bool = False,
+    ):
+        self.optimizer, self.alphas, self.config, self.strength = optimizer, alphas, config, strength
+        self.taken = 0
         self._hidden = None  # while the optimizer steps: alphas and their gradients
-        self._aside = False
-        self._not_finite = None  # a flag on the device of an alpha
-        self._warned = False
-
-        ours = {id(alpha) for alpha in alphas}
-        if scheduled and not apart:
-            found = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            optimizer.param_groups[-1]["params"].extend(alpha for alpha in alphas if id(alpha) not in found)
-        else:
-            for group in optimizer.param_groups:
-                group["params"][:] = [parameter for parameter in group["params"] if id(parameter) not in ours]
+        self._resting = False
+        self._not_finite, self._warned = None, False  # a flag on the device of an alpha
         # What `alpha_lr_schedule="same"` compares with; a schedule sets it too.
         optimizer.param_groups[0].setdefault("initial_lr", optimizer.param_groups[0]["lr"])
-        self._values = [alpha.detach().clone() for alpha in alphas] if apart else None
-        if apart:
-            return
-        if not scheduled:
-            optimizer.add_param_group({"params": alphas, "lr": config.alpha_learning_rate, "weight_decay": 0.0})
-        let_the_scaler_unscale(optimizer)
-        optimizer.register_step_pre_hook(self._hide)
-        optimizer.register_step_post_hook(self._show_and_step)
+        self._join(scheduled)
 
-    def restore(self):
-        """Gives alphas that are apart the values and the dtype that they had when this was made."""
-        for alpha, value in zip(self.alphas, self._values, strict=True):
-            alpha.data = value.to(alpha.device, copy=True)
+    def _join(self, scheduled):
+        if scheduled:
+            found = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+            self.optimizer.param_groups[-1]["params"].extend(a for a in self.alphas if id(a) not in found)
+        else:
+            _take_out(self.optimizer, self.alphas)
+            rate = self.config.alpha_learning_rate
+            self.optimizer.add_param_group({"params": self.alphas, "lr": rate, "weight_decay": 0.0})
+        let_the_scaler_unscale(self.optimizer)
+        self.optimizer.register_step_pre_hook(self._hide)
+        self.optimizer.register_step_post_hook(self._show_and_step)
 
-    def follow(self, model, alone):
+    def follow(self, model: nn.Module, alone: bool):
         """Drives those alphas too that have become trainable since.
 
         Args:
@@ -113,28 +140,16 @@ class AlphaSteps:
         self.alphas = [*self.alphas, *unfrozen]
 
     @contextlib.contextmanager
-    def aside(self):
+    def aside(self) -> Iterator[None]:
         """The optimizer without the alphas, which rest. torch's distributed state dicts want a state for each of its
         parameters, and these have none; to get the others' they take a step of no length.
         """
-        self._aside = True
-        ours = {id(alpha) for alpha in self.alphas}
-        groups = self.optimizer.param_groups
-        held = [[parameter for parameter in group["params"] if id(parameter) in ours] for group in groups]
-        for group in groups:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ours]
-        empty = {i: group for i, group in enumerate(groups) if not group["params"]}
-        groups[:] = [group for group in groups if group["params"]]
+        self._resting = True
         try:
-            yield
+            with _groups_without(self.optimizer, self.alphas):
+                yield
         finally:
-            self._aside = False
-            # Other dicts, if a state was loaded.
-            groups = self.optimizer.param_groups
-            for i, group in empty.items():
-                groups.insert(i, group)
-            for group, parameters in zip(groups, held, strict=True):
-                group["params"].extend(parameters)
+            self._resting = False
 
     @property
     def learning_rate(self) -> float:
@@ -160,14 +175,8 @@ class AlphaSteps:
         hidden, self._hidden = self._hidden, None
         for alpha, gradient in hidden:
             alpha.grad = gradient
-        if not self._aside:
+        if not self._resting:
             self._step_all()
-
-    def step(self):
-        """One step of all alphas, which uses their gradients up. For alphas that are apart from the optimizer."""
-        self._step_all()
-        for alpha in self.alphas:
-            alpha.grad = None
 
     def _step_all(self):
         driven = [alpha for alpha in self.alphas if alpha.requires_grad]
@@ -175,16 +184,12 @@ class AlphaSteps:
             with torch.enable_grad():
                 gradients = torch.autograd.grad(self.strength() * penalty(driven), driven)
             for alpha, gradient in zip(driven, gradients, strict=True):
-                self._step(alpha, gradient if alpha.grad is None else gradient + alpha.grad)
+                self._note(_step(alpha, gradient, self.learning_rate))
         self.taken += 1
 
-    @torch.no_grad()
-    def _step(self, alpha, gradient):
-        finite = gradient.isfinite()
-        stepped = (alpha - self.learning_rate * alpha.numel() * gradient).clamp(0, 1)
-        alpha.copy_(torch.where(finite, stepped, alpha))
-        found = ~finite.all()
-        self._not_finite = found if self._not_finite is None else self._not_finite | found.to(self._not_finite.device)
+    def _note(self, not_finite):
+        known = self._not_finite
+        self._not_finite = not_finite if known is None else known | not_finite.to(known.device)
 
     def warn_if_not_finite(self):
         """Once; waits for the device, so not at every step."""
@@ -196,31 +201,144 @@ class AlphaSteps:
             )
 
 
-def exchange_parameters(optimizer, before, after):
-    """Makes an optimizer follow modules that were replaced: a parameter takes the place of the one that had its name.
-
-    The state of all others is kept, and so are the groups, which a schedule counts; new parameters start without any.
+class AlphaStepsApart(AlphaSteps):
+    """The same for an engine that flattens what is in its optimizer, and casts it: alphas are in none of the groups,
+    and take their steps when `step` is called.
 
     Args:
-        optimizer (`torch.optim.Optimizer`): Changed in place.
-        before, after (`dict[str, nn.Parameter]`): The model's parameters by name, in order.
+        optimizer, alphas, config, strength: As of [`AlphaSteps`].
     """
+
+    def __init__(self, optimizer, alphas, config, strength):
+        super().__init__(optimizer, alphas, config, strength)
+        self._values = [alpha.detach().clone() for alpha in alphas]
+
+    def _join(self, scheduled):
+        _take_out(self.optimizer, self.alphas)
+
+    def restore(self):
+        """Gives alphas the values and the dtype that they had when this was made."""
+        for alpha, value in zip(self.alphas, self._values, strict=True):
+            alpha.data = value.to(alpha.device, copy=True)
+
+    def step(self):
+        """One step of all alphas, which uses their gradients up."""
+        self._step_all()
+        for alpha in self.alphas:
+            alpha.grad = None
+
+
+@torch.no_grad()
+def _step(alpha, gradient, learning_rate):
+    """Takes one step in place, by the penalty's gradient and the task's, where that is finite.
+
+    Returns:
+        Whether any of it is not, a tensor.
+    """
+    gradient = gradient if alpha.grad is None else gradient + alpha.grad
+    finite = gradient.isfinite()
+    stepped = (alpha - learning_rate * alpha.numel() * gradient).clamp(0, 1)
+    alpha.copy_(torch.where(finite, stepped, alpha))
+    return ~finite.all()
+
+
+def _take_out(optimizer, parameters):
+    ours = {id(parameter) for parameter in parameters}
+    for group in optimizer.param_groups:
+        group["params"][:] = [parameter for parameter in group["params"] if id(parameter) not in ours]
+
+
+@contextlib.contextmanager
+def _groups_without(optimizer, parameters):
+    """The optimizer without some of its parameters, and without groups that hold nothing else."""
+    ours, groups = {id(parameter) for parameter in parameters}, optimizer.param_groups
+    held = [[parameter for parameter in group["params"] if id(parameter) in ours] for group in groups]
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ours]
+    empty = {i: group for i, group in enumerate(groups) if not group["params"]}
+    groups[:] = [group for group in groups if group["params"]]
+    try:
+        yield
+    finally:
+        # Other dicts, if a state was loaded.
+        groups = optimizer.param_groups
+        for i, group in empty.items():
+            groups.insert(i, group)
+        for group, parameters in zip(groups, held, strict=True):
+            group["params"].extend(parameters)
+
+
+def alpha_logs(alphas: Mapping[str, nn.Parameter], strength: float) -> dict[str, float]:
+    """What is logged of alphas and of the penalty's strength, by the names of their blocks."""
+    means = {name: float(alpha.detach().mean()) for name, alpha in alphas.items()}  # on several devices, maybe
+    return {
+        "layer_collapse/penalty_strength": strength,
+        "layer_collapse/alpha_mean": sum(means.values()) / len(means),
+        **{f"layer_collapse/alpha/{name}": mean for name, mean in means.items()},
+    }
+
+
+def exchange_parameters(
+    optimizer: Optimizer, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]
+) -> None:
+    """Makes an optimizer follow a model whose modules were replaced, in place: a parameter takes the place of the one
+    that had its name.
+
+    For a training loop of one's own in which blocks collapse while it goes on (the Trainer does it by itself, with
+    `LayerCollapseConfig(progressive=True)`):
+
+        before = dict(model.named_parameters())
+        collapse_model(model)
+        exchange_parameters(optimizer, before, dict(model.named_parameters()))
+
+    **Groups.** What stands in `after` under a name of `before` goes into the group of that one, under its learning
+    rate and weight decay, whatever the shapes: a merged weight `(hidden, hidden)` for a linear's `(hidden,
+    intermediate)`. What has no name in `after` any more (the first linear, alphas) is taken out. What is new and
+    trained, in a module of which the optimizer has something (a bias where the linear had none), joins the first group
+    that holds biases, or else the first. Groups keep the order of the model, as a new optimizer would have it, so that
+    state dicts of one fit the other.
+
+    **State.** Moments and step counts of every parameter that stays are kept. Those of parameters that are gone are
+    dropped, and what takes their place starts as at the first step. Gradients are not carried over: exchange between
+    `optimizer.zero_grad()` and the next backward pass.
+
+    **Schedules** go on: they count the groups, which stay as many as they were, even if one is left empty.
+
+    **Master weights.** The optimizer must hold the model's own parameters. One that steps copies of them (float32
+    masters of half-precision weights, DeepSpeed's and FSDP1's flat parameters) is refused; float32 weights under
+    autocast, with or without a `GradScaler`, are as good as any. What else keeps the parameters that it was made with
+    has to be told separately: DistributedDataParallel is made anew, an average of weights too, and [`AlphaSteps`] gets
+    `steps.alphas = alpha_parameters(model)`.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): Changed in place; one that accelerate prepared is looked through.
+        before, after (`Mapping[str, nn.Parameter]`): `dict(model.named_parameters())` from before and after, in that
+            order, of any shapes. What the optimizer holds that is in neither (a loss with weights) stays as it is.
+            With several optimizers, call it for each.
+
+    Raises:
+        ValueError: What the optimizer holds is no parameter of `before`: it was made for another model, or steps
+            copies. Nothing is changed then.
+    """
+    optimizer = plain_optimizer(optimizer)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if held and not any(id(parameter) in held for parameter in before.values()):
+        raise ValueError(
+            f"This {type(optimizer).__name__} holds none of the {len(before)} parameters that the model had before. "
+            "Take `dict(model.named_parameters())` before anything is replaced, of the model that the optimizer was "
+            "made for. An optimizer that steps copies of the parameters cannot follow: collapse once training has "
+            "ended, or make a new one."
+        )
     old_order = {id(parameter): i for i, parameter in enumerate(before.values())}
     order = {id(parameter): i for i, parameter in enumerate(after.values())}
-    successors = {id(before[name]): after[name] for name in before if name in after}
+    successors = {id(parameter): after.get(name) for name, parameter in before.items() if id(parameter) not in order}
+    added = _new_beside_trained(before, after, held)
     # A bias where there was none goes where biases are.
     biases = {id(parameter) for name, parameter in after.items() if name.endswith(".bias")}
-    added = [p for name, p in after.items() if name not in before]
     for group in optimizer.param_groups:
         positions = [old_order.get(id(parameter), -1) for parameter in group["params"]]
-        kept = []
-        for parameter in group["params"]:
-            gone = id(parameter) in old_order and id(parameter) not in order
-            successor = successors.get(id(parameter)) if gone else parameter
-            if gone:
-                optimizer.state.pop(parameter, None)
-            if successor is not None:
-                kept.append(successor)
+        kept = [successors.get(id(parameter), parameter) for parameter in group["params"]]
+        kept = [parameter for parameter in kept if parameter is not None]
         if any(id(parameter) in biases for parameter in kept):
             kept, added = kept + added, []
         # As a new optimizer would be given them, so that a checkpoint fits it.
@@ -229,6 +347,22 @@ def exchange_parameters(optimizer, before, after):
         group["params"] = kept
     if added:
         optimizer.param_groups[0]["params"].extend(added)
+    for parameter in before.values():
+        if id(parameter) in successors:
+            optimizer.state.pop(parameter, None)
+
+
+def _new_beside_trained(before, after, held):
+    """Parameters under names that are new, where the optimizer trains something of the module around them."""
+
+    def is_trained(name):
+        while name:
+            name = name.rpartition(".")[0]
+            beside = [parameter for other, parameter in before.items() if other.startswith(f"{name}.") or not name]
+            if beside:
+                return any(id(parameter) in held for parameter in beside)
+
+    return [p for name, p in after.items() if name not in before and p.requires_grad and is_trained(name)]
 
 
 def replicate_alphas(alphas):

@@ -1,13 +1,113 @@
 """Models that are sharded over processes while a Trainer runs: alphas stay whole, and a collapse gathers the rest."""
 
+from __future__ import annotations
+
 import copy
 import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from transformers.modeling_utils import PreTrainedModel
+from transformers.training_args import ParallelMode
 
+from .models import is_fully_sharded
+from .optimization import replicate_alphas
 from .patching import collapsible_activations
+from .trained_blocks import TrainedBlocks
+from .upstream import prepared_models
+
+
+if TYPE_CHECKING:
+    from .trainer import LayerCollapseTrainerMixin
+
+Result = TypeVar("Result")
+
+
+class Sharding:
+    """What a Trainer's processes, FSDP2 and DeepSpeed ask for while a model has alphas, and when it collapses.
+
+    Args:
+        trainer ([`LayerCollapseTrainerMixin`]): Has the model and the accelerator.
+        blocks ([`TrainedBlocks`]): Of its model.
+    """
+
+    def __init__(self, trainer: LayerCollapseTrainerMixin, blocks: TrainedBlocks):
+        self._trainer, self._blocks = trainer, blocks
+        self._whole_class = None  # of the model, before FSDP2 exchanged it
+        self._replicating = []  # hooks on alphas that nothing else keeps the same on all processes
+
+    def refuse_setup(self):
+        trainer, state = self._trainer, self._trainer.accelerator.state
+        if trainer.is_deepspeed_enabled:
+            refuse_deepspeed_setup(state.deepspeed_plugin)
+        if trainer.is_fsdp_enabled:
+            precision = trainer.accelerator.mixed_precision
+            refuse_fsdp_setup(state.fsdp_plugin, trainer.model, trainer.args.torch_compile, precision)
+
+    def leave_alphas_out(self):
+        """To be called before accelerate is given model and optimizer."""
+        trainer = self._trainer
+        if not trainer.is_fsdp_enabled or is_fully_sharded(trainer.model):
+            return
+        self._whole_class = type(trainer.model)
+        alphas = self._blocks.trainable_alphas()
+        if alphas:
+            leave_out_of_sharding(trainer.accelerator.state.fsdp_plugin, trainer.model, trainer.args.device)
+            self.replicate(alphas)
+
+    def replicate(self, alphas: list[nn.Parameter]):
+        """Keeps alphas the same on all processes, where nothing else does; see [`replicate_alphas`]."""
+        for handle in self._replicating:
+            handle.remove()
+        self._replicating = replicate_alphas(alphas)
+
+    def whole_model(self) -> nn.Module:
+        """The Trainer's model; if it is sharded, a new one, gathered."""
+        model = self._trainer.model
+        return gathered(model, self._whole_class, self._trainer.args.device) if is_fully_sharded(model) else model
+
+    def on_all_processes(self, model: nn.Module, work: Callable[[], Result]) -> Result:
+        """Runs `work`, which changes a whole model, so that all processes hold what the first one found."""
+        if self._trainer.args.parallel_mode != ParallelMode.DISTRIBUTED:
+            return work()
+        result = first_process_first(work)
+        # Fitted to data, which may differ between processes.
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, src=0)
+        return result
+
+    def let_go(self, model: nn.Module):
+        """Lets a sharded model go; from here on this one is evaluated, as it is."""
+        trainer = self._trainer
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            trainer.accelerator.free_memory()
+            prepared_models(trainer.accelerator).append(model)
+            trainer.deepspeed = model if trainer.is_deepspeed_enabled else None
+
+    # ---- Saving ----
+
+    def is_passed_over_by_save_model(self, in_checkpoint: bool) -> bool:
+        """Whether upstream would save nothing, or ask an engine that is none before training and after a collapse."""
+        trainer = self._trainer
+        if trainer.is_fsdp_enabled:
+            # Where checkpoints are sharded, upstream would save nothing at all. FSDP1 wraps instead.
+            whole = not is_fully_sharded(trainer.model)
+            return trainer.accelerator.state.fsdp_plugin.fsdp_version == 2 and (whole or not in_checkpoint)
+        return trainer.is_deepspeed_enabled and trainer.model_wrapped is trainer.model
+
+    def whole_state_dict(self) -> dict[str, torch.Tensor] | None:
+        """Of a sharded model; of another, `None`, which is its own."""
+        model = self._trainer.model
+        return self._trainer.accelerator.get_state_dict(model) if is_fully_sharded(model) else None
+
+    def save_config(self, folder: str):
+        """Beside a state dict that is sharded upstream leaves none, and with it no trace of which model it is of."""
+        trainer = self._trainer
+        if trainer.is_fsdp_enabled and trainer.args.should_save and isinstance(trainer.model, PreTrainedModel):
+            trainer.model.config.save_pretrained(folder)
 
 
 def refuse_fsdp_setup(plugin, model, compiles=False, mixed_precision="no"):
@@ -113,7 +213,7 @@ def gathered(model, model_class, device):
     return whole.to(device).train(model.training)
 
 
-def in_turn(work):
+def first_process_first(work: Callable[[], Result]) -> Result:
     """Runs `work` on the first process and, unless it raises there, on the others; what it raises, all raise.
 
     Returns:

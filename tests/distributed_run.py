@@ -69,7 +69,7 @@ class CountedTwice(LayerCollapseTrainer):
 
     def compute_loss(self, *args, **kwargs):
         strength = penalty_strength_at(self.layer_collapse_config, self.state.global_step, self.state.max_steps)
-        again = (self.args.world_size - 1) * strength * penalty(self._trainable_alphas())
+        again = (self.args.world_size - 1) * strength * penalty(self._blocks.trainable_alphas())
         return super().compute_loss(*args, **kwargs) + again
 
 
@@ -189,7 +189,7 @@ def progressive(folder, processes=1, accumulate=1, resume=None):
         "states": watch.states,
         "rates": watch.rates,
         "collapsed": [log.get("layer_collapse/collapsed_blocks") for log in trainer.state.log_history],
-        "report": trainer._reports[-1].collapsed if trainer._reports else None,
+        "report": trainer._progressive.reports[-1].collapsed if trainer._progressive.reports else None,
         "reducer": sum(parameter.numel() for parameter in trainer.model_wrapped.parameters()),
         "wrapped": type(trainer.model_wrapped).__name__,
     }

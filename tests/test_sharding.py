@@ -10,9 +10,14 @@ from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from torch import nn
 
 from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse
-from hf_layercollapse.optimization import AlphaSteps
+from hf_layercollapse.optimization import AlphaSteps, AlphaStepsApart
 from hf_layercollapse.patching import collapsible_activations
-from hf_layercollapse.sharding import in_turn, leave_out_of_sharding, refuse_deepspeed_setup, refuse_fsdp_setup
+from hf_layercollapse.sharding import (
+    first_process_first,
+    leave_out_of_sharding,
+    refuse_deepspeed_setup,
+    refuse_fsdp_setup,
+)
 from tests.models import BY_NAME
 from tests.training import model_of
 
@@ -107,7 +112,7 @@ def test_a_state_dict_without_alphas(scheduled):
 
 def test_alphas_apart_from_the_optimizer():
     alpha, weight, optimizer = parameters()
-    steps = AlphaSteps(optimizer, [alpha], CONFIG, lambda: 0.0, apart=True)
+    steps = AlphaStepsApart(optimizer, [alpha], CONFIG, lambda: 0.0)
     assert [id(p) for group in optimizer.param_groups for p in group["params"]] == [id(weight)]
     alpha.data = alpha.data.to(torch.bfloat16)
     steps.restore()
@@ -133,7 +138,7 @@ def _out_of_memory_on_one(rank, folder):
                 raise torch.OutOfMemoryError("no memory")
 
         with pytest.raises(RuntimeError) as caught:
-            in_turn(work)
+            first_process_first(work)
         Path(folder, f"{failing} seen by {rank}").write_text(f"{type(caught.value).__name__}: {caught.value}")
     dist.destroy_process_group()
 

@@ -27,7 +27,7 @@ class OncePerBatch(LayerCollapseTrainer):
     """The mistake that the trajectories are there to find: the penalty in each batch's loss."""
 
     def compute_loss(self, *args, **kwargs):
-        again = self._penalty_strength() * penalty(self._trainable_alphas())
+        again = self._alphas.penalty_strength() * penalty(self._blocks.trainable_alphas())
         return super().compute_loss(*args, **kwargs) + again
 
 

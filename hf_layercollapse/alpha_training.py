@@ -1,0 +1,205 @@
+"""A Trainer's alphas: taken over from its optimizer, stepped with the penalty, kept out of decay and clipping."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+from transformers.training_args import ParallelMode
+from transformers.utils import logging
+
+from .optimization import (
+    NO_TRAINABLE_ALPHA,
+    AlphaSteps,
+    AlphaStepsApart,
+    TaskParameters,
+    alpha_logs,
+    penalty_strength_at,
+    plain_optimizer,
+    refuse_steps_in_backward,
+)
+from .patching import collapsible_activations, penalty
+from .sharding import Sharding
+from .trained_blocks import TrainedBlocks, forget_base
+from .upstream import checkpointing_of
+
+
+if TYPE_CHECKING:
+    from .trainer import LayerCollapseTrainerMixin
+
+logger = logging.get_logger(__name__)
+
+READY_BLOCKS = "layer_collapse/ready_blocks"
+COLLAPSED_BLOCKS = "layer_collapse/collapsed_blocks"
+
+
+class AlphaTraining(TrainerCallback):
+    """Drives the alphas of a Trainer, and accounts for the penalty. As a callback it is reached at points that no
+    override of the Trainer's methods can lose.
+
+    Args:
+        trainer ([`LayerCollapseTrainerMixin`]): Has the optimizer, the state and the options.
+        blocks ([`TrainedBlocks`]): Of its model.
+        sharding ([`Sharding`]): Keeps alphas the same on all processes.
+
+    Attributes:
+        steps ([`AlphaSteps`] or `None`): There once there are alphas and an optimizer.
+    """
+
+    def __init__(self, trainer: LayerCollapseTrainerMixin, blocks: TrainedBlocks, sharding: Sharding):
+        self._trainer, self._blocks, self._sharding = trainer, blocks, sharding
+        self.steps = None
+        self._penalty = 0.0  # times its strength, in the step that is being taken
+        self._taken_before = 0
+        self._penalty_sum, self._penalty_count = 0.0, 0  # since the last log
+        self._warned_of_frozen = False
+
+    def refuse_setup(self):
+        args = self._trainer.args
+        checkpointing, options = checkpointing_of(args)
+        if checkpointing and options.get("use_reentrant", False) and args.world_size > 1:
+            raise ValueError(
+                "Reentrant activation checkpointing runs a backward pass of its own, in which DistributedDataParallel "
+                "would see each alpha a second time, after the penalty. Set use_reentrant=False, the default."
+            )
+        refuse_steps_in_backward(args)
+
+    def warn_of_frozen(self):
+        if not self._warned_of_frozen and self._blocks.activations() and not self._blocks.trainable_alphas():
+            self._warned_of_frozen = True
+            logger.warning(NO_TRAINABLE_ALPHA)
+
+    # ---- The optimizer ----
+
+    def without_alphas(self, names: list[str], model: nn.Module) -> list[str]:
+        alphas = {f"{name}.alpha" for name in collapsible_activations(model)}
+        return [name for name in names if name not in alphas]
+
+    def take_over(self):
+        """Takes alphas over from the optimizer that was made."""
+        config = self._trainer.layer_collapse_config
+        alphas = self._blocks.trainable_alphas() if config is not None else []
+        if alphas:
+            self._drive(alphas)
+            return
+        self.steps = None
+        if config is not None and config.progressive and self._trainer.lr_scheduler is None:
+            # In place of theirs, which checkpoints of this run have: they were there when it began.
+            group = {"params": [], "lr": config.alpha_learning_rate, "weight_decay": 0.0}
+            plain_optimizer(self._trainer.optimizer).add_param_group(group)
+
+    def _drive(self, alphas):
+        """Takes alphas over from the optimizer that there is, unless that was done."""
+        optimizer, config = plain_optimizer(self._trainer.optimizer), self._trainer.layer_collapse_config
+        if self.steps is not None and self.steps.optimizer is optimizer:
+            return
+        if self._trainer.is_deepspeed_enabled:
+            # It flattens what is in the optimizer into parts, in the model's dtype.
+            self._sharding.replicate(alphas)
+            self.steps = AlphaStepsApart(optimizer, alphas, config, self.penalty_strength)
+        else:
+            scheduled = self._trainer.lr_scheduler is not None
+            self.steps = AlphaSteps(optimizer, alphas, config, self.penalty_strength, scheduled)
+        if self._blocks.alphas_beside_adapters():
+            # The base is about to change, so it is not the saved one any more.
+            forget_base(self._trainer.model)
+
+    def restore(self):
+        """Puts right what an engine did to alphas that are apart from its optimizer."""
+        if isinstance(self.steps, AlphaStepsApart):
+            self.steps.restore()
+
+    def forget(self):
+        """To be called when the optimizer is let go."""
+        self.steps = None
+
+    def exchanged(self):
+        """To be called when alphas went with their blocks, and the optimizer knows."""
+        if self.steps is not None:
+            self.steps.alphas = self._blocks.trainable_alphas()
+
+    def aside(self) -> contextlib.AbstractContextManager:
+        """In which FSDP2's state dicts find an optimizer without alphas."""
+        alone = self._trainer.is_fsdp_enabled and self.steps is not None
+        return self.steps.aside() if alone else contextlib.nullcontext()
+
+    def task_parameters(self, model: nn.Module) -> nn.Module | TaskParameters:
+        """What is clipped of a model, and in the norm that is logged."""
+        if self.steps is None or isinstance(self.steps, AlphaStepsApart):
+            return model
+        return TaskParameters(model, self._blocks.trainable_alphas())
+
+    # ---- Steps ----
+
+    def penalty_strength(self) -> float:
+        state = self._trainer.state
+        return penalty_strength_at(self._trainer.layer_collapse_config, state.global_step, state.max_steps)
+
+    def penalty_share(self):
+        """The part of the penalty in the loss of one of the batches that are accumulated."""
+        return self._penalty / self._trainer.current_gradient_accumulation_steps
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self._trainer.layer_collapse_config is None or not self._blocks.activations():
+            return
+        self.warn_of_frozen()
+        # Those that a subclass's own `create_optimizer` left to it, or none as long as all are frozen.
+        self._drive(self._blocks.trainable_alphas())
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self._trainer.layer_collapse_config is None:
+            return
+        if self.steps is not None:
+            one_process = args.parallel_mode != ParallelMode.DISTRIBUTED
+            self.steps.follow(self._trainer.model, alone=one_process and self._trainer.accelerator.scaler is None)
+            self._taken_before = self.steps.taken
+        with torch.no_grad():
+            self._penalty = self.penalty_strength() * penalty(self._blocks.trainable_alphas())
+            self._penalty = self._penalty.to(args.device)
+
+    # Again, before the optimizer takes the step: alphas may have been unfrozen since.
+    on_pre_optimizer_step = on_step_begin
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        # DeepSpeed has taken its step by now.
+        if isinstance(self.steps, AlphaStepsApart):
+            self.steps.step()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.steps is None:
+            return
+        skipped = self._trainer.accelerator.optimizer_step_was_skipped
+        if not skipped and self._blocks.trainable_alphas() and self.steps.taken == self._taken_before:
+            raise RuntimeError(
+                "This step left alphas where they were, though they are trainable: something else than the `step` of "
+                "`trainer.optimizer` was taken. Pass the optimizer as `optimizers`, or let `create_optimizer` make it."
+            )
+        self._penalty_sum = self._penalty_sum + self._penalty
+        self._penalty_count += 1
+
+    # ---- Logs ----
+
+    def logs(self, logs: dict[str, float]) -> dict[str, float]:
+        """What goes beside the logs of a step or an evaluation."""
+        config = self._trainer.layer_collapse_config
+        activations = self._blocks.activations() if config is not None else {}
+        collapsed = self._blocks.count_collapsed() if config is not None else 0
+        if not (activations or collapsed) or "train_runtime" in logs:
+            return {}
+        added = {READY_BLOCKS: self._blocks.count_ready()}
+        if config.progressive:
+            added[COLLAPSED_BLOCKS] = collapsed
+        if "loss" not in logs or not activations:
+            return added
+        if self._penalty_count:
+            added["layer_collapse/penalty"] = float(self._penalty_sum) / self._penalty_count
+            self._penalty_sum, self._penalty_count = 0.0, 0
+        step = max(0, self._trainer.state.global_step - 1)  # the one that was taken last
+        strength = penalty_strength_at(config, step, self._trainer.state.max_steps)
+        added |= alpha_logs({name: module.alpha for name, module in activations.items()}, strength)
+        if self.steps is not None:
+            self.steps.warn_if_not_finite()
+        return added

@@ -1,0 +1,178 @@
+"""Evaluation of a patched model as if it had been collapsed, and what that says of the best checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+from transformers.trainer_utils import default_compute_objective, has_length
+from transformers.utils import logging
+
+from .alpha_training import READY_BLOCKS
+from .trained_blocks import TrainedBlocks
+
+
+if TYPE_CHECKING:
+    from .trainer import LayerCollapseTrainerMixin
+
+logger = logging.get_logger(__name__)
+
+
+class CollapsedEvaluation:
+    """Gives each metric of an evaluation a second time, of what the collapsed model would do.
+
+    Args:
+        trainer ([`LayerCollapseTrainerMixin`]): That evaluates.
+        blocks ([`TrainedBlocks`]): Of its model.
+    """
+
+    def __init__(self, trainer: LayerCollapseTrainerMixin, blocks: TrainedBlocks):
+        self._trainer, self._blocks = trainer, blocks
+        self._names = {}  # metric -> its name with the ready blocks collapsed
+
+    # ---- Two passes ----
+
+    def loop(
+        self, own_loop, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """What the Trainer's own `evaluation_loop` gives for the other arguments, with both kinds of metrics.
+
+        What `compute_metrics` may write into a file is written last for the model as it is. Data without a length may
+        be such that they can be read only once: by the model as it is.
+        """
+        loop = partial(own_loop, dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if description != "Evaluation" or not self._is_reported():
+            return loop()
+        collapsed, gather = None, self._trainer.gather_function  # which each loop resets
+        again = not self._is_collapsed_already()
+        if again and has_length(dataloader):
+            collapsed = self._loop_as_if_collapsed(loop)
+            self._trainer.gather_function = gather
+        output = loop()
+        if again and collapsed is None:
+            if self._is_used_up(dataloader):
+                logger.warning_once(
+                    "The evaluation data can be read only once, so that nothing is measured of the collapsed model. "
+                    "Pass a dataset, or an iterable that starts anew each time."
+                )
+                return output
+            self._trainer.gather_function = gather
+            collapsed = self._loop_as_if_collapsed(loop)
+        self._add(output.metrics, (collapsed or output).metrics, metric_key_prefix)
+        return output
+
+    def _add(self, metrics, collapsed, prefix):
+        for name, value in list(collapsed.items()):
+            if name != f"{prefix}_model_preparation_time":
+                self._names[name] = f"{prefix}_collapsed_{name.removeprefix(f'{prefix}_')}"
+                metrics[self._names[name]] = value
+        # A notebook's table takes the prefix of the last loss for that of all metrics.
+        own_loss = f"{prefix}_loss"
+        if own_loss in metrics:
+            metrics[own_loss] = metrics.pop(own_loss)
+
+    def _is_reported(self):
+        """While a block is patched, and, where it goes on or is asked for, when all have collapsed."""
+        if self._trainer.layer_collapse_config is None:
+            return False
+        asked_for = "collapsed_" in (self._trainer.args.metric_for_best_model or "")
+        return bool(asked_for or self._blocks.activations() or self._blocks.count_collapsed())
+
+    def _is_collapsed_already(self):
+        """Whether the model computes what it would after a collapse, so that nothing need be measured."""
+        activations = self._blocks.activations().values()
+        ready = [activation for activation in activations if self._blocks.is_ready(activation)]
+        restores = self._trainer.layer_collapse_config.not_ready == "restore" and len(ready) < len(activations)
+        return not ready or (all(bool((module.alpha == 1).all()) for module in ready) and not restores)
+
+    def _is_used_up(self, dataloader):
+        """Whether data that were read have nothing more to give, on any process."""
+        source = dataloader.dataset if isinstance(dataloader, DataLoader) else dataloader
+        used_up = [all(False for _ in source)]
+        used_up = torch.tensor(used_up, dtype=torch.float32, device=self._trainer.args.device)
+        return bool(self._trainer.accelerator.reduce(used_up, reduction="sum"))
+
+    def _loop_as_if_collapsed(self, loop):
+        trainer, callback_handler = self._trainer, self._trainer.callback_handler
+        # Prediction steps must not be reported twice.
+        trainer.callback_handler = CallbackHandler([DefaultFlowCallback], trainer.model, None, None, None)
+        try:
+            with _same_random_state(), self._as_if_collapsed():
+                return loop()
+        finally:
+            trainer.callback_handler = callback_handler
+
+    @contextlib.contextmanager
+    def _as_if_collapsed(self):
+        """What `collapse` would make of the model, without the merging: alpha 1 where ready, native where restored."""
+        activations = self._blocks.activations().values()
+        before = [(module, module.alpha.detach().clone(), module.replacement) for module in activations]
+        restores = self._trainer.layer_collapse_config.not_ready == "restore"
+        try:
+            with torch.no_grad():
+                for module in activations:
+                    if self._blocks.is_ready(module):
+                        module.alpha.fill_(1)
+                    elif restores:
+                        module.alpha.fill_(0)
+                        module.replacement = None
+            yield
+        finally:
+            with torch.no_grad():
+                for module, alpha, replacement in before:
+                    module.alpha.copy_(alpha)
+                    module.replacement = replacement
+
+    # ---- What is made of the metrics ----
+
+    def is_best(self, is_best: Callable, metrics: dict[str, float], trial) -> bool:
+        """Whether a checkpoint is the best one until now: of those with the most ready blocks, by the metric with
+        these collapsed. `is_best` is the Trainer's own judgement, by the metric alone, which sets its state.
+        """
+        trainer, state = self._trainer, self._trainer.state
+        key = trainer.args.metric_for_best_model or ""
+        key = key if key.startswith("eval_") else f"eval_{key}"
+        collapsed = self._names.get(key, key)
+        if trainer.layer_collapse_config is not None and state.best_global_step and collapsed in metrics:
+            ready, ready_then = self._blocks.count_ready(), self._logged_when_best(READY_BLOCKS, 0)
+            value, value_then = metrics[collapsed], self._logged_when_best(collapsed, state.best_metric)
+            better = value > value_then if trainer.args.greater_is_better else value < value_then
+            if math.isnan(value) or ready < ready_then or (ready == ready_then and not better):
+                return False
+            state.best_metric = None
+        best = is_best(metrics, trial)
+        if best:
+            # Also where the save strategy asks for no best checkpoint: it finds the best evaluation in the log.
+            state.best_global_step = state.global_step
+        return best
+
+    def _logged_when_best(self, key, default):
+        """From the log, since that survives a resume."""
+        state = self._trainer.state
+        at_best = (entry for entry in state.log_history if entry["step"] == state.best_global_step)
+        return next((entry[key] for entry in at_best if key in entry), default)
+
+    def objective(self, metrics: dict[str, float]) -> float:
+        """The Trainer's default one of a search, in which metrics that are reported twice count once."""
+        again = self._names.values()
+        return default_compute_objective({name: value for name, value in metrics.items() if name not in again})
+
+
+@contextlib.contextmanager
+def _same_random_state() -> Iterator[None]:
+    """Random numbers drawn inside do not change those drawn afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

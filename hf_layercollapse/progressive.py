@@ -1,0 +1,157 @@
+"""Blocks that collapse while a Trainer goes on, with its optimizer, its wrapper and its checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from accelerate.utils import is_compiled_module
+from torch import nn
+from transformers.utils import logging
+
+from .alpha_training import AlphaTraining
+from .collapsing import collapse_as, collapse_model
+from .families import find_feed_forward_blocks
+from .modeling_layercollapse import resolve_table
+from .models import shorten, unwrap
+from .optimization import exchange_parameters, plain_optimizer
+from .patching import carriers_of
+from .trained_blocks import TrainedBlocks
+from .upstream import prepared_models
+
+
+if TYPE_CHECKING:
+    from .trainer import LayerCollapseTrainerMixin
+
+logger = logging.get_logger(__name__)
+
+
+class ProgressiveCollapse:
+    """Collapses the ready blocks of a Trainer's model after an evaluation, where its options ask for that.
+
+    Args:
+        trainer ([`LayerCollapseTrainerMixin`]): Has the model, the optimizer and the options.
+        blocks ([`TrainedBlocks`]): Of the model.
+        alphas ([`AlphaTraining`]): Those that are left are told to it.
+
+    Attributes:
+        reports (`list[CollapseReport]`): Of what was collapsed until now.
+    """
+
+    def __init__(self, trainer: LayerCollapseTrainerMixin, blocks: TrainedBlocks, alphas: AlphaTraining):
+        self._trainer, self._blocks, self._alphas = trainer, blocks, alphas
+        self.reports = []
+
+    @property
+    def is_asked_for(self) -> bool:
+        config = self._trainer.layer_collapse_config
+        return config is not None and config.progressive
+
+    def refuse_setup(self):
+        if not self.is_asked_for:
+            return
+        trainer, wrappers = self._trainer, unwrap(self._trainer.model)[1]
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ValueError(
+                "`progressive` is not supported under FSDP and DeepSpeed, which cannot exchange parameters while they "
+                "train. Collapse once training has ended, or train in DDP."
+            )
+        compiled = any(is_compiled_module(wrapper) for wrapper in wrappers)
+        if compiled or (trainer.args.torch_compile and trainer.args.world_size > 1):
+            raise ValueError(
+                "`progressive` is not supported with a model that was compiled before, nor with `torch_compile` on "
+                "several processes. Collapse once training has ended."
+            )
+        if wrappers:
+            raise ValueError(
+                "`progressive` is not supported under an adapter: checkpoints hold the adapter alone, and not the "
+                "base that was collapsed under it. Collapse once training has ended."
+            )
+        names = {block.name for block in find_feed_forward_blocks(trainer.model)}
+        unknown = [name for name in trainer.layer_collapse_config.progressive_order or () if name not in names]
+        if unknown:
+            raise ValueError(
+                f"`progressive_order` names what is no block of this model: {shorten(unknown)}. Its blocks are "
+                f"{shorten(sorted(names))}."
+            )
+
+    def collapse_ready(self):
+        """Collapses the blocks whose turn it is."""
+        ready = self._ready_names() if self.is_asked_for else []
+        if not ready:
+            return
+        options = replace(self._trainer.layer_collapse_config, not_ready="keep", blocks=ready)
+        with self._optimizer_follows():
+            self.reports.append(collapse_model(self._trainer.model, options))
+        logger.info(f"Step {self._trainer.state.global_step}: collapsed {self.reports[-1].collapsed}")
+
+    def _ready_names(self):
+        activations = self._blocks.activations().items()
+        indices = [int(index) for index, activation in activations if self._blocks.is_ready(activation)]
+        if not indices:
+            return []
+        blocks = find_feed_forward_blocks(self._trainer.model)
+        ready = [block.name for block in blocks if block.index in indices]
+        collapsed = [block.name for block in blocks if block.state == "collapsed"]
+        order = self._trainer.layer_collapse_config.progressive_order or []
+        reached = list(itertools.takewhile(lambda name: name in ready or name in collapsed, order))
+        return [name for name in ready if name in reached or len(reached) == len(order)]
+
+    def follow(self, stored: dict[str, dict] | None):
+        """Collapses the blocks that a checkpoint of this run, of which the tables are given, holds collapsed; its
+        weights come afterwards."""
+        if self.is_asked_for:
+            waiting = self._collapsed_only_in(stored or {})
+            if waiting:
+                with self._optimizer_follows():
+                    collapse_as(self._trainer.model, waiting)
+
+    def _collapsed_only_in(self, stored):
+        """Names of the patched blocks that are not so in these tables, if all else is the same there."""
+        model, waiting = self._trainer.model, []
+        carriers = dict(carriers_of(unwrap(model, sharded=True)[0]))
+        patched = [block for block in find_feed_forward_blocks(model) if block.state == "patched"]
+        patched = {block.path(block.layout.activation): block for block in patched}
+        for name, live in self._blocks.tables().items():
+            there = stored.get(name, {})
+            waits = {path for path, spec in live.items() if spec["type"] == "activation" and there.get(path) != spec}
+            resolved = resolve_table(carriers[name], live) if waits else []
+            resolved = {path: f"{name}.{qualified}".lstrip(".") for path, qualified, _, _ in resolved}
+            blocks = [patched[resolved[path]] for path in waits if resolved.get(path) in patched]
+            # Of the same model, only further on. A block that was narrowed before has entries of its linears, too.
+            inside = {block.path(linear) for block in blocks for linear in block.layout.linears}
+            rest = [path for path in live if path not in waits and resolved.get(path) not in inside]
+            if not all(there.get(path) == live[path] for path in rest):
+                return []
+            waiting += [block.name for block in blocks]
+        return waiting
+
+    @contextlib.contextmanager
+    def _optimizer_follows(self):
+        """Parameters that are exchanged inside are exchanged in the optimizer too."""
+        trainer = self._trainer
+        before = dict(trainer.model.named_parameters())
+        yield
+        self._blocks.changed()
+        optimizer = plain_optimizer(trainer.optimizer)
+        if optimizer is not None:
+            exchange_parameters(optimizer, before, dict(trainer.model.named_parameters()))
+        self._alphas.exchanged()
+        if isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel):
+            # It reduces the parameters that it was made with. A new one takes its place, in `wrapper_of_now`.
+            prepared_models(trainer.accelerator).remove(trainer.model)
+            trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+            trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
+
+    @contextlib.contextmanager
+    def wrapper_of_now(self, model: nn.Module) -> Iterator[nn.Module]:
+        """What a step is taken with, of a model as the training loop knows it from before a collapse."""
+        trainer, waits = self._trainer, contextlib.nullcontext()
+        if isinstance(model, nn.parallel.DistributedDataParallel) and model is not trainer.model_wrapped:
+            model = trainer.model_wrapped
+            waits = waits if trainer.accelerator.sync_gradients else model.no_sync()
+        with waits:
+            yield model

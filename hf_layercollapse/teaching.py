@@ -1,0 +1,114 @@
+"""The teacher of a Trainer: when it is made, what of each batch it hears, and how its terms join the loss."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from .distillation import Distillation, teacher_for
+from .upstream import loss_is_scaled
+
+
+if TYPE_CHECKING:
+    from .trainer import LayerCollapseTrainerMixin
+
+
+class Teaching(TrainerCallback):
+    """Adds a teacher's terms to the loss of a Trainer. As a callback it sees whether a step was taken without them.
+
+    Args:
+        trainer ([`LayerCollapseTrainerMixin`]): Has the model and the options.
+        teacher (`nn.Module`, *optional*): As the Trainer was given it; see [`teacher_for`].
+
+    Attributes:
+        distillation ([`Distillation`] or `None`): There once a model with a teacher is.
+    """
+
+    def __init__(self, trainer: LayerCollapseTrainerMixin, teacher: nn.Module | None = None):
+        self._trainer, self._given = trainer, teacher
+        self.distillation = None
+        self._taught = False  # in this step
+
+    def refuse_setup(self):
+        trainer, config = self._trainer, self._trainer.layer_collapse_config
+        if config.distils and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            raise ValueError(
+                "A teacher is not supported under FSDP and DeepSpeed, which shard the blocks that are compared with "
+                "its own. Train in DDP, or set `distillation_weight` and `hidden_state_weight` to 0."
+            )
+        if config.hidden_state_weight and (trainer.args.torch_compile or trainer.args.n_gpu > 1):
+            raise ValueError(
+                "`hidden_state_weight` watches single blocks, which `torch_compile` and `nn.DataParallel` do not "
+                "allow. Leave them out (several GPUs: `accelerate launch`), or use `distillation_weight` alone."
+            )
+
+    def refuse_teacher_without_options(self):
+        if self._given is not None and self._trainer.layer_collapse_config is None:
+            raise ValueError("There is a `teacher`, but no `layer_collapse_config` that says what it teaches.")
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        return self.distillation.teacher if self.distillation is not None else None
+
+    @contextlib.contextmanager
+    def of(self, model: nn.Module) -> Iterator[None]:
+        """Finds the teacher of a model, which by default is what the model is on entry, and teaches what it is on
+        exit."""
+        teacher = teacher_for(model, self._trainer.layer_collapse_config, self._given)
+        yield
+        if teacher is not None:
+            self.distillation = Distillation(self._trainer.layer_collapse_config, teacher, model)
+
+    def changed(self, model: nn.Module):
+        """To be called when blocks were exchanged."""
+        if self.distillation is not None:
+            self.distillation.find_blocks(model)
+
+    def compute_loss(self, own_loss, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """What the Trainer's own `compute_loss` gives for the other arguments, with the teacher's terms."""
+        options = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
+        if self.distillation is None or not model.training:
+            return own_loss(model, inputs, **options)
+        given = dict(inputs)  # label smoothing takes labels out
+        with self.distillation.watching(self._trainer.model, model) as seen:
+            result = own_loss(model, inputs, **options)
+        self._taught = True
+        taught = self._terms(given, seen, num_items_in_batch)
+        return (result[0] + taught, result[1]) if return_outputs else result + taught
+
+    def _terms(self, inputs, seen, num_items_in_batch):
+        """They weigh each label as the model's own loss does."""
+        trainer, items, batches = self._trainer, None, 1
+        if loss_is_scaled(trainer, num_items_in_batch):
+            # training_step will not divide, and adds up this many of them.
+            batches = trainer.current_gradient_accumulation_steps
+            if num_items_in_batch is not None:
+                items = self._items_here(num_items_in_batch)
+        with trainer.accelerator.autocast():
+            return self.distillation.loss(inputs, seen, items, batches, trainer.label_names)
+
+    def _items_here(self, num_items_in_batch):
+        """What a sum over the labels of this process is divided by, where gradients are averaged over processes."""
+        args = self._trainer.args
+        items = torch.as_tensor(num_items_in_batch, dtype=torch.float32).flatten()[0]  # one for each replica
+        averaged = args.average_tokens_across_devices
+        if args.n_gpu > 1:
+            return items if averaged else items * args.n_gpu
+        return items / (self._trainer.accelerator.num_processes // self._trainer.get_tp_size()) if averaged else items
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.distillation is not None and not self._taught:
+            raise RuntimeError(
+                f"This step was taken without the teacher: {type(self._trainer).__name__} computes a loss of its own. "
+                "Add to `super().compute_loss(...)`, or set `distillation_weight` and `hidden_state_weight` to 0."
+            )
+        self._taught = False
+
+    def logs(self, logs: dict[str, float]) -> dict[str, float]:
+        """What goes beside the logs of a step."""
+        return self.distillation.logs() if self.distillation is not None and "loss" in logs else {}

@@ -1,0 +1,114 @@
+"""The blocks of the model that a Trainer holds: patching them, which of them train, are ready, have collapsed."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+from accelerate.utils import is_compiled_module
+from torch import nn
+
+from .blocks import bind_blocks
+from .families import find_feed_forward_blocks
+from .merging import is_ready
+from .modeling_layercollapse import CollapsibleActivation
+from .models import unwrap
+from .patching import collapsible_activations, patch_or_check, tables_of
+
+
+if TYPE_CHECKING:
+    from .trainer import LayerCollapseTrainerMixin
+
+
+class TrainedBlocks:
+    """What the other parts of a Trainer ask of its model's blocks, which may be another model's at each call.
+
+    Args:
+        trainer ([`LayerCollapseTrainerMixin`]): Has the model, and the options in `layer_collapse_config`.
+        calibration_data (iterable of `dict[str, Tensor]`, *optional*): For `linear_target="affine"`.
+    """
+
+    def __init__(self, trainer: LayerCollapseTrainerMixin, calibration_data=None):
+        self._trainer, self._calibration_data = trainer, calibration_data
+        self._indices = weakref.WeakKeyDictionary()  # activation -> index of its block
+        self._collapsed = None  # how many, once they were counted
+
+    def patch(self, model: nn.Module):
+        """Patches a model, or checks that it is patched, as the Trainer's options say."""
+        self.changed()
+        patch_or_check(model, self._trainer.layer_collapse_config, self._calibration_data)
+
+    def changed(self):
+        """To be called when blocks were exchanged."""
+        self._collapsed = None
+
+    def tables(self) -> dict[str, dict]:
+        """Replacement tables of the model; see [`tables_of`]."""
+        return tables_of(unwrap(self._trainer.model, sharded=True)[0])
+
+    def trainable_alphas(self) -> list[nn.Parameter]:
+        """Those that a step is to move now."""
+        # peft's `modules_to_save` keeps a frozen copy of each.
+        alphas = {id(module.alpha): module.alpha for module in collapsible_activations(self._trainer.model).values()}
+        return [alpha for alpha in alphas.values() if alpha.requires_grad]
+
+    def alphas_beside_adapters(self) -> dict[str, nn.Parameter]:
+        """Name -> alpha, for those that train under a PeftModel that does not save them."""
+        if not unwrap(self._trainer.model, sharded=True)[1]:
+            return {}
+        activations = collapsible_activations(self._trainer.model).items()
+        return {
+            name: module.alpha
+            for name, module in activations
+            if module.alpha.requires_grad and ".modules_to_save." not in name
+        }
+
+    def activations(self) -> dict[str, CollapsibleActivation]:
+        """Block index, as in [`find_feed_forward_blocks`], -> the activation in use."""
+        activations = collapsible_activations(self._trainer.model).values()
+        if not all(module in self._indices for module in activations):
+            self._find_indices()
+        in_use = {}
+        for module in activations:
+            index = str(self._indices[module])
+            # A second one of the same block is peft's: the trainable copy is in use.
+            if index not in in_use or module.alpha.requires_grad:
+                in_use[index] = module
+        return in_use
+
+    def _find_indices(self):
+        inner = unwrap(self._trainer.model, sharded=True)[0]
+        for block in bind_blocks(inner):
+            if block.state != "collapsed":
+                # Looks into peft's wrappers.
+                parts = block.activation.modules()
+                self._indices.update(dict.fromkeys(parts, block.index))
+
+    def is_ready(self, activation: CollapsibleActivation) -> bool:
+        return is_ready(activation.alpha, self._trainer.layer_collapse_config.collapse_threshold)
+
+    def count_ready(self) -> int:
+        """With those that were ready before, and are collapsed since."""
+        return sum(map(self.is_ready, self.activations().values())) + self.count_collapsed()
+
+    def count_collapsed(self) -> int:
+        """Blocks that a progressive run has collapsed."""
+        if not self._trainer.layer_collapse_config.progressive:
+            return 0
+        if self._collapsed is None:
+            blocks = find_feed_forward_blocks(self._trainer.model)
+            self._collapsed = sum(block.state == "collapsed" for block in blocks)
+        return self._collapsed
+
+
+def forget_base(model: nn.Module, only: str | None = None):
+    """Adapters name their base once they are saved; that base is not what they are on."""
+    inner, wrappers = unwrap(model, sharded=True)
+    if only is None:
+        inner.name_or_path = inner.config.name_or_path = ""
+    for wrapper in wrappers:
+        if is_compiled_module(wrapper):
+            continue
+        for adapter in wrapper.peft_config.values():
+            if only in (None, adapter.base_model_name_or_path):
+                adapter.base_model_name_or_path = None

@@ -1,0 +1,84 @@
+"""The model card that a Trainer writes, from what it did and measured."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+from transformers.modelcard import extract_hyperparameters_from_trainer
+from transformers.modeling_utils import PreTrainedModel
+
+from .comparison import Comparison
+from .model_card import create_model_card
+from .models import unwrap
+from .patching import tables_of
+
+
+if TYPE_CHECKING:
+    from .trainer import LayerCollapseTrainerMixin
+
+# Names of metrics that say how long it took.
+TIMES = ("runtime", "per_second", "preparation_time")
+
+
+class TrainingCard:
+    """Writes the card of a Trainer's model.
+
+    Args:
+        trainer ([`LayerCollapseTrainerMixin`]): Has the model, its last collapse and evaluation.
+    """
+
+    def __init__(self, trainer: LayerCollapseTrainerMixin):
+        self._trainer = trainer
+        self._base_model = None  # what the model was before it was patched, by name
+
+    def remember_base(self, model: nn.Module):
+        """To be called before a model is patched, which makes it forget its name."""
+        inner = unwrap(model)[0]
+        if isinstance(inner, PreTrainedModel) and inner.name_or_path:
+            self._base_model = inner.name_or_path
+
+    def write(self, stock_card: Callable[..., None], comparison: Comparison | None = None, **metadata):
+        """Writes the card; of a model that this package knows nothing of, `stock_card` does, the Trainer's own method.
+
+        Args:
+            comparison ([`Comparison`], *optional*): See [`LayerCollapseTrainerMixin.create_model_card`].
+            metadata: As there. trl's own method does not take all of it, so that it gets what is given.
+        """
+        inner, wrappers = unwrap(self._trainer.model)
+        if wrappers or not (isinstance(inner, PreTrainedModel) and tables_of(inner)):
+            return stock_card(**{name: value for name, value in metadata.items() if value is not None})
+        if self._trainer.is_world_process_zero():
+            card = self._make(inner, comparison, metadata)
+            card.save(os.path.join(self._trainer.args.output_dir, "README.md"))
+        return None
+
+    def _make(self, model, comparison, metadata):
+        base = metadata["finetuned_from"] or self._base_model
+        return create_model_card(
+            model,
+            self._trainer.collapse_report,
+            comparison,
+            name=metadata["model_name"] or Path(self._trainer.args.output_dir).name,
+            base_model=base if base and not os.path.isdir(base) else None,
+            repo_id=self._trainer.hub_model_id,
+            datasets=metadata["dataset_tags"] or metadata["dataset_name"],
+            language=metadata["language"],
+            license=metadata["license"],
+            tags=metadata["tags"],
+            training=extract_hyperparameters_from_trainer(self._trainer),
+            evaluation=self._last_evaluation(),
+        )
+
+    def _last_evaluation(self):
+        """Metrics of the last evaluation, without those that say how long it took."""
+        history = reversed(self._trainer.state.log_history)
+        logs = (log for log in history if any(name.startswith("eval_") for name in log))
+        return {
+            name: value
+            for name, value in next(logs, {}).items()
+            if name.startswith("eval_") and not name.endswith(TIMES)
+        }
