@@ -25,6 +25,7 @@ _EXPORTS = {
     "collapse_model": "collapsing",
     "compare_models": "comparison",
     "create_model_card": "model_card",
+    "exchange_parameters": "optimization",
     "export_model": "exporting",
     "export_stock": "stock",
     "find_feed_forward_blocks": "families",

@@ -14,12 +14,13 @@ from hf_layercollapse import (
     LayerCollapseConfig,
     apply_layer_collapse,
     collapse_model,
+    exchange_parameters,
     find_feed_forward_blocks,
 )
-from hf_layercollapse.optimization import exchange_parameters
+from hf_layercollapse.patching import alpha_parameters, penalty
 from hf_layercollapse.plans import PlanPoint
 from tests.models import BY_NAME, LAYERS
-from tests.training import SetAlphas, alphas_of, assert_same, model_of, state_of, trainer_for
+from tests.training import SetAlphas, alphas_of, assert_same, model_of, rows, set_alphas, state_of, trainer_for
 
 
 PROGRESSIVE = {"progressive": True, "penalty_strength": 0.0}
@@ -153,7 +154,7 @@ def test_it_is_off_by_default(tmp_path):
 def test_nothing_is_ready(tmp_path):
     trainer = run("bert", tmp_path, schedule=[(0.5,) * LAYERS] * 8)
     assert {block.state for block in find_feed_forward_blocks(trainer.model)} == {"patched"}
-    assert trainer._reports == []
+    assert trainer._progressive.reports == []
     assert [log["layer_collapse/ready_blocks"] for log in trainer.state.log_history if "eval_loss" in log] == [0] * 4
 
 
@@ -286,3 +287,70 @@ def test_exchange_parameters():
         [id(p) for p in (biases[0], merged[1], biases[1])],
     ]
     assert weights[1] not in optimizer.state and int(optimizer.state[weights[2]]["step"]) == 1
+
+
+# ---- A training loop of one's own ----
+
+
+def optimizer_of(model):
+    alphas = {id(alpha) for alpha in alpha_parameters(model)}
+    task = [parameter for parameter in model.parameters() if id(parameter) not in alphas]
+    groups = [{"params": task}, {"params": alpha_parameters(model), "lr": 0.1, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-2)
+
+
+def take_steps(model, optimizer, schedule, count):
+    inputs = {name: torch.stack([row[name] for row in rows(BY_NAME["bert"], 8)]) for name in ("input_ids", "labels")}
+    for _ in range(count):
+        (model(**inputs).loss + penalty(alpha_parameters(model))).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.smoke
+def test_a_loop_of_ones_own_goes_on_over_a_collapse():
+    model = apply_layer_collapse(model_of(BY_NAME["bert"]))
+    optimizer = optimizer_of(model)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, total_iters=10)
+    take_steps(model, optimizer, schedule, 3)
+    set_alphas(model, 0.5, 1.0, 0.5)
+    before = dict(model.named_parameters())
+    assert len(collapse_model(model, LayerCollapseConfig(not_ready="keep")).collapsed) == 1
+    exchange_parameters(optimizer, before, dict(model.named_parameters()))
+    merged = state_of(model)
+    take_steps(model, optimizer, schedule, 3)
+    # All that the model is now made of is trained, and what stayed goes on where it was.
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in model.parameters()}
+    assert all(not torch.equal(value, merged[name]) for name, value in model.named_parameters())
+    steps = {name: int(optimizer.state[parameter]["step"]) for name, parameter in model.named_parameters()}
+    new = {f"bert.encoder.layer.1.output.dense.{name}" for name in ("weight", "bias")}
+    assert {name for name, count in steps.items() if count == 3} == new and set(steps.values()) == {3, 6}
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * (1 - 0.5 * 6 / 10))
+    # As a new optimizer of this model would be, so that a checkpoint goes on too.
+    resumed = copy.deepcopy(model)
+    other = optimizer_of(resumed)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    rest = torch.optim.lr_scheduler.LinearLR(other, 1.0, 0.5, total_iters=10)
+    rest.load_state_dict(schedule.state_dict())
+    take_steps(model, optimizer, schedule, 2)
+    take_steps(resumed, other, rest, 2)
+    assert_same(state_of(resumed), state_of(model))
+
+
+def test_an_optimizer_that_cannot_follow():
+    weights = {"a.weight": nn.Parameter(torch.ones(2, 3)), "b.weight": nn.Parameter(torch.ones(3, 2))}
+    after = {"b.weight": nn.Parameter(torch.ones(3, 3)), "b.bias": nn.Parameter(torch.ones(3))}
+    # It steps a copy, as optimizers with master weights of their own do.
+    masters = torch.optim.SGD([weight.detach().clone() for weight in weights.values()])
+    held = list(masters.param_groups[0]["params"])
+    with pytest.raises(ValueError, match="SGD holds none of the 2 parameters that the model had before"):
+        exchange_parameters(masters, weights, after)
+    assert all(now is then for now, then in zip(masters.param_groups[0]["params"], held, strict=True))
+    # Of two optimizers, what is new goes to the one that trains the module which it is in.
+    head = nn.Parameter(torch.ones(1))
+    first, second = torch.optim.SGD(weights.values()), torch.optim.SGD([head])
+    for optimizer in (first, second):
+        exchange_parameters(optimizer, weights | {"head": head}, after | {"head": head})
+    assert [id(p) for p in first.param_groups[0]["params"]] == [id(p) for p in after.values()]
+    assert [id(p) for p in second.param_groups[0]["params"]] == [id(head)]
