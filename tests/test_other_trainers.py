@@ -215,8 +215,14 @@ def test_sft_with_an_adapter(tmp_path):
     peft_config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn", "c_fc"], modules_to_save=["act"])
     trainer = sft_trainer(tmp_path, model=model, peft_config=peft_config)
     trainer.train()
+    # trl writes a card of its own beside each checkpoint; its method knows other arguments than transformers' does.
+    trainer.create_model_card(model_name="tiny", dataset_name="me/texts")
+    assert "# Model Card for tiny" in (tmp_path / "README.md").read_text()
     assert len(trainer.collapse().collapsed) == LAYERS
     assert type(trainer.model).__name__ == "GPT2LMHeadModel"
+    trainer.create_model_card(model_name="tiny", dataset_name="me/texts")
+    card = (tmp_path / "README.md").read_text()
+    assert "layercollapse" in card and "- me/texts" in card
 
 
 @pytest.fixture(scope="module")
