@@ -13,6 +13,7 @@ from .modeling_layercollapse import FORMAT_VERSION
 from .models import unwrap
 from .patching import layer_collapse_config_of
 from .reports import CollapseReport
+from .tables import markdown
 from .upstream import model_mapping
 
 
@@ -130,7 +131,7 @@ def _of_model(model, blocks, report):
         "collapsed_count": sum(block.state == "collapsed" for block in blocks),
         "patched_count": sum(block.state == "patched" for block in blocks),
         "methods": _methods(report, layer_collapse_config_of(model)),
-        "block_table": _markdown(_block_rows(blocks, report)),
+        "block_table": markdown(_block_rows(blocks, report)),
         "report": report,
         "auto_class": auto_class_of(model.config, type(model).__name__),
         "package_version": __version__,
@@ -142,7 +143,7 @@ def _of_comparison(comparison):
     """What the template says of the model beside others."""
     return {
         "comparison": comparison,
-        "comparison_table": None if comparison is None else _markdown(comparison.rows()),
+        "comparison_table": None if comparison is None else markdown(comparison.rows()),
         "where_measured": None if comparison is None else _where(comparison),
     }
 
@@ -245,13 +246,6 @@ def _form(block, entry):
         return f"{block.hidden_features} neurons"
     rank = f"rank {entry.rank}" if entry is not None and entry.rank is not None else "linear"
     return f"{rank} + {block.hidden_features} neurons" if block.hidden_features else rank
-
-
-def _markdown(rows):
-    """Rows of text as a Markdown table, the first as its head."""
-    head, *body = rows
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
-    return "\n".join("| " + " | ".join(cell.strip() for cell in line) + " |" for line in lines)
 
 
 def auto_class_of(config, architecture=None) -> str:

@@ -14,6 +14,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from .families import FeedForwardBlock
+from .merging import cost_of as cost_of
 from .modeling_layercollapse import PASS_ON
 from .models import count_parameters as count_parameters
 from .models import evaluating
@@ -87,6 +89,31 @@ def macs_per_token(model, inputs, tokens=None) -> float:
     if tokens < 1:
         raise ValueError(f"`tokens` must be at least 1, got {tokens}.")
     return count_macs(model, inputs) / tokens
+
+
+def neurons_within(block: FeedForwardBlock, share: float, rank: int | None = None) -> int:
+    """How many neurons a block keeps beside a linear map, if a share of its weights is left: what
+    `LayerCollapseConfig(keep_neurons=..., rank=...)` takes. `cost_of(block, rank, neurons)` is the inverse.
+
+    Args:
+        block ([`FeedForwardBlock`]): A dense block.
+        share (`float`): In (0, 1).
+        rank (`int`, *optional*): Of the linear map; 0 for none, `None` for a full one.
+
+    Raises:
+        ValueError: `share` is none, or too small for the linear map alone, or for one neuron without one.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"`share` must be in (0, 1), got {share!r}.")
+    # Shares that are written in decimals are not exact.
+    neurons = int((share * block.macs * (1 + 1e-9) - cost_of(block, rank, 0)) // cost_of(block, 0, 1))
+    if neurons < 0 or neurons + (rank != 0) < 1:
+        least = cost_of(block, rank, int(rank == 0)) / block.macs
+        raise ValueError(
+            f"{share:.4g} of the weights of {block.name} is less than what its linear map, or one neuron without one, "
+            f"takes: {least:.4g}. Ask for more, or for a lower rank."
+        )
+    return neurons
 
 
 def describe_hardware(device="cpu") -> str:

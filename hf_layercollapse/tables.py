@@ -1,7 +1,9 @@
 """Tables of text."""
 
+from collections.abc import Sequence
 
-def table(rows, left=1):
+
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Rows of text as one, the first as its head, aligned: the first `left` columns to the left, the others to the
     right.
     """
@@ -14,3 +16,10 @@ def table(rows, left=1):
         )
         for row in rows
     )
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text as a Markdown table, the first as its head; the first column to the left, others to the right."""
+    head, *body = rows
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return "\n".join("| " + " | ".join(cell.strip() for cell in line) + " |" for line in lines)

@@ -26,8 +26,7 @@ from hf_layercollapse import (
     find_feed_forward_blocks,
     plan_collapse,
 )
-from hf_layercollapse.merging import cost_of
-from hf_layercollapse.profiling import compare_latency, count_parameters
+from hf_layercollapse.profiling import compare_latency, count_parameters, neurons_within
 
 
 METHODS = {
@@ -334,11 +333,8 @@ def prepare(task, model, recipe, config):
     """What a method does before training, in place; a report where something collapsed."""
     if recipe.method == "fit":
         if recipe.share is not None:
-            blocks = find_feed_forward_blocks(model)
             # Blocks of one width each, as all but a few models have.
-            config.keep_neurons = int(
-                (recipe.share * blocks[0].macs - cost_of(blocks[0], config.rank, 0)) // cost_of(blocks[0], 0, 1)
-            )
+            config.keep_neurons = neurons_within(find_feed_forward_blocks(model)[0], recipe.share, config.rank)
         report = collapse_model(model, config, calibration_data=task.batches(recipe.calibration_samples))
         print(report)
         return report

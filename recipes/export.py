@@ -48,6 +48,7 @@ from transformers import (
 from hf_layercollapse import LayerCollapseConfig, collapse_model, export_model
 from hf_layercollapse.exporting import decoder_step, load_exported
 from hf_layercollapse.profiling import compare_latency, weights_size
+from hf_layercollapse.tables import markdown
 
 
 STATES = ("dense", "collapsed")
@@ -174,7 +175,8 @@ def main():
         **{name: _version(name) for name in ("torch", "transformers", "onnxruntime", "openvino", "torchao")},
     }
     (arguments.output_dir / "results.json").write_text(json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n")
-    text = markdown(rows) + "\n\n" + ", ".join(f"{key} {value}" for key, value in setting.items())
+    text = markdown([HEAD, *map(cells_of, rows)])
+    text += "\n\n" + ", ".join(f"{key} {value}" for key, value in setting.items())
     (arguments.output_dir / "table.md").write_text(text + "\n")
     print(f"\n{text}\n\nWritten to {arguments.output_dir}/table.md and results.json.")
 
@@ -219,7 +221,7 @@ def measure(arguments, subject, folder):
                 "accuracy": {state: subject.score(live[state]) if subject.score else None for state in STATES},
             }
         )
-        print(row_of(rows[-1]), flush=True)
+        print("  ".join(cells_of(rows[-1])), flush=True)
 
     sizes = {state: weights_size(folder / state) for state in STATES}
     add("PyTorch", models, sizes, dict.fromkeys(STATES))
@@ -283,22 +285,13 @@ def cached(model, step):
     return StepOfPyTorch(model) if step is not None and isinstance(model, transformers.PreTrainedModel) else model
 
 
-def markdown(rows):
-    lines = [
-        "| model | runtime | logits, difference | size | latency | relative (quartiles) | accuracy |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    last = None
-    for row in rows:
-        lines.append(row_of(row, show_model=row["model"] != last))
-        last = row["model"]
-    return "\n".join(lines)
+HEAD = ["model", "runtime", "logits, difference", "size", "latency", "relative (quartiles)", "accuracy"]
 
 
-def row_of(row, show_model=True):
+def cells_of(row):
     difference, low_high = row["difference"], row["ratio_quartiles"]
-    cells = [
-        row["model"] if show_model else "",
+    return [
+        row["model"],
         row["runtime"],
         ", ".join("-" if difference[state] is None else f"{difference[state]:.0e}" for state in STATES),
         ", ".join(f"{row['bytes'][state] / 1e6:.1f}" for state in STATES) + " MB",
@@ -306,7 +299,6 @@ def row_of(row, show_model=True):
         f"{row['ratio']:.2f} ({low_high[0]:.2f} to {low_high[1]:.2f})",
         ", ".join("-" if row["accuracy"][state] is None else f"{row['accuracy'][state]:.1%}" for state in STATES),
     ]
-    return "| " + " | ".join(cells) + " |"
 
 
 def _version(package):

@@ -40,6 +40,7 @@ from transformers import (
 from hf_layercollapse import LayerCollapseConfig, LayerCollapseTrainer, find_feed_forward_blocks
 from hf_layercollapse.metrics import Accuracy, accuracy_interval, paired_difference
 from hf_layercollapse.profiling import compare_latency, count_parameters, macs_per_token, weights_size
+from hf_layercollapse.tables import table
 
 
 DEMO_MODEL, DEMO_DATASET = "all-MiniLM-L6", "uci-sentences"
@@ -448,7 +449,7 @@ def print_comparison(rows, correct, batch_shape):
     timed = rows[DENSE]["seconds_per_batch"] is not None
     if timed:
         header += ["median latency", "relative (quartiles)"]
-    table = [header]
+    rows_of_text = [header]
     for name, row in rows.items():
         low, high = row["interval"]
         cells = [
@@ -462,9 +463,8 @@ def print_comparison(rows, correct, batch_shape):
             first, third = row["latency_ratio_quartiles"]
             spread = "" if name == DENSE else f" ({first:.2f} to {third:.2f})"
             cells += [f"{row['seconds_per_batch'] * 1e3:.1f} ms", f"{row['latency_ratio']:.2f}{spread}"]
-        table.append(cells)
-    print()
-    print_table(table)
+        rows_of_text.append(cells)
+    print(f"\n{table(rows_of_text)}")
     difference, low, high = paired_difference(correct[COLLAPSED], correct[CONTROL])
     print(
         f"Collapsed minus dense with the same extra steps, on the same sentences: {100 * difference:+.1f} points "
@@ -477,11 +477,11 @@ def print_comparison(rows, correct, batch_shape):
 def print_runs(runs):
     """Means and ranges over the seeds."""
     print_heading(f"All {len(runs)} seeds")
-    table = [["", "mean accuracy", "range"]]
+    rows = [["", "mean accuracy", "range"]]
     for name in runs[0]["models"]:
         values = [run["models"][name]["accuracy"] for run in runs]
-        table.append([name, f"{np.mean(values):.1%}", f"{min(values):.1%} to {max(values):.1%}"])
-    print_table(table)
+        rows.append([name, f"{np.mean(values):.1%}", f"{min(values):.1%} to {max(values):.1%}"])
+    print(table(rows))
     ours, control = (np.stack([run["correct"][name] for run in runs]) for name in (COLLAPSED, CONTROL))
     difference, low, high = paired_difference(ours, control)
     each = ", ".join(f"{100 * (a.mean() - b.mean()):+.1f}" for a, b in zip(ours, control, strict=True))
@@ -489,18 +489,6 @@ def print_runs(runs):
         f"Collapsed minus dense with the same extra steps: {100 * difference:+.2f} points on average (95 % interval "
         f"over test sentences {100 * low:+.1f} to {100 * high:+.1f}; by seed {each})."
     )
-
-
-def print_table(rows):
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for index, row in enumerate(rows):
-        cells = [
-            row[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-        ]
-        print("  ".join(cells))
-        if index == 0:
-            print("  ".join("-" * width for width in widths))
 
 
 def print_how_to_load(folder):

@@ -31,6 +31,8 @@ import yaml
 from common import ALTERNATIVES, run
 from tasks import TASKS
 
+from hf_layercollapse.tables import markdown
+
 
 # Seeds of the runs that begin with a model of the sweep's own: other batches than those it has just seen.
 FURTHER_SEED = 1000
@@ -190,10 +192,7 @@ def table(content):
         share: (max if metric == "accuracy" else min)(value for (_, size), value in means.items() if size == share)
         for share in shares
     }
-    lines = [
-        "| method | " + " | ".join(f"{100 * share:.4g} %" for share in shares) + " |",
-        "|---" * (1 + len(shares)) + "|",
-    ]
+    rows = [["method", *(f"{100 * share:.4g} %" for share in shares)]]
     for name in dict.fromkeys(run_["name"] for run_ in runs):
         cells = []
         for share in shares:
@@ -211,15 +210,14 @@ def table(content):
                 cell += f" at {100 * left:.3g} %"
             times = [run_["latency"]["ratio"] for run_ in group if run_["latency"] is not None]
             cells.append(cell + (f", {statistics.mean(times):.2f}" if times else ""))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        rows.append([name, *cells])
     seeds = len({run_["seed"] for run_ in runs})
     spread = f"mean of {seeds} seeds (range)" if seeds > 1 else "one seed"
-    lines.append(
-        f"\n{metric.capitalize()}, {spread}, by what is left of the feed-forward weights (after *at*, where a method "
-        "leaves another part)"
-        + (", and latency relative to the dense model." if any(run_["latency"] for run_ in runs) else ".")
+    times = ", and latency relative to the dense model" if any(run_["latency"] for run_ in runs) else ""
+    return (
+        f"{markdown(rows)}\n\n{metric.capitalize()}, {spread}, by what is left of the feed-forward weights (after "
+        f"*at*, where a method leaves another part){times}.\n"
     )
-    return "\n".join(lines) + "\n"
 
 
 def draw(content, names, paths):

@@ -5,16 +5,18 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model
+from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model, find_feed_forward_blocks
 from hf_layercollapse.profiling import (
     FixedCost,
     Latency,
     compare_latency,
+    cost_of,
     count_macs,
     count_parameters,
     fixed_cost,
     macs_per_token,
     measure_speedup,
+    neurons_within,
     weights_size,
 )
 
@@ -44,6 +46,21 @@ def test_macs_of_bert_are_exact(bert):
     expected = BATCH * (LENGTH * LAYERS * per_layer + head)
     assert count_macs(bert, INPUTS) == expected
     assert macs_per_token(bert, INPUTS) == expected / (BATCH * LENGTH)
+
+
+@pytest.mark.parametrize("share, rank", [(0.5, None), (0.3, 0), (0.45, 2), (0.05, 0)])
+def test_neurons_within_a_share_are_as_many_as_fit(bert, share, rank):
+    block = find_feed_forward_blocks(bert)[0]
+    neurons = neurons_within(block, share, rank)
+    assert cost_of(block, rank, neurons) <= share * block.macs < cost_of(block, rank, neurons + 1)
+
+
+def test_neurons_within_a_share_that_holds_none(bert):
+    block = find_feed_forward_blocks(bert)[0]
+    assert neurons_within(block, WIDTH * WIDTH / (2 * WIDTH * HIDDEN)) == 0
+    for share, rank, message in ((0.19, None, "its linear map"), (0.02, 0, "0.025"), (1, 0, r"in \(0, 1\)")):
+        with pytest.raises(ValueError, match=message):
+            neurons_within(block, share, rank)
 
 
 def test_macs_of_conv1d_and_a_tied_head_are_exact():
