@@ -8,7 +8,7 @@ import torch
 
 from . import functional
 from .blocks import BoundBlock
-from .merging import cost_of, effective_rank, has_constant, parameters_of
+from .merging import cost_of, effective_rank, has_constant, parameters_of, stored_neurons
 
 
 # Ranks of the linear part that plans choose from, as shares of the input width; `None` is full rank.
@@ -24,8 +24,8 @@ class BlockSize:
 
     Args:
         rank (`int`, *optional*): Of its linear map; `None`: full. Without a meaning where the block stays as it is.
-        count (`int`): Neurons kept.
-        macs (`int`): Weights, which are its multiply-accumulates per token.
+        count (`int`): Neurons kept. None of them and rank 0: the block is dropped.
+        macs (`int`): Weights, which are its multiply-accumulates per token; a dropped block has one neuron of zeros.
         parameters (`int`): Weights and biases.
         loss (`float`): Expected to be lost: nats a prediction in the metric of the loss, else the share of the
             output's variance that is left unexplained.
@@ -53,14 +53,16 @@ class BlockSizes:
         constant_term (`str`): As in [`LayerCollapseConfig`].
         neurons (`dict[int | None, list[int]]`): Rank -> hidden neurons in the order of their use.
         losses (`dict[int | None, list[float]]`): Rank -> what is expected to be lost with the first `k` of them.
-        worth_having (`list[BlockSize]`): Those that plans choose from, none of which is lossier than a smaller one;
-            from the smallest to the block as it is.
+        choice (`list[BlockSize]`): Those that plans choose from, the block as it is last.
+        worth_having (`list[BlockSize]`): Of these, those that are not lossier than one with fewer weights; from the
+            smallest to the block as it is.
     """
 
     block: BoundBlock
     constant_term: str
     neurons: dict[int | None, list[int]]
     losses: dict[int | None, list[float]]
+    choice: list[BlockSize]
     worth_having: list[BlockSize]
 
     @property
@@ -72,8 +74,14 @@ class BlockSizes:
         """One size; as many neurons as there are, and no linear map, are the block as it is."""
         if rank == 0 and count == self.block.hidden_features:
             return self.dense
-        parameters = parameters_of(self.block, rank, count, self.constant_term)
-        return BlockSize(rank, count, cost_of(self.block, rank, count), parameters, self.losses[rank][count])
+        stored = stored_neurons(rank, count)
+        parameters = parameters_of(self.block, rank, stored, self.constant_term)
+        return BlockSize(rank, count, cost_of(self.block, rank, stored), parameters, self.losses[rank][count])
+
+    @property
+    def smallest(self) -> BlockSize:
+        """The block dropped, or where only linear maps are wanted the smallest of them."""
+        return self.at(0, 0) if 0 in self.losses else self.worth_having[0]
 
     def largest(self, rank, room, unit, multiple_of):
         """The largest size of this rank that takes no more than `room` of a budget; `None` if there is none."""
@@ -107,8 +115,8 @@ def sizes_of(block, moments, metric=None, rank_shares=RANK_SHARES, multiple_of=1
     """
     root = None if metric is None else metric.root().to(moments.cov_fo)
     dense = BlockSize(None, block.hidden_features, block.macs, block.parameters, 0.0, as_it_is=True)
-    found = BlockSizes(block, constant_term, {}, {}, [dense])
-    choice, about = [], {True: moments}
+    found = BlockSizes(block, constant_term, {}, {}, [], [dense])
+    about = {True: moments}
     ranks = {rank_of(block, share, multiple_of) for share in rank_shares}
     for rank in sorted(ranks, key=lambda rank: math.inf if rank is None else rank):
         constant = has_constant(block, rank, constant_term)
@@ -125,8 +133,9 @@ def sizes_of(block, moments, metric=None, rank_shares=RANK_SHARES, multiple_of=1
             unit * functional.generalized(value, own.tokens, own.coefficients(rank, count))
             for count, value in enumerate(left.tolist())
         ]
-        choice += [found.at(rank, count) for count in _counts(block, rank, most, multiple_of)]
-    found.worth_having[:0] = _worth_having(choice)
+        found.choice.extend(found.at(rank, count) for count in _counts(most, block, multiple_of))
+    found.worth_having[:0] = worth_having(found.choice, lambda size: size.macs)
+    found.choice.append(dense)
     return found
 
 
@@ -144,7 +153,7 @@ def _chosen(moments, rank, most, root):
     return order, (float(cov_oo.trace()) - explained).clamp_min(0)
 
 
-def _counts(block, rank, most, multiple_of):
+def _counts(most, block, multiple_of):
     """Numbers of neurons that plans choose from."""
     step = max(1, block.hidden_features // EVEN_COUNTS)
     counts, small = {*range(step, most + 1, step), most}, step
@@ -152,15 +161,13 @@ def _counts(block, rank, most, multiple_of):
         small //= 2
         counts.add(small)
     counts = {-(-count // multiple_of) * multiple_of for count in counts} | {most // multiple_of * multiple_of}
-    # Rank 0 without a neuron is nothing: the smallest block keeps one.
-    counts = {count for count in counts if count} | ({0} if rank != 0 else set())
-    return sorted(count for count in counts if count <= most)
+    return sorted({0, *(count for count in counts if count <= most)})
 
 
-def _worth_having(sizes):
-    """Those below which none loses less, from the smallest on."""
+def worth_having(sizes, cost):
+    """Those that lose less than any that costs no more, from the cheapest on."""
     worth, best = [], math.inf
-    for size in sorted(sizes, key=lambda size: (size.macs, size.loss)):
+    for size in sorted(sizes, key=lambda size: (cost(size), size.loss)):
         if size.loss < best:
             best = size.loss
             worth.append(size)
@@ -221,18 +228,18 @@ def fit_size(moments, positions, rank, metric=None):
     return kept.fit(rank, right_ri=right)
 
 
-def any_fit(block, size, constant):
+def any_fit(block, rank, count, constant):
     """A [`functional.Fit`] of the shapes of a size, for what does not depend on weights."""
-    width, out, count = block.in_features, block.out_features, size.count
+    width, out = block.in_features, block.out_features
 
     def some(*shape):
         return torch.full(shape, 1 / width, dtype=torch.float64)
 
-    full = size.rank is None
+    full = rank is None
     return functional.Fit(
         some(out, width) if full else None,
-        None if full else some(out, size.rank),
-        None if full else some(size.rank, width),
+        None if full else some(out, rank),
+        None if full else some(rank, width),
         some(out, count),
         some(out) if constant else None,
         list(range(count)),

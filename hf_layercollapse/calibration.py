@@ -366,7 +366,7 @@ def moments_in_groups(model, inner, blocks, data, neurons, token_mask_fn=None, m
         block.name: list(range(block.hidden_features)) if neurons[block.name] is None else neurons[block.name]
         for block in blocks
     }
-    room = _free_memory(inner) if max_memory is None else convert_file_size_to_int(max_memory)
+    room = memory_for_sums(inner, max_memory)
     needed = {block.name: bytes_of_sums(block, len(wanted[block.name])) for block in blocks}
     # What is worked out from one block's sums takes about as much again, three times.
     group, used = [], 0
@@ -391,7 +391,10 @@ def _moments_of_group(model, inner, group, data, wanted, token_mask_fn):
         yield block, moments.pop(block.name)
 
 
-def _free_memory(inner):
+def memory_for_sums(inner, max_memory) -> int:
+    """Bytes that work over calibration data may take: what is asked for, or `FREE_SHARE` of what is free."""
+    if max_memory is not None:
+        return convert_file_size_to_int(max_memory)
     device = device_of(inner)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return int(FREE_SHARE * free)

@@ -327,7 +327,7 @@ def check_choices(blocks, choices):
             raise ValueError(
                 f"{choice.count} neurons of block {block.name} cannot be kept: it has {block.hidden_features}."
             )
-        if effective_rank(block, choice.rank) == 0 and not choice.count:
+        if effective_rank(block, choice.rank) == 0 and not choice.count and not choice.dropped:
             raise ValueError(f"Rank 0 without kept neurons leaves nothing of block {block.name}.")
         rank = effective_rank(block, choice.rank)
         if is_cut(block, rank) or (rank is None and not choice.count):

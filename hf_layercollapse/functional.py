@@ -447,7 +447,8 @@ def allocate(options, budgets, bins=20_000):
     several budgets at once.
 
     Dynamic programming over the largest budget in `bins` parts; costs are rounded up to these, so that no budget is
-    ever exceeded, and what an option costs is known to within one part for each list.
+    ever exceeded, and what an option costs is known to within one part for each list. The cheapest options are
+    compared with a budget as they are.
 
     Args:
         options (`Sequence[Sequence[tuple[float, float]]]`): Lists of `(cost, value)`, cost >= 0.
@@ -472,7 +473,13 @@ def allocate(options, budgets, bins=20_000):
             index[part:][better] = position
         chosen.append((parts, index))
         best = reached
-    return [_traced_back(best, chosen, min(bins, math.floor(budget / unit + 1e-9))) for budget in budgets]
+    found = [_traced_back(best, chosen, min(bins, math.floor(budget / unit + 1e-9))) for budget in budgets]
+    cheapest = [min(range(len(row)), key=row.__getitem__) for row in options]
+    least = sum(row[index][0] for row, index in zip(options, cheapest, strict=True))
+    return [
+        cheapest if result is None and least <= budget else result
+        for result, budget in zip(found, budgets, strict=True)
+    ]
 
 
 def _traced_back(best, chosen, place):

@@ -1,13 +1,17 @@
 """How much a change of a block's output matters to what the model predicts: the metric of the loss."""
 
 import contextlib
+import time
 from dataclasses import dataclass
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import functional
-from .calibration import TokenFilter, run_over
+from .calibration import TokenFilter, memory_for_sums, run_over
 from .predictions import predictions_of
+from .rows import row_count, take
+from .upstream import layers_checkpointed
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,127 @@ class LossMetric:
         return functional.psd_root(self.shrunk())
 
 
+@dataclass(frozen=True)
+class MetricReport:
+    """How the metric of the loss was measured, or why it was not.
+
+    Args:
+        kind (`str`): `"loss"`; `"variance"` where no backward pass is possible, so that every direction of a block's
+            output counts alike, and every block.
+        reason (`str`, *optional*): Why it is not the loss.
+        seconds (`float`): What it took.
+        bytes (`int`): Largest memory that one batch's activations took, about.
+        rows, tokens (`int`): What was looked at; tokens as the first block sees them.
+        checkpointed (`bool`): Whether layers ran twice, to keep fewer activations.
+    """
+
+    kind: str
+    reason: str | None = None
+    seconds: float = 0.0
+    bytes: int = 0
+    rows: int = 0
+    tokens: int = 0
+    checkpointed: bool = False
+
+    def __str__(self):
+        if self.kind != "loss":
+            return f"chosen by output variance, not by the metric of the loss: {self.reason}"
+        twice = ", layers run twice" if self.checkpointed else ""
+        return (
+            f"metric of the loss: {self.seconds:.0f} s and {self.bytes / 1e6:,.0f} MB for {self.rows:,} rows "
+            f"({self.tokens:,} tokens){twice}"
+        )
+
+
+def measure_metrics(model, inner, blocks, data, token_mask_fn=None, max_memory=None):
+    """`(metrics, report)`: the [`LossMetric`] of every block from a sample of the data, within the memory; none where
+    no backward pass is possible, as the report says.
+
+    Batches that take more memory than there is are taken in parts; where one row does, layers that transformers can
+    checkpoint keep their inputs only, and run again in the backward pass.
+
+    Args:
+        max_memory (`int` or `str`, *optional*): As of [`calibration.moments_in_groups`].
+        Others: As of [`loss_metrics`].
+
+    Raises:
+        ValueError: As [`loss_metrics`].
+    """
+    reason = why_no_gradients(inner)
+    if reason is not None:
+        return {}, MetricReport("variance", reason)
+    started, batches = time.perf_counter(), sample(data)
+    layers, needed, most = [], 0, 1
+    if batches:
+        room = memory_for_sums(inner, max_memory)
+        row = take(max(batches, key=lambda batch: _numbers_of(batch) / (row_count(batch) or 1)), [0])
+        needed, plain = _graph_of(model, inner, blocks, row, token_mask_fn)
+        if needed > room:
+            layers = [module for module in inner.modules() if isinstance(module, GradientCheckpointingLayer)]
+            outside, again = _graph_of(model, inner, blocks, row, token_mask_fn, layers)
+            # Some layers ask themselves whether they train, for a dropout of their own.
+            layers = layers if _same(plain, again) else []
+            # What is kept outside of them, and one at a time on the way back.
+            needed = outside + needed // len(layers) if layers else needed
+        most = max(1, room // max(needed, 1))
+    parts = [part for batch in batches for part in _parts_of(batch, most)]
+    metrics = loss_metrics(model, inner, blocks, parts, token_mask_fn=token_mask_fn, checkpointed=layers)
+    rows = [row_count(part) or 1 for part in parts]
+    report = MetricReport(
+        kind="loss",
+        seconds=time.perf_counter() - started,
+        bytes=needed * max(rows),
+        rows=sum(rows),
+        tokens=metrics[blocks[0].name].tokens,
+        checkpointed=bool(layers),
+    )
+    return metrics, report
+
+
+def why_no_gradients(inner) -> str | None:
+    """Why no gradient can be had of the activations of a model; `None` if it can."""
+    if any(parameter.is_meta for parameter in inner.parameters()):
+        return "some weights are offloaded, and a backward pass would bring all of them into memory at once"
+    quantizer = vars(inner).get("hf_quantizer")
+    if quantizer is not None and not quantizer.is_trainable:
+        return f"weights are quantized by {type(quantizer).__name__}, which has no backward pass"
+    return None
+
+
+def _numbers_of(batch):
+    return sum(value.numel() for value in batch.values() if isinstance(value, torch.Tensor))
+
+
+def _parts_of(batch, rows):
+    """The batch in parts of so many rows at most, or whole where it has none."""
+    count = row_count(batch)
+    if count is None or count <= rows:
+        return [batch]
+    return [take(batch, range(start, min(start + rows, count))) for start in range(0, count, rows)]
+
+
+def _graph_of(model, inner, blocks, batch, token_mask_fn, layers=()):
+    """`(bytes that autograd keeps of a forward pass over a batch, the metrics of it)`; parameters, which are there
+    anyway, do not count."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    seen = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        metrics = loss_metrics(model, inner, blocks, [batch], token_mask_fn=token_mask_fn, checkpointed=layers)
+    return sum(seen.values()), metrics
+
+
+def _same(metrics, others):
+    pairs = [(metric.matrix, others[name].matrix) for name, metric in metrics.items()]
+    return all(functional.relative_error(*pair) < 1e-3 for pair in pairs)
+
+
 # What the metric is measured on at most: rows, and tokens or patches in all. It is known well enough then.
 MOST_ROWS, MOST_TOKENS = 512, 32_768
 
@@ -63,7 +188,7 @@ def _size_of(batch):
     return first.shape[0], first.numel() if first.dim() == 2 else 0
 
 
-def loss_metrics(model, inner, blocks, data, draws=1, seed=0, token_mask_fn=None):
+def loss_metrics(model, inner, blocks, data, draws=1, seed=0, token_mask_fn=None, checkpointed=()):
     """The [`LossMetric`] of every block, from `draws` backward passes over the data. Needs no labels.
 
     Only gradients of activations are computed, from the first block's output on; parameters get none, and are as
@@ -76,17 +201,21 @@ def loss_metrics(model, inner, blocks, data, draws=1, seed=0, token_mask_fn=None
         draws (`int`): How often outcomes are drawn for each prediction, at least 1.
         seed (`int`): Of what is drawn. No other random generator is used.
         token_mask_fn (`Callable`, *optional*): See [`TokenFilter`].
+        checkpointed (`Sequence[GradientCheckpointingLayer]`): Layers that keep their inputs only, and run again in the
+            backward pass.
 
     Returns:
         Block name -> [`LossMetric`].
 
     Raises:
-        ValueError: The model's outputs are no predictions, no gradient reaches a block, or gradients are not finite.
+        ValueError: The model's outputs are no predictions, no gradient reaches a block, or predictions or gradients
+            are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = TokenFilter(inner, token_mask_fn)
     sums = {block.name: _GradientSums() for block in blocks}
     calls = []  # (block, mask of its tokens, output) of one forward
+    backward = False  # where layers may run again
 
     def observe(block):
         # An own module multiplies its output by this, and it is that product which is fitted.
@@ -95,7 +224,8 @@ def loss_metrics(model, inner, blocks, data, draws=1, seed=0, token_mask_fn=None
         def hook(module, args, output):
             # The first block is where the graph begins. A clone goes on: code that adds in place may follow.
             start = output if output.requires_grad else output.detach().requires_grad_()
-            calls.append((block, factor, tokens.mask(block, output.shape[:-1]), start))
+            if not backward:
+                calls.append((block, factor, tokens.mask(block, output.shape[:-1]), start))
             return start.clone()
 
         return block.down.register_forward_hook(hook)
@@ -103,15 +233,19 @@ def loss_metrics(model, inner, blocks, data, draws=1, seed=0, token_mask_fn=None
     predictions = 0
 
     def finish(module, args, kwargs, output):
-        nonlocal predictions
+        nonlocal predictions, backward
         found = predictions_of(inner, kwargs, output)
+        if not all(torch.isfinite(part.values).all() for part in found):
+            raise ValueError(f"What this {type(inner).__name__} predicts for the calibration data is not finite.")
         predictions += max(part.values.shape[0] for part in found)
         reached = [part for part in found if part.values.requires_grad]
         for draw in range(draws if reached and calls else 0):
             total = sum(part.sampled_score(generator) for part in reached)
             outputs = [output for *_, output in calls]
             last = draw == draws - 1
+            backward = True
             grads = torch.autograd.grad(total, outputs, retain_graph=not last, allow_unused=True)
+            backward = False
             for (block, factor, mask, _), grad in zip(calls, grads, strict=True):
                 if grad is not None:
                     sums[block.name].add(grad / factor if factor != 1 else grad, mask)
@@ -119,7 +253,7 @@ def loss_metrics(model, inner, blocks, data, draws=1, seed=0, token_mask_fn=None
 
     handles = [observe(block) for block in blocks]
     handles.append(model.register_forward_hook(finish, with_kwargs=True))
-    with _frozen(model):
+    with _frozen(model), layers_checkpointed(inner, checkpointed):
         run_over(model, data, handles, "Measuring what outputs matter", tokens, gradients=True)
     return {block.name: sums[block.name].finish(block, predictions, draws) for block in blocks}
 

@@ -31,11 +31,13 @@ class BlockChoice:
         rank (`int`, *optional*): Of its linear map; `None`: full.
         neurons (`int` or `list[int]`): How many neurons stay nonlinear, or which.
         in_metric (`bool`): Whether a linear map of low rank is chosen in the metric of the loss.
+        dropped (`bool`): Whether rank 0 and no neurons are what is meant: the block gives a constant.
     """
 
     rank: int | None = None
     neurons: int | list[int] = 0
     in_metric: bool = False
+    dropped: bool = False
 
     @property
     def count(self) -> int:
@@ -67,8 +69,15 @@ def effective_rank(block, rank):
     return rank
 
 
+def stored_neurons(rank, neurons) -> int:
+    """How many neurons a block has with this choice: a dropped one, of which nothing is left, has one of zeros, as a
+    linear without any weight is none."""
+    return 1 if rank == 0 and neurons == 0 else neurons
+
+
 def cost_of(block, rank, neurons) -> int:
-    """Weights (biases left out), which are also the MACs per token, of what a block becomes."""
+    """Weights (biases left out), which are also the MACs per token, of what a block becomes; linear in the neurons, so
+    that the one of zeros that a dropped block has is for the caller to count (see [`stored_neurons`])."""
     rank = effective_rank(block, rank)
     width, out = block.in_features, block.out_features
     linear = width * out if rank is None else rank * (width + out)
@@ -142,6 +151,10 @@ class Trial:
 @torch.no_grad()
 def make_merge(block, fit, refit):
     """The [`Merge`] that a fit makes of a block."""
+    dropped = fit.rank == 0 and not fit.neurons
+    if dropped:
+        # Its first neuron, which gives nothing: training can still give it something to say.
+        fit = replace(fit, neurons=[0], down_ok=fit.down_ok.new_zeros(block.out_features, 1))
     linears = _linears_of(block, fit)
     # Not the block's own width, where the first linear is what another block of a chain became.
     width = (fit.weight_oi if fit.right_ri is None else fit.right_ri).shape[1]
@@ -151,7 +164,7 @@ def make_merge(block, fit, refit):
         name=block.name,
         index=block.index,
         outcome="collapsed",
-        method="refit" if refit else "merged",
+        method="dropped" if dropped else "refit" if refit else "merged",
         alpha=float(block.activation.alpha.detach().min()) if block.state == "patched" else None,
         parameters_before=block.parameters,
         parameters_after=sum(p.numel() for linear in linears.values() for p in linear.parameters()),
@@ -161,9 +174,14 @@ def make_merge(block, fit, refit):
         calibration_error=fit.error if refit else None,
         r2=fit.r2 if refit else None,
         rank=fit.rank,
-        kept_neurons=len(fit.neurons),
+        kept_neurons=0 if dropped else len(fit.neurons),
     )
     return Merge(block, linears, fit, report)
+
+
+def computed(merge):
+    """The function of its input that a block is going to be."""
+    return lambda x: _compute(merge.block, merge.linears, merge.fit, x)
 
 
 def fit_of_weights(block, collapse_threshold):

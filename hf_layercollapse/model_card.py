@@ -199,6 +199,8 @@ def _methods(report, config):
             "Refit blocks are the least-squares map of what they computed on calibration data; errors and R^2 are "
             "measured on that data."
         )
+    if "dropped" in found:
+        sentences.append("Dropped blocks give a constant; one neuron of zeros keeps their place.")
     if config is not None and config.distils:
         sentences.append(
             "Training had a teacher: "

@@ -8,14 +8,16 @@ from dataclasses import dataclass, replace
 import torch
 from tqdm.auto import tqdm
 
-from .block_sizes import alike, allocations, any_fit, fit_size, sizes_of
+from . import functional
+from .block_sizes import alike, allocations, any_fit, fit_size, rank_of, sizes_of, worth_having
 from .calibration import moments_in_groups
 from .families import find_feed_forward_blocks
-from .merging import Trial, cost_of, has_constant, make_merge
+from .merging import Trial, cost_of, has_constant, make_merge, parameters_of, stored_neurons
 from .models import count_parameters, device_of, evaluating, inputs_of
 from .plans import CollapsePlan, PlanPoint, key_of, limit_of
 from .predictions import predictions_of, without_labels
 from .profiling import compare_latency
+from .shape_times import measure_shapes
 
 
 # Shares of the feed-forward weights at which the curve of plans has a point, beside the budget's own.
@@ -23,6 +25,9 @@ EVEN_POINTS = 24
 
 # Linear parts of the candidates in which all blocks are alike, as shares of the input width; 0 is a width cut.
 ALIKE = {"width cut": 0.0, "rank 1/8 and neurons": 1 / 8, "full rank and neurons": None}
+
+# How many plans are timed for a budget of time, each with less room than the one before.
+LATENCY_TRIES = 6
 
 DENSE, PLANNED, DROPPED, ONE_WIDTH = "dense", "planned", "blocks dropped", "one width"
 
@@ -89,19 +94,27 @@ class Search:
         sizes = {name: found.dense for name, found in self.sizes.items()}
         return replace(Candidate(DENSE, sizes), score=self.score(self.inner, [[]], self.held)[0])
 
-    def curve(self, budget, points=()):
-        """The best plans at evenly spaced shares of the blocks' weights, at these, and at the budget, from large to
-        small."""
-        unit = _unit(budget)
-        whole = sum(found.dense.amount(unit) for found in self.sizes.values())
-        limits = {
-            whole * share for share in (*(part / EVEN_POINTS for part in range(1, EVEN_POINTS)), *(points or ()))
-        }
+    def curve(self, budget, best=()):
+        """The best plans at evenly spaced shares of the blocks' weights and at the budget, from large to small.
+
+        Args:
+            best (`Sequence[tuple[float, Candidate]]`): What is best at further shares, measured before.
+        """
+        unit, whole = _unit(budget), self.whole(_unit(budget))
+        limits = {limit_of(part / EVEN_POINTS, whole) for part in range(1, EVEN_POINTS)}
         if room := self.room(budget):
             limits.add(room)
+        known = {limit_of(share, whole): candidate for share, candidate in best}
+        limits = sorted(limits - known.keys(), reverse=True)
         choice = {name: found.worth_having for name, found in self.sizes.items()}
-        found = allocations(choice, sorted(limits, reverse=True), unit)
-        return [Candidate(PLANNED, sizes) for sizes in found if sizes is not None]
+        for limit, sizes in zip(limits, allocations(choice, limits, unit), strict=True):
+            if sizes is not None:
+                known[limit] = Candidate(PLANNED, sizes)
+        return [known[limit] for limit in sorted(known, reverse=True)]
+
+    def whole(self, unit):
+        """What the blocks have now, in `"macs"` or `"parameters"`."""
+        return sum(found.dense.amount(unit) for found in self.sizes.values())
 
     def room(self, budget):
         """What the blocks may have of a budget of parameters or MACs; `None` for another budget."""
@@ -110,19 +123,30 @@ class Search:
             return None
         return room_of(unit, value, self.inner, self.blocks.values())
 
-    def candidates(self, budget):
-        """What is measured for one budget: the plan, and what it has to beat."""
-        room, unit, multiple_of = self.room(budget), _unit(budget), self.options.multiple_of
+    def candidates(self, room, unit):
+        """What is measured at one size: the plan, and what it has to beat.
+
+        Args:
+            room (`float`): What the blocks may have, in `unit` (`"macs"` or `"parameters"`).
+
+        Raises:
+            ValueError: Nothing is as small as that.
+        """
+        multiple_of = self.options.multiple_of
         choice = {name: found.worth_having for name, found in self.sizes.items()}
-        ends = {name: [found[0], found[-1]] for name, found in choice.items()}
+        ends = {name: [found.smallest, found.dense] for name, found in self.sizes.items()}
         found = {PLANNED: allocations(choice, [room], unit)[0], DROPPED: allocations(ends, [room], unit)[0]}
         for name, share in ALIKE.items():
             if share in self.options.rank_shares:
                 found[name] = alike(self.sizes, room, unit, share, multiple_of)
         candidates = [Candidate(name, sizes) for name, sizes in found.items() if sizes is not None]
         if not candidates:
-            raise ValueError(f"The budget {budget} cannot be met with sizes of these ranks.")
+            raise ValueError(f"{room:,.0f} {unit} for the chosen blocks cannot be met with sizes of these ranks.")
         return candidates
+
+    def best(self, candidates):
+        """The candidate with the best score."""
+        return min(candidates, key=lambda candidate: self.sign * candidate.score)
 
     def of_widths(self, counts):
         """A candidate in which blocks keep so many neurons, and no linear map (`dict[FeedForwardBlock, int]`)."""
@@ -146,7 +170,8 @@ class Search:
             self.parameters - saved,
             macs,
             candidate.score,
-            math.fsum(size.loss for size in sizes.values()),
+            # Shares of the variance are in no unit that could be summed up for a reader.
+            math.fsum(size.loss for size in sizes.values()) if self.metrics else None,
             candidate.name,
         )
 
@@ -164,6 +189,11 @@ class Search:
         plans = [[merges[key] for key in _keys(candidate.sizes)] for candidate in candidates]
         scores = self.score(self.inner, plans, self.held)
         return [replace(candidate, score=score) for candidate, score in zip(candidates, scores, strict=True)]
+
+    def all_measured(self, candidates):
+        """The same for a dict of lists of them, in one pass over the data."""
+        scored = iter(self.measured([candidate for found in candidates.values() for candidate in found]))
+        return {key: [next(scored) for _ in found] for key, found in candidates.items()}
 
     def _merges(self, plans):
         """`(block name, rank, count)` -> what the block becomes, for all sizes in these plans."""
@@ -186,17 +216,43 @@ class Search:
                 merges[block.name, rank, count] = make_merge(block, fit, refit=True)
         return merges
 
+    # ---- Time ----
+
+    def shape_times(self, batch):
+        """Seconds of every block at every size, on one batch."""
+        how = self.options.rank_shares, self.options.multiple_of, self.options.constant_term
+        return measure_shapes(self.model, self.inner, list(self.blocks.values()), batch, *how)
+
+    def quickest(self, times, room):
+        """What is expected to lose least of all that takes no longer; `None` where nothing is so quick.
+
+        Args:
+            times ([`ShapeTimes`]): Of the blocks.
+            room (`float`): Seconds that they may take together.
+        """
+        rows = {
+            name: worth_having(found.choice, lambda size, name=name: times.of(name, size))
+            for name, found in self.sizes.items()
+        }
+        costs = [[(times.of(name, size), size.loss) for size in sizes] for name, sizes in rows.items()]
+        (chosen,) = functional.allocate(costs, [room]) if room > 0 else [None]
+        if chosen is None:
+            return None
+        return Candidate(
+            PLANNED, {name: sizes[index] for (name, sizes), index in zip(rows.items(), chosen, strict=True)}
+        )
+
     def latency_of(self, chosen, batch, dense):
-        """Time of the model with these sizes as a share of the time of `dense`, a copy of it as it is. What the
+        """[`profiling.Latency`] of the model with these sizes, relative to `dense`, a copy of it as it is. What the
         weights are does not matter, so none are fitted."""
         changed = [(self.blocks[name], size) for name, size in chosen.items() if not size.as_it_is]
         batch = inputs_of(batch, device_of(self.inner))
         with Trial() as trial:
             for block, size in changed:
                 constant = has_constant(block, size.rank, self.options.constant_term)
-                trial.put(make_merge(block, any_fit(block, size, constant), refit=False))
+                trial.put(make_merge(block, any_fit(block, size.rank, size.count, constant), refit=False))
             models = {"dense": dense, "plan": self.inner}
-            return compare_latency(models, batch, rounds=10, warmup=2, progress=False)["plan"].ratio
+            return compare_latency(models, batch, rounds=10, warmup=2, progress=False)
 
 
 def _keys(sizes):
@@ -270,7 +326,7 @@ def room_of(unit, value, inner, blocks):
     return limit_of(value, whole) - (whole - ours)
 
 
-def refuse_unreachable(inner, blocks, budget, multiple_of):
+def refuse_unreachable(inner, blocks, budget, rank_shares, multiple_of, constant_term):
     """Raises if even the smallest size of every block is above a budget; asks no data.
 
     Raises:
@@ -279,32 +335,76 @@ def refuse_unreachable(inner, blocks, budget, multiple_of):
     ((unit, value),) = budget.items()
     if unit not in ("parameters", "macs"):
         return
-    smallest = sum(cost_of(block, 0, multiple_of) for block in blocks)
+    smallest = 0
+    for block in blocks:
+        ranks = {rank_of(block, share, multiple_of) for share in rank_shares}
+        if unit == "macs":
+            sizes = [cost_of(block, rank, stored_neurons(rank, 0)) for rank in ranks]
+        else:
+            sizes = [parameters_of(block, rank, stored_neurons(rank, 0), constant_term) for rank in ranks]
+        smallest += min(sizes)
     room = room_of(unit, value, inner, blocks)
     if smallest > room:
-        ours = sum(block.macs for block in blocks)
         raise ValueError(
-            f"The budget {budget} cannot be met: it leaves {room:,.0f} {unit} for the chosen blocks, and with "
-            f"{multiple_of} neurons each they have {smallest:,} ({smallest / ours:.1%} of what they have now)."
+            f"The budget {budget} cannot be met: it leaves {room:,.0f} {unit} for the chosen blocks, and at their "
+            f"smallest they have {smallest:,}."
         )
 
 
-def within_latency(search, curve, batch, share):
-    """`([the largest plan that is fast enough, measured], its share of the dense model's time)`."""
-    dense = copy.deepcopy(search.inner)
-    seen = {}
+def within_latency(search, batch, share, widths=()):
+    """`([the plan, measured], its share of the dense model's time)`: what is expected to lose least within the time
+    that a table of shapes says, put in place and timed; if it is too slow after all, with less room.
 
-    def fast_enough(index):
-        seen[index] = search.latency_of(curve[index].sizes, batch, dense)
-        return seen[index] <= share
+    Args:
+        batch (`dict[str, Tensor]`): What is timed.
+        share (`float`): Of the dense model's time, in (0, 1).
+        widths (`list[Candidate]`): To choose from where blocks have one width, from large to small.
 
-    index = first_for_which(len(curve), fast_enough)
-    if index is None:
+    Raises:
+        ValueError: Nothing is so quick.
+    """
+    dense, times = copy.deepcopy(search.inner), search.shape_times(batch)
+    as_it_is = {name: found.dense for name, found in search.sizes.items()}
+    whole = search.latency_of(as_it_is, batch, dense)["dense"].median
+
+    def propose(room):
+        if not widths:
+            return search.quickest(times, room)
+        return next((candidate for candidate in widths if times.all(candidate.sizes) <= room), None)
+
+    room = times.all(as_it_is) - (1 - share) * whole
+    candidate, measured = first_that_holds(
+        propose, lambda found: search.latency_of(found.sizes, batch, dense)["plan"].ratio, share, room, whole
+    )
+    if candidate is None:
+        said = "" if measured is None else f": the last that was tried takes {measured:.3f}"
         raise ValueError(
-            f"The budget latency={share} cannot be met: the smallest plan takes {seen[len(curve) - 1]:.3f} of the "
-            "dense model's time."
+            f"The budget latency={share} cannot be met{said} of the dense model's time, and without its blocks the "
+            f"model takes about {max(0.0, 1 - times.all(as_it_is) / whole):.3f}."
         )
-    return search.measured([curve[index]]), seen[index]
+    return search.measured([candidate]), measured
+
+
+def first_that_holds(propose, measure, share, room, whole, tries=LATENCY_TRIES):
+    """`(candidate, what was measured)`: proposals with less and less room, until one takes no more than its share.
+
+    Args:
+        propose (`Callable`): `propose(room)` gives a candidate that should take no more, or `None`.
+        measure (`Callable`): Its share of the whole.
+        share, room, whole (`float`): The share that is allowed, what of the whole that leaves for what is proposed.
+        tries (`int`): After so many it is given up: the candidate is `None` then, as where nothing is proposed.
+    """
+    measured = None
+    for _ in range(tries):
+        candidate = propose(room)
+        if candidate is None:
+            break
+        measured = measure(candidate)
+        if measured <= share:
+            return candidate, measured
+        # By what it was too slow, and a little more: the next is to hold.
+        room -= 1.1 * (measured - share) * whole
+    return None, measured
 
 
 def within_drop(search, curve, drop):
@@ -337,16 +437,16 @@ def first_for_which(count, holds):
     return high
 
 
-def plan_of(search, curve, candidates, started, **fields):
-    """The [`CollapsePlan`] of a search: its curve, with the best candidate on it.
+def plan_of(search, curve, best, candidates, started, **fields):
+    """The [`CollapsePlan`] of a search: its curve, with the chosen candidate on it.
 
     Args:
         curve (`list[Candidate]`): From the dense model on.
+        best (`Candidate`): The chosen one.
         candidates (`list[Candidate]`): What was measured.
         started (`float`): `time.perf_counter()` then.
         fields: The rest of the plan.
     """
-    best = min(candidates, key=lambda candidate: search.sign * candidate.score)
     points = {}
     for candidate in [*curve, best]:
         point = search.point(candidate)

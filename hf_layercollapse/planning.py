@@ -12,7 +12,7 @@ from .block_sizes import RANK_SHARES
 from .blocks import check_weights, survey
 from .calibration import collect_moments
 from .calibration_data import model_inputs
-from .loss_metric import loss_metrics, sample
+from .loss_metric import measure_metrics
 from .merging import Trial, has_constant, make_merge
 from .models import unwrap
 from .plan_search import (
@@ -24,7 +24,7 @@ from .plan_search import (
     within_drop,
     within_latency,
 )
-from .plans import CollapsePlan, one_budget, weights_fingerprint
+from .plans import CollapsePlan, limit_of, one_budget, weights_fingerprint
 from .scoring import Score, split
 from .selection import select_blocks
 from .tables import table
@@ -195,8 +195,10 @@ def plan_collapse(
     block how much a change of its output matters to that ([`loss_metric.LossMetric`]). In this metric neurons and
     linear maps are chosen, and what every size of every block is expected to lose comes out in one unit, nats of KL
     divergence from the dense model a prediction. The sizes with the smallest sum under a budget are found exactly, for
-    all budgets at once. A few candidates are then measured on rows held aside: that plan, all blocks alike (narrower,
-    or with a linear map beside the neurons), and whole blocks dropped. The best of them is the plan.
+    all budgets at once; the smallest size of a block is to drop it. A few candidates are then measured on rows held
+    aside: that plan, all blocks alike (narrower, or with a linear map beside the neurons), and whole blocks dropped.
+    The best of them is the plan. Where no backward pass is possible (offloaded weights, some quantizers) the variance
+    of outputs counts in place of the metric, and `plan.metric` says why.
 
     Args:
         model (`nn.Module`): A dense model; a PeftModel or compiled model is looked through.
@@ -206,7 +208,8 @@ def plan_collapse(
         macs (`float` or `int`, *optional*): Largest number of multiply-accumulates per token in the feed-forward
             blocks, or largest share.
         latency (`float`, *optional*): Largest share of the dense model's time on the first scored batch, measured on
-            this machine, in (0, 1).
+            this machine, in (0, 1). A table of the times that blocks of some shapes take says what is chosen, and the
+            whole model's time with it is measured.
         max_drop (`float`, *optional*): Largest divergence from the dense model's predictions (nats; cosine distance
             for embeddings), or drop of the metric. Exactly one of these four.
         metric (`Callable`, *optional*): `metric(model) -> float`, higher is better, in place of the divergence.
@@ -216,15 +219,17 @@ def plan_collapse(
         levels (`Sequence[float]`): With `uniform_width`, shares of the widths now that are measured where the budget
             is no size, or `whole_curve` is set; other plans look at every size.
         rank_shares (`Sequence[float | None]`): Ranks to choose from, as shares of the input width; `None`: full.
-        points (`Sequence[float]`, *optional*): Shares of these blocks' weights, each in (0, 1), at which the curve has
-            a point beside 23 evenly spaced ones and the budget; with `uniform_width` in place of `levels`.
-        whole_curve (`bool`): Measure every point of the curve, not only the candidates.
+        points (`Sequence[float]`, *optional*): Further sizes, as shares of these blocks' weights, each in (0, 1), at
+            which the same candidates are measured as for the budget, so that the curve has the best of them there
+            ([`~CollapsePlan.at`]); with `uniform_width` in place of `levels`. Others of its points, 23 evenly spaced
+            ones, are planned and not measured.
+        whole_curve (`bool`): Measure every point of the curve.
         uniform_width (`bool`): One hidden width for all blocks, and no linear part: what is left is the native
             architecture with a smaller number in its config, which [`export_stock`] writes. Which neurons stay is
             chosen for each block. Where several fields set widths (an encoder's and a decoder's, two towers'), each
             gets the same share of its own, and blocks of one field that differ already get at most the narrowest's.
         multiple_of (`int`): What the number of neurons that a block keeps, and the rank of a linear map below full
-            rank, are multiples of.
+            rank, are multiples of. A block that is dropped keeps none; one of zeros stands in its place.
         constant_term (`str`): `"native"` or `"always"`, as in [`LayerCollapseConfig`].
         token_mask_fn: As in [`collapse_model`].
         max_memory (`int` or `str`, *optional*): Bytes (`"2GB"`) for sums over the data; where all blocks' do not fit,
@@ -249,7 +254,7 @@ def plan_collapse(
     if any(block.state == "patched" for block in everything):
         raise ValueError("The model is patched; plans are for dense models. `remove_layer_collapse` takes it back.")
     if not uniform_width:
-        refuse_unreachable(inner, chosen, budget, multiple_of)
+        refuse_unreachable(inner, chosen, budget, rank_shares, multiple_of, constant_term)
     else:
         groups = width_groups(inner, chosen, multiple_of)
         shares = (points or levels) if whole_curve or not budget.keys() & {"parameters", "macs"} else []
@@ -268,32 +273,42 @@ def plan_collapse(
     options = _Options(
         (0.0,) if uniform_width else tuple(rank_shares), multiple_of, constant_term, token_mask_fn, max_memory
     )
-    metrics = loss_metrics(model, inner, chosen, sample(fitting), token_mask_fn=token_mask_fn)
+    metrics, measured = measure_metrics(model, inner, chosen, fitting, token_mask_fn, max_memory)
     search = Search(model, inner, chosen, fitting, held, metrics, score, sign, options)
     search.look()
     dense = search.dense()
+    compared = {}  # share of the blocks' weights -> what was measured there
     if uniform_width:
         curve = [search.of_widths(counts_of(groups, row)) for row in rows]
     else:
-        curve = search.curve(budget, points or ())
+        unit = "parameters" if "parameters" in budget else "macs"
+        whole = search.whole(unit)
+        compared = search.all_measured({share: search.candidates(share * whole, unit) for share in points or ()})
+        curve = search.curve(budget, [(share, search.best(found)) for share, found in compared.items()])
     time_share = None
     if "latency" in budget:
-        candidates, time_share = within_latency(search, curve, next(iter(held)), budget["latency"])
+        widths = curve if uniform_width else ()
+        candidates, time_share = within_latency(search, next(iter(held)), budget["latency"], widths)
     elif "max_drop" in budget:
         candidates = within_drop(search, [dense, *curve], budget["max_drop"])
     elif uniform_width:
         candidates = search.measured(curve[-1:] if not whole_curve else [search.largest_within(curve, budget)])
     else:
-        candidates = search.measured(search.candidates(budget))
+        room = search.room(budget)
+        candidates = next((found for share, found in compared.items() if limit_of(share, whole) == room), None)
+        candidates = candidates or search.measured(search.candidates(room, unit))
+    others = [candidate for found in compared.values() if found is not candidates for candidate in found]
     return plan_of(
         search,
         [dense, *(search.measured(curve) if whole_curve else curve)],
-        candidates,
+        search.best(candidates),
+        [*others, *candidates],
         fingerprint=weights_fingerprint(inner),
         score_name=score_name,
         budget=budget,
         latency=time_share,
         constant_term=constant_term,
+        metric=measured,
         started=started,
     )
 

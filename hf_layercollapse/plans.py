@@ -1,5 +1,6 @@
 """Plans as data: points of a curve, budgets, a file that can be kept, and the weights that it is for."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -7,12 +8,15 @@ import math
 import os
 from dataclasses import dataclass, field
 
+from accelerate.utils import align_module_device
+
 from ._version import __version__
+from .loss_metric import MetricReport
 from .merging import BlockChoice
 from .tables import table
 
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class PlanPoint:
 
     Args:
         choices (`dict[str, tuple[int | None, int]]`): Block name -> rank of its linear map (`None`: full) and number
-            of neurons kept. Blocks that are not named stay as they are.
+            of neurons kept; `(0, 0)` is a block that is dropped. Blocks that are not named stay as they are.
         parameters (`int`): Of the whole model.
         macs (`int`): Multiply-accumulates per token in the feed-forward blocks.
         score (`float`, *optional*): Measured on the rows held aside, if it was.
@@ -58,6 +62,8 @@ class CollapsePlan:
         constant_term (`str`): Which blocks get one, as in [`LayerCollapseConfig`]; with version 1 all do.
         candidates (`list[PlanPoint]`): What was measured for the budget, the chosen one among them.
         seconds (`float`, *optional*): What making the plan took.
+        metric ([`loss_metric.MetricReport`], *optional*): How it was measured what outputs matter; `None` in plans of
+            version 2 and before.
     """
 
     fingerprint: str
@@ -70,6 +76,7 @@ class CollapsePlan:
     constant_term: str = "native"
     candidates: list[PlanPoint] = field(default_factory=list)
     seconds: float | None = None
+    metric: MetricReport | None = None
     version: int = PLAN_VERSION
     made_by: str = field(default=f"hf_layercollapse {__version__}")
 
@@ -120,7 +127,9 @@ class CollapsePlan:
                 raise ValueError(f"The plan names neurons of {name} that there are none of: it has {widths[name]}.")
         in_metric = self.point.expected is not None
         return {
-            name: BlockChoice(rank, sorted(self.neurons[name][key_of(rank)][:count]), in_metric)
+            name: BlockChoice(
+                rank, sorted(self.neurons[name][key_of(rank)][:count]), in_metric, dropped=(rank, count) == (0, 0)
+            )
             for name, (rank, count) in self.point.choices.items()
         }
 
@@ -145,7 +154,7 @@ class CollapsePlan:
         if values["version"] == 1 and "constant_term" not in values:
             values = {**values, "constant_term": "always", "version": PLAN_VERSION}
         names = {f.name for f in dataclasses.fields(cls)}
-        required = names - {"latency", "made_by", "candidates", "seconds"}
+        required = names - {"latency", "made_by", "candidates", "seconds", "metric"}
         if values.keys() - names or required - values.keys():
             raise ValueError(
                 f"This is no collapse plan: missing {sorted(required - values.keys())}, unknown "
@@ -153,7 +162,8 @@ class CollapsePlan:
             )
         try:
             lists = {name: [_point_from(point) for point in values.get(name, [])] for name in ("curve", "candidates")}
-            plan = cls(**{**values, **lists, "version": PLAN_VERSION})
+            metric = None if values.get("metric") is None else MetricReport(**values["metric"])
+            plan = cls(**{**values, **lists, "metric": metric, "version": PLAN_VERSION})
             curve = plan.curve
             checks = [is_count(plan.chosen) and plan.chosen < len(curve), isinstance(plan.neurons, dict)]
             checks.append(plan.constant_term in ("native", "always"))
@@ -163,7 +173,7 @@ class CollapsePlan:
                 checks.append(is_count(point.parameters) and is_count(point.macs))
                 checks += [value is None or math.isfinite(value) for value in (point.score, point.expected)]
                 for name, (rank, count) in point.choices.items():
-                    checks.append((rank is None or is_count(rank)) and is_count(count) and (rank, count) != (0, 0))
+                    checks.append((rank is None or is_count(rank)) and is_count(count))
                     checks.append(all(checks) and count <= len(plan.neurons[name][key_of(rank)]))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"This is no collapse plan: {type(error).__name__} {error}.") from error
@@ -210,6 +220,8 @@ class CollapsePlan:
         lines += ["", table(chosen)]
         if self.latency is not None:
             lines.append(f"measured time, as a share of the dense model's: {self.latency:.3f}")
+        if self.metric is not None:
+            lines.append(str(self.metric))
         return "\n".join(lines)
 
 
@@ -231,10 +243,14 @@ def weights_fingerprint(model) -> str:
     """A hash of a sample of every parameter: equal for equal weights, whatever device they are on."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()
-        stride = max(1, values.numel() // 256)
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(values[::stride].float().cpu().contiguous().numpy().tobytes())
+        holder, _, own = name.rpartition(".")
+        module = model.get_submodule(holder)
+        # Offloaded weights are brought in, those of one module at a time.
+        with align_module_device(module) if parameter.is_meta else contextlib.nullcontext():
+            values = module.get_parameter(own).detach().flatten()
+            stride = max(1, values.numel() // 256)
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            digest.update(values[::stride].float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -274,7 +290,7 @@ def first_within(curve, budget, score_name):
 def _drop(point, dense, score_name):
     if point.score is not None:
         return (-1.0 if score_name == "metric" else 1.0) * (point.score - dense.score)
-    return point.expected if score_name == "divergence" else math.inf
+    return point.expected if score_name == "divergence" and point.expected is not None else math.inf
 
 
 def is_count(value) -> bool:

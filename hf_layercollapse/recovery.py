@@ -16,6 +16,7 @@ from .patching import alpha_parameters
 from .predictions import Predictions, predictions_of, without_labels
 from .scoring import split
 from .tables import table
+from .upstream import is_classifier
 
 
 # Share of all steps in which the learning rate rises to its full value; it then falls to 0, both linearly.
@@ -112,8 +113,8 @@ def recover_model(
 
     Raises:
         TypeError: The model is wrapped or sharded for distributed training, or an argument of a wrong type.
-        ValueError: The teacher is the model or predicts something else, the data is empty or the model cannot take
-            it, nothing is to be trained, or a loss is not finite. The model is as it was then.
+        ValueError: The teacher is the model, predicts something else or has other classes, the data is empty or the
+            model cannot take it, nothing is to be trained, or a loss is not finite. The model is as it was then.
     """
     _check_numbers(max_steps, learning_rate, top_k)
     inner, _ = unwrap(model)
@@ -130,6 +131,7 @@ def recover_model(
     calibration_data, evaluation_data = (
         model_inputs(data, processing_class, model) for data in (calibration_data, evaluation_data)
     )
+    _check_labels(inner, unwrap(teacher)[0])
     training, held = split(calibration_data, evaluation_data)
     started = time.perf_counter()
     with evaluating(model), evaluating(teacher), _restored_on_failure(model), _in_float32(model):
@@ -179,6 +181,36 @@ def _check_numbers(max_steps, learning_rate, top_k):
         raise ValueError(f"`learning_rate` must be in (0, inf), got {learning_rate}.")
 
 
+def _check_labels(inner, teacher):
+    """Raises if both name their classes, and name them differently: equal logits would mean something else."""
+    if not (is_classifier(inner) and is_classifier(teacher)):
+        return
+    ours, theirs = inner.config.id2label, teacher.config.id2label
+    named = [any(label != f"LABEL_{index}" for index, label in labels.items()) for labels in (ours, theirs)]
+    if all(named) and len(ours) == len(theirs) and ours != theirs:
+        raise ValueError(
+            f"The teacher's classes are {list(theirs.values())}, and the model's {list(ours.values())}: predictions "
+            "of the one are none of the other. Pass the dense model that was collapsed."
+        )
+
+
+def _predicted(who, model, inner, inputs):
+    """The predictions for one batch.
+
+    Raises:
+        ValueError: The model cannot take it.
+    """
+    try:
+        outputs = model(**without_labels(inner, inputs))
+    except (IndexError, TypeError) as error:  # ids beyond the vocabulary, inputs of another kind of model
+        shapes = {name: list(value.shape) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        raise ValueError(
+            f"The {who}, a {type(inner).__name__}, cannot take a batch of the recovery data ({shapes}): {error}. "
+            "Prepare it with the tokenizer or processor of this model."
+        ) from error
+    return predictions_of(inner, inputs, outputs)
+
+
 class _Targets:
     """What the teacher predicts for a batch: asked each time, or kept as its largest classes."""
 
@@ -193,7 +225,7 @@ class _Targets:
             return self._kept[key]
         given = inputs_of(inputs, device_of(self.teacher))
         with torch.no_grad():
-            found = predictions_of(self.inner, given, self.teacher(**without_labels(self.inner, given)))
+            found = _predicted("teacher", self.teacher, self.inner, given)
         self.unit = self.unit or _UNITS[found[0].kind]
         if self.top_k is not None:
             found = self._kept[key] = [_Largest.of(part, self.top_k) for part in found]
@@ -234,7 +266,7 @@ class _Largest:
 
 def _divergence(model, inner, inputs, targets, key):
     """`(sum over predictions, their number)` for one batch."""
-    found = predictions_of(inner, inputs, model(**without_labels(inner, inputs)))
+    found = _predicted("model", model, inner, inputs)
     expected = targets.of(key, inputs)
     total, count = 0.0, 0
     for now, then in zip(found, expected, strict=True):

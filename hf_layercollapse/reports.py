@@ -13,7 +13,9 @@ class BlockReport:
     Args:
         name (`str`), index (`int`): Which block.
         outcome (`str`): `"collapsed"`; `"kept"` or `"restored"` if it was patched but not ready.
-        method (`str`, *optional*): `"merged"` (alpha taken as 1) or `"refit"` (least squares on calibration data).
+        method (`str`, *optional*): `"merged"` (alpha taken as 1), `"refit"` (least squares on calibration data), or
+            `"dropped"`: it gives a constant, the mean of its output where its class has a bias and zero where it has
+            none. One neuron of zeros keeps its place.
         alpha (`float`, *optional*): Smallest alpha of the block before, `None` if it was not patched.
         parameters_before, parameters_after (`int`): Weights and biases of the block.
         macs_before, macs_after (`int`): Multiply-accumulates per token.

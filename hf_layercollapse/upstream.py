@@ -6,6 +6,8 @@ and says what to install. What saved models carry with them has a section of its
 `modeling_layercollapse.py`.
 """
 
+import contextlib
+import functools
 import inspect
 
 import accelerate
@@ -14,8 +16,10 @@ import transformers
 from accelerate import hooks
 from packaging.version import Version
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto import modeling_auto
 
 from .modeling_layercollapse import auto_class_mappings, require, require_methods
@@ -67,6 +71,46 @@ def refuse_old_exporters(to):
             f"Exporting to {to} needs transformers 5.23 or newer, and here is {transformers.__version__}: "
             "pip install -U transformers."
         )
+
+
+# ----------------------------------------------------------------------------------------------------
+# transformers
+# ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def layers_checkpointed(model, layers):
+    """These layers of the model keep nothing of a forward pass but their inputs, and run again in the backward pass,
+    though nothing trains: they ask whether they themselves are in training mode, which their parts do not hear of.
+
+    Upstream: `GradientCheckpointingLayer.gradient_checkpointing`, `._gradient_checkpointing_func`. The model's own
+    switch is another one before 5.23, and acts in training mode only.
+    """
+    before = [{name: vars(layer).get(name) for name in _CHECKPOINTING} for layer in layers]
+
+    def begin(module, args):
+        for layer in layers:
+            layer.training = True
+
+    handle = model.register_forward_pre_hook(begin)
+    try:
+        for layer in layers:
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+        yield
+    finally:
+        handle.remove()
+        for layer, values in zip(layers, before, strict=True):
+            for name, value in values.items():
+                delattr(layer, name) if value is None else setattr(layer, name, value)
+
+
+_CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
+require(
+    "_gradient_checkpointing_func" in inspect.getsource(GradientCheckpointingLayer),
+    "GradientCheckpointingLayer._gradient_checkpointing_func",
+    transformers,
+)
 
 
 # ----------------------------------------------------------------------------------------------------

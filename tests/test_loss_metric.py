@@ -2,11 +2,18 @@
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForQuestionAnswering, BertConfig
+from transformers import (
+    AutoModel,
+    AutoModelForQuestionAnswering,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_layercollapse import functional
 from hf_layercollapse.blocks import bind_blocks
-from hf_layercollapse.loss_metric import loss_metrics
+from hf_layercollapse.loss_metric import loss_metrics, measure_metrics
 from hf_layercollapse.predictions import Predictions, predictions_of
 
 from .models import BY_NAME
@@ -83,6 +90,68 @@ def test_measuring_changes_nothing():
     assert [p for p in model.parameters() if not p.requires_grad] == [frozen]
     assert model.training and torch.equal(torch.get_rng_state(), generator)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "vit"])
+def test_what_takes_more_memory_than_there_is_runs_in_parts_and_layers_twice(name):
+    case = BY_NAME[name]
+    model, batches = case.model().train(), batches_of(case)
+    blocks = bind_blocks(model)
+    forwards = []
+    handle = model.register_forward_hook(lambda *call: forwards.append(len(call[-1].logits)))
+    whole, report = measure_metrics(model, model, blocks, batches)
+    assert (report.kind, report.checkpointed, report.rows) == ("loss", False, 32) and max(forwards) == 8
+    del forwards[:]
+    parts, small = measure_metrics(model, model, blocks, batches, max_memory=report.bytes // 4)
+    assert not small.checkpointed and max(forwards) == 2 and small.bytes <= report.bytes // 4
+    del forwards[:]
+    twice, least = measure_metrics(model, model, blocks, batches, max_memory=1)
+    handle.remove()
+    assert least.checkpointed and max(forwards) == 1 and least.bytes < small.bytes
+    assert least.tokens == small.tokens == report.tokens > 0 and "layers run twice" in str(least)
+    # What is drawn differs with the parts; in the same parts it is the same.
+    again, _ = measure_metrics(model, model, blocks, [b for batch in batches for b in rows_of(batch)])
+    for block in blocks:
+        assert functional.relative_error(again[block.name].matrix, twice[block.name].matrix) < 1e-5
+        assert functional.relative_error(whole[block.name].matrix, parts[block.name].matrix) < 0.6
+    assert model.training and all(module.training for module in model.modules())
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert layers and not any(vars(layer).get("gradient_checkpointing") for layer in layers)
+
+
+def rows_of(batch):
+    count = len(next(iter(batch.values())))
+    return [{name: value[index : index + 1] for name, value in batch.items()} for index in range(count)]
+
+
+def test_a_layer_with_a_dropout_of_its_own_is_not_run_twice():
+    """BART's layers ask whether they train: with checkpoints they would drop out at random."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "dropout": 0.5}
+    config = BartConfig(vocab_size=64, max_position_embeddings=32, pad_token_id=0, **sizes, **heads)
+    model = BartForConditionalGeneration(config).eval()
+    batches = [{**batch, "decoder_input_ids": batch["input_ids"]} for batch in batches_of(BY_NAME["bert"])]
+    _, report = measure_metrics(model, model, bind_blocks(model), batches, max_memory=1)
+    assert report.kind == "loss" and not report.checkpointed
+
+
+def test_gradients_that_are_not_finite_are_refused():
+    case = BY_NAME["bert"]
+    model = case.model()
+    blocks = bind_blocks(model)
+
+    def steep(module, args, output):
+        return output + (output - output.detach()).abs().sqrt()  # the same, with a slope that is none
+
+    handle = model.classifier.register_forward_hook(steep)
+    with pytest.raises(ValueError, match=f"gradients that reach block {blocks[0].name} are not finite"):
+        loss_metrics(model, model, blocks, batches_of(case))
+    handle.remove()
+    with torch.no_grad():
+        model.classifier.bias.fill_(float("inf"))
+    with pytest.raises(ValueError, match="BertForSequenceClassification predicts for the calibration data is not"):
+        loss_metrics(model, model, blocks, batches_of(case))
 
 
 def test_the_same_seed_gives_the_same_metric_and_padding_counts_for_nothing():

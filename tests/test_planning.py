@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from transformers import AutoModelForSequenceClassification, GPT2LMHeadModel
 
 from hf_layercollapse import (
@@ -16,10 +17,14 @@ from hf_layercollapse import (
     linearity_map,
     plan_collapse,
 )
+from hf_layercollapse.block_sizes import RANK_SHARES, BlockSize
+from hf_layercollapse.blocks import bind_blocks
 from hf_layercollapse.calibration import bytes_of_sums
 from hf_layercollapse.patching import layer_collapse_config_of
+from hf_layercollapse.plan_search import first_that_holds
 from hf_layercollapse.plans import weights_fingerprint
 from hf_layercollapse.rows import hold_back
+from hf_layercollapse.shape_times import measure_shapes
 
 from .models import BY_NAME, divergence
 from .test_narrow import _MORE
@@ -208,6 +213,41 @@ def test_a_latency_budget():
         assert 0 < plan.latency <= 0.97
 
 
+@every_case
+def test_the_table_of_shapes_has_every_size_and_is_read_between(case):
+    model, batches = case.model(), data_of(case, 2)
+    blocks = bind_blocks(model)
+    before = logits(model, case.inputs())
+    times = measure_shapes(model, model, blocks, batches[0], RANK_SHARES, 1, "native")
+    assert torch.equal(logits(model, case.inputs()), before)
+    for block in blocks:
+        # Blocks of one shape are timed once.
+        assert times.others[block.name] == times.others[blocks[0].name]
+        for rank, points in times.others[block.name].items():
+            (first, least), (last, most) = points[0], points[-1]
+            assert (first, last) == (0, block.hidden_features) and 0 < least <= most
+            counts = range(block.hidden_features + 1)
+            read = [times.of(block.name, BlockSize(rank, count, 0, 0, 0.0)) for count in counts]
+            assert read == sorted(read) and all(read[count] == seconds for count, seconds in points)
+    dense = {block.name: BlockSize(None, block.hidden_features, 0, 0, 0.0, as_it_is=True) for block in blocks}
+    assert times.all(dense) == pytest.approx(sum(times.dense.values()))
+
+
+def test_a_plan_that_is_too_slow_after_all_gets_less_room():
+    """The table is off by a tenth of the whole: what it proposes is timed, and gets less room until it fits."""
+    rooms, blocks = [], 0.8
+
+    def propose(room):
+        rooms.append(room)
+        return room if room > 0.1 else None
+
+    candidate, measured = first_that_holds(propose, lambda room: 1 - blocks + room + 0.1, 0.7, 0.5, 1.0)
+    assert measured <= 0.7 and candidate == rooms[-1] < 0.5 and len(rooms) == 2
+    # What never fits is given up, with what was measured last.
+    assert first_that_holds(propose, lambda room: 0.9, 0.7, 0.5, 1.0) == (None, 0.9)
+    assert first_that_holds(lambda room: None, lambda room: 0.9, 0.7, 0.5, 1.0) == (None, None)
+
+
 def test_another_point_of_the_curve():
     case = BY_NAME["bert"]
     model, plan = plan_of(case, macs=0.2)
@@ -363,15 +403,61 @@ def test_many_blocks_are_planned_in_few_forwards(budget):
     # The budget's own point is among them, and is used up but for one step of a block.
     left = getattr(point, name) / getattr(dense, name)
     assert share - 0.05 < left <= share
-    # Gradients, sizes and fits: three passes; and the rows held aside as they are, and with five candidates.
+    # Gradients, sizes and fits: three passes; the rows held aside as they are, and with five candidates; and one row
+    # that says what memory gradients take.
     fitting, held = hold_back(batches)
-    assert len(forwards) <= 3 * len(list(fitting)) + 6 * len(held)
+    assert len(forwards) <= 3 * len(list(fitting)) + 6 * len(held) + 1
 
 
 def test_where_no_size_is_possible_the_budget_cannot_be_met():
-    for options in ({"macs": 0.001}, {"macs": 0.2, "multiple_of": 16}):
+    for options in ({"macs": 0.001}, {"macs": 0.1, "rank_shares": (None,)}):
         with pytest.raises(ValueError, match="cannot be met"):
             plan_of(BY_NAME["gpt2"], **options)
+
+
+@every_case
+@pytest.mark.parametrize("constant_term", ["native", "always"])
+def test_dropped_blocks_are_ordinary_options(case, constant_term, tmp_path):
+    """What stands in the place of one is native, and as small as version 1 has it."""
+    model, batches = case.model(), data_of(case)
+    block = bind_blocks(model)[1]
+    with torch.no_grad():  # it gives next to nothing: nothing is lost with it
+        block.down.weight.mul_(1e-6)
+    options = {"multiple_of": 8, "rank_shares": (0.0,), "constant_term": constant_term}
+    plan = plan_collapse(model, batches, macs=0.7, **options)
+    assert plan.point.choices[block.name] == (0, 0)
+    plan.save(tmp_path / "plan.json")
+    report = collapse_model(model, plan=CollapsePlan.load(tmp_path / "plan.json"), calibration_data=batches)
+    (dropped,) = [row for row in report.blocks if row.name == block.name]
+    assert (dropped.method, dropped.rank, dropped.kept_neurons) == ("dropped", 0, 0) and "dropped" in str(report)
+    assert sum(parameter.numel() for parameter in model.parameters()) == plan.point.parameters
+    (found,) = [one for one in bind_blocks(model) if one.name == block.name]
+    assert found.hidden_features == 1 and found.macs == dropped.macs_after
+    native = bind_blocks(case.model())[1].down.bias
+    assert not found.down.weight.any()
+    assert (found.down.bias is None) == (constant_term == "native" and native is None)
+    # Under native keys, in version 1; and the native class refuses by size.
+    model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())["layer_collapse"]
+    assert saved["version"] == 1
+    loaded = case.auto_class.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(loaded, case.inputs()), logits(model, case.inputs()))
+    with pytest.raises(RuntimeError, match="size mismatch|mismatched"):
+        native = type(case.model())
+        native.from_pretrained(tmp_path / "saved", config=case.config())
+
+
+def test_every_block_can_be_dropped():
+    case = BY_NAME["bert"]
+    model = case.model()
+    blocks = find_feed_forward_blocks(model)
+    least = sum(block.in_features + block.out_features for block in blocks)
+    plan = plan_collapse(model, data_of(case), macs=least, multiple_of=8)
+    assert set(plan.point.choices.values()) == {(0, 0)} and plan.point.macs == least
+    collapse_model(model, plan=plan, calibration_data=data_of(case))
+    assert {block.hidden_features for block in find_feed_forward_blocks(model)} == {1}
+    with pytest.raises(ValueError, match="cannot be met: it leaves"):
+        plan_collapse(case.model(), [], macs=least - 1, multiple_of=8)
 
 
 def test_outputs_that_are_no_predictions():
@@ -388,12 +474,28 @@ def test_outputs_that_are_no_predictions():
         plan_collapse(Backbone(), data, macs=0.5)
 
 
+def test_where_no_backward_pass_is_possible_the_variance_counts(tmp_path):
+    case = BY_NAME["gpt2"]
+    model, batches = case.model(), data_of(case)
+    places = {name: "cpu" for name, _ in model.named_children() if name != "transformer"}
+    places |= {f"transformer.{name}": "cpu" for name, _ in model.transformer.named_children() if name != "h"}
+    places |= {f"transformer.h.{index}": "disk" if index == 0 else "cpu" for index in range(3)}
+    model = dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    plan = plan_collapse(model, batches, macs=0.5, blocks=[1, 2])
+    assert plan.metric.kind == "variance" and "offloaded" in plan.metric.reason and "offloaded" in str(plan)
+    assert plan.point.expected is None and plan.point.score == min(point.score for point in plan.candidates)
+    plan.save(tmp_path / "plan.json")
+    assert CollapsePlan.load(tmp_path / "plan.json") == plan
+    report = collapse_model(model, plan=plan, calibration_data=hold_back(batches)[0])
+    assert set(report.collapsed) == plan.point.choices.keys()
+
+
 def test_plans_of_before_are_read():
     """Version 1 had neither expectations nor candidates, and a constant term everywhere."""
     case = BY_NAME["bert"]
     model, plan = plan_of(case, macs=0.5)
     values = json.loads(json.dumps(plan.to_dict()))
-    for name in ("candidates", "seconds", "constant_term"):
+    for name in ("candidates", "seconds", "constant_term", "metric"):
         del values[name]
     values["version"] = 1
     values["curve"] = [values["curve"][0], values["curve"][values["chosen"]]]

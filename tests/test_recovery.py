@@ -196,6 +196,14 @@ def test_bad_input_is_refused_and_changes_nothing():
     ):
         with pytest.raises(error, match=message):
             recover_model(model, *arguments, max_steps=4)
+    renamed = copy.deepcopy(dense)
+    model.config.id2label, renamed.config.id2label = ({i: f"{w}{i}" for i in range(3)} for w in ("a", "b"))
+    with pytest.raises(ValueError, match=r"The teacher's classes are \['b0', 'b1', 'b2'\], and the model's \['a0'"):
+        recover_model(model, renamed, batches, max_steps=4)
+    beyond = [{"input_ids": batch["input_ids"] + 1000} for batch in batches]
+    for data in (beyond, [*batches[:12], *beyond]):
+        with pytest.raises(ValueError, match=r"a BertForSequenceClassification, cannot take a batch .*input_ids"):
+            recover_model(model, dense, data, max_steps=20)
     for values, error in (
         ({"max_steps": 0}, ValueError),
         ({"max_steps": 1.5}, TypeError),

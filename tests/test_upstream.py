@@ -30,6 +30,7 @@ USED = {
     "_buffers",
     "_can_record_outputs",
     "_compiled_call_impl",
+    "_gradient_checkpointing_func",
     "_hf_hook",
     "_hf_peft_config_loaded",
     "_is_hf_initialized",

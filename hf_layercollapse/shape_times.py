@@ -1,0 +1,124 @@
+"""How long feed-forward blocks of any size take on this machine: a table of shapes, measured once and read between."""
+
+import bisect
+import statistics
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .block_sizes import any_fit, rank_of
+from .calibration import run_over
+from .merging import computed, has_constant, make_merge, stored_neurons
+from .models import device_of, inputs_of
+from .profiling import compare_latency
+
+
+# Numbers of kept neurons that are timed for each rank, as shares of the hidden width.
+TIMED_SHARES = (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)
+
+# Rounds in which all shapes take turns, after some that do not count.
+ROUNDS, WARMUP = 5, 1
+
+
+@dataclass(frozen=True)
+class ShapeTimes:
+    """Seconds that each block takes on one batch.
+
+    Args:
+        dense (`dict[str, float]`): Block name -> as it is.
+        others (`dict[str, dict[int | None, list[tuple[int, float]]]]`): Block name -> rank of the linear map (`None`:
+            full) -> `(neurons kept, seconds)`, rising.
+    """
+
+    dense: dict
+    others: dict
+
+    def of(self, block, size) -> float:
+        """Of a [`block_sizes.BlockSize`] of the block of this name; between two that were timed on the line."""
+        if size.as_it_is:
+            return self.dense[block]
+        points = self.others[block][size.rank]
+        after = bisect.bisect_left(points, size.count, key=lambda point: point[0])
+        if after == len(points):
+            return points[-1][1]
+        count, seconds = points[after]
+        if count == size.count or not after:
+            return seconds
+        before, least = points[after - 1]
+        return least + (seconds - least) * (size.count - before) / (count - before)
+
+    def all(self, sizes) -> float:
+        """Of all blocks, with these sizes (`dict[str, BlockSize]`)."""
+        return sum(self.of(name, size) for name, size in sizes.items())
+
+
+@torch.no_grad()
+def measure_shapes(model, inner, blocks, batch, rank_shares, multiple_of, constant_term) -> ShapeTimes:
+    """Times every rank, with a few numbers of neurons each, of every shape of block that there is, on the inputs that
+    one batch gives it. All of them take turns in one process; medians count. What the weights are does not matter.
+
+    Args:
+        model, inner (`nn.Module`): The model, and what it wraps; left as they are.
+        blocks (`list[BoundBlock]`): Dense.
+        batch (`dict[str, Tensor]`): Model inputs.
+        rank_shares, multiple_of, constant_term: As of a plan.
+    """
+    inputs, same = {}, {}
+    for block in blocks:
+        same.setdefault(_shape_of(block), []).append(block)
+    handles = []
+    for first, *_ in same.values():
+
+        def keep(module, args, name=first.name):
+            inputs[name] = args[0].detach()
+
+        handles.append(first.first.register_forward_pre_hook(keep))
+    run_over(model, [inputs_of(batch, device_of(inner))], handles, "Timing")
+    dense, others = {}, {}
+    for alike in same.values():
+        seconds, by_rank = _times(alike[0], inputs[alike[0].name], rank_shares, multiple_of, constant_term)
+        for block in alike:
+            dense[block.name], others[block.name] = seconds, by_rank
+    return ShapeTimes(dense, others)
+
+
+def _shape_of(block):
+    """What blocks of equal times have in common."""
+    weight = block.down.weight
+    widths = block.in_features, block.hidden_features, block.out_features
+    return (*widths, block.kind, type(block.down), type(block.activation), weight.dtype, weight.device)
+
+
+def _times(block, x, rank_shares, multiple_of, constant_term):
+    """`(seconds as it is, rank -> [(neurons, seconds)])`."""
+    calls = {"dense": _Call(block.forward)}
+    for rank in {rank_of(block, share, multiple_of) for share in rank_shares}:
+        constant = has_constant(block, rank, constant_term)
+        for count in sorted({round(share * block.hidden_features) for share in TIMED_SHARES}):
+            fit = any_fit(block, rank, stored_neurons(rank, count), constant)
+            calls[rank, count] = _Call(computed(make_merge(block, fit, refit=False)))
+    times = compare_latency(calls, {"x": x}, ROUNDS, WARMUP, progress=False)
+    medians = {key: statistics.median(found.seconds) for key, found in times.items()}
+    by_rank = {}
+    for (rank, count), seconds in ((key, value) for key, value in medians.items() if key != "dense"):
+        by_rank.setdefault(rank, []).append((count, seconds))
+    return medians["dense"], {rank: _rising(points) for rank, points in by_rank.items()}
+
+
+def _rising(points):
+    """The points with each time at least that of fewer neurons: what is less is noise."""
+    most, rising = 0.0, []
+    for count, seconds in sorted(points):
+        most = max(most, seconds)
+        rising.append((count, most))
+    return rising
+
+
+class _Call(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
