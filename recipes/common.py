@@ -39,9 +39,9 @@ METHODS = {
 }
 
 
-# Shares of the feed-forward MACs at which a plan is measured. Among them is what stays of six blocks, four times as
-# wide as the model, once three, five or six of them are one matrix: 27, 13 and 6 of 48 parts.
-PLAN_POINTS = [part / 48 for part in (45, 42, 39, 36, 33, 30, 27, 24, 21, 18, 15, 13, 12, 10, 8, 6, 5, 4)]
+# Shares of the feed-forward MACs at which a plan that is kept has measured candidates: what stays of six blocks, four
+# times as wide as the model, once three, five or six of them are one matrix.
+PLAN_POINTS = [part / 48 for part in (27, 13, 6)]
 
 
 @dataclass
@@ -360,8 +360,7 @@ def make_plan(task, model, recipe, blocks):
         macs=recipe.share,
         evaluation_data=task.batches(recipe.plan_samples, skip=recipe.calibration_samples),
         blocks=blocks,
-        points=[*PLAN_POINTS, recipe.share],
-        whole_curve=recipe.plan_file is not None,
+        points=None if recipe.plan_file is None else PLAN_POINTS,
     )
     if recipe.plan_file is not None:
         plan.save(recipe.plan_file)

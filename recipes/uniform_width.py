@@ -2,42 +2,40 @@
 
     python recipes/uniform_width.py MODEL --fit wikitext2/valid.txt --test wikitext2/test.txt
 
-Width cuts of every gated feed-forward block, without training. One pass over windows from all over the first text
-gives the second moments of all neurons, one backward pass over three of them how much outputs matter to the loss.
-Neurons are chosen in that metric, greedily, for every variant alike; weights are least squares. What differs is how
-many neurons each block keeps (as many as the sum of expected losses wants, or all alike), in multiples of what, and
-whether the fit has a constant term. Each is measured on the first windows of the second text. Writes `results.json`
-and `table.md`.
+Width cuts of every feed-forward block, without training: `plan_collapse` of neurons alone, in which blocks keep as
+many as costs least or all alike, in multiples of something, with a constant term where the class has none or not.
+Fitted to windows from all over the first text, chosen on others of it, measured on the first windows of the second.
+Writes `results.json`, row by row, and `table.md`; an interrupted run goes on where it stopped.
 """
 
 import argparse
+import copy
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from common import machine, versions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_layercollapse import functional
-from hf_layercollapse.blocks import bind_blocks
-from hf_layercollapse.calibration import collect_moments
-from hf_layercollapse.loss_metric import loss_metrics
-from hf_layercollapse.merging import Trial, make_merge
+from hf_layercollapse import collapse_model, plan_collapse
 from hf_layercollapse.profiling import count_parameters
 from hf_layercollapse.tables import table
 
 
-# (in words, all blocks alike, multiple of, constant term)
-VARIANTS = [
-    ("any widths, constant", False, 1, True),
-    ("any widths", False, 1, False),
-    ("any widths, multiples of 64", False, 64, False),
-    ("one width, constant", True, 1, True),
-    ("one width", True, 1, False),
-    ("one width, multiple of 64", True, 64, False),
-]
+ANY, ONE = {"rank_shares": (0.0,)}, {"uniform_width": True}
+
+
+def variants(multiple_of):
+    """In words -> options of `plan_collapse`."""
+    return {
+        "any widths, constant": {**ANY, "constant_term": "always"},
+        "any widths": ANY,
+        f"any widths, multiples of {multiple_of}": {**ANY, "multiple_of": multiple_of},
+        "one width, constant": {**ONE, "constant_term": "always"},
+        "one width": ONE,
+        f"one width, multiple of {multiple_of}": {**ONE, "multiple_of": multiple_of},
+    }
 
 
 def windows(tokenizer, path, length, count, spread):
@@ -54,108 +52,63 @@ def perplexity(model, batches):
     return math.exp(sum(losses) / len(losses))
 
 
-def of_neurons(moments):
-    """The moments of the neurons alone."""
-    width = moments.width
-    kept = {"mean_f": moments.mean_f[width:], "cov_fo": moments.cov_fo[width:].clone()}
-    return replace(moments, width=0, cov_ff=moments.cov_ff[width:, width:].clone(), **kept)
+def measure(dense, size, options, fitting, held, test):
+    """One row: a plan for this share of the parameters, collapsed and measured."""
+    plan = plan_collapse(dense, fitting, parameters=size, evaluation_data=held, **options)
+    model = copy.deepcopy(dense)
+    collapse_model(model, plan=plan, calibration_data=fitting)
+    return {
+        "perplexity": perplexity(model, test),
+        "parameters": count_parameters(model),
+        "candidate": plan.point.name,
+        "expected_divergence": plan.point.expected,
+        "divergence": plan.point.score,
+        "widths": [count for _, count in plan.point.choices.values()],
+        "seconds": round(plan.seconds),
+    }
 
 
-def curve(moments, metric):
-    """`(neurons in the order of choice, expected loss in nats with the first k of them)`."""
-    root, matrix = metric.root(), functional.shrunk(metric.matrix, metric.shrinkage)
-    count, nothing = len(moments.neurons), moments.cov_ff.new_zeros(0, 0)
-    order, explained = functional.greedy_neurons(moments.cov_ff, moments.cov_fo @ root, 0, count, given=nothing)
-    # The whole: what the block gives, as its own neurons explain it.
-    total = torch.trace(functional.regress(moments.cov_ff, moments.cov_fo).T @ moments.cov_fo @ matrix)
-    return order, 0.5 * (total - explained).clamp_min(0)
-
-
-def sizes(losses, room, multiple, alike):
-    """Neurons of each block, `room` in all."""
-    hidden = min(len(loss) for loss in losses.values()) - 1
-    if alike:
-        return dict.fromkeys(losses, room // len(losses) // multiple * multiple)
-    steps = torch.arange(multiple, hidden + 1, multiple)
-    low, high = 0.0, 1e3  # nats a neuron
-    for _ in range(100):
-        price = (low + high) / 2
-        found = {name: int(steps[(loss[steps] + price * steps).argmin()]) for name, loss in losses.items()}
-        low, high = (price, high) if sum(found.values()) > room else (low, price)
-    return {name: int(steps[(loss[steps] + high * steps).argmin()]) for name, loss in losses.items()}
-
-
-def measure(model, blocks, moments, orders, counts, test):
-    """`(perplexity, parameters)` with these neurons."""
-    with Trial() as trial:
-        for block in blocks:
-            positions = sorted(orders[block.name][: counts[block.name]])
-            fit = moments[block.name].restricted(positions).fit(0)
-            fit = replace(fit, right_ri=fit.right_ri.new_zeros(0, block.in_features))
-            trial.put(make_merge(block, fit, refit=True))
-        return perplexity(model, test), count_parameters(model)
-
-
-def main():
+def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="A gated decoder: a folder, or a name on the Hub.")
+    parser.add_argument("model", help="A decoder: a folder, or a name on the Hub.")
     parser.add_argument("--fit", required=True, help="Text that is fitted to.")
     parser.add_argument("--test", required=True, help="Text that is measured on.")
     parser.add_argument("--length", type=int, default=1024, help="Tokens of a window.")
     parser.add_argument("--fit_windows", type=int, default=16)
+    parser.add_argument("--held_windows", type=int, default=2, help="Of the first text, to choose on.")
     parser.add_argument("--test_windows", type=int, default=8)
+    parser.add_argument("--multiple_of", type=int, default=64)
     parser.add_argument("--sizes", type=float, nargs="+", default=[0.9, 0.8], help="Shares of all parameters.")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/uniform_width"))
-    options = parser.parse_args()
+    options = parser.parse_args(words)
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    fitting = windows(tokenizer, options.fit, options.length, options.fit_windows, spread=True)
+    every = windows(tokenizer, options.fit, options.length, options.fit_windows + options.held_windows, spread=True)
+    held = every[:: len(every) // options.held_windows][: options.held_windows]
+    fitting = [window for window in every if not any(window is other for other in held)]
     test = windows(tokenizer, options.test, options.length, options.test_windows, spread=False)
-    blocks = bind_blocks(model)
-    parameters, dense = count_parameters(model), perplexity(model, test)
-    print(f"dense: {dense:.3f}", flush=True)
-    metrics = loss_metrics(model, model, blocks, fitting[:: max(1, len(fitting) // 3)][:3])
-    neurons = {block.name: list(range(block.hidden_features)) for block in blocks}
-    moments = collect_moments(model, model, blocks, fitting, neurons)
-    centred = {name: of_neurons(moments.pop(name)) for name in list(moments)}
-    about = {True: centred, False: {name: found.without_constant() for name, found in centred.items()}}
-    curves = {
-        constant: {name: curve(found, metrics[name]) for name, found in moments.items()}
-        for constant, moments in about.items()
-    }
+    path = options.output_dir / "results.json"
+    described = {name: str(value) for name, value in vars(options).items() if name not in ("output_dir", "sizes")}
+    content = json.loads(path.read_text()) if path.exists() else {}
+    if content.get("arguments") != described:
+        content = {"arguments": described, "dense": perplexity(model, test), "parameters": count_parameters(model)}
+        content |= {"machine": machine(), "versions": versions(), "results": []}
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    results = []
+    print(f"dense: {content['dense']:.3f}", flush=True)
     for size in options.sizes:
-        saved = (1 - size) * parameters
-        for name, alike, multiple, constant in VARIANTS:
-            per_neuron = blocks[0].macs / blocks[0].hidden_features
-            extra = sum(block.out_features for block in blocks) if constant else 0
-            room = int(sum(block.hidden_features for block in blocks) - (saved + extra) / per_neuron)
-            orders = {block: order for block, (order, _) in curves[constant].items()}
-            losses = {block: loss for block, (_, loss) in curves[constant].items()}
-            counts = sizes(losses, room, multiple, alike)
-            value, left = measure(model, blocks, about[constant], orders, counts, test)
-            expected = sum(float(losses[block][count]) for block, count in counts.items())
-            results.append(
-                {
-                    "size": size,
-                    "variant": name,
-                    "perplexity": value,
-                    "parameters": left,
-                    "expected_loss": expected,
-                    "widths": list(counts.values()),
-                }
-            )
-            print(f"{size:.0%} {name}: {value:.3f}, {left / parameters:.2%}", flush=True)
-            described = {key: str(value) for key, value in vars(options).items()}
-            content = {"arguments": described, "dense": dense, "parameters": parameters, "results": results}
-            content |= {"machine": machine(), "versions": versions()}
-            (options.output_dir / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+        for name, how in variants(options.multiple_of).items():
+            if any((row["size"], row["variant"]) == (size, name) for row in content["results"]):
+                continue
+            row = measure(model, size, how, fitting, held, test)
+            content["results"].append({"size": size, "variant": name, **row})
+            path.write_text(json.dumps(content, indent=1) + "\n")
+            print(f"{size:.0%} {name}: {row['perplexity']:.3f}, {row['parameters']:,}", flush=True)
     rows = [["", *(f"{size:.0%} of parameters" for size in options.sizes)]]
-    for name, *_ in VARIANTS:
-        found = [row for row in results if row["variant"] == name]
-        rows.append([name, *(f"{row['perplexity']:.2f} ({row['parameters'] / parameters:.2%})" for row in found)])
+    for name in variants(options.multiple_of):
+        found = {row["size"]: row for row in content["results"] if row["variant"] == name}
+        cells = [found[size] for size in options.sizes]
+        rows.append([name, *(f"{r['perplexity']:.2f} ({r['parameters'] / content['parameters']:.2%})" for r in cells)])
     (options.output_dir / "table.md").write_text(table(rows) + "\n")
     print(table(rows))
 

@@ -412,18 +412,31 @@ SMALL = ["--fit_samples=64", "--score_samples=32", "--order_samples=16", "--size
 def test_comparison_without_training(text, tmp_path):
     from training_free import METHODS, main
 
-    main(["text_classification", *text, *SMALL, f"--output_dir={tmp_path / 'out'}"])
+    further = f"--also_test={tmp_path / 'train.tsv'}"
+    more = ["--recovery_samples=16", "--recovery_steps=2", "--recovery_sizes", "0.25", further]
+    main(["text_classification", *text, *SMALL, *more, f"--output_dir={tmp_path / 'out'}"])
     found = results(tmp_path)
     rows = found["results"]
     methods = [name for name in METHODS if name != "layers replaced"]  # for decoders
     assert {row["method"] for row in rows} == {"dense", *methods}
+    assert [row["size"] for row in rows if row["method"] == "plan, recovered"] == [0.25]
+    assert found["examples"].keys() == {"validation", "train"} and found["examples"]["validation"] == 24
     for row in rows[1:]:
         assert row["feed_forward_share"] <= row["size"] + 1e-9, row
-        low, high = row["interval"]
-        assert low <= row["accuracy"] <= high
-    assert found["examples"] == 24
+        for test in row["tests"].values():
+            low, high = test["interval"]
+            assert low <= test["accuracy"] <= high
+    by_method = {(row["method"], row["size"]): row["divergence"] for row in rows}
+    assert by_method["dense", None] == 0
+    # What is planned is chosen by just this number.
+    alike = ("rank 1/8 and neurons", "full rank and neurons", "width cut in the metric")
+    found = [by_method[name, 0.5] for name in alike if (name, 0.5) in by_method]
+    assert found and by_method["plan", 0.5] <= min(found) * (1 + 1e-3)
     table = (tmp_path / "out" / "table.md").read_text()
-    assert table.startswith("| feed-forward weights left | plan | kept neurons |") and "Dense: accuracy" in table
+    assert (
+        table.startswith("| feed-forward weights left | plan | plan, recovered |") and "validation: accuracy" in table
+    )
+    assert table.count("| 25 % |") == 3  # a table a test, and one of the divergence
     assert (tmp_path / "out" / "curve.png").stat().st_size > 1000
 
 
@@ -433,15 +446,19 @@ def test_an_interrupted_comparison_goes_on(text, tmp_path):
     arguments = ["text_classification", *text, *SMALL, f"--output_dir={tmp_path / 'out'}"]
     main([*arguments, "--methods", "dropped"])
     before = results(tmp_path)
-    before["results"][1]["accuracy"] = 0.1234  # no share of 24
+    before["results"][1]["divergence"] = 123.4
     (tmp_path / "out" / "results.json").write_text(json.dumps(before))
     main([*arguments, "--methods", "dropped", "width cut"])
     after = results(tmp_path)["results"]
     assert after[: len(before["results"])] == before["results"]
     assert {row["method"] for row in after[len(before["results"]) :]} == {"width cut"}
+    # Another seed of the dense model has rows of its own, beside these.
+    main([*arguments, "--methods", "dropped", "--seeds", "7"])
+    both = results(tmp_path)["results"]
+    assert both[: len(after)] == after and {row["seed"] for row in both[len(after) :]} == {7}
     # With other arguments it begins anew.
     main([*arguments, "--methods", "dropped", "--order_samples=8"])
-    assert all(row["accuracy"] != 0.1234 for row in results(tmp_path)["results"])
+    assert all(row["divergence"] != 123.4 for row in results(tmp_path)["results"])
 
 
 def test_comparison_without_training_of_a_decoder(prose, tmp_path):
@@ -451,9 +468,86 @@ def test_comparison_without_training_of_a_decoder(prose, tmp_path):
     main(["language_modeling", *prose, *SMALL[:3], *sizes, f"--output_dir={tmp_path / 'out'}"])
     dense, *rows = results(tmp_path)["results"]
     assert [row["method"] for row in rows] == ["plan", "dropped", "layers replaced"]
+    before = dense["tests"]["validation"]["perplexity"]
     for row in rows:
-        assert row["parameter_share"] <= 0.9 and row["perplexity"] > 1
-        assert row["from_dense"] == pytest.approx(row["perplexity"] / dense["perplexity"])
+        test = row["tests"]["validation"]
+        assert row["parameter_share"] <= 0.9 and test["perplexity"] > 1
+        assert test["from_dense"] == pytest.approx(test["perplexity"] / before)
+
+
+def test_ablations_of_a_plan(text, tmp_path):
+    from plan_ablations import main
+    from training_free import main as compare
+
+    compare(["text_classification", *text, *SMALL, "--methods", "plan", f"--output_dir={tmp_path / 'out'}"])
+    plan, model = f"--plan={tmp_path / 'out' / 'plan-0.json'}", str(tmp_path / "model")
+    files = [f"--train_file={tmp_path / 'train.tsv'}", f"--test_file={tmp_path / 'dev.tsv'}"]
+    rows = ["--fit_samples=64", "--held_samples=32", "--recovery_samples=24", "--sizes", "0.5"]
+    main([model, plan, *files, *rows, f"--output_dir={tmp_path / 'ablations'}"])
+    found = {row["what"]: row for row in json.loads((tmp_path / "ablations" / "results.json").read_text())["results"]}
+    planned = next(row for row in results(tmp_path)["results"] if (row["method"], row["size"]) == ("plan", 0.5))
+    # Where it begins is the plan, fitted anew; a rotation of many rows is held to less than least squares.
+    assert found["least squares"]["divergence"] == pytest.approx(planned["divergence"], rel=0.2)
+    assert len(found) == 6 + 8 and all(row["divergence"] > 0 for row in found.values())
+
+
+def test_one_width_beside_any_widths(prose, tmp_path):
+    from uniform_width import main, variants
+
+    sizes = [
+        "--multiple_of=8",
+        "--length=12",
+        "--fit_windows=12",
+        "--test_windows=4",
+        "--sizes",
+        "0.9",
+        f"--output_dir={tmp_path}",
+    ]
+    texts = [f"--fit={tmp_path / 'train.txt'}", f"--test={tmp_path / 'test.txt'}"]
+    main([str(tmp_path / "model"), *texts, *sizes])
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert [row["variant"] for row in found["results"]] == list(variants(8))
+    for row in found["results"]:
+        assert row["parameters"] <= 0.9 * found["parameters"]
+        assert "multiple" not in row["variant"] or all(width % 8 == 0 for width in row["widths"])
+        assert "one width" not in row["variant"] or len(set(row["widths"])) == 1
+    # What is there is not measured again.
+    found["results"][0]["perplexity"] = 1.5
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    main([str(tmp_path / "model"), *texts, *sizes])
+    assert json.loads((tmp_path / "results.json").read_text()) == found
+
+
+def test_whole_sentences_are_held_out(tmp_path):
+    from split_by_sentence import main
+
+    rows = [
+        ("a very good film indeed", 1),
+        ("very good film", 1),
+        ("film", 0),
+        ("one more bad plot line", 0),
+        ("bad plot", 0),
+        ("film of the year , by far", 1),
+        ("the year , by far", 1),
+    ]
+    (tmp_path / "all.tsv").write_text("sentence\tlabel\n" + "".join(f"{text} \t{label}\n" for text, label in rows))
+    main([f"--train_file={tmp_path / 'all.tsv'}", f"--output_dir={tmp_path}", "--rows=2", "--words=3"])
+
+    def read(name):
+        lines = (tmp_path / name).read_text().splitlines()
+        assert lines[0] == "sentence\tlabel"
+        return [tuple(line.split("\t")) for line in lines[1:]]
+
+    tested, training = read("held_out.tsv"), read("train.tsv")
+    assert len(tested) == 2 and all(len(text.split()) >= 3 for text, _ in tested)
+    known = {text: str(label) for text, label in rows}
+    assert all(known[text] == label for text, label in [*tested, *training])
+    sentences = [text for text, _ in rows if not any(text != other and text in other for other, _ in rows)]
+    for sentence in sentences:
+        phrases = {text for text in known if text in sentence}
+        trained = phrases & {text for text, _ in training}
+        # A sentence is tested on or trained on, with all that is part of it.
+        assert not trained or not phrases & {text for text, _ in tested}
 
 
 def test_replacing_no_layer_changes_nothing_and_linear_layers_are_replaced_exactly(prose):
