@@ -131,7 +131,8 @@ class LayerCollapseConfig:
         metadata={
             "help": "Weight, >= 0, of a loss that the Trainer adds: how far the head's predictions are from the "
             "teacher's. KL divergence at `temperature` for classes and tokens (arXiv 1503.02531), squared error for "
-            "regression. 0: none."
+            "regression and scores of pairs, for embeddings the cosine distance and the squared error relative to the "
+            "teacher's length. 0: none."
         },
     )
     hidden_state_weight: float = field(

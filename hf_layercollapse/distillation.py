@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -80,15 +80,50 @@ def _frozen_copy(model, config):
 
 @dataclass
 class Seen:
-    """What one batch made a model give.
+    """What a model was given and gave while it was watched.
 
     Args:
+        given (`list[tuple[tuple, dict]]`): Arguments of each call of the model, before it may have changed them.
         outputs (`list`): Of the model itself, per call.
-        hidden (`dict[str, list[Tensor]]`): Path of a block's last linear -> its outputs, per call.
+        hidden (`dict[str, list[Tensor]]`): Path of a block's last linear -> its outputs, in all calls.
+        starts (`list[dict[str, int]]`): How many outputs of each block there were before each call.
     """
 
+    given: list
     outputs: list
     hidden: dict[str, list[torch.Tensor]]
+    starts: list
+
+    @property
+    def takes_one_dict(self) -> bool:
+        """Whether the model is called as sentence-transformers' are, `model(features)`: by a loss, and once for each
+        column of the data."""
+        return bool(self.given) and all(len(args) == 1 and isinstance(args[0], Mapping) for args, _ in self.given)
+
+    def calls(self) -> Iterator[tuple[tuple, dict, list, dict[str, list[torch.Tensor]]]]:
+        """Arguments, outputs and outputs of the blocks, for each call by itself."""
+        ends = [*self.starts[1:], {path: len(outputs) for path, outputs in self.hidden.items()}]
+        for (args, kwargs), output, start, end in zip(self.given, self.outputs, self.starts, ends, strict=True):
+            hidden = {path: outputs[start[path] : end[path]] for path, outputs in self.hidden.items()}
+            yield args, kwargs, [output], hidden
+
+
+@dataclass
+class Lesson:
+    """One call of the model beside the same call of its teacher.
+
+    Args:
+        inputs (`Mapping`): What both were given.
+        outputs (`list`): What the model gave.
+        taught: What the teacher gave.
+        hidden, expected (`dict[str, list[Tensor]]`): The same of their blocks.
+    """
+
+    inputs: Mapping
+    outputs: list
+    taught: object
+    hidden: dict[str, list[torch.Tensor]]
+    expected: dict[str, list[torch.Tensor]]
 
 
 class Distillation:
@@ -131,12 +166,19 @@ class Distillation:
         gradient mode than that on entry (for the metrics of a trainer) are not those that are trained.
         """
         inner = unwrap(model)[0]
-        seen, mode = Seen([], {path: [] for path in self._blocks}), torch.is_grad_enabled()
+        seen, mode = Seen([], [], {path: [] for path in self._blocks}, []), torch.is_grad_enabled()
+
+        def start(module, args, kwargs):
+            if torch.is_grad_enabled() == mode:
+                args = tuple(dict(arg) if isinstance(arg, Mapping) else arg for arg in args)
+                seen.given.append((args, dict(kwargs)))
+                seen.starts.append({path: len(outputs) for path, outputs in seen.hidden.items()})
 
         def keep(found):
             return lambda module, args, output: found.append(output) if torch.is_grad_enabled() == mode else None
 
         handles = [inner.get_submodule(path).register_forward_hook(keep(found)) for path, found in seen.hidden.items()]
+        handles.append(wrapped.register_forward_pre_hook(start, with_kwargs=True))
         handles.append(wrapped.register_forward_hook(keep(seen.outputs)))
         try:
             yield seen
@@ -155,16 +197,22 @@ class Distillation:
             batches (`int`): What means over this batch are divided by.
             label_names (`Sequence[str]`): Inputs that the teacher does not need.
         """
-        with torch.no_grad(), self.watching(self.teacher, self.teacher) as expected:
-            taught = self._run_teacher(inputs, label_names)
+        if not seen.outputs and not any(seen.hidden.values()):
+            raise ValueError(
+                "A loss was computed by no forward of the model with gradients, so that there is nothing to compare "
+                "with the teacher's. sentence-transformers' Cached... losses run it while they go backward: take the "
+                "loss without the cache, or no teacher."
+            )
+        lessons = self._lessons(inputs, seen, label_names)
         total, terms = 0.0, {}
         if self.config.distillation_weight:
-            losses = torch.cat([*_head_losses(self._inner, inputs, seen.outputs, taught, self.config.temperature)])
+            losses = torch.cat([loss for lesson in lessons for loss in self._head_losses(lesson)])
             terms["distillation"] = losses.mean() if losses.numel() else losses.sum()
             whole = losses.sum() / items if items is not None else terms["distillation"] / batches
             total = total + self.config.distillation_weight * whole
         if self.config.hidden_state_weight:
-            terms["hidden_state"] = self._hidden_loss(inputs, seen.hidden, expected.hidden)
+            shares = [self._hidden_loss(lesson.inputs, lesson.hidden, lesson.expected) for lesson in lessons]
+            terms["hidden_state"] = torch.stack(shares).mean()
             total = total + self.config.hidden_state_weight * terms["hidden_state"] / batches
         for name, term in terms.items():
             self._sums[name] = self._sums.get(name, 0.0) + term.detach()
@@ -177,15 +225,37 @@ class Distillation:
         self._sums, self._count = {}, 0
         return logs
 
-    def _run_teacher(self, inputs, label_names):
+    def _lessons(self, inputs, seen, label_names):
+        if not seen.takes_one_dict:
+            # An encoder-decoder makes the decoder's inputs from the labels.
+            needed = self._tokens.encoder_decoder and "decoder_input_ids" not in inputs
+            given = {name: value for name, value in inputs.items() if needed or name not in label_names}
+            taught, expected = self._run_teacher(inputs, **given)
+            return [Lesson(inputs, seen.outputs, taught, seen.hidden, expected)]
+        if isinstance(unwrap(self.teacher)[0], PreTrainedModel):
+            raise ValueError(
+                f"A {type(self._inner).__name__} takes one dict of features, and the teacher, "
+                f"a {type(unwrap(self.teacher)[0]).__name__}, does not. Pass a teacher of the model's own kind."
+            )
+        lessons = []
+        for (features,), options, outputs, hidden in seen.calls():
+            # Modules put what they compute into the dict that they are given.
+            taught, expected = self._run_teacher(features, dict(features), **options)
+            lessons.append(Lesson(features, outputs, taught, hidden, expected))
+        return lessons
+
+    @torch.no_grad()
+    def _run_teacher(self, inputs, *args, **kwargs):
         device = next(value.device for value in inputs.values() if isinstance(value, torch.Tensor))
         if self._device != device:
             if not vars(unwrap(self.teacher)[0]).get("hf_device_map"):
                 self.teacher.to(device)
             self._device = device
-        # An encoder-decoder makes the decoder's inputs from the labels.
-        needed = self._tokens.encoder_decoder and "decoder_input_ids" not in inputs
-        return self.teacher(**{name: value for name, value in inputs.items() if needed or name not in label_names})
+        with self.watching(self.teacher, self.teacher) as expected:
+            return self.teacher(*args, **kwargs), expected.hidden
+
+    def _head_losses(self, lesson):
+        return _head_losses(self._inner, lesson.inputs, lesson.outputs, lesson.taught, self.config.temperature)
 
     def _hidden_loss(self, inputs, hidden, expected):
         self._tokens.start(inputs)
@@ -253,6 +323,9 @@ def _head_losses(model, inputs, forwards, taught, temperature):
     outputs = next((outputs for outputs in forwards if isinstance(outputs, Mapping)), None)
     if outputs is None:
         raise ValueError("`distillation_weight` needs the model's outputs by name: leave `return_dict=False` out.")
+    if not isinstance(model, PreTrainedModel) and ("scores" in outputs or "sentence_embedding" in outputs):
+        yield _encoder_losses(outputs, taught, temperature)
+        return
     if "start_logits" in outputs and "end_logits" in outputs:
         for name in ("start_logits", "end_logits"):
             _check_shapes(outputs[name], taught[name])
@@ -268,6 +341,20 @@ def _head_losses(model, inputs, forwards, taught, temperature):
     logits, target = outputs["logits"], taught["logits"].to(outputs["logits"].device)
     _check_shapes(logits, target)
     yield _labelled_losses(model, _labels_of(model, inputs, logits), logits, target, temperature)
+
+
+def _encoder_losses(outputs, taught, temperature):
+    """What sentence-transformers' models predict needs no labels: scores of pairs, or classes of them if there are
+    several, or embeddings."""
+    if "scores" in outputs:
+        scores, target = outputs["scores"], taught["scores"].to(outputs["scores"].device)
+        _check_shapes(scores, target)
+        if scores.dim() == 2 and scores.shape[-1] > 1:
+            return functional.soft_target_loss(scores, target, temperature)
+        return (scores.float() - target.float()).square().flatten()
+    embeddings, target = outputs["sentence_embedding"], taught["sentence_embedding"]
+    _check_shapes(embeddings, target, "embeddings", "be of the same width")
+    return functional.embedding_loss(embeddings, target.to(embeddings.device))
 
 
 def _labels_of(model, inputs, logits):
@@ -299,9 +386,9 @@ def _labelled_losses(model, labels, logits, target, temperature):
     )
 
 
-def _check_shapes(logits, taught):
-    if logits.shape != taught.shape:
+def _check_shapes(mine, taught, what="logits", same="have the same labels or the same vocabulary"):
+    if mine.shape != taught.shape:
         raise ValueError(
-            f"The teacher gives logits of shape {tuple(taught.shape)}, the model {tuple(logits.shape)}: both must "
-            "have the same labels or the same vocabulary."
+            f"The teacher gives {what} of shape {tuple(taught.shape)}, the model {tuple(mine.shape)}: "
+            f"both must {same}."
         )

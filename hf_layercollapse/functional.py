@@ -550,6 +550,21 @@ def soft_binary_loss(student_nc, teacher_nc, temperature=1.0):
     return temperature**2 * (bce(student, targets, reduction="none") - bce(teacher, targets, reduction="none"))
 
 
+def embedding_loss(student_nd, teacher_nd):
+    """`1 - cos(student, teacher) + |student - teacher|^2 / |teacher|^2` of each row, in float32: the direction, which
+    searches compare, and the length, which sparse embeddings and dot products weigh by.
+
+    Returns:
+        Shape `(n,)`, >= 0: 0 where they agree, 2 where the student gives zeros. Where the teacher does, which has no
+        direction and no length, `1 + |student|^2`.
+    """
+    student, teacher = student_nd.float(), teacher_nd.float()
+    squares_n = teacher.square().sum(-1)
+    squares_n = torch.where(squares_n > 0, squares_n, 1.0)
+    distance_n = 1 - torch.nn.functional.cosine_similarity(student, teacher, dim=-1)
+    return distance_n + (student - teacher).square().sum(-1) / squares_n
+
+
 def unexplained_share(student_bto, teacher_bto, real_bt):
     """Squared error of each token's output in units of its variance over the `o` features, mean over the tokens of
     each of `b` examples, in float32.

@@ -72,7 +72,8 @@ class LayerCollapseTrainerMixin:
         teacher (`nn.Module`, *optional*): What distillation compares with; it must know the task. It is put into
             evaluation mode, moved to the model's device, and neither trained nor saved. Default, if the config asks
             for distillation: a frozen copy of the dense model before it is patched. Needed for a model that is
-            collapsed, or patched and trained.
+            collapsed, or patched and trained. Of a `SentenceTransformer`, `CrossEncoder` or `SparseEncoder` another
+            of its kind, which is given what the loss gives the model.
         args, kwargs: Everything that the Trainer class takes. With `model_init`, each model it makes is patched.
 
     Raises:

@@ -338,6 +338,19 @@ def test_gaussian_inputs_are_always_the_same():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_embedding_loss():
+    student, teacher = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    cosine = (student * teacher).sum(-1) / (student.norm(dim=-1) * teacher.norm(dim=-1))
+    expected = 1 - cosine + (student - teacher).norm(dim=-1) ** 2 / teacher.norm(dim=-1) ** 2
+    torch.testing.assert_close(functional.embedding_loss(student, teacher).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(functional.embedding_loss(teacher, teacher), torch.zeros(5))
+    # Sparse embeddings may be all zeros.
+    zeros = torch.zeros(5, 8)
+    torch.testing.assert_close(functional.embedding_loss(zeros, teacher), torch.full((5,), 2.0))
+    expected = 1 + student.square().sum(-1)
+    torch.testing.assert_close(functional.embedding_loss(student, zeros).double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_relative_error():
     a, b = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5])
     assert functional.relative_error(a, b) == pytest.approx(0.1)

@@ -1,5 +1,6 @@
 """sentence-transformers' models: what is inside is patched, trained, saved and loaded with the whole."""
 
+import copy
 import json
 
 import pytest
@@ -7,17 +8,27 @@ import torch
 from datasets import Dataset
 from sentence_transformers import (
     CrossEncoder,
+    CrossEncoderTrainer,
+    CrossEncoderTrainingArguments,
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
     SparseEncoder,
+    SparseEncoderTrainer,
+    SparseEncoderTrainingArguments,
 )
-from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    CosineSimilarityLoss,
+)
 from sentence_transformers.sentence_transformer.modules import Pooling, Router, Transformer
+from sentence_transformers.sparse_encoder.losses import SparseCosineSimilarityLoss, SpladeLoss
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from torch.nn import functional as F
+from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -34,7 +45,7 @@ from hf_layercollapse import (
     remove_layer_collapse,
 )
 from tests.models import BY_NAME, LAYERS, randomize, text_inputs
-from tests.training import alphas_of, assert_same, set_alphas, state_of
+from tests.training import Gradients, alphas_of, assert_same, set_alphas, state_of
 
 
 WORDS = "a cat dog sits barks on the mat outside rain stock market fell tomorrow".split()
@@ -44,6 +55,27 @@ PAIRS = list(zip(TEXTS, TEXTS[::-1], strict=True))
 
 class LayerCollapseSentenceTransformerTrainer(LayerCollapseTrainerMixin, SentenceTransformerTrainer):
     pass
+
+
+class LayerCollapseCrossEncoderTrainer(LayerCollapseTrainerMixin, CrossEncoderTrainer):
+    pass
+
+
+class LayerCollapseSparseEncoderTrainer(LayerCollapseTrainerMixin, SparseEncoderTrainer):
+    pass
+
+
+def splade_loss(model):
+    """Without the regularizer, which is no mean over rows."""
+    return SpladeLoss(model, SparseCosineSimilarityLoss(model), document_regularizer_weight=0.0)
+
+
+# kind -> trainer, its arguments, a loss that is a mean over rows.
+KINDS = {
+    "sentence": (LayerCollapseSentenceTransformerTrainer, SentenceTransformerTrainingArguments, CosineSimilarityLoss),
+    "cross": (LayerCollapseCrossEncoderTrainer, CrossEncoderTrainingArguments, BinaryCrossEntropyLoss),
+    "sparse": (LayerCollapseSparseEncoderTrainer, SparseEncoderTrainingArguments, splade_loss),
+}
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +101,31 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bert(folder):
-    return folder(AutoModel)
+def folders(folder):
+    auto_classes = (AutoModel, AutoModelForSequenceClassification, AutoModelForMaskedLM)
+    return {kind: folder(auto_class) for kind, auto_class in zip(KINDS, auto_classes, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def bert(folders):
+    return folders["sentence"]
 
 
 def sentence_transformer(bert):
     transformer = Transformer(bert)
     return SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension())], device="cpu")
+
+
+def model_of(kind, folders):
+    if kind == "sentence":
+        return sentence_transformer(folders[kind])
+    return {"cross": CrossEncoder, "sparse": SparseEncoder}[kind](folders[kind], device="cpu")
+
+
+def outputs_of(model):
+    if isinstance(model, CrossEncoder):
+        return torch.tensor(model.predict(PAIRS))
+    return embed(model).to_dense()
 
 
 def embed(model):
@@ -97,24 +147,17 @@ def collapse(model):
 
 
 @pytest.mark.parametrize("change", [patch, collapse])
-@pytest.mark.parametrize("kind", ["sentence", "cross", "sparse"])
-def test_saved_with_the_whole(kind, change, folder, bert, tmp_path):
-    if kind == "sentence":
-        model, outputs = sentence_transformer(bert), embed
-    elif kind == "cross":
-        model = CrossEncoder(folder(AutoModelForSequenceClassification), device="cpu")
-        outputs = lambda model: torch.tensor(model.predict(PAIRS))  # noqa: E731
-    else:
-        model = SparseEncoder(folder(AutoModelForMaskedLM), device="cpu")
-        outputs = lambda model: embed(model).to_dense()  # noqa: E731
-    before = outputs(model)
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_with_the_whole(kind, change, folders, tmp_path):
+    model = model_of(kind, folders)
+    before = outputs_of(model)
     change(model)
-    expected = outputs(model)
+    expected = outputs_of(model)
     assert not torch.equal(expected, before)
     model.save_pretrained(str(tmp_path))
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "layercollapse"
     loaded = type(model)(str(tmp_path), device="cpu")
-    assert torch.equal(outputs(loaded), expected)
+    assert torch.equal(outputs_of(loaded), expected)
     assert_same(state_of(loaded), state_of(model))
     # And goes on from there.
     remove_layer_collapse(loaded)
@@ -146,7 +189,9 @@ def test_least_squares_on_the_model_inside(bert, tmp_path):
 # ---- Training ----
 
 
-def trainer_of(model, folder, config=None, **options):
+def trainer_of(model, folder, config=None, loss=None, callbacks=None, teacher=None, **options):
+    kind = {SentenceTransformer: "sentence", CrossEncoder: "cross", SparseEncoder: "sparse"}[type(model)]
+    trainer_class, args_class, own_loss = KINDS[kind]
     options = {
         "max_steps": 4,
         "per_device_train_batch_size": 4,
@@ -157,32 +202,46 @@ def trainer_of(model, folder, config=None, **options):
         "disable_tqdm": True,
         **options,
     }
-    evaluates = "eval_strategy" in options
-    return LayerCollapseSentenceTransformerTrainer(
+    data = Dataset.from_dict({"one": TEXTS * 4, "other": TEXTS[::-1] * 4, "label": [0.1, 0.9, 0.8, 0.2] * 4})
+    return trainer_class(
         model,
-        args=SentenceTransformerTrainingArguments(str(folder), **options),
-        train_dataset=Dataset.from_dict({"anchor": TEXTS * 4, "positive": TEXTS[::-1] * 4}),
-        evaluator=EmbeddingSimilarityEvaluator(TEXTS, TEXTS[::-1], [0.1, 0.5, 0.5, 0.2]) if evaluates else None,
-        loss=MultipleNegativesRankingLoss(model),
+        args=args_class(str(folder), **options),
+        train_dataset=data,
+        eval_dataset=data.select(range(4)) if "eval_strategy" in options else None,
+        loss=(loss or own_loss)(model),
         layer_collapse_config=config or LayerCollapseConfig(blocks="last:2", alpha_learning_rate=0.05),
+        callbacks=callbacks,
+        teacher=teacher,
     )
 
 
-def test_resumed_equals_uninterrupted(bert, tmp_path):
-    whole = trainer_of(sentence_transformer(bert), tmp_path)
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_equals_uninterrupted(kind, folders, tmp_path):
+    whole = trainer_of(model_of(kind, folders), tmp_path)
     whole.train()
-    loaded = SentenceTransformer(str(tmp_path / "checkpoint-4"), device="cpu")
+    loaded = type(whole.model)(str(tmp_path / "checkpoint-4"), device="cpu")
     assert_same(state_of(loaded), state_of(whole.model))
-    resumed = trainer_of(sentence_transformer(bert), tmp_path)
+    resumed = trainer_of(model_of(kind, folders), tmp_path)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same(state_of(resumed.model), state_of(whole.model))
     set_alphas(whole.model, 1.0, 1.0)
     assert len(whole.collapse().collapsed) == 2
     whole.save_model(str(tmp_path / "collapsed"))
-    assert torch.equal(embed(SentenceTransformer(str(tmp_path / "collapsed"), device="cpu")), embed(whole.model))
+    loaded = type(whole.model)(str(tmp_path / "collapsed"), device="cpu")
+    assert torch.equal(outputs_of(loaded), outputs_of(whole.model))
 
 
-def best_of(model, folder, monkeypatch, **kwargs):
+class Scripted:
+    """An evaluator that gives these scores: two passes each, the collapsed model's and the model's own."""
+
+    def __init__(self, *scores):
+        self.scores = [score for score in scores for _ in range(2)]
+
+    def __call__(self, model, *args, **kwargs):
+        return {"eval_score": self.scores.pop(0)}
+
+
+def best_of(model, folder, **kwargs):
     """A trainer whose best checkpoint is the first."""
     trainer = trainer_of(
         model,
@@ -190,27 +249,27 @@ def best_of(model, folder, monkeypatch, **kwargs):
         eval_strategy="steps",
         eval_steps=2,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_spearman_cosine",
+        metric_for_best_model="eval_score",
         **kwargs,
     )
-    scores = [0.9, 0.9, 0.1, 0.1]  # two passes each
-    monkeypatch.setattr(
-        EmbeddingSimilarityEvaluator, "__call__", lambda self, *args, **kwargs: {"eval_spearman_cosine": scores.pop(0)}
-    )
+    trainer.evaluator = Scripted(0.9, 0.1)
     return trainer
 
 
-def test_the_best_checkpoint_comes_back(bert, tmp_path, monkeypatch):
-    trainer = best_of(sentence_transformer(bert), tmp_path, monkeypatch)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_best_checkpoint_comes_back(kind, folders, tmp_path):
+    trainer = best_of(model_of(kind, folders), tmp_path)
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
-    best = SentenceTransformer(trainer.state.best_model_checkpoint, device="cpu")
+    best = type(trainer.model)(trainer.state.best_model_checkpoint, device="cpu")
     assert_same(state_of(trainer.model), state_of(best))
+    with pytest.raises(AssertionError):
+        assert_same(state_of(trainer.model), state_of(type(best)(str(tmp_path / "checkpoint-4"), device="cpu")))
 
 
 def test_a_best_checkpoint_that_does_not_load_is_an_error(bert, tmp_path, monkeypatch):
     """sentence-transformers' own trainer logs it, and goes on with the last model."""
-    trainer = best_of(sentence_transformer(bert), tmp_path, monkeypatch)
+    trainer = best_of(sentence_transformer(bert), tmp_path)
     load_best = trainer._load_best_model
 
     def damaged():
@@ -222,17 +281,20 @@ def test_a_best_checkpoint_that_does_not_load_is_an_error(bert, tmp_path, monkey
         trainer.train()
 
 
-def test_a_progressive_run_resumes_equal(bert, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_progressive_run_resumes_equal(kind, folders, tmp_path):
     config = LayerCollapseConfig(blocks="last:2", alpha_learning_rate=0.45, progressive=True)
     options = {"eval_strategy": "steps", "eval_steps": 2}
-    whole = trainer_of(sentence_transformer(bert), tmp_path, config, **options)
+    whole = trainer_of(model_of(kind, folders), tmp_path, config, **options)
     whole.train()
-    assert len(alphas_of(whole.model)) == 1  # the other block is collapsed, before the first checkpoint
-    resumed = trainer_of(sentence_transformer(bert), tmp_path, config, **options)
+    assert len(alphas_of(whole.model)) < 2  # collapsed before a checkpoint
+    logged = [log["layer_collapse/collapsed_blocks"] for log in whole.state.log_history if "eval_loss" in log]
+    assert logged[0] == 0 and "eval_collapsed_loss" in whole.state.log_history[0]
+    resumed = trainer_of(model_of(kind, folders), tmp_path, config, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same(state_of(resumed.model), state_of(whole.model))
     whole.model.save_pretrained(str(tmp_path / "saved"))
-    assert_same(state_of(SentenceTransformer(str(tmp_path / "saved"), device="cpu")), state_of(whole.model))
+    assert_same(state_of(type(whole.model)(str(tmp_path / "saved"), device="cpu")), state_of(whole.model))
 
 
 def test_a_checkpoint_of_another_life_is_refused(bert, tmp_path):
@@ -243,6 +305,90 @@ def test_a_checkpoint_of_another_life_is_refused(bert, tmp_path):
     with pytest.raises(ValueError, match=r"that is patched \(2 alphas\), and the model here is patched \(1 alphas\)"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same(state_of(other.model), before)
+
+
+# ---- A teacher ----
+
+
+def in_order(dataset, batch_size, drop_last, **kwargs):
+    return BatchSampler(SequentialSampler(dataset), batch_size, drop_last)
+
+
+def expected_terms(student, teacher):
+    """Of one call, a number for each row: cosine distance and squared error of embeddings, squared error of scores."""
+    if "scores" in student:
+        return (student["scores"] - teacher["scores"]).square().flatten()
+    mine, theirs = student["sentence_embedding"], teacher["sentence_embedding"]
+    relative = (mine - theirs).square().sum(-1) / theirs.square().sum(-1)
+    return 1 - F.cosine_similarity(mine, theirs) + relative
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_hears_what_the_model_is_given(kind, folders, tmp_path):
+    """The gradients are those of the loss and of the terms, over all calls, however the batch is split."""
+    config = LayerCollapseConfig(blocks="last:2", distillation_weight=0.5, penalty_strength=0.0)
+    teacher = model_of(kind, folders)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(0.8)
+    steps = []
+    for accumulate in (1, 2):
+        seen, options = Gradients(), {"max_steps": 1, "logging_steps": 1, "max_grad_norm": 0.0}
+        options |= {"gradient_accumulation_steps": accumulate, "per_device_train_batch_size": 4 // accumulate}
+        options |= {"batch_sampler": in_order, "save_strategy": "no"}
+        trainer = trainer_of(model_of(kind, folders), tmp_path, config, callbacks=[seen], teacher=teacher, **options)
+        student = copy.deepcopy(trainer.model)
+        trainer.train()
+        steps.append(seen.steps[0])
+    assert trainer.state.log_history[0]["layer_collapse/distillation_loss"] > 1e-3
+
+    batches = [PAIRS] if kind == "cross" else [TEXTS, TEXTS[::-1]]
+    student.train()
+    terms = []
+    for batch in batches:
+        with torch.no_grad():
+            taught = teacher(student.preprocess(batch))
+        terms.append(expected_terms(student(student.preprocess(batch)), taught))
+    labels = torch.tensor([0.1, 0.9, 0.8, 0.2])
+    features = [TEXTS, TEXTS[::-1]] if kind == "cross" else [student.preprocess(batch) for batch in batches]
+    loss = KINDS[kind][2](student)(features, labels)
+    loss = sum(loss.values()) if isinstance(loss, dict) else loss
+    (loss + 0.5 * torch.cat(terms).mean()).backward()
+    for name, parameter in student.named_parameters():
+        if parameter.grad is not None and parameter.grad.abs().max() > 1e-6:
+            for gradients in steps:
+                torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_healing_a_collapsed_model(kind, folders, tmp_path):
+    """The dense model teaches predictions and blocks; it is what the distance falls to."""
+    model, dense = model_of(kind, folders), model_of(kind, folders)
+    patch(model)
+    set_alphas(model, 1.0, 1.0)
+    collapse_model(model)
+    config = LayerCollapseConfig(distillation_weight=10.0, hidden_state_weight=1.0)
+    options = {"max_steps": 30, "logging_steps": 10, "learning_rate": 3e-3, "save_strategy": "no"}
+    trainer = trainer_of(model, tmp_path, config, teacher=dense, **options)
+    trainer.train()
+    logs = trainer.state.log_history[:3]
+    for name in ("layer_collapse/distillation_loss", "layer_collapse/hidden_state_loss"):
+        assert 0 < logs[2][name] < logs[0][name]
+    assert trainer.teacher is dense
+
+
+def test_what_a_teacher_cannot_hear(bert, folders, tmp_path):
+    config = LayerCollapseConfig(blocks="last:2", distillation_weight=1.0)
+    # Such a loss runs the model with gradients only while it goes backward.
+    trainer = trainer_of(sentence_transformer(bert), tmp_path, config, CachedMultipleNegativesRankingLoss)
+    with pytest.raises(ValueError, match="no forward of the model with gradients"):
+        trainer.train()
+    teacher = AutoModel.from_pretrained(bert)
+    with pytest.raises(ValueError, match="SentenceTransformer takes one dict .* a BertModel, does not"):
+        trainer_of(sentence_transformer(bert), tmp_path, config, teacher=teacher).train()
+    teacher = model_of("sparse", folders)
+    with pytest.raises(ValueError, match=r"embeddings of shape \(4, 64\), the model \(4, 16\)"):
+        trainer_of(sentence_transformer(bert), tmp_path, config, teacher=teacher).train()
 
 
 # ---- SetFit ----
