@@ -1,8 +1,10 @@
 """Every model type of the committed list through the whole road, and the list's own length."""
 
 import collections
+from pathlib import Path
 
 import pytest
+import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from hf_layercollapse import families
@@ -12,6 +14,10 @@ from . import every_model_type as road
 
 
 LIST = road.read_list()
+
+# The transformers that the list is of. Others lack types of it, and have types and heads that it lacks.
+PINNED = (Path(__file__).resolve().parent.parent / ".ci" / "constraints.txt").read_text()
+LISTED = f"transformers=={transformers.__version__}\n" in PINNED
 
 SMOKE = ("bert", "clip", "dinov2", "gpt2", "llama", "mixtral", "swin", "t5", "vit", "whisper")
 
@@ -48,10 +54,12 @@ FEWER = {
     "model_type", [pytest.param(name, marks=[pytest.mark.smoke] * (name in SMOKE)) for name in LIST["passed"]]
 )
 def test_model_type(model_type):
+    if model_type not in CONFIG_MAPPING_NAMES and not LISTED:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
     result = road.examine(model_type)
     assert result["status"] == "passed", result
     listed = road.as_list([result])
-    assert road.still_passes(model_type, LIST, listed), listed["passed"]
+    assert road.still_passes(model_type, LIST, listed, same_heads=LISTED), listed["passed"]
 
 
 def test_a_layout_that_is_lost_is_noticed(monkeypatch):
@@ -78,6 +86,7 @@ def test_every_layout_is_in_it_three_times_with_two_blocks():
     assert LIST["passed"]["albert"]["blocks"] == {"ffn/ffn_output": 1}
 
 
+@pytest.mark.skipif(not LISTED, reason="the list is of the pinned transformers")
 def test_every_model_type_is_accounted_for():
     listed = [name for status in LIST.values() for name in status]
     assert sorted(listed) == sorted(set(CONFIG_MAPPING_NAMES) - road.SKIPPED)
