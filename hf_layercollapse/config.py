@@ -47,8 +47,8 @@ class LayerCollapseConfig:
         default="identity",
         metadata={
             "help": "The line that alpha leads to: 'identity' (the paper's), or 'affine', per neuron and fitted to "
-            "calibration data. On SST-2 (MiniLM, three seeds, recipes/README.md) affine is better by 1.2 points with "
-            "three of six blocks, identity by 1.5 with all six."
+            "calibration data. On SST-2 (MiniLM, three seeds, recipes/results/equal_steps.md) affine is better by 1.2 "
+            "points with three of six blocks, identity by 1.5 with all six."
         },
     )
     granularity: str = field(
@@ -73,7 +73,7 @@ class LayerCollapseConfig:
         metadata={
             "help": "Factor of the penalty sum_b (1 - alpha_b)^2, >= 0. Twice as large takes half the steps, and "
             "withstands twice the task gradient. With all six blocks of MiniLM in 300 steps, 3 lost the task for good "
-            "where 1 did not (recipes/README.md); a 'linear' schedule or a teacher prevents that."
+            "where 1 did not (recipes/results/equal_steps.md); a 'linear' schedule or a teacher prevents that."
         },
     )
     penalty_schedule: str = field(

@@ -20,6 +20,8 @@ LINES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1, 1, 1)))
 ALPHA = "layer_collapse/alpha/"
 # More lines than this are told apart by a scale, and not by a legend.
 MOST_LINES = 8
+# Divergences below this are drawn as none, in nats.
+LEAST_DIVERGENCE = 1e-5
 
 
 def _style(index):
@@ -214,18 +216,24 @@ def plot_plan(plan, paths):
 
     if plan.score_name == "divergence":
         draw(plan.curve, lambda point: point.expected, color=COLORS[0], label="expected")
-    measured = {"marker": ".", "linestyle": "none" if plan.score_name == "divergence" else "-"}
-    draw(plan.curve, lambda point: point.score, color=COLORS[0], label="measured", **measured)
+    # The dense model diverges by nothing from itself.
+    divergence = plan.score_name == "divergence"
+    measured = {"marker": ".", "linestyle": "none" if divergence else "-"}
+    draw(plan.curve[divergence:], lambda point: point.score, color=COLORS[0], label="measured", **measured)
     others = [point for point in plan.candidates if point != plan.point]
-    draw(others, lambda point: point.score, color=COLORS[2], marker="x", linestyle="none", label="compared with")
-    for point in others:
-        place = 100 * point.parameters / dense, point.score
-        axes.annotate(point.name, place, xytext=(4, 2), textcoords="offset points", fontsize=7)
+    for place, point in enumerate(others, start=2):
+        style = {**_style(place), "linestyle": "none", "markersize": 7}
+        draw([point], lambda point: point.score, label=f"instead: {point.name}", **style)
     draw([plan.point], lambda point: point.score, color=COLORS[1], marker="s", linestyle="none", label="chosen")
+    if plan.score_name == "divergence":
+        # What is compared may be a hundred times as far off.
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=LEAST_DIVERGENCE)
+        axes.grid(alpha=0.25, linewidth=0.5)
     axes.set_xlabel("parameters, % of the dense model")
     axes.set_ylabel("divergence from the dense model" if plan.score_name == "divergence" else plan.score_name)
     axes.invert_xaxis()
-    axes.legend()
+    axes.legend(fontsize="small", frameon=False)
     _save(figure, paths)
 
 

@@ -230,5 +230,5 @@ def test_quickstart_keeps_its_promises(tmp_path):
     assert sum(block["outcome"] == "collapsed" for block in run["report"]["blocks"]) >= 3
     assert run["reload_is_exact"]
     models = run["models"]
-    # One seed on 600 sentences; the mean over three seeds is in recipes/README.md.
+    # One seed on 600 sentences; the mean over three seeds is in recipes/results/quickstart.md.
     assert models["collapsed"]["accuracy"] > models["dense, same extra steps"]["accuracy"] - 0.03
