@@ -1,17 +1,17 @@
 """Collapsing a model: what is to become of which block, all of it checked before anything is put in place."""
 
 import contextlib
-import copy
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from accelerate.utils import is_compiled_module
 from transformers.modeling_utils import PreTrainedModel
 
 from . import functional
+from .adapters import is_copied, restored_on_error
 from .block_sizes import fit_size
-from .blocks import bind_blocks, check_weights, confirm_wiring, survey
+from .blocks import BoundBlock, bind_blocks, check_weights, confirm_wiring, survey
 from .calibration import CANDIDATES_PER_NEURON, collect_moments, logits_of, reiterable, score_neurons
 from .calibration_data import model_inputs
 from .classes import refuse_lost_code
@@ -30,7 +30,6 @@ from .merging import (
     put_in_place,
     ready_neurons,
 )
-from .modeling_layercollapse import children_of
 from .models import count_parameters, is_adapted, unwrap
 from .patching import (
     collapsible_activations,
@@ -96,17 +95,8 @@ def collapse_model(
             `max_error`, or the model's class is the user's own and no Auto class knows it. Nothing has been changed
             then.
     """
-    if config is not None and not isinstance(config, LayerCollapseConfig):
-        raise TypeError(f"`config` must be a LayerCollapseConfig, got {type(config).__name__}.")
-    if plan is not None:
-        from .plans import CollapsePlan
-
-        if not isinstance(plan, CollapsePlan):
-            raise TypeError(f"`plan` must be a CollapsePlan, got {type(plan).__name__}.")
-    _check_max_error(max_error)
+    _check_arguments(config, plan, max_error)
     inner, wrappers = unwrap(model)
-    if plan is not None and config is not None:
-        raise ValueError("Pass `plan` or `config`, not both: each says which blocks collapse, and how.")
     if isinstance(inner, PreTrainedModel):
         refuse_lost_code(inner)
     calibration_data = model_inputs(calibration_data, processing_class, model)
@@ -115,77 +105,49 @@ def collapse_model(
     options = config or (layer_collapse_config_of(inner) if was_patched else None) or LayerCollapseConfig()
     if plan is not None:
         options = replace(options, constant_term=plan.constant_term)
+    # Everything is checked before anything is changed.
     with _adapters_merged(model, inner, options, allow_none):
-        merges, waiting, kept_batches, logits = _checked_merges(
-            model, inner, config, options, calibration_data, plan, max_error, allow_none, token_mask_fn
-        )
+        chosen = _choose(inner, config, options, plan, calibration_data is not None, allow_none)
+        first, data = _keep_first(calibration_data)
+        how = (options.neuron_choice, token_mask_fn, options.constant_term)
+        merges = _merges_of(chosen, data, options, lambda *these: fit_blocks(model, inner, *these, *how))
+        _confirm_cuts(inner, merges)
+        _refuse_errors(merges, max_error)
+        logits = None if first is None else _finite_logits(model, first)
 
     parameters_before = count_parameters(inner)
-    replaced = [exchange.new for merge in merges for exchange in put_in_place(merge)]
+    replaced = _put(merges)
     if options.not_ready == "restore":
-        restore_blocks(waiting)
+        restore_blocks(chosen.waiting)
     # What the model was patched with describes all that came of it; else the last collapse is what is recorded.
     done = replace(options, blocks=[merge.block.name for merge in merges]) if merges else None
     refresh_layer_collapse(inner, None if was_patched else done, wrappers, replaced, default=done)
 
-    reports = [merge.report for merge in merges] + [_waiting_report(block, options) for block in waiting]
+    reports = [merge.report for merge in merges] + [_waiting_report(block, options) for block in chosen.waiting]
     difference = None
-    if logits is not None:
-        after = logits_of(model, kept_batches)
-        difference = max(float((a - b).abs().max()) for a, b in zip(logits, after, strict=True))
+    if first is not None:
+        pairs = zip(logits, logits_of(model, first), strict=True)
+        difference = max(float((before - after).abs().max()) for before, after in pairs)
     return CollapseReport(
         sorted(reports, key=lambda report: report.index), parameters_before, count_parameters(inner), difference
     )
 
 
-def _checked_merges(model, inner, config, options, calibration_data, plan, max_error, allow_none, token_mask_fn):
-    """Everything that a collapse does before it changes anything: `(merges, patched blocks that are not ready, first
-    calibration batches, logits on them)`.
-    """
-    blocks, refused = survey(inner)
-    patched = [block for block in blocks if block.state == "patched"]
-
-    if not patched and calibration_data is None:
-        raise ValueError(
-            "The model is dense: pass `calibration_data` (batches of model inputs) to fit each block's linear map, or "
-            "patch it with `apply_layer_collapse` and train until its blocks are ready."
-        )
-    waiting, choices = [], None if plan is None else plan.choices_for(inner, blocks)
+def _check_arguments(config, plan, max_error):
+    if config is not None and not isinstance(config, LayerCollapseConfig):
+        raise TypeError(f"`config` must be a LayerCollapseConfig, got {type(config).__name__}.")
     if plan is not None:
-        if patched:
-            raise ValueError("A plan is for the dense model it was made on; this one is patched.")
-        # Whatever the model was collapsed with before: the plan says which blocks.
-        ready = [block for block in blocks if block.name in choices]
-    elif patched:
-        # The stored selector may name blocks as another head class spells them; what is patched is what it chose.
-        if config is not None:
-            patched = _chosen_of(patched, select_blocks(blocks, config.blocks, refused), config)
-        ready, waiting = _split_ready(patched, options, allow_none)
-    else:
-        chosen = select_blocks(blocks, options.blocks, refused)
-        ready = [block for block in chosen if block.can_collapse]
-        if not ready:
-            raise ValueError("All chosen blocks are collapsed already.")
-    refuse_lost_code_inside(inner, ready)
-    check_weights(inner, ready, merging=True)
-    if choices is None:
-        choices = {block.name: _choice(block, options) for block in ready}
-    check_choices(ready, choices)
+        from .plans import CollapsePlan
 
-    kept_batches, data = _keep_first(calibration_data)
-    refit = [block for block in ready if calibration_data is not None and not _exactly_linear(block, choices)]
-    if refit and options.sequential:
-        merges = _merge_sequentially(model, inner, ready, refit, choices, data, options, token_mask_fn)
-    else:
-        how = options.neuron_choice, token_mask_fn, options.constant_term
-        fits = fit_blocks(model, inner, refit, choices, data, *how) if refit else {}
-        merges = _merge_all(ready, fits, options.collapse_threshold)
-    _confirm_cuts(inner, merges)
-    _refuse_errors(merges, max_error)
-    logits = None if kept_batches is None else logits_of(model, kept_batches)
-    if logits is not None and not all(output.isfinite().all() for output in logits):
-        raise ValueError("The calibration data gives outputs that are not finite.")
-    return merges, waiting, kept_batches, logits
+        if not isinstance(plan, CollapsePlan):
+            raise TypeError(f"`plan` must be a CollapsePlan, got {type(plan).__name__}.")
+    if max_error is not None:
+        if isinstance(max_error, bool) or not isinstance(max_error, (int, float)):
+            raise TypeError(f"`max_error` must be a number, got {max_error!r}.")
+        if not max_error >= 0:
+            raise ValueError(f"`max_error` must be a relative error, at least 0, got {max_error}.")
+    if plan is not None and config is not None:
+        raise ValueError("Pass `plan` or `config`, not both: each says which blocks collapse, and how.")
 
 
 def collapse_as(model, names):
@@ -193,9 +155,13 @@ def collapse_as(model, names):
     inner, wrappers = unwrap(model)
     blocks = [block for block in bind_blocks(inner) if block.name in names]
     check_weights(inner, blocks, merging=True)
-    merges = _merge_all(blocks, {}, collapse_threshold=1.0)
-    replaced = [exchange.new for merge in merges for exchange in put_in_place(merge)]
+    replaced = _put(_merge_all(blocks, {}, collapse_threshold=1.0))
     refresh_layer_collapse(inner, None, wrappers, replaced)
+
+
+def _put(merges):
+    """Puts what blocks become in their places; returns the modules that now stand there."""
+    return [exchange.new for merge in merges for exchange in put_in_place(merge)]
 
 
 @contextlib.contextmanager
@@ -204,10 +170,9 @@ def _adapters_merged(model, inner, options, allow_none):
     inside raises, as it was.
     """
     alphas = [name for name in collapsible_activations(inner) if ".modules_to_save." in name]
-    if not alphas and not any(is_adapted(module) for module in inner.modules()):
-        yield
-        return
-    blocks = [block for block in bind_blocks(inner) if block.can_collapse]
+    blocks = []
+    if alphas or any(is_adapted(module) for module in inner.modules()):
+        blocks = [block for block in bind_blocks(inner) if block.can_collapse]
     linears = [block.path(path) for block in blocks for path, part in block.linears.items() if is_adapted(part)]
     if not alphas and not linears:
         yield
@@ -224,50 +189,65 @@ def _adapters_merged(model, inner, options, allow_none):
         )
     # Whatever can be refused is refused before that.
     check_weights(inner, blocks, merging=False)
-    in_use = {name: module.alpha for name, module in collapsible_activations(inner).items() if not _is_copied(name)}
-    ready = [alpha for alpha in in_use.values() if is_ready(alpha, options.collapse_threshold)]
-    if in_use and not ready and not allow_none:
+    in_use = {name: module.alpha for name, module in collapsible_activations(inner).items() if not is_copied(name)}
+    if in_use and not allow_none:
         _refuse_none_ready(in_use, options)
-    before = _Snapshot(model)
-    try:
+    with restored_on_error(model):
         model.merge_and_unload(safe_merge=True)
         yield
-    except BaseException:
-        before.restore()
-        raise
 
 
-class _Snapshot:
-    """What peft changes of a model when it merges adapters: modules and their attributes, and weights under adapters.
+# ----------------------------------------------------------------------------------------------------
+# What is to become of which block
+# ----------------------------------------------------------------------------------------------------
 
-    Weights are copied, since to subtract what was added leaves a rounding error.
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What is to become of a model's blocks.
+
+    Args:
+        ready (`list[BoundBlock]`): Those that collapse, in forward order.
+        choices (`dict[str, BlockChoice]`): Name of such a block -> what it becomes.
+        waiting (`list[BoundBlock]`): Patched ones that are not ready.
     """
 
-    def __init__(self, model):
-        self._attributes = [
-            (module, {name: _copy_if_plain(value) for name, value in vars(module).items()})
-            for module in model.modules()
-        ]
-        adapted = (module for module in model.modules() if type(module).__module__.startswith("peft.tuners."))
-        layers = (module for module in adapted if "base_layer" in children_of(module))
-        parameters = {id(p): p for layer in layers for p in layer.base_layer.parameters()}
-        self._weights = [(parameter, parameter.detach().clone()) for parameter in parameters.values()]
-
-    def restore(self):
-        for module, attributes in self._attributes:
-            vars(module).clear()
-            vars(module).update(attributes)
-        for parameter, weight in self._weights:
-            parameter.data = weight
+    ready: list[BoundBlock]
+    choices: dict[str, BlockChoice]
+    waiting: list[BoundBlock]
 
 
-def _copy_if_plain(value):
-    return copy.copy(value) if isinstance(value, (dict, list, set)) else value
-
-
-def _is_copied(name):
-    """Whether a module is the one that peft's `modules_to_save` keeps frozen beside the one that trains."""
-    return name.endswith(".original_module")
+def _choose(inner, config, options, plan, with_data, allow_none):
+    """The [`_Chosen`] of a model, checked; `options` are those of the config, or where there is none the model's."""
+    blocks, refused = survey(inner)
+    patched = [block for block in blocks if block.state == "patched"]
+    if not patched and not with_data:
+        raise ValueError(
+            "The model is dense: pass `calibration_data` (batches of model inputs) to fit each block's linear map, or "
+            "patch it with `apply_layer_collapse` and train until its blocks are ready."
+        )
+    waiting, choices = [], None
+    if plan is not None:
+        choices = plan.choices_for(inner, blocks)
+        if patched:
+            raise ValueError("A plan is for the dense model it was made on; this one is patched.")
+        # Whatever the model was collapsed with before: the plan says which blocks.
+        ready = [block for block in blocks if block.name in choices]
+    elif patched:
+        # The stored selector may name blocks as another head class spells them; what is patched is what it chose.
+        if config is not None:
+            patched = _chosen_of(patched, select_blocks(blocks, config.blocks, refused), config)
+        ready, waiting = _split_ready(patched, options, allow_none)
+    else:
+        ready = [block for block in select_blocks(blocks, options.blocks, refused) if block.can_collapse]
+        if not ready:
+            raise ValueError("All chosen blocks are collapsed already.")
+    refuse_lost_code_inside(inner, ready)
+    check_weights(inner, ready, merging=True)
+    if choices is None:
+        choices = {block.name: _choice(block, options) for block in ready}
+    check_choices(ready, choices)
+    return _Chosen(ready, choices, waiting)
 
 
 def _chosen_of(patched, chosen, config):
@@ -295,7 +275,7 @@ def _split_ready(patched, options, allow_none):
         if is_ready(alphas[block.name], options.collapse_threshold) or _partly_ready(block, options)
     ]
     if not ready and not allow_none:
-        _refuse_none_ready(alphas, options)
+        _raise_none_ready(alphas, options)
     return ready, [block for block in patched if block not in ready]
 
 
@@ -345,11 +325,22 @@ def check_choices(blocks, choices):
 
 
 def _refuse_none_ready(alphas, options):
+    """Raises if no block has reached the threshold (name -> alpha)."""
+    if not any(is_ready(alpha, options.collapse_threshold) for alpha in alphas.values()):
+        _raise_none_ready(alphas, options)
+
+
+def _raise_none_ready(alphas, options):
     listed = "".join(f"\n  {name}: alpha {float(alpha.detach().min()):.4f}" for name, alpha in alphas.items())
     raise ValueError(
         f"No block is ready: none has 1 - alpha <= {options.collapse_threshold}. Train longer, with a larger "
         f"`penalty_strength` or `alpha_learning_rate`, or raise `collapse_threshold`.{listed}"
     )
+
+
+# ----------------------------------------------------------------------------------------------------
+# What blocks become
+# ----------------------------------------------------------------------------------------------------
 
 
 def _keep_first(data):
@@ -371,6 +362,27 @@ def _exactly_linear(block, choices):
     choice = choices[block.name]
     whole = not choice.count and effective_rank(block, choice.rank) is None
     return whole and block.state == "patched" and float(block.activation.alpha.detach().min()) == 1
+
+
+def _merges_of(chosen, data, options, fit):
+    """What the chosen blocks become, each fitted to the data if there are any and it is not one line already.
+
+    Args:
+        fit (`Callable`): `fit(blocks, choices, data)` gives block name -> [`functional.Fit`].
+    """
+    ready, choices, threshold = chosen.ready, chosen.choices, options.collapse_threshold
+    refit = [block for block in ready if data is not None and not _exactly_linear(block, choices)]
+    if not (refit and options.sequential):
+        return _merge_all(ready, fit(refit, choices, data) if refit else {}, threshold)
+    # Each with those before it in place; the model is left as it was.
+    data, merges = reiterable(data), []
+    with Trial() as trial:
+        for block in ready:
+            bound = _after(block, _merge_before(block, merges))
+            fits = fit([bound], choices, data) if block in refit else {}
+            merges += _merge_all([bound], fits, threshold)
+            trial.put(merges[-1])
+    return merges
 
 
 def fit_blocks(
@@ -457,21 +469,6 @@ def _after(block, before):
     return block if before is None else replace(block, up=before.linears[before.block.layout.down])
 
 
-def _merge_sequentially(model, inner, ready, refit, choices, data, options, token_mask_fn):
-    """The merges, each fitted with those before it in place; the model is left as it was."""
-    data = reiterable(data)
-    merges, names = [], {block.name for block in refit}
-    with Trial() as trial:
-        for block in ready:
-            block, fits = _after(block, _merge_before(block, merges)), {}
-            if block.name in names:
-                how = options.neuron_choice, token_mask_fn, options.constant_term
-                fits = fit_blocks(model, inner, [block], choices, data, *how)
-            merges += _merge_all([block], fits, options.collapse_threshold)
-            trial.put(merges[-1])
-    return merges
-
-
 def _confirm_cuts(inner, merges):
     """Raises if native code does not run with the linears that it is to get."""
     cut = [merge for merge in merges if is_cut(merge.block, merge.fit.rank)]
@@ -481,13 +478,11 @@ def _confirm_cuts(inner, merges):
         confirm_wiring(inner, [merge.block for merge in cut])
 
 
-def _check_max_error(max_error):
-    if max_error is None:
-        return
-    if isinstance(max_error, bool) or not isinstance(max_error, (int, float)):
-        raise TypeError(f"`max_error` must be a number, got {max_error!r}.")
-    if not max_error >= 0:
-        raise ValueError(f"`max_error` must be a relative error, at least 0, got {max_error}.")
+def _finite_logits(model, batches):
+    logits = logits_of(model, batches)
+    if not all(output.isfinite().all() for output in logits):
+        raise ValueError("The calibration data gives outputs that are not finite.")
+    return logits
 
 
 def _refuse_errors(merges, max_error):

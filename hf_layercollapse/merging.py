@@ -319,13 +319,13 @@ def put_in_place(merge):
     """
     training = merge.linears[merge.block.layout.down].training
     exchanges = []
-    for path, module in _modules_of(merge).items():
+    for path, module in _replacements(merge).items():
         mark_initialized(module)
         exchanges.append(merge.block.exchange(path, module.train(training)))
     return exchanges
 
 
-def _modules_of(merge):
+def _replacements(merge):
     """Path in the block -> what will stand there, `""` for the module that holds it; in the order of exchange."""
     block, layout, linears, fit = merge.block, merge.block.layout, merge.linears, merge.fit
     if is_cut(block, fit.rank):

@@ -292,7 +292,7 @@ def refresh_layer_collapse(inner, config=None, wrappers=(), replaced=(), default
         own = [(path, specs[id(module)]) for path, module in carrier.named_modules() if id(module) in specs]
         layer_collapse = _described(carrier, name, config, default, own)
         stored = carrier.config.__dict__.get("layer_collapse")
-        if carrier is inner or _modules_of(layer_collapse) != _modules_of(stored):
+        if carrier is inner or _table_in(layer_collapse) != _table_in(stored):
             exchanged.append((carrier, carrier.config))
             set_layer_collapse(carrier, layer_collapse, [*wrappers, *_adapters_around(carrier, inner)])
     in_carriers = {id(module) for _, carrier in carriers for module in carrier.modules()}
@@ -310,7 +310,7 @@ def _adapters_around(carrier, inner):
     return [module for module in inner.modules() if is_peft_model(module) and carrier in module.modules()]
 
 
-def _modules_of(layer_collapse):
+def _table_in(layer_collapse):
     return layer_collapse["modules"] if layer_collapse else None
 
 

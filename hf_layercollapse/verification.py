@@ -69,6 +69,21 @@ class Refusal(Exception):
     """Why something that is spelled like a feed-forward block is not one."""
 
 
+@dataclass(frozen=True)
+class _Way:
+    """What runs between a block's linears in one call.
+
+    Args:
+        enters, leaves (`float`): Constants that the input of the activation, and of the last linear, is multiplied by.
+        before, between (`set[str]`): Modules that are passed before and after the activation.
+    """
+
+    enters: float
+    leaves: float
+    before: set
+    between: set
+
+
 _UNKNOWN = object()
 
 
@@ -282,65 +297,72 @@ class _Probe:
         return wiring
 
     def _judge(self, events, output):
-        layout, prefix = self.layout, self.prefix
-
-        def calls(part):
-            return [event for event in events if event.path == prefix + part]
-
-        up, down, activation = calls(layout.up), calls(layout.down), calls(layout.activation)
-        gate = calls(layout.gate) if layout.gate else up
-        parts = [("up", layout.up, up), ("activation", layout.activation, activation), ("down", layout.down, down)]
-        for _, path, part_events in parts + ([("gate", layout.gate, gate)] if layout.gate else []):
-            if not part_events:
-                raise Refusal(f"its code does not call `{path}` as a module")
-            if len(part_events) != len(up):
-                raise Refusal(
-                    f"`{path}` is called {len(part_events)} times where `{layout.up}` is called {len(up)} times"
-                )
-
-        before, between, scales = set(), set(), []
-        for u, g, a, d in zip(up, gate, activation, down, strict=True):
-            if layout.gate and not _same(u.input, g.input):
-                raise Refusal(f"`{layout.gate}` and `{layout.up}` get different inputs")
-            inner = _split(layout, g.output)
-            enters, passed = _follow(inner[0], a.input, events, prefix)
-            if enters is None:
-                raise Refusal(_why(layout.gate or layout.up, layout.activation, inner[0], events, prefix))
-            before |= passed
-            product = a.output if not layout.gated else a.output * (inner[1] if layout.fused else u.output)
-            leaves, passed = _follow(product, d.input, events, prefix)
-            if leaves is None:
-                raise Refusal(_why(layout.activation, layout.down, product, events, prefix))
-            between |= passed
-            scales.append((enters, leaves))
-        if len({(round(enters, 6), round(leaves, 6)) for enters, leaves in scales}) > 1:
+        """The [`Wiring`] that a run shows."""
+        up, gate, activation, down = self._calls(events)
+        ways = [self._way(events, *call) for call in zip(up, gate, activation, down, strict=True)]
+        if len({(round(way.enters, 6), round(way.leaves, 6)) for way in ways}) > 1:
             raise Refusal("its code multiplies by different constants in different calls")
-        enters, leaves = scales[0]
-
-        wiring = self._own_wiring(output, up, down, (enters, leaves)) if self.own else None
+        scales = ways[0].enters, ways[0].leaves
+        before = {path for way in ways for path in way.before}
+        between = {path for way in ways for path in way.between}
+        wiring = self._own_wiring(output, up, down, scales) if self.own else None
         if wiring is None:
-            if layout.gated:
-                raise Refusal(
-                    "its module does more than the gated block (a residual, a norm, dropout as a function), so it "
-                    "cannot be exchanged as a whole"
-                )
-            if (enters, leaves) != (1.0, 1.0):
-                raise Refusal("its code multiplies by a constant between the two linears")
-            again = self.run(salted={prefix + layout.up, prefix + layout.activation})[1]
-            if not _same_output(output, again):
-                raise Refusal(f"what `{layout.up}` gives is used elsewhere too, not only by `{layout.down}`")
+            self._refuse_other_code(output, scales)
             # Dropout that also runs elsewhere in the holder stays where it is.
-            counts = {path: sum(event.path == prefix + path for event in events) for path in before | between}
-            once = {path for path, count in counts.items() if count == len(up)}
-            wiring = Wiring(False)
-            before, between = before & once, between & once
-        in_order = dict.fromkeys(event.path[len(prefix) :] for event in events)
+            often = {path for path in before | between if len(self._calls_of(events, path)) != len(up)}
+            wiring, before, between = Wiring(False), before - often, between - often
+        in_order = dict.fromkeys(event.path[len(self.prefix) :] for event in events)
         return replace(
             wiring,
             before=tuple(path for path in in_order if path in before),
             between=tuple(path for path in in_order if path in between),
-            scales=(enters, leaves, wiring.scales[2]),
+            scales=(*scales, wiring.scales[2]),
         )
+
+    def _calls_of(self, events, path):
+        return [event for event in events if event.path == self.prefix + path]
+
+    def _calls(self, events):
+        """The calls of up, gate, activation and down, as many of each; where the gate is none of its own, up's."""
+        layout = self.layout
+        paths = [layout.up, layout.activation, layout.down, *([layout.gate] if layout.gate else [])]
+        calls = {path: self._calls_of(events, path) for path in paths}
+        count = len(calls[layout.up])
+        for path, found in calls.items():
+            if not found:
+                raise Refusal(f"its code does not call `{path}` as a module")
+            if len(found) != count:
+                raise Refusal(f"`{path}` is called {len(found)} times where `{layout.up}` is called {count} times")
+        return [calls[path] for path in (layout.up, layout.gate or layout.up, layout.activation, layout.down)]
+
+    def _way(self, events, up, gate, activation, down):
+        """The [`_Way`] from the first linears to the last one, in one call of each."""
+        layout, prefix = self.layout, self.prefix
+        if layout.gate and not _same(up.input, gate.input):
+            raise Refusal(f"`{layout.gate}` and `{layout.up}` get different inputs")
+        start, factor = layout.split(gate.output, -1) if layout.fused else (gate.output, up.output)
+        enters, before = _follow(start, activation.input, events, prefix)
+        if enters is None:
+            raise Refusal(_why(layout.gate or layout.up, layout.activation, start, events, prefix))
+        product = activation.output * factor if layout.gated else activation.output
+        leaves, between = _follow(product, down.input, events, prefix)
+        if leaves is None:
+            raise Refusal(_why(layout.activation, layout.down, product, events, prefix))
+        return _Way(enters, leaves, before, between)
+
+    def _refuse_other_code(self, output, scales):
+        """Raises unless parts of the block can be exchanged while code of the holder's goes on to run around them."""
+        layout, prefix = self.layout, self.prefix
+        if layout.gated:
+            raise Refusal(
+                "its module does more than the gated block (a residual, a norm, dropout as a function), so it cannot "
+                "be exchanged as a whole"
+            )
+        if scales != (1.0, 1.0):
+            raise Refusal("its code multiplies by a constant between the two linears")
+        again = self.run(salted={prefix + layout.up, prefix + layout.activation})[1]
+        if not _same_output(output, again):
+            raise Refusal(f"what `{layout.up}` gives is used elsewhere too, not only by `{layout.down}`")
 
     def _own_wiring(self, output, up, down, scales):
         """The wiring if the holder computes the block and nothing else, else `None`."""
@@ -412,11 +434,6 @@ def _check_activation(activation, shape):
 
 def _close(a, b):
     return torch.allclose(a.flatten(), b.flatten(), rtol=1e-4, atol=1e-6, equal_nan=True)
-
-
-def _split(layout, output):
-    """`(what goes into the activation, what it is multiplied by)`, from what the gate or a fused linear gives."""
-    return layout.split(output, -1) if layout.fused else (output, None)
 
 
 def _follow(value, goal, events, prefix):

@@ -1,0 +1,44 @@
+"""Adapters (peft) on a model that is to change under them: merged, and back again if what follows fails."""
+
+import contextlib
+import copy
+
+from .modeling_layercollapse import children_of
+
+
+@contextlib.contextmanager
+def restored_on_error(model):
+    """If what is done inside raises, the model is as it was before peft merged its adapters: every module with its
+    attributes, whichever of them a method or a version of peft touches, and the weights under adapters.
+
+    Weights are copied, since to subtract what was added leaves a rounding error.
+    """
+    attributes = [
+        (module, {name: _copy_if_plain(value) for name, value in vars(module).items()}) for module in model.modules()
+    ]
+    weights = [(parameter, parameter.detach().clone()) for parameter in _weights_under_adapters(model)]
+    try:
+        yield
+    except BaseException:
+        for module, values in attributes:
+            vars(module).clear()
+            vars(module).update(values)
+        for parameter, weight in weights:
+            parameter.data = weight
+        raise
+
+
+def _copy_if_plain(value):
+    return copy.copy(value) if isinstance(value, (dict, list, set)) else value
+
+
+def _weights_under_adapters(model):
+    adapted = (module for module in model.modules() if type(module).__module__.startswith("peft.tuners."))
+    layers = (module for module in adapted if "base_layer" in children_of(module))
+    return list({id(p): p for layer in layers for p in layer.base_layer.parameters()}.values())
+
+
+def is_copied(name):
+    """Whether a module of this name is the one that peft's `modules_to_save` keeps frozen beside the one that
+    trains."""
+    return name.endswith(".original_module")
