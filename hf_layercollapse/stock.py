@@ -15,13 +15,11 @@ from . import functional
 from .blocks import bind, bind_blocks, weight_and_bias
 from .families import BIAS_FIELDS, RATIO_FIELDS, WIDTH_FIELDS
 from .modeling_layercollapse import (
-    PASS_ON,
     CollapsedBlock,
     CollapsedIdentity,
     LayerCollapseModelMixin,
     NarrowActivation,
     NarrowFeedForward,
-    children_of,
 )
 from .models import count_parameters, evaluating, unwrap
 from .widths import (
@@ -195,98 +193,98 @@ def _check_weights(model):
 
 
 def _as_neurons(block, native):
-    """A collapsed block as native neurons, whatever biases that takes."""
+    """A collapsed block as neurons of its native one, whatever biases that takes."""
     if block.can_collapse:
         return _native_neurons(block)
     if native.before or native.between or native.scales != (1.0, 1.0, 1.0):
         raise ValueError(
             f"`{block.name}` has a batch norm or a constant factor between its linears: it has no native form."
         )
-    left, right, shift, neurons, bias, act = _parts(block)
-    if act not in (None, "native"):
-        raise ValueError(f"`{block.name}` keeps neurons with the activation {act!r}; its native class has another.")
+    narrow = next((module for module in (block.module, block.activation) if isinstance(module, _NARROW)), None)
+    count = 0 if narrow is None else narrow.neurons
+    if count and narrow.act_name != "native":
+        raise ValueError(
+            f"`{block.name}` keeps neurons with the activation {narrow.act_name!r}; its native class has another."
+        )
+    left, right, shift, kept = _parts(block, count)
+    if not left.shape[1]:
+        return kept
     # The linear part's own bias goes to the end of the block.
-    if shift is not None:
-        bias = left @ shift + (0.0 if bias is None else bias)
-    gate, gate_bias = neurons.gate_mi, neurons.gate_m
-    if left.shape[1] == 0:
-        up, down, up_bias = neurons.up_mi, neurons.down_om, neurons.up_m
+    down_o = kept.down_o if shift is None else left @ shift + (0.0 if kept.down_o is None else kept.down_o)
+    return _joined(_linear_as_neurons(block, native, left, right), kept, down_o)
+
+
+_NARROW = (NarrowFeedForward, NarrowActivation)
+
+
+def _parts(block, count):
+    """`(P, V, v, kept neurons)` of a collapsed block that keeps so many: `y = P (V x + v) + D act(U x + u) + b`."""
+    down, down_o = _affine(block.down)
+    channels, width = down.shape[1] - count, block.in_features
+    if block.up is None or isinstance(block.up, CollapsedIdentity):
+        up, up_bias = down.new_zeros(0, width), None
     else:
-        if act not in (None, "native"):
-            raise ValueError(
-                f"`{block.name}` keeps neurons with the activation {act!r}, its native class has another."
-            )
-        if any(True for _ in native.activation.parameters()):
-            raise ValueError(f"The activation of `{block.name}` has parameters of its own: it has no native form.")
-        activation = copy.deepcopy(native.activation).to("cpu")
-        if block.layout.gated:
-            constant = float(activation(torch.tensor(GATE_POINT, dtype=torch.float64)))
-            if not 1e-3 < abs(constant) < 1e3:
-                raise ValueError(f"The gate of `{block.name}` gives {constant} at {GATE_POINT}: nothing to divide by.")
-            linear_up, linear_down = right, left / constant
-            gate = torch.cat([torch.zeros_like(right), _rows(gate, right)])
-            gate_bias = torch.cat(
-                [right.new_full((len(right),), GATE_POINT), _or_zeros(gate_bias, len(neurons.up_mi))]
-            )
-        else:
-            points = torch.linspace(-6, 6, 1000, dtype=torch.float64)
-            slope = functional.odd_slope(points, activation(points), activation(-points))
-            if slope is None:
-                raise ValueError(
-                    f"The activation of `{block.name}`, {type(native.activation).__name__}, does not have "
-                    "`act(z) - act(-z) = c * z`, as GELU, SiLU and ReLU have: its native class computes no linear map."
-                )
-            linear_up, linear_down = functional.linear_as_neurons(left, right, slope)
-        up_bias = None
-        if neurons.up_m is not None:
-            up_bias = torch.cat([neurons.up_m.new_zeros(len(linear_up)), neurons.up_m])
-        up = torch.cat([linear_up, neurons.up_mi])
-        down = torch.cat([linear_down, neurons.down_om], dim=1)
-    return _Neurons(up, up_bias, down, bias, gate, gate_bias)
-
-
-def _parts(block):
-    """`(P, V, v, kept neurons, b, name of their activation or None)`: `y = P (V x + v) + D act(U x + u) + b`."""
-    holder = block.module
-    fused_gate = gate_linear = None
-    if isinstance(holder, CollapsedBlock):
-        up, down, channels, count, act = None, block.down, block.in_features, 0, None
-    elif isinstance(holder, NarrowFeedForward):
-        modules, names = children_of(holder), holder.names
-        up, down = modules.get(names["up"]), modules[names["down"]]
-        channels, count, act = holder.linear_channels, holder.neurons, holder.act_name if holder.neurons else None
-        if holder.gated and count:
-            gate_linear = modules[names["gate"]] if "gate" in names else None
-            fused_gate = gate_linear is None
-    else:
-        up, activation, down = block.up, block.activation, block.down
-        channels, count, act = weight_and_bias(down)[0].shape[1], 0, None
-        if isinstance(activation, NarrowActivation):
-            channels, count, act = activation.linear_channels, activation.neurons, activation.act_name
-        if isinstance(up, CollapsedIdentity):
-            up = None
-
-    down_weight, down_bias = _affine(down)
-    width = block.in_features
-    up_weight = down_weight.new_zeros(0, width) if up is None else _affine(up)[0]
-    up_bias = None if up is None else _affine(up)[1]
-    gate_weight = gate_bias = None
-    if fused_gate:
-        gate_weight, up_weight = up_weight[:count], up_weight[count:]
-        if up_bias is not None:
-            gate_bias, up_bias = up_bias[:count], up_bias[count:]
-    elif gate_linear is not None:
-        gate_weight, gate_bias = _affine(gate_linear)
-    shift = None
-    if up is None or isinstance(up, PASS_ON) or len(up_weight) == count:
+        up, up_bias = _affine(block.up)
+    gate = gate_bias = None
+    if block.layout.fused and count:
+        (gate, up), (gate_bias, up_bias) = _cut_at(count, up, up_bias)
+    elif block.gate is not None:
+        gate, gate_bias = _affine(block.gate)
+    if len(up) == count:
         # Full rank: the input itself is what goes past the activation; or no linear part at all.
-        right = torch.eye(width, dtype=torch.float64, device=down_weight.device)[:channels]
+        right, shift = torch.eye(width, dtype=torch.float64, device=down.device)[:channels], None
     else:
-        right, up_weight = up_weight[:channels], up_weight[channels:]
-        if up_bias is not None:
-            shift, up_bias = up_bias[:channels], up_bias[channels:]
-    neurons = _Neurons(up_weight, _nonzero(up_bias), down_weight[:, channels:], None, gate_weight, _nonzero(gate_bias))
-    return down_weight[:, :channels], right, _nonzero(shift), neurons, _nonzero(down_bias), act
+        (right, up), (shift, up_bias) = _cut_at(channels, up, up_bias)
+    kept = _Neurons(up, _nonzero(up_bias), down[:, channels:], _nonzero(down_o), gate, _nonzero(gate_bias))
+    return down[:, :channels], right, _nonzero(shift), kept
+
+
+def _cut_at(count, weight, bias):
+    """`((first rows, others), (first biases, others))`; biases may be `None`."""
+    biases = (None, None) if bias is None else (bias[:count], bias[count:])
+    return (weight[:count], weight[count:]), biases
+
+
+def _linear_as_neurons(block, native, left, right):
+    """The linear map `P V` as [`_Neurons`] of a native block, without a bias at its end."""
+    if any(True for _ in native.activation.parameters()):
+        raise ValueError(f"The activation of `{block.name}` has parameters of its own: it has no native form.")
+    activation = copy.deepcopy(native.activation).to("cpu")
+    if block.layout.gated:
+        constant = float(activation(torch.tensor(GATE_POINT, dtype=torch.float64)))
+        if not 1e-3 < abs(constant) < 1e3:
+            raise ValueError(f"The gate of `{block.name}` gives {constant} at {GATE_POINT}: nothing to divide by.")
+        gate_bias = right.new_full((len(right),), GATE_POINT)
+        return _Neurons(right, None, left / constant, None, torch.zeros_like(right), gate_bias)
+    points = torch.linspace(-6, 6, 1000, dtype=torch.float64)
+    slope = functional.odd_slope(points, activation(points), activation(-points))
+    if slope is None:
+        raise ValueError(
+            f"The activation of `{block.name}`, {type(native.activation).__name__}, does not have "
+            "`act(z) - act(-z) = c * z`, as GELU, SiLU and ReLU have: its native class computes no linear map."
+        )
+    up, down = functional.linear_as_neurons(left, right, slope)
+    return _Neurons(up, None, down, None)
+
+
+def _joined(first, second, down_o):
+    """The neurons of both, with this bias at the end of the block."""
+
+    def biases(one, other):
+        if one is None and other is None:
+            return None
+        return torch.cat(
+            [_or_zeros(one, first.width).to(second.up_mi), _or_zeros(other, second.width).to(second.up_mi)]
+        )
+
+    return _Neurons(
+        torch.cat([first.up_mi, second.up_mi]),
+        biases(first.up_m, second.up_m),
+        torch.cat([first.down_om, second.down_om], dim=1),
+        down_o,
+        None if first.gate_mi is None else torch.cat([first.gate_mi, _rows(second.gate_mi, first.gate_mi)]),
+        biases(first.gate_m, second.gate_m),
+    )
 
 
 def _native_neurons(block):
