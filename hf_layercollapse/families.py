@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .modeling_layercollapse import (
     PASS_ON,
+    REMAINS,
     CollapsedBlock,
     CollapsedIdentity,
     CollapsibleActivation,
@@ -277,45 +278,60 @@ def refused_blocks(model) -> dict[str, str]:
 def survey_blocks(model):
     """`(blocks, refused)` as [`find_feed_forward_blocks`] and [`refused_blocks`] give them, in one pass."""
     model = unwrap(model)[0]
-    blocks, refused, verifier = [], {}, Verifier(model)
-    cut = _cut_linears(model)
-    ups, downs, names = set(), set(), set()
-    for holder_name, holder in model.named_modules():
+    found = _Survey(model)
+    for name, module in model.named_modules():
+        found.look_into(name, module)
+    return _in_forward_order(model, found.blocks), found.refused
+
+
+class _Survey:
+    """What is found in one model, module by module."""
+
+    def __init__(self, model):
+        self.model, self.verifier, self.cut = model, Verifier(model), _cut_linears(model)
+        self.blocks, self.refused = [], {}
+        self.ups, self.downs = set(), set()  # ids of linears that belong to a block
+        self.names = set()
+
+    def look_into(self, name, holder):
+        """Adds the blocks that a module holds, or why it holds none."""
         if _holds_experts(holder):
-            refused[holder_name] = "MoE experts held as 3-D parameters"
-            continue
+            self.refused[name] = "MoE experts held as 3-D parameters"
+            return
         if not children_of(holder):
-            continue
-        found = False
-        reason = None
+            return
+        reasons, count = [], len(self.blocks)
         for row in (*_sequential_layouts(holder), *LAYOUTS):
-            match = _match(holder, row)
-            if match is None:
-                continue
-            state, layout = match
-            up, down = part_at(holder, layout.up), part_at(holder, layout.down)
-            if id(up) in ups or id(down) in downs:
+            layout = _match(holder, row)
+            if layout is None or self._is_taken(holder, layout):
                 continue
             try:
-                if state != "collapsed" and down not in cut:
-                    _refuse_shapes(model, holder, layout)
-                wiring = None if state == "collapsed" else verifier.wiring(holder_name, layout)
+                self._add(name, holder, layout)
             except Refusal as refusal:
-                reason = reason or str(refusal)
-                continue
-            if state == "dense" and down in cut:
-                state = "collapsed"
-            if _is_linear(up):
-                ups.add(id(up))
-            downs.add(id(down))
-            several = isinstance(holder, nn.Sequential) or not holder_name or holder_name in names
-            name = f"{holder_name}.{layout.up}".lstrip(".") if several else holder_name
-            names.add(name)
-            blocks.append(_describe(name, len(blocks), state, holder_name, holder, layout, wiring))
-            found = True
-        if reason and not found:
-            refused[holder_name] = reason
-    return _in_forward_order(model, blocks), refused
+                reasons.append(str(refusal))
+        if reasons and len(self.blocks) == count:
+            self.refused[name] = reasons[0]
+
+    def _is_taken(self, holder, layout):
+        return id(part_at(holder, layout.up)) in self.ups or id(part_at(holder, layout.down)) in self.downs
+
+    def _add(self, holder_name, holder, layout):
+        up, down = part_at(holder, layout.up), part_at(holder, layout.down)
+        state, wiring = _state_of(holder, layout), None
+        if state != "collapsed":
+            # A block that was cut is narrower than others may be.
+            if down not in self.cut:
+                _refuse_shapes(self.model, holder, layout)
+            wiring = self.verifier.wiring(holder_name, layout)
+        if state == "dense" and down in self.cut:
+            state = "collapsed"
+        if _is_linear(up):
+            self.ups.add(id(up))
+        self.downs.add(id(down))
+        several = isinstance(holder, nn.Sequential) or not holder_name or holder_name in self.names
+        name = f"{holder_name}.{layout.up}".lstrip(".") if several else holder_name
+        self.names.add(name)
+        self.blocks.append(_describe(name, len(self.blocks), state, holder_name, holder, layout, wiring))
 
 
 def _cut_linears(model):
@@ -378,37 +394,44 @@ def _is_elementwise(module):
 
 
 def _match(holder, layout):
-    """`(state, layout with one activation path)` if the holder's children are spelled like this, or `None`."""
+    """The layout, with one activation path, if the holder's children are spelled like this; else `None`."""
     if isinstance(holder, CollapsedBlock):
-        return ("collapsed", layout) if next(iter(children_of(holder))) == layout.down else None
+        return layout if holder.spec["child"] == layout.down else None
     if isinstance(holder, NarrowFeedForward):
-        names = {"up": layout.up, "down": layout.down, "gate": layout.gate}
-        same = all(holder.names.get(part) == name for part, name in names.items())
-        if not same or holder.gated != layout.gated:
-            return None
-        return "collapsed", replace(layout, activation=holder.names["activation"])
-    up = part_at(holder, layout.up)
-    if up is None:  # so it is of most rows
-        return None
-    down = part_at(holder, layout.down)
-    if not _is_linear(down) or (layout.gate and not _is_linear(part_at(holder, layout.gate))):
+        names = holder.names
+        same = (names["up"], names["down"], names.get("gate")) == (layout.up, layout.down, layout.gate)
+        return replace(layout, activation=names["activation"]) if same and holder.gated == layout.gated else None
+    if part_at(holder, layout.up) is None:  # so it is of most rows
         return None
     paths = layout.activation if isinstance(layout.activation, tuple) else (layout.activation,)
-    path = next((path for path in paths if part_at(holder, path) is not None), None)
-    layout = replace(layout, activation=path or paths[0])
-    activation = part_at(holder, layout.activation)
+    standing = [path for path in paths if part_at(holder, path) is not None]
+    layout = replace(layout, activation=standing[0] if standing else paths[0])
+    return layout if _fit_together(holder, layout) else None
+
+
+def _fit_together(holder, layout):
+    """Whether the parts are linears and what is between them, and the last one takes what the first one gives."""
+    up, activation, down = (part_at(holder, path) for path in (layout.up, layout.activation, layout.down))
+    if not _is_linear(down) or (layout.gate and not _is_linear(part_at(holder, layout.gate))):
+        return False
+    if layout.gated and isinstance(activation, REMAINS):  # gated blocks are replaced as a whole
+        return False
     if isinstance(up, CollapsedIdentity):
-        return ("collapsed", layout) if isinstance(activation, CollapsedIdentity) and not layout.gated else None
+        return isinstance(activation, CollapsedIdentity)
     if not _is_linear(up):
-        return None
-    if isinstance(activation, NarrowActivation):
-        return None if layout.gated else ("collapsed", layout)
-    if isinstance(activation, CollapsedIdentity):  # two thin matrices: a linear map of low rank
-        return ("collapsed", layout) if not layout.gated and _linear_shape(up)[1] == _linear_shape(down)[0] else None
-    up_out, down_in = _linear_shape(up)[1], _linear_shape(down)[0]
-    if up_out != (2 if layout.fused else 1) * down_in:
-        return None
-    return ("patched" if isinstance(activation, CollapsibleActivation) else "dense"), layout
+        return False
+    width_in, given = _linear_shape(up)
+    if isinstance(up, PASS_ON):
+        given += width_in
+    return given == (2 if layout.fused else 1) * _linear_shape(down)[0]
+
+
+def _state_of(holder, layout):
+    """`"collapsed"` where a collapse left modules of this package, `"patched"` or `"dense"`."""
+    activation = part_at(holder, layout.activation) if isinstance(layout.activation, str) else None
+    if any(isinstance(module, REMAINS) for module in (holder, activation)):
+        return "collapsed"
+    return "patched" if isinstance(activation, CollapsibleActivation) else "dense"
 
 
 def _is_linear(module):
@@ -435,12 +458,11 @@ def _describe(name, index, state, holder_name, holder, layout, wiring):
     linears = [linear for linear in linears if not isinstance(linear, CollapsedIdentity)]
     shapes = [linear_shape(linear) for linear in linears]
     activation = part_at(holder, layout.activation) if isinstance(layout.activation, str) else None
-    hidden, rank = shapes[-1][0], 0 if state == "collapsed" else None
-    if state == "collapsed" and wiring is None:
-        narrow = holder if isinstance(holder, NarrowFeedForward) else activation
-        hidden, rank = 0, shapes[0][0]
-        if isinstance(narrow, (NarrowFeedForward, NarrowActivation)):
-            hidden, rank = narrow.neurons, narrow.linear_channels
+    # What goes into the last linear are the linear map's channels and the neurons.
+    hidden = channels = shapes[-1][0]
+    if wiring is None:
+        narrow = (NarrowFeedForward, NarrowActivation)
+        hidden = sum(module.neurons for module in (holder, activation) if isinstance(module, narrow))
     return FeedForwardBlock(
         name=name,
         index=index,
@@ -455,7 +477,7 @@ def _describe(name, index, state, holder_name, holder, layout, wiring):
         alpha=_mean_alpha(activation) if state == "patched" else None,
         holder=holder_name,
         wiring=wiring,
-        rank=rank,
+        rank=channels - hidden if state == "collapsed" else None,
     )
 
 
