@@ -140,6 +140,7 @@ def test_saves_and_loads_bit_equal(case, rank, keep, tmp_path):
     assert {block.state for block in blocks} == {"collapsed"}
     for block, entry in zip(blocks, report.blocks, strict=True):
         assert block.hidden_features == keep == entry.kept_neurons and entry.rank == rank
+        assert block.rank == (block.in_features if rank is None else rank)
         assert block.macs == entry.macs_after and block.parameters == entry.parameters_after
         assert (block.in_features, block.out_features) == (WIDTH, WIDTH)
     assert sum(p.numel() for p in loaded.parameters()) == report.parameters_after
