@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from inspect import signature
 from itertools import islice
 
@@ -424,11 +425,12 @@ class _Parts:
         if "sound" in self.found and ("image" not in self.found or _is_sound(sample)):
             return self._heard
         self.part("image", sample)
-        return self._seen
+        gray = isinstance(model, PreTrainedModel) and model.config.to_dict().get("num_channels") == 1
+        return partial(self._seen, "L" if gray else "RGB")
 
-    def _seen(self, images):
+    def _seen(self, mode, images):
         # Arrays are taken as they are.
-        images = [image if _is_array(image) else image.convert("RGB") for image in images]
+        images = [image if _is_array(image) else image.convert(mode) for image in images]
         return dict(self.found["image"](images, return_tensors="pt"))
 
     def _heard(self, sounds):

@@ -2,6 +2,7 @@
 what was there, and export it, from the shell."""
 
 import copy
+import shutil
 import sys
 import tempfile
 import time
@@ -12,6 +13,7 @@ from typing import Annotated
 import torch
 import transformers
 import typer
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
@@ -223,6 +225,7 @@ def collapse(
         base = None if Path(model).exists() else model
         create_model_card(live, report, name=output.name, base_model=base).save(folder / "README.md")
         processor.save_pretrained(folder)
+        copy_sentence_files(model, folder)
     out.say(report)
     if recovery is not None:
         out.say(f"\n{recovery}")
@@ -452,6 +455,23 @@ def load_model(name, trust_remote_code=False):
         return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code).eval()
     except SafetensorError as error:
         raise ValueError(f"The weights of {name} are damaged: {error}") from error
+
+
+# What makes the folder of a transformers model one of sentence-transformers, beside that model's own files.
+_SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_*_config.json", "[0-9]_*/*")
+
+
+def copy_sentence_files(name, folder):
+    """Makes a saved folder one of sentence-transformers, with the same pooling, if the model's was one."""
+    source = Path(name).expanduser()
+    if not source.is_dir():
+        source = Path(snapshot_download(name, allow_patterns=list(_SENTENCE_FILES)))
+    if not (source / "modules.json").is_file():
+        return
+    for path in (path for pattern in _SENTENCE_FILES for path in source.glob(pattern)):
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
 
 
 def _check_alike(models):

@@ -346,6 +346,18 @@ def test_images(monkeypatch):
         CalibrationData(pictures)
 
 
+def test_gray_images():
+    """For a model of one channel."""
+    config = BY_NAME["vit"].config()
+    config.num_channels = 1
+    model = BY_NAME["vit"].model(config=config)
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5])
+    pictures = [PillowImage.open(io.BytesIO(encoded_image(seed)["bytes"])) for seed in range(9)]
+    (first, *_) = CalibrationData(pictures, processor, model)
+    assert first["pixel_values"].shape == (8, 1, 8, 8)
+    model(**first)
+
+
 def test_sounds():
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
