@@ -154,6 +154,7 @@ def recover_model(
         with torch.no_grad():
             for copy, parameter in zip(kept, parameters, strict=True):
                 parameter.copy_(copy)
+        torch.clear_autocast_cache()
     return RecoveryReport(
         targets.unit,
         before,
@@ -343,6 +344,8 @@ class _Run:
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
+        # A context of autocast around all this keeps casts of weights until it ends.
+        torch.clear_autocast_cache()
 
     def _batches(self, data):
         """`max_steps` batches with their positions, each epoch in an order of its own."""

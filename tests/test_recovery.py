@@ -110,6 +110,18 @@ def test_half_precision_weights_are_trained_in_float32():
     assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_under_autocast_every_step_sees_the_weights_as_they_are():
+    """autocast keeps casts of weights until its context ends: a run inside one would go by those it began with."""
+    case = BY_NAME["bert"]
+    batches = batches_of(case)
+    dense, model = collapsed(case)
+    with torch.autocast("cpu", torch.bfloat16):
+        report = recover_model(model, dense, batches, max_steps=40, learning_rate=2e-3)
+    held = hold_back(batches)[1]
+    assert report.after < 0.8 * report.before
+    assert divergence(model, dense, held) == pytest.approx(report.after, rel=0.1)
+
+
 def test_the_largest_classes_stand_for_all():
     case = BY_NAME["gpt2"]
     batches = batches_of(case)
