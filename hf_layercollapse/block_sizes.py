@@ -8,7 +8,7 @@ import torch
 
 from . import functional
 from .blocks import BoundBlock
-from .merging import cost_of, effective_rank, has_constant, parameters_of, stored_neurons
+from .merging import cost_of, effective_rank, has_constant, is_possible, parameters_of, stored_neurons
 
 
 # Ranks of the linear part that plans choose from, as shares of the input width; `None` is full rank.
@@ -124,6 +124,8 @@ def sizes_of(block, moments, metric=None, rank_shares=RANK_SHARES, multiple_of=1
             about[constant] = moments.without_constant()
         own = about[constant]
         most = min((block.macs - 1 - cost_of(block, rank, 0)) // cost_of(block, 0, 1), len(own.neurons))
+        if not is_possible(block, rank, 1):
+            most = min(most, 0) if rank is None else -1
         if most < 0 or (rank == 0 and most == 0):
             continue
         order, left = _chosen(own, rank, most, root)

@@ -25,6 +25,7 @@ from .merging import (
     fit_of_weights,
     has_constant,
     is_cut,
+    is_possible,
     is_ready,
     make_merge,
     put_in_place,
@@ -309,13 +310,7 @@ def check_choices(blocks, choices):
             )
         if effective_rank(block, choice.rank) == 0 and not choice.count and not choice.dropped:
             raise ValueError(f"Rank 0 without kept neurons leaves nothing of block {block.name}.")
-        rank = effective_rank(block, choice.rank)
-        if is_cut(block, rank) or (rank is None and not choice.count):
-            continue
-        enters, leaves, _ = block.wiring.scales
-        if (enters, leaves) != (1.0, 1.0) or (
-            block.wiring.own_module and any("." in path for path in (*block.layout.linears, block.layout.activation))
-        ):
+        if not is_possible(block, effective_rank(block, choice.rank), choice.count):
             raise ValueError(
                 f"Block {block.name} can only collapse whole (`rank=None`, `keep_neurons=0`)"
                 + (" or to neurons alone (`rank=0`)" if is_cut(block, 0) else "")

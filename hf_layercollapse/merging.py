@@ -90,6 +90,16 @@ def is_cut(block, rank) -> bool:
     return rank == 0 and not block.before and not block.between and native_activation(block)[1] == "native"
 
 
+def is_possible(block, rank, neurons) -> bool:
+    """Whether a block can become a linear map of this rank with so many neurons: not where its own code scales what
+    goes into its activation or its last linear, or its parts lie in modules of their own, unless it is native then or
+    one map."""
+    if is_cut(block, rank) or (rank is None and not neurons):
+        return True
+    nested = any("." in path for path in (*block.layout.linears, block.layout.activation))
+    return block.wiring.scales[:2] == (1.0, 1.0) and not (block.wiring.own_module and nested)
+
+
 def has_constant(block, rank, constant_term) -> bool:
     """Whether what is fitted in the place of a block has a constant term.
 

@@ -12,7 +12,7 @@ from . import functional
 from .block_sizes import alike, allocations, any_fit, fit_size, rank_of, sizes_of, worth_having
 from .calibration import moments_in_groups
 from .families import find_feed_forward_blocks
-from .merging import Trial, cost_of, has_constant, make_merge, parameters_of, stored_neurons
+from .merging import Trial, cost_of, has_constant, is_possible, make_merge, parameters_of, stored_neurons
 from .models import count_parameters, device_of, evaluating, inputs_of
 from .plans import CollapsePlan, PlanPoint, key_of, limit_of
 from .predictions import predictions_of, without_labels
@@ -338,6 +338,7 @@ def refuse_unreachable(inner, blocks, budget, rank_shares, multiple_of, constant
     smallest = 0
     for block in blocks:
         ranks = {rank_of(block, share, multiple_of) for share in rank_shares}
+        ranks = [rank for rank in ranks if is_possible(block, rank, stored_neurons(rank, 0))] or [None]
         if unit == "macs":
             sizes = [cost_of(block, rank, stored_neurons(rank, 0)) for rank in ranks]
         else:

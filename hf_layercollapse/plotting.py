@@ -220,10 +220,15 @@ def plot_plan(plan, paths):
     divergence = plan.score_name == "divergence"
     measured = {"marker": ".", "linestyle": "none" if divergence else "-"}
     draw(plan.curve[divergence:], lambda point: point.score, color=COLORS[0], label="measured", **measured)
-    others = [point for point in plan.candidates if point != plan.point]
-    for place, point in enumerate(others, start=2):
+    others = [point for point in plan.candidates if point not in plan.curve]
+    for place, name in enumerate(dict.fromkeys(point.name for point in others), start=2):
         style = {**_style(place), "linestyle": "none", "markersize": 7}
-        draw([point], lambda point: point.score, label=f"instead: {point.name}", **style)
+        draw(
+            [point for point in others if point.name == name],
+            lambda point: point.score,
+            label=f"instead: {name}",
+            **style,
+        )
     draw([plan.point], lambda point: point.score, color=COLORS[1], marker="s", linestyle="none", label="chosen")
     if plan.score_name == "divergence":
         # What is compared may be a hundred times as far off.

@@ -25,9 +25,11 @@ WARMUP_RATIO = 0.1
 # Largest norm of all gradients together, as in `TrainingArguments`.
 MAX_GRAD_NORM = 1.0
 
-# How many times in a run the rows held aside are measured, and how many times in turn without a gain end it.
+# How many times in a run the rows held aside are measured. What is lost at the highest rate comes back as it falls (a
+# plan of MiniLM at 20 %: 0.0105 before, 0.0134 after 50 of 150 steps), so that a run only ends where it is at more than
+# twice what it began with, so many times in turn.
 EVALUATIONS = 6
-PATIENCE = 3
+HOPELESS, PATIENCE = 2.0, 3
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def recover_model(
     After least squares more is not better: at 2e-4 Adam leaves the fit and does not come back, at 3e-5 to 5e-5 it
     gains. More rows help more than more steps.
 
-    Rows held aside are measured in between: what was best on them is kept, and without a gain the run ends early.
+    Rows held aside are measured in between: what was best on them is kept, and a run that only loses ends early.
 
     Args:
         model (`nn.Module`): Collapsed, or any model that is to come closer to the teacher. Trained are the parameters
@@ -138,18 +140,18 @@ def recover_model(
         targets = _Targets(teacher, top_k)
         before, held_count = _measure(model, inner, held, targets)
         run = _Run(model, inner, targets, parameters, learning_rate, max_steps, seed)
-        curve, best, best_step, since = [(0, None, before)], before, 0, 0
+        curve, best, best_step, lost = [(0, None, before)], before, 0, 0
         kept = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
         every = max(1, -(-max_steps // EVALUATIONS))
         for step, loss in run.steps(training, every):
             value, _ = _measure(model, inner, held, targets)
             curve.append((step, loss, value))
-            since += 1
             if value < best:
-                best, best_step, since = value, step, 0
+                best, best_step = value, step
                 for copy, parameter in zip(kept, parameters, strict=True):
                     copy.copy_(parameter.detach())
-            if since == PATIENCE:
+            lost = lost + 1 if value > HOPELESS * before else 0
+            if lost == PATIENCE:
                 break
         with torch.no_grad():
             for copy, parameter in zip(kept, parameters, strict=True):

@@ -9,7 +9,7 @@ from torch import nn
 
 from .block_sizes import any_fit, rank_of
 from .calibration import run_over
-from .merging import computed, has_constant, make_merge, stored_neurons
+from .merging import computed, has_constant, is_possible, make_merge, stored_neurons
 from .models import device_of, inputs_of
 from .profiling import compare_latency
 
@@ -95,7 +95,8 @@ def _times(block, x, rank_shares, multiple_of, constant_term):
     calls = {"dense": _Call(block.forward)}
     for rank in {rank_of(block, share, multiple_of) for share in rank_shares}:
         constant = has_constant(block, rank, constant_term)
-        for count in sorted({round(share * block.hidden_features) for share in TIMED_SHARES}):
+        counts = {round(share * block.hidden_features) for share in TIMED_SHARES}
+        for count in sorted(count for count in counts if is_possible(block, rank, count)):
             fit = any_fit(block, rank, stored_neurons(rank, count), constant)
             calls[rank, count] = _Call(computed(make_merge(block, fit, refit=False)))
     times = compare_latency(calls, {"x": x}, ROUNDS, WARMUP, progress=False)

@@ -490,6 +490,43 @@ def test_where_no_backward_pass_is_possible_the_variance_counts(tmp_path):
     assert set(report.collapsed) == plan.point.choices.keys()
 
 
+class Scaled(torch.nn.Module):
+    """A block whose code multiplies what its last linear takes."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8)
+        self.scale = scale
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)) * self.scale)
+
+
+class ScaledNet(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([Scaled(1.0), Scaled(3.0), Scaled(1.0)])
+        self.head = torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return {"logits": self.head(x)}
+
+
+def test_what_a_block_cannot_become_is_not_planned():
+    torch.manual_seed(0)
+    net = ScaledNet().eval()
+    data = [{"x": torch.randn(32, 8)} for _ in range(32)]
+    for shares in ((None, 1 / 4), (1 / 4, 0.0)):
+        plan = plan_collapse(net, data, macs=0.6, rank_shares=shares)
+        measured = {point.name: point.choices.get("blocks.1") for point in plan.candidates}
+        assert set(measured.values()) <= {None, (None, 0), *((0, count) for count in range(32))}, measured
+        model = copy.deepcopy(net)
+        collapse_model(model, plan=plan, calibration_data=data)
+        assert sum(block.macs for block in find_feed_forward_blocks(model)) == plan.point.macs
+
+
 def test_plans_of_before_are_read():
     """Version 1 had neither expectations nor candidates, and a constant term everywhere."""
     case = BY_NAME["bert"]

@@ -7,8 +7,9 @@ import sys
 import pytest
 from PIL import Image
 
-from hf_layercollapse import plotting
+from hf_layercollapse import plan_collapse, plotting
 from hf_layercollapse.plotting import plot_alphas, plot_tradeoff
+from tests.models import BY_NAME
 from tests.training import trainer_for
 
 
@@ -133,3 +134,22 @@ def test_rows_that_lack_something():
         plot_tradeoff([], [])
     with pytest.raises(ValueError, match="needs `method`"):
         plot_tradeoff([json.loads('{"method": "a", "quality": 1}')], [])
+
+
+def test_a_plan_with_what_is_expected_what_is_measured_and_what_it_was_compared_with(tmp_path, drawn):
+    case = BY_NAME["bert"]
+    batches = [case.inputs(seed=seed) for seed in range(24)]
+    plan = plan_collapse(case.model(), batches, macs=0.3, points=[0.6, 0.3])
+    files = tmp_path / "plan.png", tmp_path / "plan.svg"
+    plotting.plot_plan(plan, files)
+    check_files(*files)
+    lines = {line.get_label(): line for line in drawn[0].axes[0].lines}
+    expected, measured = lines["expected"].get_ydata(), lines["measured"].get_ydata()
+    assert list(expected) == [point.expected for point in plan.curve]
+    # The best candidate at each of the two sizes; not the model as it is, which diverges by nothing.
+    assert list(measured) == [p.score for p in plan.curve[1:] if p.score is not None] and len(measured) == 2
+    assert list(lines["chosen"].get_ydata()) == [plan.point.score]
+    compared = {point.name for point in plan.candidates if point not in plan.curve}
+    found = {name.removeprefix("instead: "): line for name, line in lines.items() if name.startswith("instead")}
+    assert compared and compared == found.keys()
+    assert sum(len(line.get_ydata()) for line in found.values()) == len(plan.candidates) - 2
