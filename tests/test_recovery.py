@@ -93,10 +93,10 @@ def test_what_is_lost_at_the_highest_rate_may_come_back_as_it_falls():
     model = copy.deepcopy(dense)
     with torch.no_grad():  # a little off, so that steps of this size first lead away
         for parameter in model.parameters():
-            parameter.add_(3e-3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    report = recover_model(model, dense, batches_of(case), max_steps=60, learning_rate=1e-3)
+            parameter.add_(7e-3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    report = recover_model(model, dense, batches_of(case), max_steps=60, learning_rate=1.5e-3)
     values = [held for _, _, held in report.curve]
-    assert max(values[1:4]) > values[0] and report.steps == 60
+    assert min(values[1:4]) > values[0] > report.after and report.steps == 60
 
 
 def test_the_same_seed_gives_the_same_weights():
