@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -50,11 +50,13 @@ class AlphaTraining(TrainerCallback):
     """
 
     def __init__(self, trainer: LayerCollapseTrainerMixin, blocks: TrainedBlocks, sharding: Sharding):
-        self._trainer, self._blocks, self._sharding = trainer, blocks, sharding
-        self.steps = None
-        self._penalty = 0.0  # times its strength, in the step that is being taken
+        self._trainer: Any = trainer
+        self._blocks, self._sharding = blocks, sharding
+        self.steps: AlphaSteps | None = None
+        self._penalty: float | torch.Tensor = 0.0  # times its strength, in the step that is being taken
         self._taken_before = 0
-        self._penalty_sum, self._penalty_count = 0.0, 0  # since the last log
+        self._penalty_sum: float | torch.Tensor = 0.0  # since the last log
+        self._penalty_count = 0
         self._warned_of_frozen = False
 
     def refuse_setup(self):
@@ -123,8 +125,9 @@ class AlphaTraining(TrainerCallback):
 
     def aside(self) -> contextlib.AbstractContextManager:
         """In which FSDP2's state dicts find an optimizer without alphas."""
-        alone = self._trainer.is_fsdp_enabled and self.steps is not None
-        return self.steps.aside() if alone else contextlib.nullcontext()
+        if self.steps is None or not self._trainer.is_fsdp_enabled:
+            return contextlib.nullcontext()
+        return self.steps.aside()
 
     def task_parameters(self, model: nn.Module) -> nn.Module | TaskParameters:
         """What is clipped of a model, and in the norm that is logged."""
@@ -157,8 +160,8 @@ class AlphaTraining(TrainerCallback):
             self.steps.follow(self._trainer.model, alone=one_process and self._trainer.accelerator.scaler is None)
             self._taken_before = self.steps.taken
         with torch.no_grad():
-            self._penalty = self.penalty_strength() * penalty(self._blocks.trainable_alphas())
-            self._penalty = self._penalty.to(args.device)
+            summed = self.penalty_strength() * penalty(self._blocks.trainable_alphas())
+            self._penalty = summed.to(args.device)
 
     # Again, before the optimizer takes the step: alphas may have been unfrozen since.
     on_pre_optimizer_step = on_step_begin
@@ -185,11 +188,12 @@ class AlphaTraining(TrainerCallback):
     def logs(self, logs: dict[str, float]) -> dict[str, float]:
         """What goes beside the logs of a step or an evaluation."""
         config = self._trainer.layer_collapse_config
-        activations = self._blocks.activations() if config is not None else {}
-        collapsed = self._blocks.count_collapsed() if config is not None else 0
-        if not (activations or collapsed) or "train_runtime" in logs:
+        if config is None or "train_runtime" in logs:
             return {}
-        added = {READY_BLOCKS: self._blocks.count_ready()}
+        activations, collapsed = self._blocks.activations(), self._blocks.count_collapsed()
+        if not (activations or collapsed):
+            return {}
+        added: dict[str, float] = {READY_BLOCKS: self._blocks.count_ready()}
         if config.progressive:
             added[COLLAPSED_BLOCKS] = collapsed
         if "loss" not in logs or not activations:

@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from .config import LayerCollapseConfig
 from .merging import is_ready
+from .modeling_layercollapse import CollapsibleActivation
 from .models import unwrap
 from .optimization import (
     NO_TRAINABLE_ALPHA,
@@ -56,8 +57,8 @@ class LayerCollapseCallback(TrainerCallback):
         _refuse_distillation(config)
         self.config = config
         self._calibration_data = calibration_data
-        self._alpha_steps = None
-        self._activations = {}
+        self._alpha_steps: AlphaSteps | None = None
+        self._activations: dict[str, CollapsibleActivation] = {}
         self._names_base, self._warned_of_frozen = False, False
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
@@ -106,15 +107,17 @@ class LayerCollapseCallback(TrainerCallback):
         self._state, self._activations = state, activations
 
     def _penalty_strength(self):
+        assert self.config is not None
         return penalty_strength_at(self.config, self._state.global_step, self._state.max_steps)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         # fp16 on a GPU, where the Trainer scales the loss.
         alone = args.parallel_mode != ParallelMode.DISTRIBUTED and not args.fp16
+        assert self._alpha_steps is not None
         self._alpha_steps.follow(model, alone)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in logs or not self._activations:
+        if "loss" not in logs or not self._activations or self.config is None or self._alpha_steps is None:
             return
         alphas = {str(i): module.alpha for i, module in enumerate(self._activations.values())}
         driven = [alpha.detach() for alpha in alphas.values() if alpha.requires_grad]

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
@@ -37,8 +37,8 @@ class CheckpointFolders:
     """
 
     def __init__(self, trainer: LayerCollapseTrainerMixin):
-        self._trainer = trainer
-        self.staging = None
+        self._trainer: Any = trainer
+        self.staging: str | None = None
 
     # ---- Resuming ----
 
@@ -91,7 +91,7 @@ class CheckpointFolders:
         try:
             yield
             self._name_the_best(run_folder)
-            self._move_in(name, run_folder)
+            self._move_in(staging, name, run_folder)
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             _remove(staging)
             if not _is_of_writing(error):
@@ -118,16 +118,16 @@ class CheckpointFolders:
         if state.best_global_step and (state.best_global_step == state.global_step or os.path.isdir(best)):
             state.best_model_checkpoint = best
 
-    def _move_in(self, name, run_folder):
-        trainer, written = self._trainer, os.path.join(self.staging, name)
+    def _move_in(self, staging, name, run_folder):
+        trainer, written = self._trainer, os.path.join(staging, name)
         if trainer.args.should_save:
             trainer.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
         self._wait()
         if trainer.args.should_save:
-            _replace_folder(self.staging, name, run_folder)
+            _replace_folder(staging, name, run_folder)
         self._wait()
         if trainer.is_local_process_zero() and os.path.isdir(written):
-            _replace_folder(self.staging, name, run_folder)  # on a node with a disk of its own
+            _replace_folder(staging, name, run_folder)  # on a node with a disk of its own
 
     def may_be_pushed(self, folder: str) -> bool:
         """Whether a checkpoint is in its place; if so, what upstream does not know of it is put beside what it

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
@@ -51,8 +51,9 @@ class Checkpoints:
         folders: CheckpointFolders,
         progressive: ProgressiveCollapse,
     ):
-        self._trainer, self._blocks, self._folders, self._progressive = trainer, blocks, folders, progressive
-        self._loading_failed = None
+        self._trainer: Any = trainer
+        self._blocks, self._folders, self._progressive = blocks, folders, progressive
+        self._loading_failed: Exception | None = None
 
     # ---- Saving ----
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .alpha_training import AlphaTraining
 from .collapsing import collapse_model
@@ -38,7 +38,8 @@ class CollapseAfterTraining:
         teaching: Teaching,
         progressive: ProgressiveCollapse,
     ):
-        self._trainer, self._blocks, self._sharding = trainer, blocks, sharding
+        self._trainer: Any = trainer
+        self._blocks, self._sharding = blocks, sharding
         self._alphas, self._teaching, self._progressive = alphas, teaching, progressive
 
     def collapse(self, calibration_data=None, max_error=None, allow_none=False) -> CollapseReport:

@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,8 +35,9 @@ class CollapsedEvaluation:
     """
 
     def __init__(self, trainer: LayerCollapseTrainerMixin, blocks: TrainedBlocks):
-        self._trainer, self._blocks = trainer, blocks
-        self._names = {}  # metric -> its name with the ready blocks collapsed
+        self._trainer: Any = trainer
+        self._blocks = blocks
+        self._names: dict[str, str] = {}  # metric -> its name with the ready blocks collapsed
 
     # ---- Two passes ----
 
@@ -95,9 +96,9 @@ class CollapsedEvaluation:
 
     def _is_used_up(self, dataloader):
         """Whether data that were read have nothing more to give, on any process."""
-        source = dataloader.dataset if isinstance(dataloader, DataLoader) else dataloader
-        used_up = [all(False for _ in source)]
-        used_up = torch.tensor(used_up, dtype=torch.float32, device=self._trainer.args.device)
+        source: Any = dataloader.dataset if isinstance(dataloader, DataLoader) else dataloader
+        nothing_left = all(False for _ in source)
+        used_up = torch.tensor([nothing_left], dtype=torch.float32, device=self._trainer.args.device)
         return bool(self._trainer.accelerator.reduce(used_up, reduction="sum"))
 
     def _loop_as_if_collapsed(self, loop):

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+from typing import Any
 
 from torch import nn
 
@@ -29,4 +30,5 @@ def counts_items(model: nn.Module) -> bool:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "loss_function"
     ]
     passed_on = all(any(keyword.arg in (None, "num_items_in_batch") for keyword in call.keywords) for call in calls)
-    return bool(calls) and passed_on and "num_items_in_batch" in inspect.signature(model.loss_function).parameters
+    loss_function: Any = model.loss_function if calls else None
+    return bool(calls) and passed_on and "num_items_in_batch" in inspect.signature(loss_function).parameters

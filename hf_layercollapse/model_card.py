@@ -1,7 +1,9 @@
 """A model card made from what was measured; what was not is left out."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.modelcard import TASK_MAPPING
@@ -111,7 +113,8 @@ def _check(report, comparison, compared_as):
 
 def _metadata(model, comparison, compared_as, *, datasets, tags, **known):
     """The head of the card, which the Hub reads."""
-    task = next((task for task, names in TASK_MAPPING.items() if type(model).__name__ in names.values()), None)
+    tasks: Mapping[str, Any] = TASK_MAPPING
+    task = next((task for task, names in tasks.items() if type(model).__name__ in names.values()), None)
     return ModelCardData(
         library_name="transformers",
         tags=list(dict.fromkeys([*TAGS, *_listed(tags)])),

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.optim import Optimizer
-from transformers.training_args import TrainingArguments
+from transformers.training_args import OptimizerNames, TrainingArguments
 from transformers.utils import logging
 
 from .config import LayerCollapseConfig
@@ -36,7 +36,7 @@ def penalty_strength_at(config: LayerCollapseConfig, step: int, max_steps: int) 
     return config.penalty_strength * progress
 
 
-def plain_optimizer(optimizer: Optimizer | None) -> Optimizer | None:
+def plain_optimizer(optimizer: Optimizer) -> Optimizer:
     """The optimizer that takes the steps, without what accelerate puts around it."""
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
@@ -51,8 +51,8 @@ def refuse_steps_in_backward(args: TrainingArguments):
     """
     if "lomo" in args.optim or "layerwise" in args.optim:
         raise ValueError(
-            f"optim={args.optim.value!r} updates parameters during the backward pass, where alphas cannot "
-            "take steps of their own. Use an optimizer that works in `step`, such as 'adamw_torch'."
+            f"optim={OptimizerNames(args.optim).value!r} updates parameters during the backward pass, where alphas "
+            "cannot take steps of their own. Use an optimizer that works in `step`, such as 'adamw_torch'."
         )
 
 
@@ -91,9 +91,11 @@ class AlphaSteps:
     ):
         self.optimizer, self.alphas, self.config, self.strength = optimizer, alphas, config, strength
         self.taken = 0
-        self._hidden = None  # while the optimizer steps: alphas and their gradients
+        # While the optimizer steps: alphas and their gradients.
+        self._hidden: list[tuple[nn.Parameter, torch.Tensor]] | None = None
         self._resting = False
-        self._not_finite, self._warned = None, False  # a flag on the device of an alpha
+        self._not_finite: torch.Tensor | None = None  # a flag on the device of an alpha
+        self._warned = False
         # What `alpha_lr_schedule="same"` compares with; a schedule sets it too.
         optimizer.param_groups[0].setdefault("initial_lr", optimizer.param_groups[0]["lr"])
         self._join(scheduled)

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_compiled_module
 from torch import nn
@@ -17,8 +17,9 @@ from .collapsing import collapse_as, collapse_model
 from .families import find_feed_forward_blocks
 from .modeling_layercollapse import resolve_table
 from .models import shorten, unwrap
-from .optimization import exchange_parameters, plain_optimizer
+from .optimization import exchange_parameters
 from .patching import carriers_of
+from .reports import CollapseReport
 from .trained_blocks import TrainedBlocks
 from .upstream import prepared_models
 
@@ -42,8 +43,9 @@ class ProgressiveCollapse:
     """
 
     def __init__(self, trainer: LayerCollapseTrainerMixin, blocks: TrainedBlocks, alphas: AlphaTraining):
-        self._trainer, self._blocks, self._alphas = trainer, blocks, alphas
-        self.reports = []
+        self._trainer: Any = trainer
+        self._blocks, self._alphas = blocks, alphas
+        self.reports: list[CollapseReport] = []
 
     @property
     def is_asked_for(self) -> bool:
@@ -113,20 +115,20 @@ class ProgressiveCollapse:
         """Names of the patched blocks that are not so in these tables, if all else is the same there."""
         model, waiting = self._trainer.model, []
         carriers = dict(carriers_of(unwrap(model, sharded=True)[0]))
-        patched = [block for block in find_feed_forward_blocks(model) if block.state == "patched"]
-        patched = {block.path(block.layout.activation): block for block in patched}
+        blocks = find_feed_forward_blocks(model)
+        patched = {block.path(block.layout.activation): block for block in blocks if block.state == "patched"}
         for name, live in self._blocks.tables().items():
             there = stored.get(name, {})
             waits = {path for path, spec in live.items() if spec["type"] == "activation" and there.get(path) != spec}
             resolved = resolve_table(carriers[name], live) if waits else []
             resolved = {path: f"{name}.{qualified}".lstrip(".") for path, qualified, _, _ in resolved}
-            blocks = [patched[resolved[path]] for path in waits if resolved.get(path) in patched]
+            ready = [patched[resolved[path]] for path in waits if resolved.get(path) in patched]
             # Of the same model, only further on. A block that was narrowed before has entries of its linears, too.
-            inside = {block.path(linear) for block in blocks for linear in block.layout.linears}
+            inside = {block.path(linear) for block in ready for linear in block.layout.linears}
             rest = [path for path in live if path not in waits and resolved.get(path) not in inside]
             if not all(there.get(path) == live[path] for path in rest):
                 return []
-            waiting += [block.name for block in blocks]
+            waiting += [block.name for block in ready]
         return waiting
 
     @contextlib.contextmanager
@@ -136,9 +138,8 @@ class ProgressiveCollapse:
         before = dict(trainer.model.named_parameters())
         yield
         self._blocks.changed()
-        optimizer = plain_optimizer(trainer.optimizer)
-        if optimizer is not None:
-            exchange_parameters(optimizer, before, dict(trainer.model.named_parameters()))
+        if trainer.optimizer is not None:
+            exchange_parameters(trainer.optimizer, before, dict(trainer.model.named_parameters()))
         self._alphas.exchanged()
         if isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel):
             # It reduces the parameters that it was made with. A new one takes its place, in `wrapper_of_now`.
@@ -149,9 +150,9 @@ class ProgressiveCollapse:
     @contextlib.contextmanager
     def wrapper_of_now(self, model: nn.Module) -> Iterator[nn.Module]:
         """What a step is taken with, of a model as the training loop knows it from before a collapse."""
-        trainer, waits = self._trainer, contextlib.nullcontext()
-        if isinstance(model, nn.parallel.DistributedDataParallel) and model is not trainer.model_wrapped:
-            model = trainer.model_wrapped
-            waits = waits if trainer.accelerator.sync_gradients else model.no_sync()
-        with waits:
+        trainer, wrapper = self._trainer, self._trainer.model_wrapped
+        if not isinstance(model, nn.parallel.DistributedDataParallel) or model is wrapper:
             yield model
+            return
+        with contextlib.nullcontext() if trainer.accelerator.sync_gradients else wrapper.no_sync():
+            yield wrapper

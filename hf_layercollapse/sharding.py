@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.modeling_utils import PreTrainedModel
 from transformers.training_args import ParallelMode
 
@@ -35,9 +36,11 @@ class Sharding:
     """
 
     def __init__(self, trainer: LayerCollapseTrainerMixin, blocks: TrainedBlocks):
-        self._trainer, self._blocks = trainer, blocks
-        self._whole_class = None  # of the model, before FSDP2 exchanged it
-        self._replicating = []  # hooks on alphas that nothing else keeps the same on all processes
+        self._trainer: Any = trainer
+        self._blocks = blocks
+        self._whole_class: type | None = None  # of the model, before FSDP2 exchanged it
+        # Hooks on alphas that nothing else keeps the same on all processes.
+        self._replicating: list[RemovableHandle] = []
 
     def refuse_setup(self):
         trainer, state = self._trainer, self._trainer.accelerator.state
@@ -219,14 +222,15 @@ def first_process_first(work: Callable[[], Result]) -> Result:
     Returns:
         What it returned on this process.
     """
-    result, error = None, None
+    results: list[Result] = []
+    error: Exception | None = None
     for main in (True, False):
         if main == (dist.get_rank() == 0):
             try:
-                result = work()
+                results.append(work())
             except Exception as raised:  # whatever it is, such as no memory: the others wait for this process
                 error = raised
-        found = [None] * dist.get_world_size()
+        found: list[tuple[str, bool] | None] = [None] * dist.get_world_size()
         message = error and f"{type(error).__name__} on process {dist.get_rank()}: {error}"
         dist.all_gather_object(found, message and (message, isinstance(error, (TypeError, ValueError))))
         if error is not None:
@@ -234,5 +238,5 @@ def first_process_first(work: Callable[[], Result]) -> Result:
         failed = [each for each in found if each is not None]
         if failed:
             kind = ValueError if all(refusal for _, refusal in failed) else RuntimeError
-            raise kind("\n".join(message for message, _ in failed))
-    return result
+            raise kind("\n".join(text for text, _ in failed))
+    return results[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -30,8 +30,9 @@ class Teaching(TrainerCallback):
     """
 
     def __init__(self, trainer: LayerCollapseTrainerMixin, teacher: nn.Module | None = None):
-        self._trainer, self._given = trainer, teacher
-        self.distillation = None
+        self._trainer: Any = trainer
+        self._given = teacher
+        self.distillation: Distillation | None = None
         self._taught = False  # in this step
 
     def refuse_setup(self):
@@ -56,7 +57,7 @@ class Teaching(TrainerCallback):
         return self.distillation.teacher if self.distillation is not None else None
 
     @contextlib.contextmanager
-    def of(self, model: nn.Module) -> Iterator[None]:
+    def of(self, model) -> Iterator[None]:
         """Finds the teacher of a model, which by default is what the model is on entry, and teaches what it is on
         exit."""
         teacher = teacher_for(model, self._trainer.layer_collapse_config, self._given)
@@ -72,16 +73,17 @@ class Teaching(TrainerCallback):
     def compute_loss(self, own_loss, model, inputs, return_outputs=False, num_items_in_batch=None):
         """What the Trainer's own `compute_loss` gives for the other arguments, with the teacher's terms."""
         options = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
-        if self.distillation is None or not model.training:
+        distillation = self.distillation
+        if distillation is None or not model.training:
             return own_loss(model, inputs, **options)
         given = dict(inputs)  # label smoothing takes labels out
-        with self.distillation.watching(self._trainer.model, model) as seen:
+        with distillation.watching(self._trainer.model, model) as seen:
             result = own_loss(model, inputs, **options)
         self._taught = True
-        taught = self._terms(given, seen, num_items_in_batch)
+        taught = self._terms(distillation, given, seen, num_items_in_batch)
         return (result[0] + taught, result[1]) if return_outputs else result + taught
 
-    def _terms(self, inputs, seen, num_items_in_batch):
+    def _terms(self, distillation, inputs, seen, num_items_in_batch):
         """They weigh each label as the model's own loss does."""
         trainer, items, batches = self._trainer, None, 1
         if loss_is_scaled(trainer, num_items_in_batch):
@@ -90,7 +92,7 @@ class Teaching(TrainerCallback):
             if num_items_in_batch is not None:
                 items = self._items_here(num_items_in_batch)
         with trainer.accelerator.autocast():
-            return self.distillation.loss(inputs, seen, items, batches, trainer.label_names)
+            return distillation.loss(inputs, seen, items, batches, trainer.label_names)
 
     def _items_here(self, num_items_in_batch):
         """What a sum over the labels of this process is divided by, where gradients are averaged over processes."""

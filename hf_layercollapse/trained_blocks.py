@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_compiled_module
 from torch import nn
@@ -29,9 +29,11 @@ class TrainedBlocks:
     """
 
     def __init__(self, trainer: LayerCollapseTrainerMixin, calibration_data=None):
-        self._trainer, self._calibration_data = trainer, calibration_data
-        self._indices = weakref.WeakKeyDictionary()  # activation -> index of its block
-        self._collapsed = None  # how many, once they were counted
+        self._trainer: Any = trainer  # whose attributes upstream lets be None until it is set up
+        self._calibration_data = calibration_data
+        # Activation -> index of its block.
+        self._indices: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self._collapsed: int | None = None  # how many, once they were counted
 
     def patch(self, model: nn.Module):
         """Patches a model, or checks that it is patched, as the Trainer's options say."""
@@ -79,7 +81,7 @@ class TrainedBlocks:
     def _find_indices(self):
         inner = unwrap(self._trainer.model, sharded=True)[0]
         for block in bind_blocks(inner):
-            if block.state != "collapsed":
+            if block.activation is not None and block.state != "collapsed":
                 # Looks into peft's wrappers.
                 parts = block.activation.modules()
                 self._indices.update(dict.fromkeys(parts, block.index))

@@ -5,6 +5,8 @@ has to be there. A new option is a field in `config.py`, read by the part that i
 cannot run with (`refuse_setup`). Only what no part is called for yet needs one more override here.
 """
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
@@ -34,8 +36,14 @@ logger = logging.get_logger(__name__)
 
 require_trainer(Trainer)
 
+if TYPE_CHECKING:
+    # What the mixin stands in front of is some Trainer; which, the class that has both says.
+    InFrontOf = Trainer
+else:
+    InFrontOf = object
 
-class LayerCollapseTrainerMixin:
+
+class LayerCollapseTrainerMixin(InFrontOf):
     """Adds LayerCollapse (arXiv 2311.17943) to a Trainer class that it stands in front of.
 
     Training minimises `loss + strength * sum_b (1 - alpha_b)^2`. Alphas take plain gradient steps whatever the
@@ -92,7 +100,7 @@ class LayerCollapseTrainerMixin:
         self.layer_collapse_config: LayerCollapseConfig | None = layer_collapse_config
         self.collapse_report: CollapseReport | None = None  # what `collapse` did last
         self._make_parts(calibration_data, teacher)
-        loads_by_name = super().__init__.__func__ is not Trainer.__init__
+        loads_by_name = super(LayerCollapseTrainerMixin, type(self)).__init__ is not Trainer.__init__
         if model is not None and layer_collapse_config is not None and not (loads_by_name and isinstance(model, str)):
             unwrap(model)  # refuses what is no model or is wrapped, before anything is moved
         # Patched afterwards: a trainer that loads models or tokenizers by the name of this one still finds it (trl's
@@ -371,6 +379,6 @@ class LayerCollapseTrainerMixin:
 
 
 class LayerCollapseTrainer(LayerCollapseTrainerMixin, Trainer):
-    __doc__ = LayerCollapseTrainerMixin.__doc__.replace(
+    __doc__ = (LayerCollapseTrainerMixin.__doc__ or "").replace(
         "to a Trainer class that it stands in front of", "to [`~transformers.Trainer`]"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.modelcard import extract_hyperparameters_from_trainer
@@ -32,8 +32,8 @@ class TrainingCard:
     """
 
     def __init__(self, trainer: LayerCollapseTrainerMixin):
-        self._trainer = trainer
-        self._base_model = None  # what the model was before it was patched, by name
+        self._trainer: Any = trainer
+        self._base_model: str | None = None  # what the model was before it was patched, by name
 
     def remember_base(self, model: nn.Module):
         """To be called before a model is patched, which makes it forget its name."""
