@@ -1,5 +1,7 @@
 """LayerCollapse for a Trainer whose class cannot be changed."""
 
+from functools import partial
+
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
@@ -39,6 +41,9 @@ class LayerCollapseCallback(TrainerCallback):
     `num_items_in_batch` grow with `gradient_accumulation_steps`. Logs go into `state.log_history` and to callbacks
     added after this one. Collapse with [`collapse_model`] once training has ended.
 
+    With setfit's Trainer it is the body that is patched and trained: collapse `model.model_body`, and fit the head to
+    what it gives then with `trainer.train_classifier(texts, labels)`.
+
     Args:
         config ([`LayerCollapseConfig`], *optional*): What to patch, and how to drive it. The model is patched when the
             Trainer is constructed, if it is not. Default: what the model was patched with.
@@ -64,6 +69,7 @@ class LayerCollapseCallback(TrainerCallback):
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if self.config is None:
             return
+        _, model = _what_is_trained(args, model, **kwargs)
         inner = unwrap(model)[0]
         name = inner.config.name_or_path if isinstance(inner, PreTrainedModel) else ""
         patch_or_check(model, self.config, self._calibration_data)
@@ -72,7 +78,8 @@ class LayerCollapseCallback(TrainerCallback):
             # only: adapters ask the model.
             inner.config.name_or_path, self._names_base = name, True
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        args, model = _what_is_trained(args, model, **kwargs)
         if self._names_base:
             forget_base(model)
             self._names_base = False
@@ -89,11 +96,7 @@ class LayerCollapseCallback(TrainerCallback):
         if not alphas and not self._warned_of_frozen:
             self._warned_of_frozen = True
             logger.warning(NO_TRAINABLE_ALPHA)
-        if self.config is None:
-            self.config = layer_collapse_config_of(unwrap(model)[0])
-            if self.config is None:
-                raise ValueError("The model is patched but carries no options: pass a config to the callback.")
-            _refuse_distillation(self.config)
+        config = self._config_of(model)
         if AcceleratorState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError(
                 "A callback comes too late to keep alphas out of what FSDP and DeepSpeed shard. Put "
@@ -103,21 +106,31 @@ class LayerCollapseCallback(TrainerCallback):
         optimizer = plain_optimizer(optimizer)
         if self._alpha_steps is None or self._alpha_steps.optimizer is not optimizer:
             # The schedule counts the groups that are there.
-            self._alpha_steps = AlphaSteps(optimizer, alphas, self.config, self._penalty_strength, scheduled=True)
+            strength = partial(self._penalty_strength, config)
+            self._alpha_steps = AlphaSteps(optimizer, alphas, config, strength, scheduled=True)
         self._state, self._activations = state, activations
 
-    def _penalty_strength(self):
-        assert self.config is not None
-        return penalty_strength_at(self.config, self._state.global_step, self._state.max_steps)
+    def _config_of(self, model):
+        """What the callback was given, or what the model was patched with."""
+        if self.config is None:
+            self.config = layer_collapse_config_of(unwrap(model)[0])
+            if self.config is None:
+                raise ValueError("The model is patched but carries no options: pass a config to the callback.")
+            _refuse_distillation(self.config)
+        return self.config
+
+    def _penalty_strength(self, config):
+        return penalty_strength_at(config, self._state.global_step, self._state.max_steps)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        args, model = _what_is_trained(args, model, **kwargs)
         # fp16 on a GPU, where the Trainer scales the loss.
         alone = args.parallel_mode != ParallelMode.DISTRIBUTED and not args.fp16
         assert self._alpha_steps is not None
         self._alpha_steps.follow(model, alone)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in logs or not self._activations or self.config is None or self._alpha_steps is None:
+        if not any(map(_is_training_loss, logs)) or self.config is None or self._alpha_steps is None:
             return
         alphas = {str(i): module.alpha for i, module in enumerate(self._activations.values())}
         driven = [alpha.detach() for alpha in alphas.values() if alpha.requires_grad]
@@ -130,6 +143,17 @@ class LayerCollapseCallback(TrainerCallback):
         logs.update(added)
         state.log_history[-1].update(added)
         self._alpha_steps.warn_if_not_finite()
+
+
+def _what_is_trained(args, model, st_args=None, st_model=None, **kwargs):
+    """`(arguments, model)` of the Trainer that is at work. setfit's hands its own to callbacks, and beside them those
+    of sentence-transformers' Trainer, which trains the body."""
+    return (args, model) if st_model is None else (st_args, st_model)
+
+
+def _is_training_loss(name):
+    # setfit gives its losses a prefix.
+    return name == "loss" or (name.endswith("embedding_loss") and not name.startswith("eval_"))
 
 
 def _refuse_distillation(config):

@@ -394,23 +394,49 @@ def test_what_a_teacher_cannot_hear(bert, folders, tmp_path):
 # ---- SetFit ----
 
 
-def test_setfit_on_a_patched_and_a_collapsed_body(bert, tmp_path):
-    """Its trainer hands callbacks a SetFitModel, which is no module."""
+def setfit_trainer(model, folder, **kwargs):
+    import setfit
+
+    data = Dataset.from_dict({"text": TEXTS, "label": [0, 0, 1, 1]})
+    options = {"max_steps": 4, "batch_size": 2, "logging_steps": 1, "report_to": "none", "show_progress_bar": False}
+    args = setfit.TrainingArguments(output_dir=str(folder), **options)
+    return setfit.Trainer(model=model, args=args, train_dataset=data, **kwargs)
+
+
+def setfit_model(bert):
     import setfit
     from sklearn.linear_model import LogisticRegression
 
-    model = setfit.SetFitModel(model_body=sentence_transformer(bert), model_head=LogisticRegression())
+    return setfit.SetFitModel(model_body=sentence_transformer(bert), model_head=LogisticRegression())
+
+
+def test_setfit_with_the_callback(bert, tmp_path):
+    """Its trainer hands callbacks a SetFitModel, which is no module; the body inside is what is patched."""
+    import setfit
+
+    model = setfit_model(bert)
+    config = LayerCollapseConfig(blocks="last:2", alpha_learning_rate=0.45)
+    trainer = setfit_trainer(model, tmp_path / "run", callbacks=[LayerCollapseCallback(config)])
+    assert len(alphas_of(model.model_body)) == 2
+    trainer.train()
+    assert all(0.95 < float(alpha) <= 1 for alpha in alphas_of(model.model_body).values())
+    logs = [log for log in trainer.st_trainer.state.log_history if "layer_collapse/ready_blocks" in log]
+    assert [log["layer_collapse/ready_blocks"] for log in logs] == [0, 2, 2, 2]
+    assert len(collapse_model(model.model_body).collapsed) == 2
+    trainer.train_classifier(TEXTS, [0, 0, 1, 1])
+    model.save_pretrained(str(tmp_path / "collapsed"))
+    loaded = setfit.SetFitModel.from_pretrained(str(tmp_path / "collapsed"))
+    assert torch.equal(loaded.predict_proba(TEXTS), model.predict_proba(TEXTS))
+
+
+def test_setfit_on_a_patched_and_a_collapsed_body(bert, tmp_path):
+    import setfit
+
+    model = setfit_model(bert)
     with pytest.raises(TypeError, match="got SetFitModel. If it holds one, .*`model_body`"):
         apply_layer_collapse(model)
     apply_layer_collapse(model.model_body)
-    data = Dataset.from_dict({"text": TEXTS, "label": [0, 0, 1, 1]})
-    options = {"max_steps": 1, "batch_size": 2, "report_to": "none", "show_progress_bar": False}
-    args = setfit.TrainingArguments(output_dir=str(tmp_path / "run"), **options)
-    with pytest.raises(TypeError, match="got SetFitModel"):
-        setfit.Trainer(
-            model=model, args=args, train_dataset=data, callbacks=[LayerCollapseCallback(LayerCollapseConfig())]
-        )
-    setfit.Trainer(model=model, args=args, train_dataset=data).train()
+    setfit_trainer(model, tmp_path / "run").train()
     for life in ("patched", "collapsed"):
         if life == "collapsed":
             set_alphas(model.model_body, *[1.0] * LAYERS)
