@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from inspect import signature
 from itertools import islice
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -227,7 +228,8 @@ class CalibrationData:
         for rows in rows_of_samples:
             if len(rows) > share:
                 rows = self._order.sample(rows, len(rows))
-            drawn, spare = drawn + rows[:share], spare + rows[share:]
+            drawn += rows[:share]
+            spare += rows[share:]
             if len(drawn) >= self.samples:
                 break
         self._order.shuffle(spare)
@@ -285,17 +287,17 @@ class CalibrationData:
     def _label(self, value):
         names = self.model.config.label2id if isinstance(self.model, PreTrainedModel) else {}
         value = names.get(value, value) if isinstance(value, str) else value
-        if isinstance(value, float) and isinstance(self.model, PreTrainedModel) and self.model.config.num_labels == 1:
-            return value
-        if not isinstance(value, int):
+        if isinstance(self.model, PreTrainedModel) and self.model.config.num_labels == 1 and isinstance(value, Real):
+            return float(value)
+        if not isinstance(value, Integral):
             raise ValueError(
                 f"Column {self.label_column!r} must hold class indices"
                 + (f" or {sorted(names)}" if names else "")
                 + f", got {value!r}."
             )
         if isinstance(self.model, PreTrainedModel):
-            check_classes(self.model, torch.tensor([value]))
-        return value
+            check_classes(self.model, torch.tensor([int(value)]))
+        return int(value)
 
     def _padded(self, rows):
         """Tokens as a batch. On the right for language models: positions that are not said count from the left."""

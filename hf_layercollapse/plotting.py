@@ -214,12 +214,12 @@ def plot_plan(plan, paths):
             shares = [100 * point.parameters / dense for point in points]
             axes.plot(shares, [value(point) for point in points], **style)
 
+    curve, style = plan.curve, {"color": COLORS[0], "marker": "."}
     if plan.score_name == "divergence":
-        draw(plan.curve, lambda point: point.expected, color=COLORS[0], label="expected")
-    # The dense model diverges by nothing from itself.
-    divergence = plan.score_name == "divergence"
-    measured = {"marker": ".", "linestyle": "none" if divergence else "-"}
-    draw(plan.curve[divergence:], lambda point: point.score, color=COLORS[0], label="measured", **measured)
+        draw(curve, lambda point: point.expected, color=COLORS[0], label="expected")
+        # The dense model diverges by nothing from itself; the chosen one has its own mark.
+        curve, style["linestyle"] = [point for point in curve[1:] if point != plan.point], "none"
+    draw(curve, lambda point: point.score, label="measured", **style)
     others = [point for point in plan.candidates if point not in plan.curve]
     for place, name in enumerate(dict.fromkeys(point.name for point in others), start=2):
         style = {**_style(place), "linestyle": "none", "markersize": 7}

@@ -197,6 +197,8 @@ def test_texts_with_labels_are_examples(tokenizer, bert):
     data = CalibrationData(rows, tokenizer, bert, label_column="label")
     assert torch.cat([batch["labels"] for batch in data]).tolist() == [index % 3 for index in range(21)]
     assert len(rows_of(data)[0]) == 40 and str(data).endswith("1 of them cut to 40 tokens")
+    numpy = [{**row, "label": np.int64(row["label"])} for row in rows]
+    assert str(CalibrationData(numpy, tokenizer, bert, label_column="label")) == str(data)
     named = [{"text": row["text"], "label": f"LABEL_{row['label']}"} for row in rows]
     names = CalibrationData(named, tokenizer, bert, label_column="label")
     assert all(torch.equal(a["labels"], b["labels"]) for a, b in zip(data, names, strict=True))
@@ -377,3 +379,14 @@ def test_sounds():
         list(CalibrationData([{"array": sounds[0], "sampling_rate": 8000}], extractor))
     with pytest.raises(ValueError, match="a tokenizer makes model inputs of|`processing_class` .got"):
         CalibrationData(TEXTS, extractor)
+
+
+def test_values_to_predict(tokenizer):
+    """A head with one output is given numbers, whole ones too."""
+    config = BY_NAME["bert"].config()
+    config.num_labels = 1
+    model = BY_NAME["bert"].model(config=config)
+    rows = [{"text": text, "score": value} for text, value in zip(TEXTS, [1, 0.5] * 60, strict=True)]
+    first = next(iter(CalibrationData(rows, tokenizer, model, label_column="score")))
+    assert first["labels"].tolist() == [1.0, 0.5] * 4
+    assert model(**first).loss.isfinite()

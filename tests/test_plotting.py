@@ -146,8 +146,9 @@ def test_a_plan_with_what_is_expected_what_is_measured_and_what_it_was_compared_
     lines = {line.get_label(): line for line in drawn[0].axes[0].lines}
     expected, measured = lines["expected"].get_ydata(), lines["measured"].get_ydata()
     assert list(expected) == [point.expected for point in plan.curve]
-    # The best candidate at each of the two sizes; not the model as it is, which diverges by nothing.
-    assert list(measured) == [p.score for p in plan.curve[1:] if p.score is not None] and len(measured) == 2
+    # The best candidate at each size but the chosen one; not the model as it is, which diverges by nothing.
+    others = [point for point in plan.curve[1:] if point != plan.point]
+    assert list(measured) == [point.score for point in others if point.score is not None] and len(measured) == 1
     assert list(lines["chosen"].get_ydata()) == [plan.point.score]
     compared = {point.name for point in plan.candidates if point not in plan.curve}
     found = {name.removeprefix("instead: "): line for name, line in lines.items() if name.startswith("instead")}
