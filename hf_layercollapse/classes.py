@@ -67,7 +67,7 @@ def refuse_lost_code(model: PreTrainedModel) -> None:
 
 
 def set_layer_collapse(
-    model: PreTrainedModel, layer_collapse: dict[str, Any] | None, holders: Iterable[nn.Module] = ()
+    model: PreTrainedModel, layer_collapse: dict[str, Any] | None, wrappers: Iterable[nn.Module] = ()
 ) -> PreTrainedModel:
     """Gives a live model its patched or collapsed classes, or, with `None`, the native ones back, in place.
 
@@ -75,7 +75,7 @@ def set_layer_collapse(
 
     Args:
         layer_collapse (`dict`, *optional*): The table with its version and options, as in config.json.
-        holders (iterable of `nn.Module`): Further modules (a PeftModel around the model) whose `config` is the same
+        wrappers (iterable of `nn.Module`): Further modules (a PeftModel around the model) whose `config` is the same
             object.
 
     Raises:
@@ -106,8 +106,8 @@ def set_layer_collapse(
             config.layer_collapse = layer_collapse
         # An adapter would otherwise name the dense folder as its base.
         config.name_or_path = ""
-    for holder in (model, *holders):
-        _give_configs(holder, copies)
+    for module in (model, *wrappers):
+        _give_configs(module, copies)
     if model.name_or_path:
         model.native_name_or_path = model.name_or_path
     model.name_or_path = ""

@@ -4,7 +4,6 @@ where their results go."""
 import contextlib
 import json
 import os
-import shutil
 from dataclasses import dataclass, fields
 from inspect import Parameter, signature
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Annotated
 
 import torch
 
-from .modeling_layercollapse import SAVING_PREFIX
+from .models import written_beside
 from .plans import one_budget
 
 
@@ -183,16 +182,13 @@ def new_folder(path):
         ValueError: `path` is there already and not an empty folder, or cannot be made.
     """
     check_new_folder(path)
-    beside = path.absolute().parent / f"{SAVING_PREFIX}{path.name}-{os.getpid()}"
-    try:
-        beside.mkdir()
-    except OSError as error:
-        raise ValueError(f"--output {path} cannot be made: {error.strerror}.") from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            beside = stack.enter_context(written_beside(path))
+            beside.mkdir()
+        except OSError as error:
+            raise ValueError(f"--output {path} cannot be made: {error.strerror}.") from error
         yield beside
-        os.replace(beside, path)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def check_new_folder(path):

@@ -10,7 +10,6 @@ import copy
 import importlib.util
 import inspect
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,8 +24,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from .families import find_feed_forward_blocks
-from .modeling_layercollapse import SAVING_PREFIX
-from .models import evaluating, shorten, unwrap
+from .models import evaluating, shorten, unwrap, written_beside
 from .profiling import weights_size
 from .stock import StockReport, export_stock
 from .upstream import refuse_old_exporters
@@ -159,10 +157,8 @@ def export_model(model, inputs, output, to="onnx", *, cache=None, processor=None
             "`cache=True` is for graphs of models that generate text; a stock checkpoint is a whole model."
         )
 
-    parent = output.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=SAVING_PREFIX, dir=parent) as beside:
-        folder = Path(beside) / "export"
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with written_beside(output) as folder:
         with evaluating(model):
             samples = _samples(model, inputs, cache)
             if to == "stock":
@@ -177,7 +173,6 @@ def export_model(model, inputs, output, to="onnx", *, cache=None, processor=None
             )
         if processor is not None:
             processor.save_pretrained(folder)
-        os.replace(folder, output)
     blocks = find_feed_forward_blocks(model)
     return ExportReport(
         to=to,

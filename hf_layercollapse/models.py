@@ -1,15 +1,18 @@
-"""What a live model is asked: what wraps it, what stands at a path, its mode, its device, its size."""
+"""What a live model is asked: what wraps it, what stands at a path, its mode, device, size; a place for its folder."""
 
 import contextlib
+import os
 import re
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from accelerate.utils import is_compiled_module
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from .modeling_layercollapse import children_of
+from .modeling_layercollapse import SAVING_PREFIX, children_of
 from .rows import not_inputs
 from .upstream import uncompiled
 
@@ -149,3 +152,18 @@ def shorten(names, limit=6):
     """Names for a message: the first of them, and how many more there are."""
     names = list(names)
     return names if len(names) <= limit else [*names[:limit], f"and {len(names) - limit} more"]
+
+
+@contextlib.contextmanager
+def written_beside(path):
+    """A new path beside a file or folder, which takes its place once all that is done inside has succeeded; else
+    nothing is left. A folder whose place is taken must be empty.
+
+    Raises:
+        OSError: Nothing can be written there.
+    """
+    path = Path(path).absolute()
+    with tempfile.TemporaryDirectory(prefix=SAVING_PREFIX, dir=path.parent) as folder:
+        beside = Path(folder) / path.name
+        yield beside
+        os.replace(beside, path)

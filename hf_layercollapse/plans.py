@@ -13,6 +13,7 @@ from accelerate.utils import align_module_device
 from ._version import __version__
 from .loss_metric import MetricReport
 from .merging import BlockChoice
+from .models import written_beside
 from .tables import table
 
 
@@ -183,11 +184,9 @@ class CollapsePlan:
 
     def save(self, path):
         """Writes the plan as JSON."""
-        beside = f"{os.fspath(path)}.tmp"
-        with open(beside, "w", encoding="utf-8") as file:
+        with written_beside(path) as beside, open(beside, "w", encoding="utf-8") as file:
             json.dump(self.to_dict(), file, indent=1)
             file.write("\n")
-        os.replace(beside, path)
 
     @classmethod
     def load(cls, path) -> "CollapsePlan":

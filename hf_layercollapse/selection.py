@@ -23,47 +23,56 @@ def select_blocks(blocks, selector, refused=None):
             "The model has no feed-forward block of a known layout "
             f"({', '.join(layout.name for layout in families.LAYOUTS)})." + (f" Refused:{reasons}" if reasons else "")
         )
-    by_name = {block.name: block for block in blocks}
     if isinstance(selector, list):
-        if isinstance(selector[0], str):
-            unknown = [name for name in selector if name not in by_name]
-            if unknown:
-                why = "".join(f" {name} is refused: {refused[name]}." for name in unknown if name in refused)
-                raise ValueError(
-                    f"`blocks` names what is no block of this model: {unknown}.{why} Its blocks are "
-                    f"{shorten(block.name for block in blocks)}."
-                )
-            chosen = set(selector)
-            return [block for block in blocks if block.name in chosen]
-        wrong = [index for index in selector if not -len(blocks) <= index < len(blocks)]
-        if wrong:
-            raise ValueError(
-                f"`blocks` has indices {wrong}, and the model has {len(blocks)} blocks (0 to {len(blocks) - 1})."
-            )
-        chosen = {index % len(blocks) for index in selector}
-        return [block for block in blocks if block.index in chosen]
+        return (_named if isinstance(selector[0], str) else _numbered)(blocks, selector, refused)
     if selector == "all":
         return list(blocks)
     counted = COUNTED.fullmatch(selector)
     if counted:
-        part, side, count = counted["part"], counted["side"], int(counted["count"])
-        where = blocks if part is None else _of_part(blocks, part)
-        if not where:
-            raise ValueError(
-                f"`blocks` is {selector!r}, and the model has no blocks in a part {part!r}. {_parts(blocks)}"
-            )
-        if count > len(where):
-            within = "the model" if part is None else f"its part {part!r}"
-            raise ValueError(f"`blocks` is {selector!r}, and {within} has {len(where)} blocks.")
-        return where[:count] if side == "first" else where[-count:]
+        return _first_or_last(blocks, selector, counted["part"], counted["side"], int(counted["count"]))
     chosen = _of_part(blocks, selector) or [block for block in blocks if re.fullmatch(selector, block.name)]
     if not chosen:
         why = f" {selector} is refused: {refused[selector]}." if selector in refused else ""
         raise ValueError(
             f"`blocks` is {selector!r}, which is neither a part of the model nor, as a regular expression, matches a "
-            f"block name in full.{why} The names are {shorten(block.name for block in blocks)}. {_parts(blocks)}"
+            f"block name in full.{why} The names are {_names(blocks)}. {_parts(blocks)}"
         )
     return chosen
+
+
+def _named(blocks, names, refused):
+    known = {block.name for block in blocks}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        why = "".join(f" {name} is refused: {refused[name]}." for name in unknown if name in refused)
+        raise ValueError(
+            f"`blocks` names what is no block of this model: {unknown}.{why} Its blocks are {_names(blocks)}."
+        )
+    return [block for block in blocks if block.name in names]
+
+
+def _numbered(blocks, indices, refused):
+    wrong = [index for index in indices if not -len(blocks) <= index < len(blocks)]
+    if wrong:
+        raise ValueError(
+            f"`blocks` has indices {wrong}, and the model has {len(blocks)} blocks (0 to {len(blocks) - 1})."
+        )
+    chosen = {index % len(blocks) for index in indices}
+    return [block for block in blocks if block.index in chosen]
+
+
+def _first_or_last(blocks, selector, part, side, count):
+    where = blocks if part is None else _of_part(blocks, part)
+    if not where:
+        raise ValueError(f"`blocks` is {selector!r}, and the model has no blocks in a part {part!r}. {_parts(blocks)}")
+    if count > len(where):
+        within = "the model" if part is None else f"its part {part!r}"
+        raise ValueError(f"`blocks` is {selector!r}, and {within} has {len(where)} blocks.")
+    return where[:count] if side == "first" else where[-count:]
+
+
+def _names(blocks):
+    return shorten(block.name for block in blocks)
 
 
 def _of_part(blocks, part):
