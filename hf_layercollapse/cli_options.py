@@ -34,7 +34,12 @@ Columns = Annotated[
         help="Column of the text, conversation, image or sound; twice for pairs. Default: the only one that holds any."
     ),
 ]
-Label = Annotated[str | None, typer.Option(help="Column of the class; with it the score is the model's loss.")]
+Label = Annotated[
+    str | None,
+    typer.Option(
+        help="Column of the class: `inspect` then measures the loss, and a text is one row, cut to its length."
+    ),
+]
 Samples = Annotated[int, typer.Option(min=8, help="Rows to use: texts, windows of long ones, images.")]
 Batch = Annotated[int, typer.Option(min=1, help="Rows a batch.")]
 Length = Annotated[

@@ -1,8 +1,9 @@
 """Rows of data from what people have: files of many formats, folders, data sets on the Hub."""
 
+import contextlib
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk, logging
 from datasets.exceptions import DatasetGenerationError
 from pyarrow import ArrowInvalid
 
@@ -76,9 +77,21 @@ def is_path(name) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
+@contextlib.contextmanager
+def _one_message():
+    """What `datasets` logs of an error before it raises it, the error says too."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def _loaded(data, *args, **kwargs):
     try:
-        rows = load_dataset(*args, **kwargs)
+        with _one_message():
+            rows = load_dataset(*args, **kwargs)
     except (DatasetGenerationError, ArrowInvalid) as error:
         raise ValueError(f"{data} cannot be read: {_reason(error)}") from error
     if _UNNAMED in rows.features:

@@ -18,6 +18,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from hf_layercollapse import CollapsePlan
 from hf_layercollapse.calibration_data import CalibrationData
+from hf_layercollapse.cli import main
 from hf_layercollapse.cli_options import new_folder
 from hf_layercollapse.modeling_layercollapse import SAVING_PREFIX
 
@@ -194,6 +195,14 @@ def test_files_that_cannot_be_read(name, content, message, bert, tmp_path, error
     assert message in error("inspect", bert, "--data", tmp_path / name)
 
 
+def test_an_error_is_said_once(bert, tmp_path, monkeypatch, capfd):
+    (tmp_path / "latin.csv").write_bytes(b"text\ncaf\xe9 au lait\n")
+    monkeypatch.setattr(sys, "argv", ["layercollapse", "inspect", str(bert), "--data", str(tmp_path / "latin.csv")])
+    with pytest.raises(SystemExit):
+        main()
+    assert capfd.readouterr().err.count("utf-8' codec") == 1
+
+
 def test_what_is_not_there(bert, tmp_path, text_file, error):
     assert "no such file or folder" in error("inspect", bert, "--data", tmp_path / "none")
     assert "no such file or folder" in error("inspect", bert, "--data", "none.csv.gz")
@@ -347,8 +356,6 @@ def test_versions_and_exit_codes():
 
 
 def test_tracebacks_on_request(tmp_path, monkeypatch):
-    from hf_layercollapse.cli import main
-
     monkeypatch.setattr(sys, "argv", ["layercollapse", "--traceback", "inspect", str(tmp_path)])
     with pytest.raises(ValueError, match="no config.json"):
         main()
