@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from transformers import AutoModelForSequenceClassification
 
 from tests.distributed_run import TRAJECTORIES, full_shard, progressive, with_callback
@@ -23,28 +22,24 @@ CONFIGS = ROOT / "recipes" / "accelerate_configs"
 
 def launch(config, script, *arguments, options=()):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config), *options]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command += [str(script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-5000:]
     return done
 
 
-def launched_once(tmp_path_factory, name, start):
-    """`(folder, what each process saw)` of `start(folder)`, which one of pytest-xdist's workers does for all."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "results_1.pt").exists():
-            folder.mkdir()
-            start(folder)
+def launched(tmp_path_factory, name, start):
+    """`(folder, what each process saw)` of `start(folder)`."""
+    folder = tmp_path_factory.mktemp(name)
+    start(folder)
     return folder, [torch.load(folder / f"results_{rank}.pt") for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     script = ROOT / "tests" / "distributed_run.py"
-    return launched_once(tmp_path_factory, "distributed", lambda folder: launch("ddp.yaml", script, folder))
+    return launched(tmp_path_factory, "distributed", lambda folder: launch("ddp.yaml", script, folder))
 
 
 @pytest.mark.parametrize("name", TRAJECTORIES)

@@ -7,7 +7,7 @@ from transformers import AutoModelForSequenceClassification
 
 from tests.models import LAYERS
 from tests.sharded_run import RUNS, TRAJECTORIES
-from tests.test_distributed import ROOT, launch, launched_once
+from tests.test_distributed import ROOT, launch, launched
 from tests.training import assert_close, assert_same, state_of, trajectory
 
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.distributed
 def results(tmp_path_factory):
     script, options = ROOT / "tests" / "sharded_run.py", ["--mixed_precision", "no"]
     start = functools.partial(launch, "fsdp2.yaml", script, options=options)
-    return launched_once(tmp_path_factory, "sharded", start)
+    return launched(tmp_path_factory, "sharded", start)
 
 
 @pytest.mark.parametrize("name", [*TRAJECTORIES, "accumulated"])

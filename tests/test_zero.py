@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from tests.models import BY_NAME, LAYERS
-from tests.test_distributed import ROOT, launch, launched_once
+from tests.test_distributed import ROOT, launch, launched
 from tests.training import assert_close, assert_same, model_of, state_of, trajectory
 from tests.zero_run import RUNS, TRAJECTORIES
 
@@ -32,7 +32,7 @@ def start(stage, folder):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return launched_once(tmp_path_factory, "zero_2", functools.partial(start, "2"))
+    return launched(tmp_path_factory, "zero_2", functools.partial(start, "2"))
 
 
 @pytest.mark.parametrize("name", [*TRAJECTORIES, "accumulated"])
@@ -87,7 +87,7 @@ def test_what_is_refused(results):
 
 
 def test_zero_3_after_the_collapse(tmp_path_factory):
-    folder, (first, _) = launched_once(tmp_path_factory, "zero_3", functools.partial(start, "3"))
+    folder, (first, _) = launched(tmp_path_factory, "zero_3", functools.partial(start, "3"))
     assert "Use FSDP2" in first["refused"]
     assert first["stage"] == 3 and first["sharded"] and len(set(first["losses"])) == 3
     loaded = AutoModelForSequenceClassification.from_pretrained(folder / "zero_3")
