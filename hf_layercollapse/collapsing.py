@@ -16,7 +16,7 @@ from .calibration import CANDIDATES_PER_NEURON, collect_moments, logits_of, reit
 from .calibration_data import model_inputs
 from .classes import refuse_lost_code
 from .config import LayerCollapseConfig
-from .loss_metric import loss_metrics, sample
+from .loss_metric import measure_metrics
 from .merging import (
     BlockChoice,
     Trial,
@@ -407,7 +407,7 @@ def fit_blocks(
     metrics = {}
     if in_metric:
         data = reiterable(data)
-        metrics = loss_metrics(model, inner, in_metric, sample(data), token_mask_fn=token_mask_fn)
+        metrics, _ = measure_metrics(model, inner, in_metric, data, token_mask_fn)
     moments = collect_moments(model, inner, blocks, data, candidates, token_mask_fn)
     fits = {}
     for block in blocks:
