@@ -146,13 +146,16 @@ def _parts_of(batch, rows):
 def _graph_of(model, inner, blocks, batch, token_mask_fn, layers=()):
     """`(bytes that autograd keeps of a forward pass over a batch, the metrics of it)`; parameters, which are there
     anyway, do not count."""
-    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    # Quantized weights are tensors of other classes, without a storage of their own.
+    plain = (torch.Tensor, torch.nn.Parameter)
+    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters() if type(parameter) in plain}
     seen = {}
 
     def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            seen[storage.data_ptr()] = storage.nbytes()
+        if type(tensor) in plain:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                seen[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

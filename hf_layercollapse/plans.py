@@ -8,6 +8,7 @@ import math
 import os
 from dataclasses import dataclass, field
 
+import torch
 from accelerate.utils import align_module_device
 
 from ._version import __version__
@@ -246,7 +247,9 @@ def weights_fingerprint(model) -> str:
         module = model.get_submodule(holder)
         # Offloaded weights are brought in, those of one module at a time.
         with align_module_device(module) if parameter.is_meta else contextlib.nullcontext():
-            values = module.get_parameter(own).detach().flatten()
+            values = module.get_parameter(own).data
+            # Quantized weights of some kinds are tensors of a class that knows no views.
+            values = (values if type(values) is torch.Tensor else values.dequantize()).flatten()
             stride = max(1, values.numel() // 256)
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
             digest.update(values[::stride].float().cpu().contiguous().numpy().tobytes())

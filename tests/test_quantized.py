@@ -2,17 +2,25 @@
 
 import pytest
 import torch
+from torchao.quantization import Int8WeightOnlyConfig
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     QuantoConfig,
+    TorchAoConfig,
     Trainer,
     TrainingArguments,
 )
 
-from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model, find_feed_forward_blocks
+from hf_layercollapse import (
+    LayerCollapseConfig,
+    apply_layer_collapse,
+    collapse_model,
+    find_feed_forward_blocks,
+    plan_collapse,
+)
 from hf_layercollapse.patching import alpha_parameters
 
 
@@ -27,8 +35,7 @@ CLASSES = {"int8": "Linear8bitLt", "nf4": "Linear4bit", "quanto": "QLinear"}
 LIVES = ["patched", "linear", "narrow", "neurons"]
 
 
-def in_life(life):
-    """A Llama of which the first block is dense, and the others are in one of the lives."""
+def dense():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -39,7 +46,12 @@ def in_life(life):
         num_key_value_heads=1,
         max_position_embeddings=32,
     )
-    model = LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config).eval()
+
+
+def in_life(life):
+    """A Llama of which the first block is dense, and the others are in one of the lives."""
+    model = dense()
     if life == "patched":
         apply_layer_collapse(model, LayerCollapseConfig(blocks="last:2", initial_alpha=0.3))
         return model
@@ -131,3 +143,20 @@ def test_healing_in_four_bits(life, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(load(), tmp_path / "adapter").eval()
     torch.testing.assert_close(logits_of(again), healed, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["quanto", "torchao"])
+def test_a_plan_of_blocks_that_are_not_quantized_in_a_model_that_is(kind, tmp_path):
+    """Gradients pass through quantized attention: the metric of the loss is measured, and fingerprints are taken."""
+    dense().save_pretrained(tmp_path)
+    kept = [*(f"model.layers.{index}.mlp" for index in range(3)), "lm_head"]
+    quantizers = {
+        "quanto": QuantoConfig(weights="int8", modules_to_not_convert=kept),
+        "torchao": TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=kept),
+    }
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantizers[kind], device_map="cpu")
+    data = [{"input_ids": torch.randint(3, 64, (16, 24))} for _ in range(8)]
+    plan = plan_collapse(model, data, macs=0.5)
+    assert plan.metric.kind == "loss" and plan.metric.bytes > 0
+    report = collapse_model(model, plan=plan, calibration_data=data)
+    assert set(report.collapsed) == plan.point.choices.keys()
