@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torchao.quantization import Int8WeightOnlyConfig
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -149,10 +148,11 @@ def test_healing_in_four_bits(life, tmp_path):
 def test_a_plan_of_blocks_that_are_not_quantized_in_a_model_that_is(kind, tmp_path):
     """Gradients pass through quantized attention: the metric of the loss is measured, and fingerprints are taken."""
     dense().save_pretrained(tmp_path)
+    torchao = pytest.importorskip("torchao.quantization", reason="the extra torchao is not installed")
     kept = [*(f"model.layers.{index}.mlp" for index in range(3)), "lm_head"]
     quantizers = {
         "quanto": QuantoConfig(weights="int8", modules_to_not_convert=kept),
-        "torchao": TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=kept),
+        "torchao": TorchAoConfig(torchao.Int8WeightOnlyConfig(), modules_to_not_convert=kept),
     }
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantizers[kind], device_map="cpu")
     data = [{"input_ids": torch.randint(3, 64, (16, 24))} for _ in range(8)]
