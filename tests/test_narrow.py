@@ -33,6 +33,8 @@ from hf_layercollapse.modeling_layercollapse import (
     NarrowActivation,
     PassOnConv1D,
     PassOnLinear,
+    resolve_table,
+    spec_of,
     validate_layer_collapse,
 )
 from hf_layercollapse.profiling import count_macs
@@ -134,6 +136,10 @@ def test_saves_and_loads_bit_equal(case, rank, keep, tmp_path):
     ours, theirs = model.state_dict(), loaded.state_dict()
     assert ours.keys() == theirs.keys()
     assert [str(module) for module in loaded.modules()] == [str(module) for module in model.modules()]
+    # Every entry of the table is what the module that stands there says of itself.
+    for one in (model, loaded):
+        for _, name, module, spec in resolve_table(one, one.config.layer_collapse["modules"]):
+            assert spec_of(module) == {key: value for key, value in spec.items() if key != "scope"}, name
     # Found again, with what they are.
     blocks = find_feed_forward_blocks(loaded)
     assert blocks == find_feed_forward_blocks(model)
