@@ -128,7 +128,7 @@ class CalibrationData:
             found = [content for batch in self for content in contents(batch)]
             parts += [f"{len(set(found)):,} different", f"{sum(map(_length, self._rows)):,} tokens"]
         if self.samples is not None and len(self._rows) < self.samples:
-            parts.append(f"all there are (asked for {self.samples:,})")
+            parts.append(f"all there are (fewer than {self.samples:,})")
         if self._cut:
             parts.append(f"{self._cut:,} of them cut to {self.max_length} tokens")
         return ", ".join(parts)

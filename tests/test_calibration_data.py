@@ -189,7 +189,7 @@ def test_samples_come_from_as_many_texts_as_there_are(tokenizer):
     assert rows_of(data) != rows_of(CalibrationData(texts, tokenizer, max_length=22, samples=12, seed=1))
     # One text of many and many short ones: all windows there are.
     few = CalibrationData([words(200), *TEXTS[:3]], tokenizer, max_length=22, samples=100)
-    assert len(rows_of(few)) == 13 and "all there are (asked for 100)" in str(few)
+    assert len(rows_of(few)) == 13 and "all there are (fewer than 100)" in str(few)
 
 
 def test_texts_with_labels_are_examples(tokenizer, bert):
