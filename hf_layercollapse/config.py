@@ -1,8 +1,11 @@
 """The one configuration object: what to patch, how alpha is driven, what happens at the collapse."""
 
 import dataclasses
+import inspect
 import json
 import re
+import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -270,6 +273,23 @@ class LayerCollapseConfig:
     @classmethod
     def from_json_string(cls, text: str) -> "LayerCollapseConfig":
         return cls.from_dict(json.loads(text))
+
+
+def _described(options: Iterable[dataclasses.Field[Any]]) -> str:
+    """Options with their types, defaults and meanings, as a docstring has them."""
+    lines = ["Args:"]
+    for option in options:
+        given = option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
+        kind = option.type if isinstance(option.type, str) else getattr(option.type, "__name__", str(option.type))
+        lines.append(f"    {option.name} (`{kind}`, defaults to `{given!r}`):")
+        lines += textwrap.wrap(option.metadata["help"], 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return "\n".join(lines)
+
+
+# Said once, in the metadata, where a command line takes it from too.
+LayerCollapseConfig.__doc__ = inspect.cleandoc(LayerCollapseConfig.__doc__ or "").replace(
+    "Raises:", f"{_described(dataclasses.fields(LayerCollapseConfig))}\n\nRaises:"
+)
 
 
 def _checked_blocks(blocks):

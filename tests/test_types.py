@@ -1,0 +1,69 @@
+"""What type checkers, `help` and the tools of this repository see."""
+
+import ast
+import dataclasses
+import os
+import pydoc
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import hf_layercollapse
+from hf_layercollapse import LayerCollapseConfig
+
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(hf_layercollapse.__file__).parent
+
+USER = """
+from hf_layercollapse import LayerCollapseConfig, collapse_model, plan_collapse
+from hf_layercollapse import colapse_model
+import hf_layercollapse
+
+hf_layercollapse.LayerColapseConfig()
+LayerCollapseConfig(penalty_strenght=1.0)
+reveal_type(plan_collapse)
+"""
+
+
+def test_a_misspelt_name_is_an_error_to_a_type_checker(tmp_path):
+    (tmp_path / "user.py").write_text(USER)
+    # What torch and transformers hold is not asked here, and takes a minute to read.
+    options = ["--follow-imports=skip", "--disable-error-code=import-untyped", "--cache-dir", str(tmp_path / "cache")]
+    options += ["--config-file", os.devnull]
+    result = subprocess.run(
+        [sys.executable, "-m", "mypy", *options, "user.py", str(PACKAGE / "__init__.py")],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    found = [line.partition(":")[2] for line in result.stdout.splitlines() if line.startswith("user.py")]
+    print(result.stdout, result.stderr)
+
+
+def test_every_public_name_is_there_for_type_checkers():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (checking,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    names = {}
+    for node in checking.body:
+        assert isinstance(node, ast.ImportFrom) and node.level == 1
+        # `X as X`: only so is a name given on.
+        names |= {alias.name: node.module for alias in node.names if alias.asname == alias.name}
+    assert names == hf_layercollapse._EXPORTS
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_help_explains_every_option():
+    text = re.sub(r"[\s|]+", " ", pydoc.plain(pydoc.render_doc(LayerCollapseConfig)))
+    for option in dataclasses.fields(LayerCollapseConfig):
+        assert f"{option.name} (`" in text
+        assert re.sub(r"[\s|]+", " ", option.metadata["help"]) in text, option.name
+
+
+def test_tools_have_one_version():
+    pinned = re.search(r"^ruff==(.+)$", (ROOT / ".ci" / "constraints.txt").read_text(), re.M)[1]
+    hook = re.search(r"ruff-pre-commit\n +rev: v(.+)", (ROOT / ".pre-commit-config.yaml").read_text())[1]
+    assert hook == pinned
