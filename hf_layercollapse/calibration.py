@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import psutil
 import torch
@@ -245,7 +246,7 @@ def _around_activation(block, turns, add, replacement=None):
 def _neuron_sums(model, inner, blocks, calibration_data, token_mask_fn, observe):
     """Block name -> `(tokens, sums of z, z^2, a, a^2 and z a per neuron)`, where `observe(block, add)` makes the
     hooks that call `add(z, a)`."""
-    sums = {}
+    sums: dict[str, Any] = {}
     tokens = TokenFilter(inner, token_mask_fn)
 
     def adder(block):
@@ -294,7 +295,7 @@ def collect_moments(model, inner, blocks, calibration_data, neurons=None, token_
     tokens = TokenFilter(inner, token_mask_fn)
     sums = {block.name: _MomentSums(neurons.get(block.name, [])) for block in blocks}
     # A block that is called again before its last linear ran (none known) would be mixed up: a stack, not a slot.
-    inputs = {block.name: [] for block in blocks}
+    inputs: dict[str, list[torch.Tensor]] = {block.name: [] for block in blocks}
     turns = _Turns()
 
     def observe(block):

@@ -109,7 +109,7 @@ def set_layer_collapse(
     for module in (model, *wrappers):
         _give_configs(module, copies)
     if model.name_or_path:
-        model.native_name_or_path = model.name_or_path
+        model.__dict__["native_name_or_path"] = model.name_or_path
     model.name_or_path = ""
     if layer_collapse is not None:
         prune_parallel_plans(model)
@@ -135,7 +135,7 @@ def _make_parts_native(model: PreTrainedModel, copies: dict[int, Any]) -> None:
                 config.name_or_path = ""
 
 
-def _give_configs(holder: nn.Module, copies: dict[int, Any]) -> None:
+def _give_configs(holder: Any, copies: dict[int, Any]) -> None:
     """Replaces configs by their copies, in a model or in what is around it."""
     if type(holder).__module__.startswith("peft."):
         for adapter in holder.peft_config.values():

@@ -8,7 +8,7 @@ import tempfile
 import time
 from inspect import signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import transformers
@@ -109,8 +109,8 @@ def inspect(
     check_files(plot=plot, json=json_file)
     if data is None and plot is not None:
         raise ValueError("--plot shows what is measured on data: pass --data too.")
-    device, out = usable_device(device), Output(json_file)
-    live = load_model(model, trust_remote_code).to(device)
+    on, out = usable_device(device), Output(json_file)
+    live = load_model(model, trust_remote_code).to(on)
     if data is None:
         out.say(_blocks_table(live))
         out.write([{key: getattr(b, key) for key in _COLUMNS} for b in find_feed_forward_blocks(live)])
@@ -126,8 +126,8 @@ def inspect(
         plot_linearity(result, [plot])
 
 
-_COLUMNS = ("name", "index", "kind", "state", "in_features", "hidden_features", "out_features", "rank")
-_COLUMNS += ("parameters", "macs")
+_COLUMNS: tuple[str, ...] = ("name", "index", "kind", "state", "in_features", "hidden_features", "out_features")
+_COLUMNS += ("rank", "parameters", "macs")
 
 
 def _blocks_table(model):
@@ -196,19 +196,19 @@ def collapse(
     if plan is not None and (blocks is not None or uniform_width or multiple_of != 1 or save_plan is not None):
         raise ValueError("--plan says which blocks collapse, and how: leave out --blocks, --uniform-width, "
                          "--multiple-of and --save-plan.")  # fmt: skip
-    wanted = parse_budget(budget) if budget is not None else None
+    wanted = parse_budget(budget) if budget is not None else {}
     check_files(save_plan=save_plan, plot=plot, json=json_file)
-    device, out, started = usable_device(device), Output(json_file), time.perf_counter()
+    on, out, started = usable_device(device), Output(json_file), time.perf_counter()
     made = CollapsePlan.load(plan) if plan is not None else None
     with new_folder(output) as folder:
-        live = load_model(model, trust_remote_code).to(device)
+        live = load_model(model, trust_remote_code).to(on)
         processor = load_processor(live, model, options, trust_remote_code)
         read = read_data(live, processor, data, options)
         out.say(f"data: {read}")
         out.say(_estimate(live, read, made is None, recovery_steps))
         if made is None:
-            shape = {"uniform_width": uniform_width, "multiple_of": multiple_of}
-            made = plan_collapse(live, read, **wanted, blocks=blocks or "all", **shape)
+            shape: dict[str, Any] = {**wanted, "uniform_width": uniform_width, "multiple_of": multiple_of}
+            made = plan_collapse(live, read, blocks=blocks or "all", **shape)
         out.say(f"{made}\n")
         if save_plan is not None:
             made.save(save_plan)
@@ -276,10 +276,10 @@ def compare(
 ):
     """Compares two models on the same data: accuracy or perplexity, size and latency, side by side."""
     check_files(json=json_file, card=card)
-    device, out = usable_device(device), Output(json_file)
+    on, out = usable_device(device), Output(json_file)
     names = {"dense": dense, "control": control, "collapsed": collapsed}
     names = {name: folder for name, folder in names.items() if folder is not None}
-    models = {name: load_model(folder, trust_remote_code).to(device) for name, folder in names.items()}
+    models = {name: load_model(folder, trust_remote_code).to(on) for name, folder in names.items()}
     _check_alike(models)
     processor = load_processor(models["dense"], dense, options, trust_remote_code)
     read = read_data(models["dense"], processor, data, options)
@@ -345,7 +345,7 @@ def export(
     report = export_model(live, inputs, output, to, cache=cache, processor=reader)
     out.say(report)
     times = {}
-    if dense is not None:
+    if dense is not None and benchmark is not None:
         with tempfile.TemporaryDirectory() as work:
             if to != "stock":
                 export_model(dense, inputs, Path(work) / "dense", to, cache=cache)
@@ -377,12 +377,12 @@ def latency(
 ):
     """Times two models in turn, against what their MACs promise, and says where that cannot show."""
     check_files(json=json_file)
-    device, out = usable_device(device), Output(json_file)
-    models = {name: load_model(name, trust_remote_code).to(device) for name in (dense, collapsed)}
+    on, out = usable_device(device), Output(json_file)
+    models = {name: load_model(name, trust_remote_code).to(on) for name in (dense, collapsed)}
     _check_alike(models)
     live = models[dense]
     reader = _processor_of(live, processor or dense, trust_remote_code)
-    inputs = inputs_of(example_inputs(live, reader, batch_size, length, 128), device)
+    inputs = inputs_of(example_inputs(live, reader, batch_size, length, 128), on)
     modes = ["eager", "compiled"] if compiled else ["eager"]
     found = measure_speedup(live, models[collapsed], inputs, modes, rounds)
     for speedup in found:

@@ -3,7 +3,9 @@
 import contextlib
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
+from typing import Any
 
 from accelerate.utils import is_compiled_module
 from transformers.modeling_utils import PreTrainedModel
@@ -110,8 +112,9 @@ def collapse_model(
     with _adapters_merged(model, inner, options, allow_none):
         chosen = _choose(inner, config, options, plan, calibration_data is not None, allow_none)
         first, data = _keep_first(calibration_data)
-        how = (options.neuron_choice, token_mask_fn, options.constant_term)
-        merges = _merges_of(chosen, data, options, lambda *these: fit_blocks(model, inner, *these, *how))
+        how: dict[str, Any] = {"neuron_choice": options.neuron_choice, "constant_term": options.constant_term}
+        fit = partial(fit_blocks, model, inner, **how, token_mask_fn=token_mask_fn)
+        merges = _merges_of(chosen, data, options, fit)
         _confirm_cuts(inner, merges)
         _refuse_errors(merges, max_error)
         logits = None if first is None else _finite_logits(model, first)
@@ -126,7 +129,7 @@ def collapse_model(
 
     reports = [merge.report for merge in merges] + [_waiting_report(block, options) for block in chosen.waiting]
     difference = None
-    if first is not None:
+    if logits is not None:
         pairs = zip(logits, logits_of(model, first), strict=True)
         difference = max(float((before - after).abs().max()) for before, after in pairs)
     return CollapseReport(

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -231,7 +232,8 @@ def compare_models(
     scores = {name: _score(model, batches, metric, name, progress) for name, model in models.items()}
     latencies = compare_latency(models, timed, rounds, warmup, progress)
 
-    measured, before = [], {}
+    measured: list[MeasuredModel] = []
+    before: dict[str, Any] = {}
     for name, model in models.items():
         quality, interval = _quality(metric, scores[name])
         measured.append(

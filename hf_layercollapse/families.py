@@ -1,6 +1,7 @@
 """How each family of models spells its feed-forward block, as data; finding blocks; why one is refused."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -348,7 +349,7 @@ def _in_forward_order(model, blocks):
     """Modules are registered in the order they run in, with one exception: a layer that holds a block itself comes
     before the blocks inside its children (MobileBERT's further feed-forward networks), and runs it last."""
     ordered = []
-    open_layers = []
+    open_layers: list[Any] = []
     for block in blocks:
         while open_layers and not block.holder.startswith(f"{open_layers[-1].holder}."):
             ordered.append(open_layers.pop())

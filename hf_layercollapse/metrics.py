@@ -206,7 +206,7 @@ def paired_perplexity_difference(losses, baseline_losses, tokens, confidence=0.9
 
     # A few samples at a time: all at once would be an array of samples by sequences.
     rng, count = np.random.default_rng(seed), len(losses)
-    drawn = []
+    drawn: list[np.ndarray] = []
     while len(drawn) < resamples:
         counts = rng.multinomial(count, np.full(count, 1 / count), size=min(100, resamples - len(drawn)))
         drawn.extend(value(counts[counts @ tokens > 0]))

@@ -22,6 +22,7 @@ import re
 import shutil
 import tempfile
 import threading
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -196,7 +197,7 @@ def auto_class_mappings():
 
     Upstream: `auto_factory._BaseAutoModelClass` and its `_model_mapping`; `register` is public, looking up is not.
     """
-    found = []
+    found: list[tuple[type, Any]] = []
     for auto_class in list(modeling_auto.__dict__.values()):
         if isinstance(auto_class, type) and issubclass(auto_class, auto_factory._BaseAutoModelClass):
             if auto_class._model_mapping is not None:
@@ -786,7 +787,7 @@ _SPECS = {
 }
 # What a `narrow_ffn` entry says beside that: the whole of an MLP module, or one part of a block that other code runs
 # around (the last linear is a `linear` or `conv1d` there, and so is the first below full rank).
-_NARROW_PARTS = {
+_NARROW_PARTS: dict[str, dict[str, tuple]] = {
     "block": {
         "in_features": _WIDTH,
         "out_features": _WIDTH,
@@ -1069,7 +1070,7 @@ def linear_shape(module, what="module"):
 # ----------------------------------------------------------------------------------------------------
 
 # Classes that families' activations are of, and nothing else that stands beside linears.
-ACTIVATIONS = {nn.GELU, *(kind if isinstance(kind, type) else kind[0] for kind in ACT2CLS.values())}
+ACTIVATIONS = {nn.GELU, *(kind[0] if isinstance(kind, tuple) else kind for kind in ACT2CLS.values())}
 
 _NARROW_LINEARS = ("gate", "up", "down")
 
@@ -1326,7 +1327,15 @@ def _layer_of(name):
 # ----------------------------------------------------------------------------------------------------
 
 
-def push_failed(repo_id):
+# What stands after the mixins in every class that is built.
+if TYPE_CHECKING:
+    _ConfigBase = PreTrainedConfig
+    _ModelBase = PreTrainedModel
+else:
+    _ConfigBase = _ModelBase = object
+
+
+def push_failed(repo_id: str) -> str:
     """What to say where a push was interrupted: a commit is there as a whole or not at all."""
     return (
         f"The push to {repo_id} did not go through. Nothing is lost here; on the Hub a commit is made as a whole or "
@@ -1334,7 +1343,7 @@ def push_failed(repo_id):
     )
 
 
-class LayerCollapseConfigMixin:
+class LayerCollapseConfigMixin(_ConfigBase):
     """In front of a native config class: writes the format, and the code that reads it, into every saved folder."""
 
     @classmethod
@@ -1523,7 +1532,7 @@ PATCH_THE_WHOLE = (
 _under_construction: list[tuple[int, dict]] = []
 
 
-class LayerCollapseModelMixin:
+class LayerCollapseModelMixin(_ModelBase):
     """In front of a native model class: builds the native model, reshapes it by the table, and loads strictly."""
 
     # What `push_to_hub` is given while it runs.
@@ -1531,9 +1540,9 @@ class LayerCollapseModelMixin:
     # What a model was called before it was patched or collapsed in memory: where its tokenizer is.
     native_name_or_path = ""
     # Keys of the state dict that the table made, in a model that was built by it.
-    _table_keys = frozenset()
+    _table_keys: frozenset[str] = frozenset()
     # Keys in the checkpoint of a table whose paths are of another transformers -> keys of the state dict.
-    _renamed_keys = {}
+    _renamed_keys: dict[str, str] = {}
 
     def __init__(self, config=None, *args, **kwargs):
         if not isinstance(config, LayerCollapseConfigMixin):
@@ -1927,9 +1936,9 @@ class StoredConfig(PreTrainedConfig):
         return built.from_dict(config_dict, **kwargs)
 
 
-_built = {}
+_built: dict[Any, type] = {}
 # The same classes, from before transformers' registries know them.
-_made = {}
+_made: dict[Any, type] = {}
 
 
 def _once(key, make, register):

@@ -6,6 +6,7 @@ and a line of its own.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -160,7 +161,7 @@ def plot_tradeoff(
 
 def _points(rows, key, factor, size):
     """`(x, y, (below, above) of x, (below, above) of y)` of each setting, from small to large x."""
-    settings = {}
+    settings: dict[str, Any] = {}
     for row in rows:
         settings.setdefault(row.get("setting", row[size]), []).append(row)
     points = []

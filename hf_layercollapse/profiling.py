@@ -219,7 +219,7 @@ def _seconds_of(calls, rounds, warmup, progress):
     if rounds < 2 or warmup < 0:
         raise ValueError(f"Need rounds >= 2 and warmup >= 0, got rounds={rounds}, warmup={warmup}.")
     names = list(calls)
-    seconds = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     with ExitStack() as stack:
         for model, _ in calls.values():
             stack.enter_context(evaluating(model))

@@ -140,7 +140,8 @@ def recover_model(
         targets = _Targets(teacher, top_k)
         before, held_count = _measure(model, inner, held, targets)
         run = _Run(model, inner, targets, parameters, learning_rate, max_steps, seed)
-        curve, best, best_step, lost = [(0, None, before)], before, 0, 0
+        curve: list[tuple[int, float | None, float]] = [(0, None, before)]
+        best, best_step, lost = before, 0, 0
         kept = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
         every = max(1, -(-max_steps // EVALUATIONS))
         for step, loss in run.steps(training, every):

@@ -6,6 +6,7 @@ list, a generator and a shuffled loader of the same rows are the same data.
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ class DistinctRows:
 
     def __iter__(self):
         self.rows = self.distinct = 0
-        seen = set()
+        seen: set[bytes] = set()
         for batch in self.data:
             if not isinstance(batch, Mapping):
                 raise ValueError(not_inputs(batch))
@@ -118,7 +119,8 @@ def joined(parts) -> list:
     """Rows from many batches in batches as large as the largest of these, full ones first. Only rows of one shape are
     put together."""
     parts = list(parts)
-    groups, size = {}, max((row_count(part) or 0 for part in parts), default=0)
+    groups: dict[str, list[Any]] = {}
+    size = max((row_count(part) or 0 for part in parts), default=0)
     batches, whole = [], [part for part in parts if row_count(part) is None]
     for part in parts:
         if row_count(part) is not None:
@@ -129,9 +131,9 @@ def joined(parts) -> list:
             name: torch.cat([part[name] for part in group]) if isinstance(value, torch.Tensor) else value
             for name, value in group[0].items()
         }
-        count = row_count(rows)
+        count = row_count(rows) or 0
         batches += [take(rows, range(start, min(start + size, count))) for start in range(0, count, size)]
-    return whole + sorted(batches, key=row_count, reverse=True)
+    return whole + sorted(batches, key=lambda batch: row_count(batch) or 0, reverse=True)
 
 
 class _Part:

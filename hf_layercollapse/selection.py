@@ -92,7 +92,7 @@ def _of_part(blocks, part):
 
 def _parts(blocks):
     """In words, the modules that `blocks` can name as parts."""
-    names = {}
+    names: dict[str, None] = {}
     for block in blocks:
         components = block.name.split(".")
         depth = next((i for i, component in enumerate(components) if component.isdigit()), len(components) - 1)

@@ -3,6 +3,7 @@
 import bisect
 import statistics
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,7 +65,8 @@ def measure_shapes(model, inner, blocks, batch, rank_shares, multiple_of, consta
         batch (`dict[str, Tensor]`): Model inputs.
         rank_shares, multiple_of, constant_term: As of a plan.
     """
-    inputs, same = {}, {}
+    inputs: dict[str, torch.Tensor] = {}
+    same: dict[Any, list[Any]] = {}
     for block in blocks:
         same.setdefault(_shape_of(block), []).append(block)
     handles = []

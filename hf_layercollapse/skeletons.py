@@ -12,6 +12,7 @@ import weakref
 import zlib
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,7 +147,7 @@ def attributes_of(module):
 
 
 # Class -> the same with `_Reads` in front; kept no longer than copies of it.
-_recording = weakref.WeakValueDictionary()
+_recording: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 def _recording_class(kind):

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from transformers.modeling_utils import PreTrainedModel
@@ -65,7 +66,7 @@ def _config_parts(config, path=()):
 def governing_fields(model, config, native_blocks):
     """Block -> the config field that sets its hidden width, `(path of the config inside the config, name)`; seen by
     building models with each field changed."""
-    governed = {}
+    governed: dict[str, Any] = {}
     hidden = {block.hidden_features for block in native_blocks.values()}
     features = {block.in_features for block in native_blocks.values()}
     for path, part in _config_parts(config):
@@ -142,7 +143,7 @@ def check_native(model, groups, widths):
     config = native_config(model.config)
     dense = build_native(model, config, meta=True)
     native_blocks = {block.name: block for block in bind_blocks(dense)}
-    wanted = {}
+    wanted: dict[str, Any] = {}
     for group, width in zip(groups, widths, strict=True):
         path, name = group.field
         old = getattr(part_of(config, path), name)
