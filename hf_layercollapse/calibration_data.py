@@ -7,9 +7,11 @@ from functools import partial
 from inspect import signature
 from itertools import islice
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin, SequenceFeatureExtractor
 from transformers.image_utils import is_pil_image
 from transformers.modeling_utils import PreTrainedModel
@@ -334,14 +336,14 @@ class CalibrationData:
         return batch
 
 
-def model_inputs(data, processing_class, model):
+def model_inputs(data: Any, processing_class: Any, model: nn.Module) -> Any:
     """Calibration data as it was given, or made by the processing class if there is one."""
     if processing_class is None or data is None or isinstance(data, CalibrationData):
         return data
     return CalibrationData(data, processing_class, model)
 
 
-def longest_row(max_length, model, tokenizer) -> int:
+def longest_row(max_length: int | None, model: nn.Module, tokenizer: Any) -> int:
     """Tokens of a row at most: as asked for, or what the model and its tokenizer take, up to [`MOST_TOKENS`].
 
     Raises:
@@ -355,7 +357,7 @@ def longest_row(max_length, model, tokenizer) -> int:
     return max_length
 
 
-def positions_of(model) -> int | None:
+def positions_of(model: nn.Module) -> int | None:
     """How many tokens a model takes; `None` where nothing limits them, or its config does not say it."""
     if not isinstance(model, PreTrainedModel):
         return None

@@ -1,12 +1,13 @@
 """LayerCollapse for a Trainer whose class cannot be changed."""
 
 from functools import partial
+from typing import Any
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.modeling_utils import PreTrainedModel
-from transformers.training_args import ParallelMode
+from transformers.training_args import ParallelMode, TrainingArguments
 from transformers.utils import logging
 
 from .config import LayerCollapseConfig
@@ -66,7 +67,9 @@ class LayerCollapseCallback(TrainerCallback):
         self._activations: dict[str, CollapsibleActivation] = {}
         self._names_base, self._warned_of_frozen = False, False
 
-    def on_init_end(self, args, state, control, model=None, **kwargs):
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs
+    ) -> None:
         if self.config is None:
             return
         _, model = _what_is_trained(args, model, **kwargs)
@@ -78,7 +81,15 @@ class LayerCollapseCallback(TrainerCallback):
             # only: adapters ask the model.
             inner.config.name_or_path, self._names_base = name, True
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs,
+    ) -> None:
         args, model = _what_is_trained(args, model, **kwargs)
         if self._names_base:
             forget_base(model)
@@ -122,14 +133,23 @@ class LayerCollapseCallback(TrainerCallback):
     def _penalty_strength(self, config):
         return penalty_strength_at(config, self._state.global_step, self._state.max_steps)
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs
+    ) -> None:
         args, model = _what_is_trained(args, model, **kwargs)
         # fp16 on a GPU, where the Trainer scales the loss.
         alone = args.parallel_mode != ParallelMode.DISTRIBUTED and not args.fp16
         assert self._alpha_steps is not None
         self._alpha_steps.follow(model, alone)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Any = None,
+        **kwargs,
+    ) -> None:
         if not any(map(_is_training_loss, logs)) or self.config is None or self._alpha_steps is None:
             return
         alphas = {str(i): module.alpha for i, module in enumerate(self._activations.values())}

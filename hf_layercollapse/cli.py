@@ -220,7 +220,7 @@ def collapse(
             raise ValueError("No block can collapse within this budget; nothing was saved.")
         teacher = copy.deepcopy(live) if recovery_steps else None
         report = collapse_model(live, plan=made, calibration_data=read)
-        recovery = recover_model(live, teacher, read, max_steps=recovery_steps) if recovery_steps else None
+        recovery = recover_model(live, teacher, read, max_steps=recovery_steps) if teacher is not None else None
         live.save_pretrained(folder)
         base = None if Path(model).exists() else model
         create_model_card(live, report, name=output.name, base_model=base).save(folder / "README.md")
@@ -287,7 +287,7 @@ def compare(
     result = compare_models(
         models,
         read,
-        folders={name: weights_folder(folder) for name, folder in names.items()},
+        folders={name: weights_folder(str(folder)) for name, folder in names.items()},
         rounds=rounds,
         source=(data, options.data_config, None if Path(data).exists() else options.split),
     )

@@ -2,22 +2,25 @@
 
 import contextlib
 import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
 from accelerate.utils import is_compiled_module
+from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from . import functional
 from .adapters import is_copied, restored_on_error
 from .block_sizes import fit_size
 from .blocks import BoundBlock, bind_blocks, check_weights, confirm_wiring, survey
-from .calibration import CANDIDATES_PER_NEURON, collect_moments, logits_of, reiterable, score_neurons
+from .calibration import CANDIDATES_PER_NEURON, BlockMoments, collect_moments, logits_of, reiterable, score_neurons
 from .calibration_data import model_inputs
 from .classes import refuse_lost_code
 from .config import LayerCollapseConfig
+from .families import FeedForwardBlock
 from .loss_metric import measure_metrics
 from .merging import (
     BlockChoice,
@@ -41,6 +44,7 @@ from .patching import (
     refuse_lost_code_inside,
     restore_blocks,
 )
+from .plans import CollapsePlan
 from .reports import BlockReport, CollapseReport
 from .selection import select_blocks
 from .upstream import uncompiled
@@ -51,14 +55,14 @@ LOGIT_BATCHES = 8
 
 
 def collapse_model(
-    model,
+    model: nn.Module,
     config: LayerCollapseConfig | None = None,
-    calibration_data=None,
-    plan=None,
+    calibration_data: Iterable[Any] | None = None,
+    plan: CollapsePlan | None = None,
     max_error: float | None = None,
     allow_none: bool = False,
-    token_mask_fn=None,
-    processing_class=None,
+    token_mask_fn: Callable[..., Any] | None = None,
+    processing_class: Any = None,
 ) -> CollapseReport:
     """Collapses feed-forward blocks in place: each becomes one linear map.
 
@@ -154,7 +158,7 @@ def _check_arguments(config, plan, max_error):
         raise ValueError("Pass `plan` or `config`, not both: each says which blocks collapse, and how.")
 
 
-def collapse_as(model, names):
+def collapse_as(model: nn.Module, names: Any) -> None:
     """Collapses these patched blocks in place whatever their alphas are, for weights that are loaded afterwards."""
     inner, wrappers = unwrap(model)
     blocks = [block for block in bind_blocks(inner) if block.name in names]
@@ -299,7 +303,7 @@ def _choice(block, options):
     return BlockChoice(options.rank, options.keep_neurons)
 
 
-def check_choices(blocks, choices):
+def check_choices(blocks: Sequence[FeedForwardBlock], choices: Mapping[str, BlockChoice]) -> None:
     """Raises if a block cannot become what is asked of it.
 
     Raises:
@@ -384,8 +388,15 @@ def _merges_of(chosen, data, options, fit):
 
 
 def fit_blocks(
-    model, inner, blocks, choices, data, neuron_choice="greedy", token_mask_fn=None, constant_term="native"
-):
+    model: nn.Module,
+    inner: nn.Module,
+    blocks: Sequence[BoundBlock],
+    choices: Mapping[str, Any],
+    data: Iterable[Any],
+    neuron_choice: str = "greedy",
+    token_mask_fn: Callable[..., Any] | None = None,
+    constant_term: str = "native",
+) -> dict[str, functional.Fit]:
     """Block name -> the least-squares [`functional.Fit`] of what it is to become, in one pass over the data, or in two
     where neurons have to be chosen.
     """
@@ -424,7 +435,7 @@ def fit_blocks(
     return fits
 
 
-def best_fit(moments, rank, count=None):
+def best_fit(moments: BlockMoments, rank: int | None, count: int | None = None) -> functional.Fit:
     """The fit with the `count` neurons that explain most, chosen from those of the moments; `None`: all of them."""
     if count is not None and count < len(moments.neurons):
         cov_ff, cov_fo, width = moments.cov_ff, moments.cov_fo, moments.width

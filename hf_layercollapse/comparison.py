@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,12 +102,12 @@ class Comparison:
             raise KeyError(f"No model named {name!r} was compared; there are {list(found)}.")
         return found[name]
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values) -> "Comparison":
+    def from_dict(cls, values: dict[str, Any]) -> "Comparison":
         """The inverse of `to_dict`, also after JSON."""
         models = [
             MeasuredModel(
@@ -121,16 +121,16 @@ class Comparison:
         ]
         return cls(**{**values, "models": models})
 
-    def save(self, path):
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes it as JSON."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path) -> "Comparison":
+    def load(cls, path: str | os.PathLike[str]) -> "Comparison":
         """What `save` wrote."""
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
-    def rows(self):
+    def rows(self) -> list[list[str]]:
         """What was measured as rows of text: the head, then one for each quantity, a column for each model."""
         first, *others = self.models
         rows = [["", *(model.name for model in self.models)]]
@@ -185,13 +185,13 @@ def _difference(metric, numbers):
 
 def compare_models(
     models: Mapping[str, nn.Module],
-    data,
+    data: Iterable[Any],
     folders: Mapping[str, str] | None = None,
     rounds: int = 30,
     warmup: int = 5,
     source: tuple[str | None, ...] = (),
     progress: bool = True,
-    processing_class=None,
+    processing_class: Any = None,
 ) -> Comparison:
     """Measures models side by side: accuracy or perplexity on the same inputs, size, and latency in turn.
 
@@ -366,8 +366,8 @@ def _paired(metric, score, baseline):
     return paired_perplexity_difference(score[0], baseline[0], score[1], CONFIDENCE)
 
 
-def weights_folder(name):
+def weights_folder(name: str) -> str:
     """The folder that a model was loaded from: itself, or what the Hub's cache holds of that name."""
     if os.path.isdir(name):
         return name
-    return os.path.dirname(transformers.utils.cached_file(name, transformers.utils.CONFIG_NAME))
+    return os.path.dirname(str(transformers.utils.cached_file(name, transformers.utils.CONFIG_NAME)))

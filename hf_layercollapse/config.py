@@ -242,7 +242,7 @@ class LayerCollapseConfig:
             raise ValueError("rank=0 leaves the kept neurons only, so it needs `keep_neurons` > 0.")
 
     @classmethod
-    def paper(cls, blocks="all", **kwargs):
+    def paper(cls, blocks: str | list[str] | list[int] = "all", **kwargs) -> "LayerCollapseConfig":
         """The patch of the paper's authors: the activation becomes PReLU with slope 0.01, whatever it was before.
 
         For models that were trained with GELU or SiLU this changes the outputs at once (GPT-2's perplexity on

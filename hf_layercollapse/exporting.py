@@ -10,11 +10,14 @@ import copy
 import importlib.util
 import inspect
 import json
+import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -75,7 +78,7 @@ class ExportReport:
     blocks: int
     stock: StockReport | None = None
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         return asdict(self)
 
@@ -95,7 +98,7 @@ class ExportReport:
         return "\n".join(lines)
 
 
-def check_format(to):
+def check_format(to: str) -> None:
     """Raises if nothing can be exported to this format here.
 
     Raises:
@@ -112,7 +115,16 @@ def check_format(to):
 
 
 @torch.no_grad()
-def export_model(model, inputs, output, to="onnx", *, cache=None, processor=None, tolerance=None) -> ExportReport:
+def export_model(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    output: str | os.PathLike[str],
+    to: str = "onnx",
+    *,
+    cache: bool | None = None,
+    processor: Any = None,
+    tolerance: float | None = None,
+) -> ExportReport:
     """Exports a dense, patched or collapsed model, and compares the files with it in the runtime they are for.
 
     - `"onnx"`: `model.onnx` (weights beside it), for ONNX Runtime.
@@ -256,7 +268,7 @@ def _resize(inputs, rows, length):
 
 
 @torch.no_grad()
-def decoder_step(model, inputs, past) -> dict:
+def decoder_step(model: PreTrainedModel, inputs: Mapping[str, Any], past: int) -> dict:
     """What a graph with a cache takes, for the tokens of a batch after the first `past` ones.
 
     Args:
@@ -393,10 +405,10 @@ class ExportedRuntime(nn.Module):
         super().__init__()
         self.exported = exported
 
-    def forward(self, **inputs):
+    def forward(self, **inputs) -> Any:
         return self.exported(**inputs)
 
-    def names(self):
+    def names(self) -> tuple[list[str], list[str]]:
         """`(inputs, outputs)` of the graph."""
         runner = next(iter(self.exported.runners.values()))
         if self.exported.export_format == "onnx":
@@ -405,7 +417,7 @@ class ExportedRuntime(nn.Module):
         return [port.get_any_name() for port in compiled.inputs], [port.get_any_name() for port in compiled.outputs]
 
 
-def load_exported(folder, precision="f32") -> nn.Module:
+def load_exported(folder: str | os.PathLike[str], precision: Any = "f32") -> nn.Module:
     """What [`export_model`] wrote, on its runtime, on the CPU, with as many threads as torch uses.
 
     It is called as the model it came from, so [`compare_latency`] times it; with a cache it takes what
@@ -477,7 +489,9 @@ save_file(found, outputs)
 """
 
 
-def logits_without_plugin(folder, batches, work) -> list[torch.Tensor]:
+def logits_without_plugin(
+    folder: str | os.PathLike[str], batches: Sequence[Any], work: str | os.PathLike[str]
+) -> list[torch.Tensor]:
     """First outputs of a saved native model, in a process that does not import this package.
 
     Args:

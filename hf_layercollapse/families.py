@@ -91,14 +91,14 @@ class FeedForwardLayout:
             )
 
     @property
-    def gated(self):
+    def gated(self) -> bool:
         return self.gate is not None or self.fused is not None
 
     @property
-    def linears(self):
+    def linears(self) -> tuple[str, ...]:
         return tuple(path for path in (self.gate, self.up, self.down) if path is not None)
 
-    def split(self, tensor, dim):
+    def split(self, tensor: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`(gate, up)` halves of what a fused linear gives, or of its weight or bias, along `dim`."""
         if self.fused == "interleaved":
             even = torch.arange(0, tensor.shape[dim], 2, device=tensor.device)
@@ -106,7 +106,7 @@ class FeedForwardLayout:
         first, second = tensor.chunk(2, dim)
         return (first, second) if self.fused == "gate,up" else (second, first)
 
-    def join(self, gate, up, dim):
+    def join(self, gate: torch.Tensor, up: torch.Tensor, dim: int) -> torch.Tensor:
         """The inverse of [`~FeedForwardLayout.split`]: the weight or bias of a fused linear."""
         if self.fused == "interleaved":
             return torch.stack([gate, up], dim + 1).flatten(dim, dim + 1)
@@ -187,7 +187,7 @@ RATIO_FIELDS = ("mlp_ratio", "expansion_ratio")
 BIAS_FIELDS = ("mlp_bias",)
 
 
-def register_feed_forward_layout(layout: FeedForwardLayout):
+def register_feed_forward_layout(layout: FeedForwardLayout) -> None:
     """Adds a way to spell a feed-forward block, for models that no row of the table fits. It is tried last.
 
     Args:
@@ -246,17 +246,17 @@ class FeedForwardBlock:
     rank: int | None = None
 
     @property
-    def can_collapse(self):
+    def can_collapse(self) -> bool:
         """Whether its own code computes it: it is dense, patched, or collapsed to fewer neurons. Such a block can be
         patched and collapsed, and narrowed again."""
         return self.wiring is not None
 
-    def path(self, part):
+    def path(self, part: str) -> str:
         """Qualified name of a part, given its path inside the block."""
         return f"{self.holder}.{part}" if self.holder else part
 
 
-def find_feed_forward_blocks(model) -> list[FeedForwardBlock]:
+def find_feed_forward_blocks(model: nn.Module) -> list[FeedForwardBlock]:
     """The feed-forward blocks of a model that can be patched and collapsed, and those that are collapsed, in forward
     order.
 
@@ -271,12 +271,12 @@ def find_feed_forward_blocks(model) -> list[FeedForwardBlock]:
     return survey_blocks(model)[0]
 
 
-def refused_blocks(model) -> dict[str, str]:
+def refused_blocks(model: nn.Module) -> dict[str, str]:
     """What looks like a feed-forward block of the model but cannot be patched: name -> reason."""
     return survey_blocks(model)[1]
 
 
-def survey_blocks(model):
+def survey_blocks(model: nn.Module) -> tuple[list[FeedForwardBlock], dict[str, str]]:
     """`(blocks, refused)` as [`find_feed_forward_blocks`] and [`refused_blocks`] give them, in one pass."""
     model = unwrap(model)[0]
     found = _Survey(model)

@@ -6,7 +6,9 @@ as `nn.Linear` stores it. Everything is computed in float64 unless said otherwis
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -27,7 +29,14 @@ EXACT_CANDIDATES = 512
 _TINY = 1e-30
 
 
-def merge_plain(up_weight_mi, up_bias_m, down_weight_om, down_bias_o, slope_m=1.0, offset_m=0.0):
+def merge_plain(
+    up_weight_mi: torch.Tensor,
+    up_bias_m: torch.Tensor | None,
+    down_weight_om: torch.Tensor,
+    down_bias_o: torch.Tensor | None,
+    slope_m: torch.Tensor | float = 1.0,
+    offset_m: torch.Tensor | float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`down(slope * up(x) + offset)` as one linear map (LayerCollapse, arXiv 2311.17943, with slope 1 and offset 0).
 
     Args:
@@ -50,7 +59,13 @@ def merge_plain(up_weight_mi, up_bias_m, down_weight_om, down_bias_o, slope_m=1.
     return weight_oi, bias_o
 
 
-def merge_gated(up_weight_mi, up_bias_m, down_weight_om, down_bias_o, gate_m=1.0):
+def merge_gated(
+    up_weight_mi: torch.Tensor,
+    up_bias_m: torch.Tensor | None,
+    down_weight_om: torch.Tensor,
+    down_bias_o: torch.Tensor | None,
+    gate_m: torch.Tensor | float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`down(gate * up(x))` with a constant gate, as one linear map.
 
     Args:
@@ -66,7 +81,9 @@ def _double(value):
     return value.double() if isinstance(value, torch.Tensor) else value
 
 
-def affine_target(count, sum_z_m, sum_zz_m, sum_a_m, sum_za_m):
+def affine_target(
+    count: int, sum_z_m: torch.Tensor, sum_zz_m: torch.Tensor, sum_a_m: torch.Tensor, sum_za_m: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The line through an activation's inputs and outputs that fits best, per neuron, from sums over tokens.
 
     `slope = cov(z, act(z)) / var(z)`, `offset = mean(act(z)) - slope * mean(z)`; a neuron whose input does not vary
@@ -88,7 +105,14 @@ def affine_target(count, sum_z_m, sum_zz_m, sum_a_m, sum_za_m):
     return slope, mean_a - slope * mean_z
 
 
-def second_moments(total, sum_f, sum_o, moments_ff, cross_fo, moments_oo):
+def second_moments(
+    total: float,
+    sum_f: torch.Tensor,
+    sum_o: torch.Tensor,
+    moments_ff: torch.Tensor,
+    cross_fo: torch.Tensor,
+    moments_oo: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Means and centred second moments from (weighted) sums over tokens.
 
     Args:
@@ -106,7 +130,7 @@ def second_moments(total, sum_f, sum_o, moments_ff, cross_fo, moments_oo):
     return sum_f / total, sum_o / total, cov_ff, cov_fo, cov_oo
 
 
-def regress(cov_ff, cov_fo, ridge=RIDGE, refine=REFINE):
+def regress(cov_ff: torch.Tensor, cov_fo: torch.Tensor, ridge: float = RIDGE, refine: int = REFINE) -> torch.Tensor:
     """`argmin_A E |y - A^T f|^2` over centred features, shape `(f, o)`.
 
     Args:
@@ -140,7 +164,7 @@ def _damped_factor(cov_ff, ridge):
     return correlation, scale, factor
 
 
-def effective_rank(cov_ff, least_share=LEAST_SHARE):
+def effective_rank(cov_ff: torch.Tensor, least_share: float = LEAST_SHARE) -> float:
     """How many dimensions features span (float): the effective degrees of freedom of a fit to them with such a ridge,
     `tr(C (C + ridge)^-1)` of their correlations `C`.
 
@@ -154,7 +178,7 @@ def effective_rank(cov_ff, least_share=LEAST_SHARE):
     return float((1 - least_share * inverse.square().sum(0))[varies].sum().clamp_min(0))
 
 
-def generalized(residual, tokens, features):
+def generalized(residual: float, tokens: int, features: float) -> float:
     """What a least-squares fit leaves unexplained on other data than its own, by generalised cross-validation.
 
     `residual / (1 - features / tokens)^2` (Golub, Heath and Wahba 1979): each feature explains a part of its own data
@@ -168,13 +192,20 @@ def generalized(residual, tokens, features):
     return residual / (1 - features / tokens) ** 2 if features < tokens else math.inf
 
 
-def unexplained(cov_ff, cov_fo, var_o, solution_fo):
+def unexplained(cov_ff: torch.Tensor, cov_fo: torch.Tensor, var_o: torch.Tensor, solution_fo: torch.Tensor) -> float:
     """Variance of `y - A^T f`, summed over outputs (float)."""
     explained = 2 * (solution_fo * cov_fo).sum() - (solution_fo * (cov_ff @ solution_fo)).sum()
     return float((var_o.sum() - explained).clamp_min(0))
 
 
-def reduced_rank(cov_ff, cov_fo, width, rank, ridge=RIDGE, refine=REFINE):
+def reduced_rank(
+    cov_ff: torch.Tensor,
+    cov_fo: torch.Tensor,
+    width: int,
+    rank: int,
+    ridge: float = RIDGE,
+    refine: int = REFINE,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The best `y = P V x + D h` with `rank(P V) <= rank`, for features `f = [x, h]` (Izenman 1975).
 
     Args:
@@ -205,14 +236,21 @@ def reduced_rank(cov_ff, cov_fo, width, rank, ridge=RIDGE, refine=REFINE):
     return left, right, regress(hh, rest, ridge, refine)
 
 
-def balance(left_or, right_ri):
+def balance(left_or: torch.Tensor, right_ri: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The same product with channels of one norm on both sides: what half precision represents best."""
     left, right = left_or.norm(dim=0), right_ri.norm(dim=1)
     factor = torch.where((left > 0) & (right > 0), (right / left.clamp_min(1e-300)).sqrt(), 1.0)
     return left_or * factor, right_ri / factor[:, None]
 
 
-def line_residual(count, sum_z_m, sum_zz_m, sum_a_m, sum_aa_m, sum_za_m):
+def line_residual(
+    count: int,
+    sum_z_m: torch.Tensor,
+    sum_zz_m: torch.Tensor,
+    sum_a_m: torch.Tensor,
+    sum_aa_m: torch.Tensor,
+    sum_za_m: torch.Tensor,
+) -> torch.Tensor:
     """Variance of each neuron's activation that the best line through its pre-activation leaves unexplained."""
     slope, _ = affine_target(count, sum_z_m, sum_zz_m, sum_a_m, sum_za_m)
     variance_a = sum_aa_m / count - (sum_a_m / count).square()
@@ -220,7 +258,15 @@ def line_residual(count, sum_z_m, sum_zz_m, sum_a_m, sum_aa_m, sum_za_m):
     return (variance_a - slope * covariance).clamp_min(0)
 
 
-def greedy_neurons(cov_ff, cov_fo, width, count, given=None, ridge=RIDGE, batch=None):
+def greedy_neurons(
+    cov_ff: torch.Tensor,
+    cov_fo: torch.Tensor,
+    width: int,
+    count: int,
+    given: torch.Tensor | None = None,
+    ridge: float = RIDGE,
+    batch: int | None = None,
+) -> tuple[list[int], torch.Tensor]:
     """Neurons in the order of greedy orthogonal least squares: each the one whose addition explains most of what is
     left of `y`, and how much all up to it explain.
 
@@ -258,7 +304,8 @@ def greedy_neurons(cov_ff, cov_fo, width, count, given=None, ridge=RIDGE, batch=
     batch = max(32, count // 20) if batch is None else batch
     pool = max(4 * batch, EXACT_CANDIDATES if hh.shape[0] <= EXACT_CANDIDATES else 0)
     taken = torch.zeros(hh.shape[0], dtype=torch.bool, device=hh.device)
-    chosen, gains = [], []
+    chosen: list[int] = []
+    gains: list[float] = []
     while len(chosen) < count:
         diagonal = left_hh.diagonal()
         score = torch.where(diagonal > floor, rest_ho.square().sum(1) / diagonal.clamp_min(_TINY), -1.0)
@@ -340,27 +387,29 @@ class Fit:
         return None if self.left_or is None else self.left_or.shape[1]
 
 
-def about_origin(mean_f, mean_o, cov_ff, cov_fo, cov_oo):
+def about_origin(
+    mean_f: torch.Tensor, mean_o: torch.Tensor, cov_ff: torch.Tensor, cov_fo: torch.Tensor, cov_oo: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     """Centred moments about the origin: `(E f f^T, E f y^T, E y y^T)`. What is fitted to them has no constant term."""
     pairs = ((cov_ff, mean_f, mean_f), (cov_fo, mean_f, mean_o), (cov_oo, mean_o, mean_o))
     return tuple(moment + torch.outer(first, second) for moment, first, second in pairs)
 
 
 def fit_block(
-    mean_f,
-    mean_o,
-    cov_ff,
-    cov_fo,
-    var_o,
-    width,
-    neurons=(),
-    rank=None,
-    ridge=RIDGE,
-    refine=REFINE,
-    constant=True,
-    inflation=1.0,
-    right_ri=None,
-):
+    mean_f: torch.Tensor,
+    mean_o: torch.Tensor,
+    cov_ff: torch.Tensor,
+    cov_fo: torch.Tensor,
+    var_o: torch.Tensor,
+    width: int,
+    neurons: Sequence[int] = (),
+    rank: int | None = None,
+    ridge: float = RIDGE,
+    refine: int = REFINE,
+    constant: bool = True,
+    inflation: float = 1.0,
+    right_ri: torch.Tensor | None = None,
+) -> Fit:
     """The least-squares [`Fit`] of a block from the moments of its features `[x, h_K]`.
 
     Args:
@@ -409,7 +458,7 @@ def fit_block(
     )
 
 
-def shrinkage(matrix_oo, fourth, rows):
+def shrinkage(matrix_oo: torch.Tensor, fourth: float, rows: int) -> float:
     """How much of a second moment `E[g g^T]` that was seen on few rows to replace by `mu I`, with the same trace.
 
     `min(1, E|g g^T - G|^2 / (n |G - mu I|^2))`, Ledoit and Wolf 2004 (A well-conditioned estimator for
@@ -430,19 +479,19 @@ def shrinkage(matrix_oo, fourth, rows):
     return min(1.0, noise / spread) if spread > 0 else 1.0
 
 
-def shrunk(matrix_oo, share):
+def shrunk(matrix_oo: torch.Tensor, share: float) -> torch.Tensor:
     """`(1 - share) G + share mu I`, with `mu` the mean of the diagonal of `G`."""
     mean = matrix_oo.diagonal().mean()
     return (1 - share) * matrix_oo + share * mean * torch.eye(matrix_oo.shape[0]).to(matrix_oo)
 
 
-def psd_root(matrix_oo):
+def psd_root(matrix_oo: torch.Tensor) -> torch.Tensor:
     """The symmetric square root of a positive semidefinite matrix."""
     values, vectors = torch.linalg.eigh((matrix_oo + matrix_oo.T) / 2)
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
-def allocate(options, budgets, bins=20_000):
+def allocate(options: Any, budgets: Sequence[float], bins: int = 20_000) -> list[Any]:
     """One option of each list, so that the sum of their values is smallest while their costs stay within a budget: for
     several budgets at once.
 
@@ -493,7 +542,7 @@ def _traced_back(best, chosen, place):
     return result[::-1]
 
 
-def odd_slope(points, values, mirrored):
+def odd_slope(points: torch.Tensor, values: torch.Tensor, mirrored: torch.Tensor) -> float | None:
     """The `c` of an activation with `act(z) - act(-z) = c * z`, or `None` if it is none such.
 
     GELU, its tanh approximation, QuickGELU, SiLU and ReLU have `c = 1`: they are `z * g(z)` with `g(z) + g(-z) = 1`.
@@ -507,7 +556,9 @@ def odd_slope(points, values, mirrored):
     return slope if same and slope != 0 else None
 
 
-def linear_as_neurons(left_or, right_ri, slope=1.0):
+def linear_as_neurons(
+    left_or: torch.Tensor, right_ri: torch.Tensor, slope: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Neurons that compute the linear map `P V x`: `down act(up x)`, for an activation with
     `act(z) - act(-z) = slope * z` (see [`odd_slope`]).
 
@@ -517,12 +568,12 @@ def linear_as_neurons(left_or, right_ri, slope=1.0):
     return torch.cat([right_ri, -right_ri]), torch.cat([left_or, -left_or], dim=1) / slope
 
 
-def gaussian_inputs(width, rows=1024, seed=0):
+def gaussian_inputs(width: int, rows: int = 1024, seed: int = 0) -> torch.Tensor:
     """The inputs on which every merge is measured: standard normal, shape `(rows, width)`, float32, on the CPU."""
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
 
 
-def relative_error(expected, actual):
+def relative_error(expected: torch.Tensor, actual: torch.Tensor) -> float:
     """`|actual - expected| / |expected|` over all elements (float); 0 where both are zero."""
     expected, actual = expected.double(), actual.double()
     difference = torch.linalg.vector_norm(actual - expected)
@@ -530,7 +581,7 @@ def relative_error(expected, actual):
     return float(difference / norm) if norm > 0 else float(difference)
 
 
-def soft_target_loss(student_nc, teacher_nc, temperature=1.0):
+def soft_target_loss(student_nc: torch.Tensor, teacher_nc: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """`T^2 * KL(softmax(teacher / T) || softmax(student / T))` of each row, in float32: distillation as in Hinton et
     al., arXiv 1503.02531, section 2; the factor keeps gradients the same size for every temperature.
 
@@ -542,7 +593,7 @@ def soft_target_loss(student_nc, teacher_nc, temperature=1.0):
     return temperature**2 * torch.nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
 
 
-def soft_binary_loss(student_nc, teacher_nc, temperature=1.0):
+def soft_binary_loss(student_nc: torch.Tensor, teacher_nc: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """[`soft_target_loss`] of independent yes-or-no classes, whose logits go through a sigmoid: shape `(n, c)`."""
     student, teacher = student_nc.float() / temperature, teacher_nc.float() / temperature
     bce = torch.nn.functional.binary_cross_entropy_with_logits
@@ -550,7 +601,7 @@ def soft_binary_loss(student_nc, teacher_nc, temperature=1.0):
     return temperature**2 * (bce(student, targets, reduction="none") - bce(teacher, targets, reduction="none"))
 
 
-def embedding_loss(student_nd, teacher_nd):
+def embedding_loss(student_nd: torch.Tensor, teacher_nd: torch.Tensor) -> torch.Tensor:
     """`1 - cos(student, teacher) + |student - teacher|^2 / |teacher|^2` of each row, in float32: the direction, which
     searches compare, and the length, which sparse embeddings and dot products weigh by.
 
@@ -565,7 +616,7 @@ def embedding_loss(student_nd, teacher_nd):
     return distance_n + (student - teacher).square().sum(-1) / squares_n
 
 
-def unexplained_share(student_bto, teacher_bto, real_bt):
+def unexplained_share(student_bto: torch.Tensor, teacher_bto: torch.Tensor, real_bt: torch.Tensor) -> torch.Tensor:
     """Squared error of each token's output in units of its variance over the `o` features, mean over the tokens of
     each of `b` examples, in float32.
 

@@ -4,11 +4,13 @@
 work offline, with `compute`, `add_batch`, `evaluate.combine` and `evaluate.evaluator`.
 """
 
+from collections.abc import Callable
 from statistics import NormalDist
 
 import datasets
 import evaluate
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 class _OfflineMetric(evaluate.Metric):
@@ -71,7 +73,7 @@ class Perplexity(_OfflineMetric):
         return {"perplexity": float(np.exp(np.sum(predictions) / np.sum(references)))}
 
 
-def accuracy_interval(correct, total, confidence=0.95):
+def accuracy_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
     """The interval that holds the accuracy on unlimited data of this kind, given `correct` of `total` (Wilson 1927).
 
     Unlike `p +- z * sqrt(p * (1 - p) / n)` it stays inside [0, 1] and keeps its confidence near 0 and 1.
@@ -98,7 +100,9 @@ def accuracy_interval(correct, total, confidence=0.95):
     return low, 1.0 if correct == total else float(centre + half)
 
 
-def paired_difference(correct, baseline_correct, confidence=0.95, resamples=10_000, seed=0):
+def paired_difference(
+    correct: ArrayLike, baseline_correct: ArrayLike, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
     """How much more often one model is right than another on the *same* examples, with a bootstrap interval.
 
     Models that were tested on the same examples mostly err on the same ones, so the interval of their difference is
@@ -129,7 +133,13 @@ def paired_difference(correct, baseline_correct, confidence=0.95, resamples=10_0
     return float(differences.mean()), *bootstrap_interval(differences, None, confidence, resamples, seed)
 
 
-def bootstrap_interval(values, transform=None, confidence=0.95, resamples=10_000, seed=0):
+def bootstrap_interval(
+    values: ArrayLike,
+    transform: Callable[[np.ndarray], np.ndarray] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float]:
     """The interval of a mean over examples, or of a function of it, from resampled examples (Efron 1979).
 
     Args:
@@ -153,19 +163,21 @@ def bootstrap_interval(values, transform=None, confidence=0.95, resamples=10_000
     _z(confidence)
     # How often each value comes up is the same as drawing examples, and cheap where the values are few.
     values, counts = np.unique(values, return_counts=True)
-    rng, means = np.random.default_rng(seed), []
+    rng, drawn = np.random.default_rng(seed), []
     at_once = max(1, 2**22 // len(values))
     for start in range(0, resamples, at_once):
         size = min(at_once, resamples - start)
-        means.append(rng.multinomial(counts.sum(), counts / counts.sum(), size=size) @ values / counts.sum())
-    means = np.concatenate(means)
+        drawn.append(rng.multinomial(counts.sum(), counts / counts.sum(), size=size) @ values / counts.sum())
+    means = np.concatenate(drawn)
     low, high = np.quantile(
         means if transform is None else transform(means), [(1 - confidence) / 2, (1 + confidence) / 2]
     )
     return float(low), float(high)
 
 
-def perplexity_interval(losses, tokens, confidence=0.95, resamples=2_000, seed=0):
+def perplexity_interval(
+    losses: ArrayLike, tokens: ArrayLike, confidence: float = 0.95, resamples: int = 2_000, seed: int = 0
+) -> tuple[float, float, float]:
     """Perplexity of a corpus and the interval that holds it on unlimited text of this kind, by a bootstrap that draws
     sequences: tokens of one sequence are no independent examples.
 
@@ -185,7 +197,14 @@ def perplexity_interval(losses, tokens, confidence=0.95, resamples=2_000, seed=0
     return paired_perplexity_difference(losses, None, tokens, confidence, resamples, seed)
 
 
-def paired_perplexity_difference(losses, baseline_losses, tokens, confidence=0.95, resamples=2_000, seed=0):
+def paired_perplexity_difference(
+    losses: ArrayLike,
+    baseline_losses: ArrayLike | None,
+    tokens: ArrayLike,
+    confidence: float = 0.95,
+    resamples: int = 2_000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
     """How much higher one model's perplexity is than another's on the *same* sequences; as [`perplexity_interval`].
 
     Returns:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import nn
+from transformers import PreTrainedConfig
 from transformers.modelcard import TASK_MAPPING
 
 from ._version import __version__
@@ -41,7 +43,7 @@ METRIC_NAMES = {"accuracy": "Accuracy", "perplexity": "Perplexity"}
 
 
 def create_model_card(
-    model,
+    model: nn.Module,
     report: CollapseReport | None = None,
     comparison: Comparison | None = None,
     *,
@@ -253,14 +255,14 @@ def _form(block, entry):
     return f"{rank} + {block.hidden_features} neurons" if block.hidden_features else rank
 
 
-def auto_class_of(config, architecture=None) -> str:
+def auto_class_of(config: PreTrainedConfig, architecture: str | None = None) -> str:
     """Name of the Auto class that loads a model with its head.
 
     Args:
         config (`PreTrainedConfig`): Of the model.
         architecture (`str`, *optional*): Name of its class. Default: what the config says.
     """
-    wanted = architecture or (config.architectures or [None])[0]
+    wanted = architecture or next(iter(config.architectures or ()), None)
     for name in AUTO_CLASSES:
         mapping = model_mapping(name)
         if type(config) not in mapping:

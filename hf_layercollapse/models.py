@@ -4,8 +4,9 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import is_compiled_module
@@ -21,7 +22,7 @@ from .upstream import uncompiled
 CUT = "cut_by_layer_collapse"
 
 
-def unwrap(model, sharded=False):
+def unwrap(model: Any, sharded: bool = False) -> tuple[Any, list[Any]]:
     """`(the model itself, its wrappers)`: looks through PeftModel and `torch.compile`.
 
     Args:
@@ -41,8 +42,9 @@ def unwrap(model, sharded=False):
             wrappers.append(model)
             model = uncompiled(model)
         elif is_peft_model(model):
-            wrappers.append(model)
-            model = model.get_base_model()
+            adapted: Any = model
+            wrappers.append(adapted)
+            model = adapted.get_base_model()
         elif sharded and is_fully_sharded(model):
             return model, wrappers
         else:
@@ -70,12 +72,12 @@ def _refuse_wrapped(module, which):
         )
 
 
-def is_peft_model(module):
+def is_peft_model(module: Any) -> bool:
     """Whether a module is a PeftModel."""
     return type(module).__module__.startswith("peft.") and isinstance(module, _peft_model_class())
 
 
-def is_fully_sharded(model):
+def is_fully_sharded(model: nn.Module) -> bool:
     """Whether `fully_shard` (FSDP2) has sharded a model in place."""
     if not torch.distributed.is_available():
         return False
@@ -90,12 +92,12 @@ def _peft_model_class():
     return PeftModel
 
 
-def base_layer(linear):
+def base_layer(linear: Any) -> Any:
     """What an adapter wraps, or the linear itself."""
     return linear.get_base_layer() if is_adapted(linear) else linear
 
 
-def is_adapted(linear):
+def is_adapted(linear: Any) -> bool:
     """Whether a linear is under a peft adapter."""
     return type(linear).__module__.startswith("peft.tuners.") and isinstance(linear, _tuner_layer_class())
 
@@ -106,7 +108,7 @@ def _tuner_layer_class():
     return BaseTunerLayer
 
 
-def part_at(module, path):
+def part_at(module: Any, path: str) -> Any:
     """The module at a path inside another, by its registered children; `None` where there is none."""
     for part in path.split("."):
         module = children_of(module).get(part)
@@ -115,13 +117,13 @@ def part_at(module, path):
     return module
 
 
-def count_parameters(model) -> int:
+def count_parameters(model: nn.Module) -> int:
     """Elements of all parameters; shared (tied) ones count once, buffers do not."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 @contextlib.contextmanager
-def evaluating(model):
+def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode; afterwards every module is in the mode that it was in."""
     training = {module: module.training for module in model.modules()}
     model.eval()
@@ -132,12 +134,12 @@ def evaluating(model):
             module.training = mode
 
 
-def device_of(model):
+def device_of(model: nn.Module) -> torch.device:
     """Where a model's inputs go: the device of its first parameter."""
     return next(model.parameters()).device
 
 
-def inputs_of(batch, device):
+def inputs_of(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
     """A batch of model inputs on a device.
 
     Raises:
@@ -148,22 +150,22 @@ def inputs_of(batch, device):
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
-def shorten(names, limit=6):
+def shorten(names: Iterable[str], limit: int = 6) -> list[str]:
     """Names for a message: the first of them, and how many more there are."""
     names = list(names)
     return names if len(names) <= limit else [*names[:limit], f"and {len(names) - limit} more"]
 
 
 @contextlib.contextmanager
-def written_beside(path):
+def written_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A new path beside a file or folder, which takes its place once all that is done inside has succeeded; else
     nothing is left. A folder whose place is taken must be empty.
 
     Raises:
         OSError: Nothing can be written there.
     """
-    path = Path(path).absolute()
-    with tempfile.TemporaryDirectory(prefix=SAVING_PREFIX, dir=path.parent) as folder:
-        beside = Path(folder) / path.name
+    place = Path(path).absolute()
+    with tempfile.TemporaryDirectory(prefix=SAVING_PREFIX, dir=place.parent) as folder:
+        beside = Path(folder) / place.name
         yield beside
-        os.replace(beside, path)
+        os.replace(beside, place)

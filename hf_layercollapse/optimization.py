@@ -2,13 +2,14 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from transformers.training_args import OptimizerNames, TrainingArguments
 from transformers.utils import logging
 
@@ -43,7 +44,7 @@ def plain_optimizer(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def refuse_steps_in_backward(args: TrainingArguments):
+def refuse_steps_in_backward(args: TrainingArguments) -> None:
     """Raises if the optimizer that training arguments name takes its steps during the backward pass.
 
     Raises:
@@ -112,7 +113,7 @@ class AlphaSteps:
         self.optimizer.register_step_pre_hook(self._hide)
         self.optimizer.register_step_post_hook(self._show_and_step)
 
-    def follow(self, model: nn.Module, alone: bool):
+    def follow(self, model: nn.Module, alone: bool) -> None:
         """Drives those alphas too that have become trainable since.
 
         Args:
@@ -193,7 +194,7 @@ class AlphaSteps:
         known = self._not_finite
         self._not_finite = not_finite if known is None else known | not_finite.to(known.device)
 
-    def warn_if_not_finite(self):
+    def warn_if_not_finite(self) -> None:
         """Once; waits for the device, so not at every step."""
         if not self._warned and self._not_finite is not None and bool(self._not_finite):
             self._warned = True
@@ -218,12 +219,12 @@ class AlphaStepsApart(AlphaSteps):
     def _join(self, scheduled):
         _take_out(self.optimizer, self.alphas)
 
-    def restore(self):
+    def restore(self) -> None:
         """Gives alphas the values and the dtype that they had when this was made."""
         for alpha, value in zip(self.alphas, self._values, strict=True):
             alpha.data = value.to(alpha.device, copy=True)
 
-    def step(self):
+    def step(self) -> None:
         """One step of all alphas, which uses their gradients up."""
         self._step_all()
         for alpha in self.alphas:
@@ -367,7 +368,7 @@ def _new_beside_trained(before, after, held):
     return [p for name, p in after.items() if name not in before and p.requires_grad and is_trained(name)]
 
 
-def replicate_alphas(alphas):
+def replicate_alphas(alphas: Iterable[nn.Parameter]) -> list[RemovableHandle]:
     """Keeps alphas that `fully_shard` leaves alone the same on all processes, and float32 beside sharded parameters of
     any dtype: their values become those of the first process, their gradients, from now on, the mean over processes.
 
@@ -398,5 +399,5 @@ class TaskParameters:
     def __init__(self, model, alphas):
         self._model, self._alphas = model, {id(alpha) for alpha in alphas}
 
-    def parameters(self):
+    def parameters(self) -> Iterator[nn.Parameter]:
         return (parameter for parameter in self._model.parameters() if id(parameter) not in self._alphas)

@@ -1,12 +1,14 @@
 """Dense <-> patched: exchanging the activation module of a block, and nothing else."""
 
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from .blocks import bind_blocks, check_weights, survey
+from .blocks import BoundBlock, bind_blocks, check_weights, survey
 from .calibration import calibrate_affine_targets
 from .calibration_data import model_inputs
 from .classes import refuse_lost_code, set_layer_collapse
@@ -26,9 +28,15 @@ from .models import is_peft_model, shorten, unwrap
 from .selection import select_blocks
 
 
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
 def apply_layer_collapse(
-    model, config: LayerCollapseConfig | None = None, calibration_data=None, processing_class=None
-):
+    model: ModelT,
+    config: LayerCollapseConfig | None = None,
+    calibration_data: Iterable[Any] | None = None,
+    processing_class: Any = None,
+) -> ModelT:
     """Patches a dense model in place: each chosen block's activation becomes a [`CollapsibleActivation`].
 
     While every alpha is 0 the model computes what it did before, bit for bit. The model's class and config become
@@ -72,6 +80,7 @@ def apply_layer_collapse(
     check_weights(inner, chosen, merging=False)
 
     activations = {}
+    block: Any
     for block in chosen:
         activations[block.name] = activation = CollapsibleActivation(
             block.activation,
@@ -99,7 +108,7 @@ def apply_layer_collapse(
     return model
 
 
-def patch_or_check(model, config, calibration_data):
+def patch_or_check(model: nn.Module, config: LayerCollapseConfig, calibration_data: Iterable[Any] | None) -> None:
     """Patches a dense model in place, or checks that a patched one is what the config describes.
 
     The config's other options, those that drive training and the collapse, are recorded in the model. A collapsed
@@ -160,7 +169,7 @@ def _patch_differences(blocks, activations, config):
     return differences
 
 
-def remove_layer_collapse(model):
+def remove_layer_collapse(model: ModelT) -> ModelT:
     """Takes a patched model back to dense in place, exactly: the native activations return, whatever alpha is.
 
     Blocks that were collapsed stay collapsed.
@@ -185,18 +194,18 @@ def remove_layer_collapse(model):
     return model
 
 
-def restore_blocks(blocks):
+def restore_blocks(blocks: Iterable[Any]) -> None:
     """Puts the native activation back into patched blocks."""
     for block in blocks:
         block.exchange(block.layout.activation, block.activation.native.train(block.activation.training))
 
 
-def collapsible_activations(model) -> dict[str, CollapsibleActivation]:
+def collapsible_activations(model: nn.Module) -> dict[str, CollapsibleActivation]:
     """Qualified name -> activation, for every patched block; a shared block once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, CollapsibleActivation)}
 
 
-def refuse_adapted_alphas(model):
+def refuse_adapted_alphas(model: nn.Module) -> None:
     """Raises a ValueError if peft's `modules_to_save` holds activations with alphas: two copies of each."""
     wrapped = [name for name in collapsible_activations(model) if ".modules_to_save." in name]
     if wrapped:
@@ -206,7 +215,7 @@ def refuse_adapted_alphas(model):
         )
 
 
-def carriers_of(model) -> list[tuple[str, PreTrainedModel]]:
+def carriers_of(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
     """`[(qualified name, model)]` of the transformers models whose configs hold the tables: the outermost ones, each
     once, wherever they stand in a module. A transformers model is its own and only carrier, whatever its parts are.
     """
@@ -217,20 +226,20 @@ def carriers_of(model) -> list[tuple[str, PreTrainedModel]]:
     return [(name, outer) for name, outer in found if id(outer) not in inside]
 
 
-def refuse_lost_code_inside(model, blocks):
+def refuse_lost_code_inside(model: nn.Module, blocks: Iterable[BoundBlock]) -> None:
     """Raises as `refuse_lost_code` does, for the models inside a module whose blocks are to change."""
     for name, carrier in carriers_of(model):
         if any(block.name.startswith(f"{name}.") for block in blocks):
             refuse_lost_code(carrier)
 
 
-def tables_of(model) -> dict[str, dict]:
+def tables_of(model: nn.Module) -> dict[str, dict]:
     """Qualified name of a carrier -> its replacement table, without those that are dense."""
     stored = {name: carrier.config.__dict__.get("layer_collapse") for name, carrier in carriers_of(model)}
     return {name: layer_collapse["modules"] for name, layer_collapse in stored.items() if layer_collapse}
 
 
-def layer_collapse_config_of(model) -> LayerCollapseConfig | None:
+def layer_collapse_config_of(model: nn.Module) -> LayerCollapseConfig | None:
     """The [`LayerCollapseConfig`] that a patched or collapsed model carries, else `None`. Of several models inside of
     a module those that are patched count, if one is.
 
@@ -271,7 +280,13 @@ def _options_of(config, carrier):
     return {**config.to_dict(), "blocks": names}
 
 
-def refresh_layer_collapse(inner, config=None, wrappers=(), replaced=(), default=None):
+def refresh_layer_collapse(
+    inner: Any,
+    config: LayerCollapseConfig | None = None,
+    wrappers: Iterable[nn.Module] = (),
+    replaced: Any = (),
+    default: LayerCollapseConfig | None = None,
+) -> None:
     """Writes what the modules now are into the model's config in place, and gives it the classes that belong to that.
 
     A part that is a patched or collapsed model of its own becomes a part of this one: its table is taken over. Of a
@@ -360,14 +375,14 @@ def _and_above(path):
     return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
-def replaced_modules(model):
+def replaced_modules(model: PreTrainedModel) -> list[tuple[str, dict[str, Any]]]:
     """`[(qualified name, spec)]` of what a collapse replaced in a model, as its own table says."""
     table = model.config.layer_collapse["modules"]
     table = {path: spec for path, spec in table.items() if spec["type"] != "activation"}
     return [(name, spec) for _, name, _, spec in resolve_table(model, table)] if table else []
 
 
-def alpha_parameters(model) -> list[nn.Parameter]:
+def alpha_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The alphas of a patched model, each once, in forward order."""
     seen: dict[int, nn.Parameter] = {}
     for activation in collapsible_activations(model).values():
@@ -375,7 +390,7 @@ def alpha_parameters(model) -> list[nn.Parameter]:
     return list(seen.values())
 
 
-def penalty(alphas) -> torch.Tensor:
+def penalty(alphas: Iterable[torch.Tensor]) -> torch.Tensor:
     """`sum_b (1 - alpha_b)^2` (LayerCollapse, arXiv 2311.17943), over blocks; with one alpha per neuron, the mean of a
     block's neurons. A float32 scalar; 0 for no alphas.
 
@@ -389,7 +404,7 @@ def penalty(alphas) -> torch.Tensor:
     return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else torch.zeros(())
 
 
-def refuse_sharded(alpha):
+def refuse_sharded(alpha: torch.Tensor) -> None:
     """Raises `TypeError` if an alpha is a DTensor: what one process holds of it is not its value."""
     # By name: torch.distributed is not part of every build of torch.
     if type(alpha.data).__name__ == "DTensor":

@@ -2,10 +2,12 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+from torch import nn
 from tqdm.auto import tqdm
 
 from .block_sizes import RANK_SHARES
@@ -70,7 +72,7 @@ class LinearityMap:
     score_name: str
     blocks: list[BlockLinearity]
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         return dataclasses.asdict(self)
 
@@ -90,13 +92,13 @@ class LinearityMap:
 
 
 def linearity_map(
-    model,
-    calibration_data,
-    blocks="all",
-    evaluation_data=None,
+    model: nn.Module,
+    calibration_data: Iterable[Any],
+    blocks: str | list[str] | list[int] = "all",
+    evaluation_data: Iterable[Any] | None = None,
     metric: Callable | None = None,
-    token_mask_fn=None,
-    processing_class=None,
+    token_mask_fn: Callable[..., Any] | None = None,
+    processing_class: Any = None,
 ) -> LinearityMap:
     """How linear each block is, and what the model loses if it alone becomes its least-squares map. Changes nothing.
 
@@ -169,15 +171,15 @@ class _Options:
 
 
 def plan_collapse(
-    model,
-    calibration_data,
+    model: nn.Module,
+    calibration_data: Iterable[Any],
     parameters: float | int | None = None,
     macs: float | int | None = None,
     latency: float | None = None,
     max_drop: float | None = None,
     metric: Callable | None = None,
-    evaluation_data=None,
-    blocks="all",
+    evaluation_data: Iterable[Any] | None = None,
+    blocks: str | list[str] | list[int] = "all",
     levels: Sequence[float] = LEVELS,
     rank_shares: Sequence[float | None] = RANK_SHARES,
     points: Sequence[float] | None = None,
@@ -185,9 +187,9 @@ def plan_collapse(
     uniform_width: bool = False,
     multiple_of: int = 1,
     constant_term: str = "native",
-    token_mask_fn=None,
+    token_mask_fn: Callable[..., Any] | None = None,
     max_memory: int | str | None = None,
-    processing_class=None,
+    processing_class: Any = None,
 ) -> CollapsePlan:
     """Chooses blocks, ranks and kept neurons under a budget; changes nothing.
 

@@ -6,12 +6,16 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
+from torch import nn
 
 from ._version import __version__
+from .families import FeedForwardBlock
 from .loss_metric import MetricReport
 from .merging import BlockChoice
 from .models import written_beside
@@ -93,7 +97,9 @@ class CollapsePlan:
         met = [name for point in self.curve[: self.chosen + 1] for name in point.choices]
         return [name for name in dict.fromkeys(met) if name in self.point.choices]
 
-    def at(self, parameters=None, macs=None, max_drop=None) -> "CollapsePlan":
+    def at(
+        self, parameters: float | None = None, macs: float | None = None, max_drop: float | None = None
+    ) -> "CollapsePlan":
         """The same plan at another point of its curve, without measuring anything again.
 
         Args:
@@ -108,7 +114,7 @@ class CollapsePlan:
             raise ValueError(f"No point of this plan's curve meets {budget}; make a plan for it.")
         return dataclasses.replace(self, chosen=chosen, budget=budget, latency=None)
 
-    def choices_for(self, inner, blocks) -> dict[str, BlockChoice]:
+    def choices_for(self, inner: nn.Module, blocks: Sequence[FeedForwardBlock]) -> dict[str, BlockChoice]:
         """Block name -> what it is to become in this model.
 
         Raises:
@@ -135,12 +141,12 @@ class CollapsePlan:
             for name, (rank, count) in self.point.choices.items()
         }
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values) -> "CollapsePlan":
+    def from_dict(cls, values: Any) -> "CollapsePlan":
         """The inverse of `to_dict`.
 
         Raises:
@@ -183,14 +189,14 @@ class CollapsePlan:
             raise ValueError("This is no collapse plan: its choices do not fit together.")
         return plan
 
-    def save(self, path):
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON."""
         with written_beside(path) as beside, open(beside, "w", encoding="utf-8") as file:
             json.dump(self.to_dict(), file, indent=1)
             file.write("\n")
 
     @classmethod
-    def load(cls, path) -> "CollapsePlan":
+    def load(cls, path: str | os.PathLike[str]) -> "CollapsePlan":
         """Reads what `save` wrote.
 
         Raises:
@@ -235,11 +241,11 @@ def _point_from(values):
     return PlanPoint(**{**values, "choices": choices})
 
 
-def key_of(rank):
+def key_of(rank: int | None) -> str:
     return "full" if rank is None else str(rank)
 
 
-def weights_fingerprint(model) -> str:
+def weights_fingerprint(model: nn.Module) -> str:
     """A hash of a sample of every parameter: equal for equal weights, whatever device they are on."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -256,7 +262,7 @@ def weights_fingerprint(model) -> str:
     return digest.hexdigest()[:32]
 
 
-def one_budget(**budgets):
+def one_budget(**budgets) -> dict[str, float]:
     given = {name: value for name, value in budgets.items() if value is not None}
     if len(given) != 1:
         raise ValueError(f"Exactly one budget of {', '.join(budgets)} is needed, got {sorted(given) or 'none'}.")
@@ -270,12 +276,12 @@ def one_budget(**budgets):
     return given
 
 
-def limit_of(value, whole) -> int:
+def limit_of(value: float, whole: int) -> int:
     """A budget of size, as a count or as a share of the whole, as a count."""
     return math.floor(value if value > 1 else value * whole + 1e-6)
 
 
-def first_within(curve, budget, score_name):
+def first_within(curve: Sequence[PlanPoint], budget: Mapping[str, float], score_name: str) -> int | None:
     """Index of the largest point within a budget of size, of the smallest within a `max_drop`; `None` if none is.
 
     Of points that were not measured a drop is what is expected, where that is in the unit of the score.
@@ -295,6 +301,6 @@ def _drop(point, dense, score_name):
     return point.expected if score_name == "divergence" and point.expected is not None else math.inf
 
 
-def is_count(value) -> bool:
+def is_count(value: Any) -> bool:
     """Whether a value read from a file is an integer from 0 on."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0

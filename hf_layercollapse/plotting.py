@@ -5,6 +5,8 @@ and a line of its own.
 """
 
 import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .config import LayerCollapseConfig
+from .planning import LinearityMap
+from .plans import CollapsePlan
 
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
@@ -34,7 +38,11 @@ def _style(index):
     }
 
 
-def plot_alphas(history, paths, collapse_threshold=LayerCollapseConfig.collapse_threshold):
+def plot_alphas(
+    history: Any,
+    paths: Iterable[str | os.PathLike[str]],
+    collapse_threshold: float = LayerCollapseConfig.collapse_threshold,
+) -> None:
     """Alpha of every block over the steps of a training run, and where a block is ready to collapse.
 
     Args:
@@ -91,14 +99,14 @@ SIZES = {
 
 
 def plot_tradeoff(
-    rows,
-    paths,
-    quality="quality",
-    lower_is_better=False,
-    latency_label="latency, relative to dense",
-    size="parameters",
-    limits=None,
-):
+    rows: Sequence[Mapping[str, Any]],
+    paths: Iterable[str | os.PathLike[str]],
+    quality: str = "quality",
+    lower_is_better: bool = False,
+    latency_label: str = "latency, relative to dense",
+    size: str = "parameters",
+    limits: tuple[float, float] | None = None,
+) -> None:
     """Quality over size and over measured time, all methods in one picture.
 
     Rows with the same method and the same `setting` are repetitions (seeds): a point is at their mean, and its bars
@@ -176,7 +184,7 @@ def _points(rows, key, factor, size):
     return sorted(points)
 
 
-def plot_linearity(linearity, paths):
+def plot_linearity(linearity: LinearityMap, paths: Iterable[str | os.PathLike[str]]) -> None:
     """R^2 of every block, and what collapsing it alone costs.
 
     Args:
@@ -198,7 +206,7 @@ def plot_linearity(linearity, paths):
     _save(figure, paths)
 
 
-def plot_plan(plan, paths):
+def plot_plan(plan: CollapsePlan, paths: Iterable[str | os.PathLike[str]]) -> None:
     """What plans of every size are expected to lose, and what was measured: the curve, what it was compared with, and
     the chosen one.
 
@@ -215,7 +223,8 @@ def plot_plan(plan, paths):
             shares = [100 * point.parameters / dense for point in points]
             axes.plot(shares, [value(point) for point in points], **style)
 
-    curve, style = plan.curve, {"color": COLORS[0], "marker": "."}
+    curve = plan.curve
+    style: dict[str, Any] = {"color": COLORS[0], "marker": "."}
     if plan.score_name == "divergence":
         draw(curve, lambda point: point.expected, color=COLORS[0], label="expected")
         # The dense model diverges by nothing from itself; the chosen one has its own mark.

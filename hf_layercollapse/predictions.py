@@ -7,8 +7,10 @@ it is the cosine distance.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_utils import PreTrainedModel
 
@@ -27,7 +29,7 @@ class Predictions:
     kind: str
     values: torch.Tensor
 
-    def divergence_from(self, reference) -> torch.Tensor:
+    def divergence_from(self, reference: "Predictions") -> torch.Tensor:
         """How far each prediction is from what it was, shape `(n,)`, >= 0: `KL(reference || self)` in nats, half the
         squared error of values, `1 - cos` of embeddings."""
         now, before = self.values.float(), reference.values.to(self.values.device).float()
@@ -39,7 +41,7 @@ class Predictions:
             return (now - before).square().sum(-1) / 2
         return 1 - F.cosine_similarity(now, before, dim=-1)
 
-    def sampled_score(self, generator) -> torch.Tensor:
+    def sampled_score(self, generator: torch.Generator) -> torch.Tensor:
         """A scalar whose gradient is that of the log likelihood of outcomes drawn from the predictions themselves,
         summed over them.
 
@@ -69,7 +71,7 @@ class Predictions:
 _EMBEDDINGS = ("sentence_embedding", "text_embeds", "image_embeds", "audio_embeds", "embeddings")
 
 
-def predictions_of(model, inputs, outputs) -> list[Predictions]:
+def predictions_of(model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> list[Predictions]:
     """What a model predicts for one batch, padding left out.
 
     Args:
@@ -103,7 +105,7 @@ def predictions_of(model, inputs, outputs) -> list[Predictions]:
     )
 
 
-def without_labels(model, inputs) -> dict:
+def without_labels(model: nn.Module, inputs: Mapping[str, Any]) -> dict:
     """Model inputs without labels, which predictions do not need, except where decoder inputs are made from them."""
     decoder = isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder
     if decoder and "decoder_input_ids" not in inputs:

@@ -1,8 +1,11 @@
 """Small inputs for running modules and models whose code is to be seen: arguments by their names."""
 
 import inspect
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
@@ -23,7 +26,7 @@ _HIDDEN = (
 _CONTEXT = ("encoder_hidden_states", "attention_mask", "encoder_attention_mask", "query_length")
 
 
-def signature_of(module):
+def signature_of(module: nn.Module) -> list[inspect.Parameter]:
     """The parameters of a class's `forward`, the module itself left out; none where it does not tell them."""
     try:
         # Of an instance that has nothing of its own: a `forward` may be more than a function.
@@ -32,7 +35,7 @@ def signature_of(module):
         return []
 
 
-def possible_arguments(module, width):
+def possible_arguments(module: nn.Module, width: int) -> Iterator[dict[str, Any]]:
     """Ways to call a module, most likely first: keyword arguments made up from the names in its signature."""
     parameters = [p for p in signature_of(module) if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     if not parameters:
@@ -86,7 +89,7 @@ def _argument(name, shape, module, generator, full):
     return None
 
 
-def model_inputs(model, batch=BATCH, length=8):
+def model_inputs(model: Any, batch: int = BATCH, length: int = 8) -> dict[str, Any] | None:
     """Made-up inputs of a transformers model by its `main_input_name` and config, or `None`."""
     config = model.config
     generator = torch.Generator().manual_seed(0)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from .models import count_parameters as count_parameters
 from .models import evaluating
 
 
-def count_macs(model, inputs) -> int:
+def count_macs(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     """Multiply-accumulates of one forward pass (1 MAC = 2 FLOPs) in the model's linear and convolution layers.
 
     Every call of an `nn.Linear`, `Conv1D` or `nn.Conv{1,2,3}d` (transposed ones too, and what stands for a linear in a
@@ -64,7 +65,7 @@ def _macs_of_call(module, x, output):
     return (x if isinstance(module, _TRANSPOSED) else output).numel() * module.weight[0].numel()
 
 
-def macs_per_token(model, inputs, tokens=None) -> float:
+def macs_per_token(model: nn.Module, inputs: Mapping[str, Any], tokens: int | None = None) -> float:
     """MACs of [`count_macs`] divided by the number of input tokens, padding included.
 
     What runs once per sequence (a pooler, a classification head) is shared out over its tokens, so compare models on
@@ -116,7 +117,7 @@ def neurons_within(block: FeedForwardBlock, share: float, rank: int | None = Non
     return neurons
 
 
-def describe_hardware(device="cpu") -> str:
+def describe_hardware(device: torch.device | str = "cpu") -> str:
     """What a time was measured on: the accelerator's name, or the processor's and how many threads torch uses."""
     device = torch.device(device)
     if device.type != "cpu":
@@ -132,7 +133,7 @@ def describe_hardware(device="cpu") -> str:
 _WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model).*\.(safetensors|bin)")
 
 
-def weights_size(folder) -> int:
+def weights_size(folder: str | os.PathLike[str]) -> int:
     """Bytes of the weight files in a folder written by `save_pretrained`: one file, or all its shards.
 
     Raises:
@@ -183,7 +184,11 @@ def _quartiles(values):
 
 
 def compare_latency(
-    models: Mapping[str, nn.Module], inputs, rounds: int = 30, warmup: int = 5, progress: bool = True
+    models: Mapping[str, nn.Module],
+    inputs: Mapping[str, Any],
+    rounds: int = 30,
+    warmup: int = 5,
+    progress: bool = True,
 ) -> dict[str, Latency]:
     """Times several models in turn in one process, so that whatever else the machine does meets all of them alike.
 
@@ -288,7 +293,9 @@ class FixedCost:
         return f"{told}: it is bound by {self.bound_by} ({why}). Larger or more inputs a batch would."
 
 
-def fixed_cost(model, inputs, rounds: int = 10, warmup: int = 2, progress: bool = True) -> FixedCost:
+def fixed_cost(
+    model: nn.Module, inputs: Mapping[str, Any], rounds: int = 10, warmup: int = 2, progress: bool = True
+) -> FixedCost:
     """Measures what a call costs whatever the batch: with `t(n) = fixed + n * more`, from the batch and half of it.
 
     A batch of one row is compared with that row twice.
@@ -378,7 +385,13 @@ class Speedup:
 
 
 def measure_speedup(
-    dense, collapsed, inputs, modes=("eager", "compiled"), rounds: int = 30, warmup: int = 5, progress: bool = True
+    dense: nn.Module,
+    collapsed: nn.Module,
+    inputs: Mapping[str, Any],
+    modes: Any = ("eager", "compiled"),
+    rounds: int = 30,
+    warmup: int = 5,
+    progress: bool = True,
 ) -> list[Speedup]:
     """What a collapse is worth at these inputs, with and without `torch.compile`.
 
@@ -401,7 +414,7 @@ def measure_speedup(
     promised = count_macs(dense, inputs) / count_macs(collapsed, inputs)
     found = []
     for mode in modes:
-        models = {"dense": dense, "collapsed": collapsed}
+        models: dict[str, Any] = {"dense": dense, "collapsed": collapsed}
         if mode == "compiled":
             models = {name: torch.compile(model) for name, model in models.items()}
         times = compare_latency(models, inputs, rounds, warmup, progress)

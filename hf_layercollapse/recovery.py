@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import random
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,7 +60,7 @@ class RecoveryReport:
     held_aside: int
     seconds: float
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         return dataclasses.asdict(self)
 
@@ -74,15 +76,15 @@ class RecoveryReport:
 
 
 def recover_model(
-    model,
-    teacher,
-    calibration_data,
+    model: nn.Module,
+    teacher: nn.Module,
+    calibration_data: Iterable[Any],
     max_steps: int = 150,
     learning_rate: float = 5e-5,
-    evaluation_data=None,
+    evaluation_data: Iterable[Any] | None = None,
     top_k: int | None = None,
     seed: int = 0,
-    processing_class=None,
+    processing_class: Any = None,
 ) -> RecoveryReport:
     """Trains a collapsed model in place for a few minutes, towards the teacher's predictions; needs no labels.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from .tables import table
 
@@ -75,7 +76,7 @@ class CollapseReport:
         """Names of the blocks that were patched but not ready."""
         return [block.name for block in self.blocks if block.outcome != "collapsed"]
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         return dataclasses.asdict(self)
 

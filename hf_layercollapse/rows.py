@@ -5,7 +5,7 @@ list, a generator and a shuffled loader of the same rows are the same data.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ IGNORED = -100  # the label of what is not predicted
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def not_inputs(batch) -> str:
+def not_inputs(batch: Any) -> str:
     """What is wrong with a batch that is no dict."""
     return (
         f"Calibration data must be an iterable of model inputs (dicts of tensors), got a {type(batch).__name__}. They "
@@ -54,7 +54,7 @@ class DistinctRows:
                 yield take(batch, sorted(new.values()))
 
 
-def row_count(batch) -> int | None:
+def row_count(batch: Any) -> int | None:
     """How many rows a batch has, the first size of all its tensors; `None` where it can only be taken whole: tensors
     whose first sizes differ (patches of several images), or other objects (a cache)."""
     sizes = {value.shape[:1] for value in batch.values() if isinstance(value, torch.Tensor)}
@@ -64,7 +64,7 @@ def row_count(batch) -> int | None:
     return size[0] if size else None
 
 
-def contents(batch, labels=False) -> list[bytes]:
+def contents(batch: Any, labels: bool = False) -> list[bytes]:
     """A hash of what each row says, of a batch that can only be taken whole one hash.
 
     Padding does not count, and neither do labels, unless wanted those of tokens: a text is the same under another.
@@ -104,7 +104,7 @@ def _hash(tensors):
     return digest.digest()
 
 
-def take(batch, indices):
+def take(batch: Any, indices: Sequence[int]) -> dict[str, Any]:
     """The batch with these of its rows only."""
     if row_count(batch) in (None, len(indices)):
         return batch
@@ -115,7 +115,7 @@ def take(batch, indices):
     }
 
 
-def joined(parts) -> list:
+def joined(parts: Iterable[Any]) -> list:
     """Rows from many batches in batches as large as the largest of these, full ones first. Only rows of one shape are
     put together."""
     parts = list(parts)
@@ -149,7 +149,7 @@ class _Part:
                 yield take(batch, kept)
 
 
-def hold_back(data):
+def hold_back(data: Iterable[Any]) -> tuple[Any, list]:
     """`(batches to fit to, batches to score on)`: one row of four by content, never a copy of one that is fitted to.
 
     Args:

@@ -1,8 +1,11 @@
 """What plans are scored on and by: the loss of a model, the divergence from its own outputs, or a metric."""
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from .calibration import reiterable, run_over
 from .rows import IGNORED, hold_back
@@ -120,7 +123,7 @@ class Score:
         return total / weight
 
 
-def check_classes(model, labels):
+def check_classes(model: PreTrainedModel, labels: Any) -> None:
     """Raises if labels of whole inputs are no classes of the model's head.
 
     Raises:
@@ -128,7 +131,7 @@ def check_classes(model, labels):
     """
     if not is_classifier(model) or not isinstance(labels, torch.Tensor) or labels.is_floating_point():
         return
-    classes = model.config.num_labels
+    classes: Any = model.config.num_labels
     if labels.dim() != 1 or classes < 2 or model.config.problem_type == "regression":
         return
     wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= classes)]
@@ -139,7 +142,7 @@ def check_classes(model, labels):
         )
 
 
-def split(calibration_data, evaluation_data):
+def split(calibration_data: Iterable[Any], evaluation_data: Iterable[Any] | None) -> tuple[Any, list]:
     """`(batches to fit to, batches to score on)`; the second are held, so that every score is of the same inputs."""
     data = reiterable(calibration_data)
     return hold_back(data) if evaluation_data is None else (data, list(evaluation_data))

@@ -1,8 +1,11 @@
 """Which blocks a selector asks for: all, the first or last ones, those of a part of the model, names or indices."""
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from . import families
+from .families import FeedForwardBlock
 from .models import shorten
 
 
@@ -10,7 +13,12 @@ from .models import shorten
 COUNTED = re.compile(r"((?P<part>[^:]+)\.)?(?P<side>first|last):(?P<count>[1-9]\d*)")
 
 
-def select_blocks(blocks, selector, refused=None):
+BlockT = TypeVar("BlockT", bound=FeedForwardBlock)
+
+
+def select_blocks(
+    blocks: Sequence[BlockT], selector: str | list[str] | list[int], refused: Mapping[str, str] | None = None
+) -> list[BlockT]:
     """The blocks that `LayerCollapseConfig.blocks` asks for, in forward order.
 
     Raises:

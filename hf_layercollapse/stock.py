@@ -8,8 +8,10 @@ is a native feed-forward block of width `2 r`, with `up = [V; -V]` and `down = [
 import copy
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from . import functional
 from .blocks import bind, bind_blocks, weight_and_bias
@@ -62,7 +64,7 @@ class StockReport:
     macs_stock: int
     errors: dict[str, float]
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         return dataclasses.asdict(self)
 
@@ -106,7 +108,7 @@ class _Neurons:
 
 
 @torch.no_grad()
-def export_stock(model):
+def export_stock(model: PreTrainedModel) -> tuple[PreTrainedModel, StockReport]:
     """A collapsed model as one of its native class, which transformers loads without this package, and a report.
 
     Every block keeps its input and output; hidden widths become what the widest block needs, and the others are padded

@@ -5,7 +5,8 @@ has to be there. A new option is a field in `config.py`, read by the part that i
 cannot run with (`refuse_setup`). Only what no part is called for yet needs one more override here.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import Trainer
@@ -170,7 +171,9 @@ class LayerCollapseTrainerMixin(InFrontOf):
         """What distillation compares with, or `None`."""
         return self._teaching.teacher
 
-    def collapse(self, calibration_data=None, max_error=None, allow_none=False) -> CollapseReport:
+    def collapse(
+        self, calibration_data: Iterable[Any] | None = None, max_error: float | None = None, allow_none: bool = False
+    ) -> CollapseReport:
         """Collapses the ready blocks of the model in place; see [`collapse_model`].
 
         Blocks that are not ready stay patched or go back to dense, as `layer_collapse_config.not_ready` says. The
@@ -194,7 +197,7 @@ class LayerCollapseTrainerMixin(InFrontOf):
         """
         return self._ending.collapse(calibration_data, max_error, allow_none)
 
-    def call_model_init(self, trial=None):
+    def call_model_init(self, trial: Any = None) -> Any:
         # Every model that model_init makes is dense again.
         model = super().call_model_init(trial)
         if self.layer_collapse_config is not None:
@@ -203,28 +206,30 @@ class LayerCollapseTrainerMixin(InFrontOf):
 
     # ---- Loss and optimizer ----
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         # After super(), which multiplies by the number of processes.
         return self._teaching.compute_loss(super().compute_loss, model, inputs, return_outputs, num_items_in_batch)
 
-    def training_step(self, model, *args, **kwargs):
+    def training_step(self, model: Any, *args, **kwargs) -> Any:
         # The loop goes on with what wrapped the model at its begin, and what it logs is to be what is minimised.
         with self._progressive.wrapper_of_now(model) as model:
             loss = super().training_step(model, *args, **kwargs)
         return loss + self._alphas.penalty_share()
 
-    def get_decay_parameter_names(self, model):
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
         # Decay would pull alpha to 0.
         return self._alphas.without_alphas(super().get_decay_parameter_names(model), model)
 
-    def create_optimizer(self, model=None):
+    def create_optimizer(self, model: Any = None) -> Any:
         # Before accelerate gets both; Adam normalises a gradient's size away, and with it the penalty's strength.
         self._sharding.leave_alphas_out()
         super().create_optimizer(model)
         self._alphas.take_over()
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps, optimizer=None):
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         # By now DeepSpeed has the model, and has cast every parameter to one dtype.
         self._alphas.restore()
         return super().create_scheduler(num_training_steps, optimizer)
@@ -239,7 +244,7 @@ class LayerCollapseTrainerMixin(InFrontOf):
 
     # ---- Evaluation and logs ----
 
-    def evaluation_loop(self, *args, **kwargs):
+    def evaluation_loop(self, *args, **kwargs) -> Any:
         # Here and not in `evaluate`: one log and one `on_evaluate`, with all metrics in it.
         return self._evaluation.loop(super().evaluation_loop, *args, **kwargs)
 
@@ -253,13 +258,13 @@ class LayerCollapseTrainerMixin(InFrontOf):
         # By the metric alone the best model would be the least collapsed one.
         return self._evaluation.is_best(super()._determine_best_metric, metrics, trial)
 
-    def hyperparameter_search(self, hp_space=None, compute_objective=None, *args, **kwargs):
+    def hyperparameter_search(self, hp_space: Any = None, compute_objective: Any = None, *args, **kwargs) -> Any:
         # The default objective is the sum of all metrics: those that are reported twice must count once.
         return super().hyperparameter_search(
             hp_space, compute_objective or self._evaluation.objective, *args, **kwargs
         )
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Adds ours without changing the dict that the caller goes on to use.
         added = self._alphas.logs(logs) | self._teaching.logs(logs)
         extended = {**logs, **added}
@@ -268,7 +273,7 @@ class LayerCollapseTrainerMixin(InFrontOf):
 
     # ---- Checkpoints: upstream writes and deletes them in place, under names that it does not load ----
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> Any:
         # What was interrupted while it was written or deleted is no checkpoint.
         return super().train(self._folders.to_resume_from(resume_from_checkpoint), *args, **kwargs)
 
@@ -301,7 +306,7 @@ class LayerCollapseTrainerMixin(InFrontOf):
         with self._checkpoints.saving(output_dir):
             super()._save(output_dir, state_dict)
 
-    def save_model(self, output_dir=None, _internal_call=False):
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         # Under FSDP2 and DeepSpeed upstream saves nothing, or asks an engine that is none.
         if not self._sharding.is_passed_over_by_save_model(_internal_call):
             return super().save_model(output_dir, _internal_call)
@@ -369,12 +374,12 @@ class LayerCollapseTrainerMixin(InFrontOf):
         given |= {"dataset": dataset, "dataset_args": dataset_args, "dataset_name": dataset_name}
         return self._card.write(super().create_model_card, comparison, **given)
 
-    def push_to_hub(self, *args, **kwargs):
+    def push_to_hub(self, *args, **kwargs) -> Any:
         # Upstream does not say that a repository may have been left half-written.
         try:
             return super().push_to_hub(*args, **kwargs)
         except Exception:
-            logger.error(push_failed(self.hub_model_id or self.args.output_dir))
+            logger.error(push_failed(self.hub_model_id or str(self.args.output_dir)))
             raise
 
 

@@ -9,6 +9,8 @@ and says what to install. What saved models carry with them has a section of its
 import contextlib
 import functools
 import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import accelerate
 import torch
@@ -39,7 +41,7 @@ def _set_in(function, name):
 # ----------------------------------------------------------------------------------------------------
 
 
-def checkpointing_of(args) -> tuple[bool, dict]:
+def checkpointing_of(args: Any) -> tuple[bool, dict]:
     """`(whether activations are computed again in backward, options)` that `TrainingArguments` ask for.
 
     `activation_checkpointing` since 5.23, where `gradient_checkpointing` is a deprecated alias of it.
@@ -49,7 +51,7 @@ def checkpointing_of(args) -> tuple[bool, dict]:
     return args.gradient_checkpointing, args.gradient_checkpointing_kwargs or {}
 
 
-def loss_is_scaled(trainer, num_items_in_batch) -> bool:
+def loss_is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
     """What `Trainer.training_step` asks before it divides the loss by the number of accumulated batches.
 
     It keeps the answer to itself. `Trainer.loss_is_scaled_for_ga`, where a subclass says it, exists since 5.19.
@@ -60,7 +62,7 @@ def loss_is_scaled(trainer, num_items_in_batch) -> bool:
     return counted or trainer.compute_loss_func is not None
 
 
-def refuse_old_exporters(to):
+def refuse_old_exporters(to: str) -> None:
     """Raises if transformers cannot load again what its exporters write: `exporters.ExportedModel` is new in 5.23.
 
     Raises:
@@ -79,7 +81,7 @@ def refuse_old_exporters(to):
 
 
 @contextlib.contextmanager
-def layers_checkpointed(model, layers):
+def layers_checkpointed(model: Any, layers: Any) -> Iterator[None]:
     """These layers of the model keep nothing of a forward pass but their inputs, and run again in the backward pass,
     though nothing trains: they ask whether they themselves are in training mode, which their parts do not hear of.
 
@@ -118,7 +120,7 @@ require(
 # ----------------------------------------------------------------------------------------------------
 
 
-def uncompiled(module):
+def uncompiled(module: Any) -> nn.Module:
     """What `torch.compile` wrapped, one layer of it; accelerate's public function looks through DDP as well.
 
     Upstream: `OptimizedModule._orig_mod`. Not looked for at import, which would load the compiler.
@@ -133,12 +135,12 @@ OF_TORCH = frozenset(nn.Module().__dict__) - {BUFFERS}
 require({PARAMETERS, BUFFERS, CHILDREN} <= nn.Module().__dict__.keys(), "Module._parameters, ._buffers", torch)
 
 
-def buffers_of(module) -> dict:
+def buffers_of(module: Any) -> dict:
     """Name -> buffer, or `None`, as torch keeps them. Upstream: `Module._buffers`."""
     return module._buffers
 
 
-def let_the_scaler_unscale(optimizer):
+def let_the_scaler_unscale(optimizer: Any) -> None:
     """Fused optimizers unscale gradients inside their kernel, so that the GradScaler does not; ours must find them
     unscaled.
 
@@ -156,7 +158,7 @@ require(_set_in(torch.optim.Adam.__init__, "_step_supports_amp_scaling"), "Adam.
 # ----------------------------------------------------------------------------------------------------
 
 
-def prepared_models(accelerator) -> list:
+def prepared_models(accelerator: Any) -> list:
     """The models that an accelerator has prepared: what stands there is evaluated as it is. May be changed.
 
     Nothing public takes a model out again, or in without preparing it. Upstream: `Accelerator._models`.
@@ -167,12 +169,12 @@ def prepared_models(accelerator) -> list:
 require(_set_in(accelerate.Accelerator.__init__, "_models"), "Accelerator._models", accelerate)
 
 
-def is_hooked(module) -> bool:
+def is_hooked(module: Any) -> bool:
     """Whether accelerate put a hook around a module's forward. Upstream: `_hf_hook`."""
     return "_hf_hook" in module.__dict__
 
 
-def forward_before_hooks(module):
+def forward_before_hooks(module: Any) -> Callable[..., Any]:
     """The forward that is inside accelerate's. Upstream: `_old_forward`."""
     return module.__dict__["_old_forward"]
 
@@ -189,12 +191,12 @@ require("_compiled_call_impl" in dir(nn.Module), "Module._compiled_call_impl", t
 # ----------------------------------------------------------------------------------------------------
 
 
-def is_causal_language_model(model) -> bool:
+def is_causal_language_model(model: Any) -> bool:
     """Whether `AutoModelForCausalLM` gives this class. Upstream: `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES`."""
     return type(model).__name__ in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
-def is_classifier(model) -> bool:
+def is_classifier(model: Any) -> bool:
     """Whether this class's labels are classes of whole inputs. Upstream: `MODEL_FOR_..._CLASSIFICATION_MAPPING_NAMES`,
     whose values are a name, or several."""
     names = (
@@ -207,12 +209,12 @@ def is_classifier(model) -> bool:
     return any(name == value or (isinstance(value, tuple) and name in value) for of in names for value in of.values())
 
 
-def has_causal_loss(model) -> bool:
+def has_causal_loss(model: Any) -> bool:
     """Whether a model's loss is that of next tokens. Upstream: `transformers.loss.loss_utils.ForCausalLMLoss`."""
     return model.loss_function is ForCausalLMLoss
 
 
-def auto_class_of_code(native_class):
+def auto_class_of_code(native_class: type[PreTrainedModel]) -> str | None:
     """Name of the Auto class that a class from a repository's own code was loaded by, or `None`.
 
     Upstream: `PreTrainedModel._auto_class`, set by `register_for_auto_class` and by the loader.
@@ -223,7 +225,7 @@ def auto_class_of_code(native_class):
 require("_auto_class" in dir(PreTrainedModel), "PreTrainedModel._auto_class", transformers)
 
 
-def model_mapping(name):
+def model_mapping(name: str) -> Any:
     """Config class -> model class, or several, of the Auto class of this name."""
     return {auto_class.__name__: mapping for auto_class, mapping in auto_class_mappings()}[name]
 
@@ -257,7 +259,7 @@ TRAINER_METHODS = {
 }
 
 
-def require_trainer(trainer_class):
+def require_trainer(trainer_class: type) -> None:
     """Raises if the Trainer has not the methods that are overridden; called where they are, since it is slow to load.
 
     Raises:
