@@ -73,9 +73,9 @@ class CalibrationData:
 
     def __init__(
         self,
-        data: Iterable,
-        processing_class=None,
-        model=None,
+        data: Iterable[Any],
+        processing_class: Any = None,
+        model: nn.Module | None = None,
         columns: str | Sequence[str] | None = None,
         label_column: str | None = None,
         max_length: int | None = None,

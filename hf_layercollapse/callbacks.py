@@ -1,5 +1,6 @@
 """LayerCollapse for a Trainer whose class cannot be changed."""
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -57,7 +58,7 @@ class LayerCollapseCallback(TrainerCallback):
             DeepSpeed, or with an optimizer that steps during backward.
     """
 
-    def __init__(self, config: LayerCollapseConfig | None = None, calibration_data=None):
+    def __init__(self, config: LayerCollapseConfig | None = None, calibration_data: Iterable[Any] | None = None):
         if config is not None and not isinstance(config, LayerCollapseConfig):
             raise TypeError(f"`config` must be a LayerCollapseConfig, got {type(config).__name__}.")
         _refuse_distillation(config)

@@ -357,17 +357,20 @@ class CollapsibleActivation(nn.Module):
         alpha (`float`): Initial value, in [0, 1].
     """
 
+    slope: torch.Tensor
+    offset: torch.Tensor
+
     def __init__(
         self,
-        native,
-        width,
+        native: nn.Module,
+        width: int,
         *,
-        linear_target="identity",
-        granularity="block",
-        gate=False,
-        act="native",
-        alpha=0.0,
-        device=None,
+        linear_target: str = "identity",
+        granularity: str = "block",
+        gate: bool = False,
+        act: str = "native",
+        alpha: float = 0.0,
+        device: torch.device | str | None = None,
     ):
         super().__init__()
         self.native = native
@@ -383,19 +386,19 @@ class CollapsibleActivation(nn.Module):
             self.register_buffer("offset", torch.full((width,), offset, dtype=torch.float32, device=device))
 
     @property
-    def act(self):
+    def act(self) -> nn.Module:
         """The activation in use: a module."""
         return self.native if self.replacement is None else self.replacement
 
     @property
-    def line(self):
+    def line(self) -> tuple[Any, Any]:
         """`(slope, offset)` of the linear target: tensors of shape `(width,)`, or numbers."""
         if self.linear_target == "affine":
             return (0.0 if self.gate else self.slope), self.offset
         return (0.0, 1.0) if self.gate else (1.0, 0.0)
 
     @property
-    def spec(self):
+    def spec(self) -> dict[str, Any]:
         """This module as an entry of the replacement table."""
         return {
             "type": "activation",
@@ -406,8 +409,9 @@ class CollapsibleActivation(nn.Module):
             "gate": self.gate,
         }
 
-    def forward(self, pre_activation):
-        act, (slope, offset) = self.act, self.line
+    def forward(self, pre_activation: torch.Tensor) -> torch.Tensor:
+        act: Any = self.act
+        slope, offset = self.line
         in_the_open = (
             # A compiler fuses what it sees, and chooses by itself what to keep for backward.
             torch.compiler.is_compiling()
@@ -424,7 +428,7 @@ class CollapsibleActivation(nn.Module):
             return collapsible(pre_activation, act(pre_activation), self.alpha, slope, offset)
         return _CollapsibleFunction.apply(pre_activation, self.alpha, slope, offset, act)
 
-    def init_weights(self):
+    def init_weights(self) -> None:
         """Dense values for what a checkpoint did not hold; tensors that it did hold stay."""
         initialization.constant_(self.alpha, 0.0)
         if self.linear_target == "affine":
@@ -444,7 +448,7 @@ class CollapsibleActivation(nn.Module):
 
         return super()._apply(keep_dtype, recurse=False)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"width={self.width}, linear_target={self.linear_target!r}, granularity={self.granularity!r}"
 
 

@@ -93,7 +93,15 @@ class LayerCollapseTrainerMixin(InFrontOf):
             ZeRO-2, further settings are refused: those that shard alphas, and distillation.
     """
 
-    def __init__(self, model=None, *args, layer_collapse_config=None, calibration_data=None, teacher=None, **kwargs):
+    def __init__(
+        self,
+        model: Any = None,
+        *args,
+        layer_collapse_config: LayerCollapseConfig | None = None,
+        calibration_data: Iterable[Any] | None = None,
+        teacher: nn.Module | None = None,
+        **kwargs,
+    ):
         if layer_collapse_config is not None and not isinstance(layer_collapse_config, LayerCollapseConfig):
             raise TypeError(
                 f"`layer_collapse_config` must be a LayerCollapseConfig, got {type(layer_collapse_config).__name__}."

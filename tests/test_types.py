@@ -2,12 +2,15 @@
 
 import ast
 import dataclasses
+import inspect
 import os
 import pydoc
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import hf_layercollapse
 from hf_layercollapse import LayerCollapseConfig
@@ -73,3 +76,28 @@ def test_tools_have_one_version():
     pinned = re.search(r"^ruff==(.+)$", (ROOT / ".ci" / "constraints.txt").read_text(), re.M)[1]
     hook = re.search(r"ruff-pre-commit\n +rev: v(.+)", (ROOT / ".pre-commit-config.yaml").read_text())[1]
     assert hook == pinned
+
+
+def parameters_of(function):
+    return [
+        (name, parameter.annotation)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name not in ("self", "cls") and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+
+
+@pytest.mark.parametrize("name", hf_layercollapse.__all__)
+def test_public_names_are_annotated(name):
+    public = getattr(hf_layercollapse, name)
+    functions = {name: public}
+    if isinstance(public, type):
+        # Those of its own, and of bases that are the package's too.
+        own = [kind for kind in public.__mro__ if kind.__module__.startswith("hf_layercollapse")]
+        members = {f"{name}.{key}": value for kind in own for key, value in vars(kind).items() if key[0] != "_"}
+        functions = {key: inspect.unwrap(getattr(value, "__func__", value)) for key, value in members.items()}
+        functions = {key: value.fget if isinstance(value, property) else value for key, value in functions.items()}
+        functions = {key: value for key, value in functions.items() if inspect.isfunction(value)}
+        assert all(annotation is not inspect.Parameter.empty for _, annotation in parameters_of(public.__init__))
+    for key, function in functions.items():
+        missing = [name for name, annotation in parameters_of(function) if annotation is inspect.Parameter.empty]
+        assert not missing and "return" in function.__annotations__, (key, missing)
