@@ -58,6 +58,7 @@ from hf_layercollapse.metrics import bootstrap_interval
 from hf_layercollapse.patching import alpha_parameters
 from hf_layercollapse.predictions import predictions_of, without_labels
 from hf_layercollapse.profiling import count_parameters
+from hf_layercollapse.tables import markdown
 
 
 # Methods in which every block is alike -> rank of the linear map as a share of the width, and whether neurons and maps
@@ -493,7 +494,7 @@ def tables(content):
 
 def _table(results, of, value, best_of, shown, bracket):
     methods = [method for method in METHODS if any(row["method"] == method for row in results)]
-    lines = [f"| {of} left | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
+    lines = [[f"{of} left", *methods]]
     for size in sorted({row["size"] for row in results if row["size"] is not None}, reverse=True):
         found = {method: [r for r in results if (r["method"], r["size"]) == (method, size)] for method in methods}
         means = {method: float(np.mean([value(row) for row in rows])) for method, rows in found.items() if rows}
@@ -502,8 +503,8 @@ def _table(results, of, value, best_of, shown, bracket):
         for method, rows in found.items():
             mean = shown(means[method]) if rows else ""
             cells.append(f"{f'**{mean}**' if mean == best else mean} {bracket(rows)}".strip() if rows else "")
-        lines.append(f"| {100 * size:.4g} % | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([f"{100 * size:.4g} %", *cells])
+    return markdown(lines)
 
 
 def draw(content, paths):
