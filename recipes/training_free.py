@@ -471,6 +471,8 @@ def tables(content):
 
         def cell(rows, name=name):
             values = [row["tests"][name][metric] for row in rows]
+            if len(rows) < len(dense):
+                return f"(seed {', '.join(str(row['seed']) for row in rows)})"
             if len(rows) > 1:
                 return f"({shown(min(values))} to {shown(max(values))})"
             low, high = (distance(end) for end in rows[0]["tests"][name]["from_dense_interval"])
