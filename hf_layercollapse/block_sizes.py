@@ -107,12 +107,13 @@ def sizes_of(block, moments, metric=None, rank_shares=RANK_SHARES, multiple_of=1
 
     Args:
         block (`BoundBlock`): What may change.
-        moments ([`calibration.BlockMoments`]): Of its input, all its neurons and its output.
+        moments ([`moments.BlockMoments`]): Of its input, all its neurons and its output.
         metric ([`loss_metric.LossMetric`], *optional*): Default: every direction of the output counts alike.
         rank_shares (`Sequence[float | None]`): See `RANK_SHARES`.
         multiple_of (`int`): Of which ranks and numbers of neurons are multiples.
         constant_term (`str`): As in [`LayerCollapseConfig`].
     """
+    moments.refuse_too_few()
     root = None if metric is None else metric.root().to(moments.cov_fo)
     dense = BlockSize(None, block.hidden_features, block.macs, block.parameters, 0.0, as_it_is=True)
     found = BlockSizes(block, constant_term, {}, {}, [], [dense])
@@ -147,8 +148,8 @@ def _chosen(moments, rank, most, root):
     cov_fo, cov_oo = moments.cov_fo, moments.cov_oo
     if root is not None:
         cov_fo, cov_oo = cov_fo @ root, root @ cov_oo @ root
-    given = None
-    if rank is not None:
+    given = None if rank is None else moments.mean_f.new_zeros(0, width)
+    if rank:
         of_x = moments.cov_ff[:width, :width], cov_fo[:width]
         given = functional.reduced_rank(*of_x, width, rank, moments.ridge)[1]
     order, explained = functional.greedy_neurons(moments.cov_ff, cov_fo, width, most, given, moments.ridge)
@@ -214,15 +215,18 @@ def alike(sizes, budget, unit, rank_share, multiple_of):
     return None if None in chosen.values() else chosen
 
 
-def fit_size(moments, positions, rank, metric=None):
+def fit_size(moments, positions, rank, metric=None, constant=True):
     """The weights of a size: the linear map's input directions are chosen in the metric, everything that is computed
     from them and from the neurons is plain least squares.
 
     Args:
         positions (`Sequence[int]`): Of the kept neurons among those of the moments.
         rank (`int`, *optional*): Of the linear map; `None`: full.
+        constant (`bool`): Whether there is a constant term.
     """
-    kept = moments.restricted(sorted(positions, key=lambda position: moments.neurons[position]))
+    kept = moments.restricted(sorted(positions, key=lambda position: moments.neurons[position]), rank != 0)
+    if kept.constant and not constant:
+        kept = kept.without_constant()
     if not rank or metric is None:
         return kept.fit(rank)
     cov_fo = kept.cov_fo @ metric.root().to(kept.cov_fo)

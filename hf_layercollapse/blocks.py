@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from . import functional
 from .families import FeedForwardBlock, survey_blocks
 from .modeling_layercollapse import PassOnConv1D, children_of
-from .models import base_layer, is_adapted, part_at, unwrap
+from .models import base_layer, is_adapted, part_at, unwrap, weights_present
 from .verification import NORMS, Refusal, Verifier
 
 
@@ -130,6 +130,10 @@ class BoundBlock(FeedForwardBlock):
             weight = weight * scale
         return weight * returned, None if bias is None else bias * returned
 
+    def weights_present(self):
+        """A context in which its weights can be read, wherever accelerate keeps them."""
+        return weights_present([*self.linears.values(), *self.before, *self.between])
+
     def exchange(self, path, module):
         """Puts a module where a part stands, or with the path `""` in the place of all of the block; in the model,
         not in this object. Returns the [`Exchange`]."""
@@ -230,7 +234,7 @@ def check_weights(model, blocks, merging):
 
     Raises:
         TypeError: Weights are sharded over processes.
-        ValueError: Weights are quantized, on the meta device, tied, or under an adapter.
+        ValueError: Weights are quantized, on the meta device, tied, or under an adapter; or on MPS, if merging.
     """
     uses = _uses(model)
     for block in blocks:
@@ -241,7 +245,13 @@ def check_weights(model, blocks, merging):
                     f"`{name}` is under an adapter that is not merged. Call `model = model.merge_and_unload()` first."
                 )
             linear = base_layer(linear)
-            _refuse_unreadable(name, linear)
+            with weights_present([linear]):
+                _refuse_unreadable(name, linear)
+            if merging and linear.weight.device.type == "mps":
+                raise ValueError(
+                    f"`{name}` is on MPS, which has no float64 that merging and fitting need: collapse the model on "
+                    'the CPU (`model.to("cpu")`), and move it back.'
+                )
             _refuse_shared(name, linear, block, uses)
 
 
@@ -275,8 +285,8 @@ def _refuse_unreadable(name, linear):
         )
     if weight.is_meta:
         raise ValueError(
-            f"`{name}` is on the meta device or offloaded: there are no weights to work on. Load the model with its "
-            "weights in memory."
+            f"`{name}` is on the meta device: there are no weights to work on. Load the model with its weights, in "
+            "memory or offloaded by `device_map`."
         )
 
 

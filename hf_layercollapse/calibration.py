@@ -1,632 +1,286 @@
-"""Passes over calibration data: sums over tokens, never the activations themselves."""
+"""The engine of everything without training: passes over data within a memory budget, one block's sums at a time where
+more do not fit."""
 
-import math
-from dataclasses import dataclass, replace
-from typing import Any
+from collections import Counter
+from dataclasses import dataclass
 
-import psutil
 import torch
-from accelerate.utils import convert_file_size_to_int
-from torch import nn
-from tqdm.auto import tqdm
-from transformers.modeling_utils import PreTrainedModel
 
-from . import functional
+from . import neuron_statistics, processes
+from .blocks import BoundBlock
+from .data_reading import read_calibration_data
+from .forward_passes import run_over
+from .memory import MemoryBudget
 from .modeling_layercollapse import CollapsibleActivation, is_inplace
-from .models import device_of, evaluating, inputs_of
-from .rows import DistinctRows
+from .models import device_of
+from .moments import MomentSums, RangeSums, bytes_of_sums
+from .neuron_statistics import Turns
+from .plans import weights_fingerprint
+from .progress import Progress
+from .rows import sample
+from .token_filter import TokenFilter, is_encoder_decoder
 
 
-# Tokens whose products are summed in float32 before they are added to the float64 totals.
-FLUSH_TOKENS = 4096
-
-# Up to this many features float64 products cost next to nothing beside the model, and are used.
-NARROW_FEATURES = 256
-
-# A token whose output is longer than this many times the median counts less, so that its squared error weighs as much
-# as one at that length. Ordinary models have none; in decoders the first token's output is hundreds of times longer
-# and would decide the fit alone.
-OUTLIER_LENGTH = 8.0
-
-# Calibration tokens for each dimension that they span. Below the first a fit is one of noise (MiniLM with 1.14 of them
-# has an error of 1.2 on other text); from the second on, how many dimensions there are hardly matters.
-LEAST_TOKENS, RICH_TOKENS = 1.25, 20
-
-# Tokens that the lines of affine targets need, five for each of two numbers. With 3 a block of MiniLM is off by 0.75
-# on other text, with 15 by 0.54, with 60 by 0.45, with thousands by 0.42.
-LINE_TOKENS = 10
-
-# Share of the free memory that sums over the data may take, if nothing else is said; and how many copies of one
-# block's sums it takes to work out sizes and fits from them.
-FREE_SHARE, WORKING_COPIES = 0.5, 3
-
-# Neurons whose moments are collected for each one that is to be kept; the choice among them is by least squares.
-CANDIDATES_PER_NEURON = 4
+# What limits and origins are taken from: an eighth of the rows, but at least and at most so many, and so many tokens.
+RANGE_SHARE, LEAST_RANGE_ROWS, RANGE_ROWS, RANGE_TOKENS = 1 / 8, 8, 64, 4096
 
 
 @dataclass(frozen=True)
-class BlockMoments:
-    """First and second moments of a block's features `f = [x, h_C]` and output `y`, over weighted tokens.
+class _Need:
+    """What one block takes, in bytes."""
 
-    Args:
-        tokens (`int`): Tokens that were counted, of different rows.
-        dimensions (`float`): How many the features span on them; all, where there are many tokens for each.
-        width (`int`): Input width, the size of `x`.
-        neurons (`list[int]`): Hidden indices `C` of the other features.
-        mean_f, mean_o, cov_ff, cov_fo, cov_oo (`Tensor`): Centred, float64.
-        constant (`bool`): Whether a fit has a constant term. Without one the last three are about the origin.
-        ridge (`float`): Of fits, above the rounding noise of the sums.
-    """
-
-    tokens: int
-    dimensions: float
-    width: int
-    neurons: list[int]
-    mean_f: torch.Tensor
-    mean_o: torch.Tensor
-    cov_ff: torch.Tensor
-    cov_fo: torch.Tensor
-    cov_oo: torch.Tensor
-    constant: bool = True
-    ridge: float = functional.RIDGE
+    block: BoundBlock
+    device: torch.device
+    sums: int
+    working: int
+    kept: int
 
     @property
-    def var_o(self):
-        """Variance of each output, or without a constant term its mean square."""
-        return self.cov_oo.diagonal().clamp_min(0)
-
-    def without_constant(self):
-        """The same for fits that have no constant term: least squares through the origin."""
-        moments = self.mean_f, self.mean_o, self.cov_ff, self.cov_fo, self.cov_oo
-        cov_ff, cov_fo, cov_oo = functional.about_origin(*moments)
-        return replace(self, cov_ff=cov_ff, cov_fo=cov_fo, cov_oo=cov_oo, constant=False)
-
-    def restricted(self, positions):
-        """The same for the neurons at these positions of `neurons` only."""
-        keep = torch.cat([torch.arange(self.width), self.width + torch.as_tensor(positions, dtype=torch.long)])
-        keep = keep.to(self.cov_ff.device)
-        return replace(
-            self,
-            neurons=[self.neurons[position] for position in positions],
-            mean_f=self.mean_f[keep],
-            cov_ff=self.cov_ff[keep][:, keep],
-            cov_fo=self.cov_fo[keep],
-        )
-
-    def coefficients(self, rank=None, neurons=None):
-        """How many a fit has for each output: what it explains of its own data by chance grows with them.
-
-        Args:
-            rank (`int`, *optional*): Of its linear map; `None`: full.
-            neurons (`int`, *optional*): How many are kept. Default: all of these.
-        """
-        neurons = len(self.neurons) if neurons is None else neurons
-        of_x = min(self.width, self.dimensions)
-        if rank is not None and rank < of_x:
-            of_x = rank * (1 + (of_x - rank) / self.mean_o.shape[0])
-        return int(self.constant) + min(of_x + neurons, self.dimensions)
-
-    def fit(self, rank=None, refine=functional.REFINE, right_ri=None):
-        """The least-squares [`functional.Fit`] on all features; its quality is that to expect on other data.
-
-        Args:
-            rank (`int`, *optional*): Of the linear map; `None`: full.
-            right_ri (`Tensor`, *optional*): What the linear map of this rank begins with. Default: what is best.
-        """
-        moments = self.mean_f, self.mean_o, self.cov_ff, self.cov_fo, self.var_o
-        inflation = functional.generalized(1.0, self.tokens, self.coefficients(rank))
-        return functional.fit_block(
-            *moments,
-            self.width,
-            self.neurons,
-            rank,
-            self.ridge,
-            refine,
-            constant=self.constant,
-            inflation=inflation,
-            right_ri=right_ri,
-        )
+    def alone(self):
+        return self.sums + self.working + self.kept
 
 
-def calibrate_affine_targets(model, inner, blocks, activations, calibration_data, token_mask_fn=None):
-    """Fits the line of each block's new activation (not yet in the model) to what the native one does.
+class Calibration:
+    """Measures the blocks of one model on one set of rows; the model is left as it is.
 
-    Raises:
-        ValueError: The data is empty or too little, or what reaches a block is not finite. The activations are
-            unchanged then.
+    Args:
+        model, inner (`nn.Module`): What runs, and what it wraps.
+        rows ([`DistinctRows`]): Of the data.
+        memory ([`MemoryBudget`], *optional*): For what is held.
+        token_mask_fn (`Callable`, *optional*): See [`TokenFilter`].
+        progress ([`Progress`], *optional*): Told of what is done.
     """
 
-    turns = _Turns()
+    def __init__(self, model, inner, rows, memory=None, token_mask_fn=None, progress=None):
+        self.model, self.inner, self.rows = model, inner, rows
+        self.memory = memory or MemoryBudget()
+        self.tokens = TokenFilter(inner, token_mask_fn)
+        self.progress = progress or Progress()
+        self.most_tokens = 0  # of all blocks, those that the most tokens reached
+        self._ranges = {}
 
-    def observe(block, add):
-        # Not through `activation.act`: the native module would call this hook again.
-        replacement = activations[block.name].replacement
+    @classmethod
+    def on(cls, model, inner, data, max_memory=None, token_mask_fn=None, progress=None):
+        """One that reads the data first; see [`read_calibration_data`]."""
+        memory = MemoryBudget(max_memory)
+        rows = read_calibration_data(data, memory, is_encoder_decoder(inner))
+        refuse_different_models(inner)
+        return cls(model, inner, rows, memory, token_mask_fn, progress)
 
-        return _around_activation(block, turns, add, replacement)
+    def run(self, what, observe, data=None):
+        """One pass over the rows, or over other batches, with the hooks that `observe()` makes."""
+        self.progress.say(what)
+        data = self.rows if data is None else data
+        with processes.together():
+            run_over(self.model, self.inner, data, observe, self.progress, self.tokens)
 
-    sums = _neuron_sums(model, inner, blocks, calibration_data, token_mask_fn, observe)
-    fitted = {}
-    for block in blocks:
-        count, (z, zz, a, _, za) = sums[block.name]
-        if count < LINE_TOKENS:
-            raise ValueError(
-                f"{count} calibration tokens of different rows are too few for the lines of block {block.name}: at "
-                f"least {LINE_TOKENS} are needed, and many times that is better; rows that repeat others do not count."
-            )
-        if block.kind == "gated":
-            fitted[block.name] = None, a / count
-        else:
-            fitted[block.name] = functional.affine_target(count, z, zz, a, za)
-    for name, (slope, offset) in fitted.items():
-        if slope is not None:
-            activations[name].slope.copy_(slope)
-        activations[name].offset.copy_(offset)
+    def room(self, device) -> int:
+        """Bytes that are left on a device, of all processes where there are fewest."""
+        return min(processes.gathered(self.memory.room(device)))
 
+    def sample(self, most_rows, most_tokens) -> list:
+        """Some batches of the data; see [`rows.sample`]."""
+        return sample(self.rows, most_rows, most_tokens)
 
-def score_neurons(model, inner, blocks, calibration_data, token_mask_fn=None):
-    """How much each hidden neuron does that a linear map cannot do for it, in one light pass.
+    def neuron_scores(self, blocks):
+        """Block name -> a score of each neuron; see [`neuron_statistics.score_neurons`]."""
+        return neuron_statistics.score_neurons(self, blocks)
 
-    For a plain block the variance that a line through the neuron's pre-activation leaves unexplained, for a gated one
-    the variance of the product with the gate, times the squared norm of the neuron's output column.
+    def reduce(self, blocks, neurons, work, inputs=None, working=None, kept=None) -> dict:
+        """What `work(block, moments)` makes of every block's [`BlockMoments`]. Blocks are measured together as far as
+        the memory allows, in as many passes over the data as that takes; the target is what they compute now.
 
-    Returns:
-        Block name -> scores `(m,)`, float64.
-    """
+        Args:
+            blocks (`list[BoundBlock]`): Dense or patched.
+            neurons (`dict[str, list[int] | None]`): Block name -> hidden neurons whose activations are features too;
+                `None` for all of them.
+            work (`Callable`): What is kept of the moments. They are let go after it.
+            inputs (`dict[str, bool]`, *optional*): Block name -> whether its input is among the features. Default:
+                every block's is.
+            working (`dict[str, int]`, *optional*): Block name -> bytes that `work` takes beside the moments.
+            kept (`dict[str, int]`, *optional*): Block name -> bytes of what it gives, all of which is held in the end.
 
-    turns = _Turns()
-
-    def observe(block, add):
-        if block.kind == "gated":
-            return [block.down.register_forward_pre_hook(lambda module, args: add(args[0], args[0]))]
-        return _around_activation(block, turns, add)
-
-    sums = _neuron_sums(model, inner, blocks, calibration_data, token_mask_fn, observe)
-    scores = {}
-    for block in blocks:
-        count, (z, zz, a, aa, za) = sums[block.name]
-        if block.kind == "gated":
-            variance = (aa / count - (a / count).square()).clamp_min(0)
-        else:
-            variance = functional.line_residual(count, z, zz, a, aa, za)
-        scores[block.name] = variance * block.down_affine()[0].detach().double().square().sum(0)
-    return scores
-
-
-class _Turns:
-    """Whose call of an activation it is, where one activation module serves several blocks: that of the block whose
-    first linear ran last."""
-
-    def __init__(self):
-        self.begun = {}  # activation -> names of blocks whose first linear ran and whose activation did not yet
-
-    def announce(self, block):
-        """A hook that notes when the block's first linear has run."""
-        begun = self.begun.setdefault(block.activation, [])
-        return block.first.register_forward_hook(lambda *_: begun.append(block.name))
-
-    def is_of(self, block, activation):
-        """Whether the call that runs now belongs to the block.
+        Returns:
+            Block name -> what `work` gave.
 
         Raises:
-            ValueError: It may belong to several.
+            ValueError: One block alone needs more memory than there is, no token reaches a block, or what does is not
+                finite.
         """
-        names = sorted(set(self.begun[activation]))
-        if len(names) > 1:
-            raise ValueError(
-                f"Blocks {', '.join(names)} share one activation module and run at the same time, so that its calls "
-                "cannot be told apart. Give each block an activation module of its own."
+        wanted = {
+            block.name: list(range(block.hidden_features)) if neurons[block.name] is None else neurons[block.name]
+            for block in blocks
+        }
+        inputs = {block.name: inputs is None or inputs[block.name] for block in blocks}
+        with processes.together():
+            groups = self._groups(blocks, wanted, inputs, working or {}, kept or {})
+        # Those of the process with the least memory.
+        by_name = {block.name: block for block in blocks}
+        names = max(processes.gathered([[block.name for block in group] for group in groups]), key=len)
+        groups = [[by_name[name] for name in group] for group in names]
+        self._look_at_ranges(blocks, wanted)
+        self.progress.expect(len(groups) * self.rows.batches, len(blocks))
+        results = {}
+        for number, group in enumerate(groups, start=1):
+            of = f" {number} of {len(groups)}" if len(groups) > 1 else ""
+            sums = self._sums(group, wanted, inputs, f"measuring blocks, pass{of}" if of else "measuring blocks")
+            for block in group:
+                self.progress.say(f"fitting block {block.name}")
+                with self.progress.part():
+                    moments = sums.pop(block.name).finish(block, self.rows.distinct)
+                    self.most_tokens = max(self.most_tokens, moments.tokens)
+                    results[block.name] = work(block, moments)
+                    del moments
+        return results
+
+    def moments(self, blocks, neurons=None, inputs=None) -> dict:
+        """Block name -> its [`BlockMoments`], all held; see [`~Calibration.reduce`]."""
+        neurons = {block.name: (neurons or {}).get(block.name, []) for block in blocks}
+        return self.reduce(blocks, neurons, lambda block, moments: moments, inputs)
+
+    def _groups(self, blocks, wanted, inputs, working, kept):
+        """The blocks in groups whose sums, what is worked out from those of one of them, and what is kept of all, fit
+        the memory. Those that take most come first, while little is kept."""
+        needs = [
+            _Need(
+                block,
+                device_of(block.down),
+                bytes_of_sums(block, len(wanted[block.name]), inputs[block.name]),
+                working.get(block.name, 0),
+                kept.get(block.name, 0),
             )
-        return names == [block.name]
+            for block in blocks
+        ]
+        if kept:
+            needs.sort(key=lambda need: -need.alone)
+        groups, held = [], Counter()
+        for need in needs:
+            group = groups[-1] if groups else []
+            if not group or not self._fit([*group, need], held):
+                for other in group:
+                    held[other.device] += other.kept
+                groups.append([])
+                if not self._fit([need], held):
+                    there = max(self.memory.room(need.device) - held[need.device], 0)
+                    raise ValueError(
+                        f"Block {need.block.name} alone needs {need.alone / 1e9:.3g} GB for its sums over the "
+                        f"calibration data and for what is worked out from them, and there are {there / 1e9:.3g} GB "
+                        f"on {need.device}: raise `max_memory`."
+                    )
+            groups[-1].append(need)
+        return [[need.block for need in group] for group in groups]
 
-    def done(self, activation):
-        self.begun[activation].clear()
+    def _fit(self, needs, held):
+        """Whether what these blocks need is there, beside what is held."""
+        devices = {need.device for need in needs}
+        here = {device: [need for need in needs if need.device == device] for device in devices}
+        return all(
+            held[device] + sum(n.sums + n.kept for n in found) + max(n.working for n in found)
+            <= self.memory.room(device)
+            for device, found in here.items()
+        )
 
+    def _look_at_ranges(self, blocks, wanted):
+        """Where the tokens of the blocks lie, from the same sample of rows whatever their order."""
+        new = [
+            block
+            for block in blocks
+            if block.name not in self._ranges or (wanted[block.name] and self._ranges[block.name].origin_h is None)
+        ]
+        # A block that no row of the sample reaches (rows that are sent one way or the other) is looked at on all.
+        for data in (None, self.rows):
+            if not new:
+                return
+            if data is None:
+                rows = max(LEAST_RANGE_ROWS, int(RANGE_SHARE * self.rows.distinct))
+                data = self.sample(min(rows, RANGE_ROWS), RANGE_TOKENS)
+            self.progress.expect(len(data) if data is not self.rows else self.rows.batches)
+            sums = {block.name: RangeSums() for block in new}
+            self._observed(
+                "looking at a sample", new, sums, {block.name: bool(wanted[block.name]) for block in new}, data
+            )
+            if data is self.rows:
+                sums = {name: found.of_all_processes() for name, found in sums.items()}
+            self._ranges |= {name: found.finish() for name, found in sums.items() if found.tokens}
+            new = [block for block in new if not sums[block.name].tokens]
+        if new:
+            raise ValueError(f"No calibration token reached block {new[0].name}.")
 
-def _around_activation(block, turns, add, replacement=None):
-    """Hooks that call `add(input, output)` for the block's own calls of its activation."""
-    inputs = []
+    def _sums(self, blocks, wanted, inputs, what):
+        sums = {b.name: MomentSums(self._ranges[b.name], wanted[b.name], inputs[b.name]) for b in blocks}
+        self._observed(what, blocks, sums, {block.name: bool(wanted[block.name]) for block in blocks})
+        return sums
 
-    def before(module, args):
-        if turns.is_of(block, module):
-            inputs.append(args[0].clone() if is_inplace(module) else args[0])
+    def _observed(self, what, blocks, sums, with_neurons, data=None):
+        """A pass that adds every call of the blocks to their sums."""
+        turns = Turns()
 
-    def after(module, args, output):
-        if inputs:
-            turns.done(module)
-            z = inputs.pop()
-            add(z, output if replacement is None else replacement(z))
+        def observe():
+            for block in blocks:
+                add = self._adder(block, sums[block.name])
+                yield from features_of(block, turns, add, with_neurons[block.name])
 
-    return [
-        turns.announce(block),
-        block.activation.register_forward_pre_hook(before),
-        block.activation.register_forward_hook(after),
-    ]
+        self.run(what, observe, data)
 
+    def _adder(self, block, sums):
+        # An own module is replaced as a whole, with the constant that it multiplies its output by.
+        factor = block.scales[2]
 
-def _neuron_sums(model, inner, blocks, calibration_data, token_mask_fn, observe):
-    """Block name -> `(tokens, sums of z, z^2, a, a^2 and z a per neuron)`, where `observe(block, add)` makes the
-    hooks that call `add(z, a)`."""
-    sums: dict[str, Any] = {}
-    tokens = TokenFilter(inner, token_mask_fn)
-
-    def adder(block):
-        def add(z, a):
-            z, a = tokens.select(block, z, a)
-            count, total = sums.get(block.name, (0, 0.0))
-            # In pieces that stay in a CPU's cache.
-            rows = max(1, 2**16 // z.shape[-1]) if z.device.type == "cpu" else max(1, z.shape[0])
-            for z_part, a_part in zip(z.split(rows), a.split(rows), strict=True):
-                z_part, a_part = _wide(z_part), _wide(a_part)
-                products = [z_part, z_part.square(), a_part, a_part.square(), z_part * a_part]
-                total = total + torch.stack([product.sum(0) for product in products])
-            sums[block.name] = count + z.shape[0], total
+        def add(*tensors):
+            sums.add(*self.tokens.select(block, *tensors), factor=factor)
 
         return add
 
-    handles = [handle for block in blocks for handle in observe(block, adder(block))]
-    run_over(model, DistinctRows(calibration_data, tokens.encoder_decoder), handles, "Calibrating", tokens)
-    for block in blocks:
-        count, total = sums.get(block.name, (0, None))
-        if not count:
-            raise ValueError(f"No calibration token reached block {block.name}.")
-        if not torch.isfinite(total).all():
-            raise ValueError(_not_finite(block))
-    return sums
 
-
-def collect_moments(model, inner, blocks, calibration_data, neurons=None, token_mask_fn=None):
-    """Second moments of every block's features and output, in one pass; the target is what the block computes now.
-
-    The memory is that of the sums, whatever the number of tokens; see [`bytes_of_sums`].
-
-    Args:
-        blocks (`list[BoundBlock]`): Dense or patched.
-        calibration_data (iterable of `dict[str, Tensor]`): Model inputs.
-        neurons (`dict[str, list[int]]`, *optional*): Block name -> hidden neurons whose activations are features too.
-        token_mask_fn (`Callable`, *optional*): See [`TokenFilter`].
-
-    Returns:
-        Block name -> [`BlockMoments`].
+def refuse_different_models(inner):
+    """Raises if processes hold different models.
 
     Raises:
-        ValueError: The data is empty, does not determine the fit, or what reaches a block is not finite.
+        ValueError: They do.
     """
-    neurons = neurons or {}
-    tokens = TokenFilter(inner, token_mask_fn)
-    sums = {block.name: _MomentSums(neurons.get(block.name, [])) for block in blocks}
-    # A block that is called again before its last linear ran (none known) would be mixed up: a stack, not a slot.
-    inputs: dict[str, list[torch.Tensor]] = {block.name: [] for block in blocks}
-    turns = _Turns()
-
-    def observe(block):
-        wanted = neurons.get(block.name)
-        # An own module is replaced as a whole, with the constant that it multiplies its output by.
-        factor = block.scales[2]
-        seen = {}
-        index = torch.as_tensor(wanted or [], dtype=torch.long, device=block.down.weight.device)
-
-        def activated(module, args, output):
-            if not turns.is_of(block, module):
-                return
-            turns.done(module)
-            # Kept neurons keep the native activation: what alpha adds to it is linear.
-            if isinstance(module, CollapsibleActivation):
-                output = module.act(args[0].clone() if is_inplace(module.act) else args[0])
-            seen["activated"] = output
-
-        def multiplied(module, args, output):
-            seen["up"] = block.layout.split(output, -1)[1] if block.layout.fused else output
-
-        def before(module, args):
-            inputs[block.name].append(args[0])
-
-        def after(module, args, output):
-            x = inputs[block.name].pop()
-            if not wanted:
-                sums[block.name].add(*tokens.select(block, x, output), factor=factor)
-                return
-            h = seen.pop("activated").index_select(-1, index)
-            if block.layout.gated:
-                h = h * seen.pop("up").index_select(-1, index)
-            sums[block.name].add(*tokens.select(block, x, output, h), factor=factor)
-
-        handles = [block.first.register_forward_pre_hook(before), block.down.register_forward_hook(after)]
-        if wanted:
-            handles.append(turns.announce(block))
-            handles.append(block.activation.register_forward_hook(activated))
-        if wanted and block.layout.gated:
-            handles.append(block.up.register_forward_hook(multiplied))
-        return handles
-
-    handles = [handle for block in blocks for handle in observe(block)]
-    rows = DistinctRows(calibration_data, tokens.encoder_decoder)
-    run_over(model, rows, handles, "Calibrating", tokens)
-    return {block.name: sums[block.name].finish(block, rows.distinct) for block in blocks}
-
-
-def bytes_of_sums(block, candidates) -> int:
-    """Memory of one block's sums: `(i + c)^2 + (i + c) o + o^2` numbers in float64 and once more in float32."""
-    features, outputs = block.in_features + candidates, block.out_features
-    return 12 * (features * (features + outputs) + outputs**2)
-
-
-def moments_in_groups(model, inner, blocks, data, neurons, token_mask_fn=None, max_memory=None):
-    """Yields `(block, moments)`: blocks are measured together as far as the memory allows, in as many passes over the
-    data as that takes. Each block's moments are let go once the next are asked for.
-
-    Args:
-        data (iterable of `dict[str, Tensor]`): Model inputs that can be read again.
-        neurons (`dict[str, list[int] | None]`): Block name -> candidates, `None` for all of its neurons.
-        max_memory (`int` or `str`, *optional*): Bytes, or `"2GB"`, for sums and what is worked out from them. Default:
-            `FREE_SHARE` of what is free where the blocks are.
-
-    Raises:
-        ValueError: One block alone needs more, or as [`collect_moments`].
-    """
-    wanted = {
-        block.name: list(range(block.hidden_features)) if neurons[block.name] is None else neurons[block.name]
-        for block in blocks
-    }
-    room = memory_for_sums(inner, max_memory)
-    needed = {block.name: bytes_of_sums(block, len(wanted[block.name])) for block in blocks}
-    # What is worked out from one block's sums takes about as much again, three times.
-    group, used = [], 0
-    for block in blocks:
-        alone = (1 + WORKING_COPIES) * needed[block.name]
-        if alone > room:
-            raise ValueError(
-                f"Block {block.name} alone needs {alone / 1e9:.2f} GB for its sums over the calibration data, and "
-                f"there are {room / 1e9:.2f} GB: raise `max_memory`."
-            )
-        if used + alone > room:
-            yield from _moments_of_group(model, inner, group, data, wanted, token_mask_fn)
-            group, used = [], 0
-        group.append(block)
-        used += needed[block.name]
-    yield from _moments_of_group(model, inner, group, data, wanted, token_mask_fn)
-
-
-def _moments_of_group(model, inner, group, data, wanted, token_mask_fn):
-    moments = collect_moments(model, inner, group, data, {b.name: wanted[b.name] for b in group}, token_mask_fn)
-    for block in tqdm(group, desc="Fitting", leave=False):
-        yield block, moments.pop(block.name)
-
-
-def memory_for_sums(inner, max_memory) -> int:
-    """Bytes that work over calibration data may take: what is asked for, or `FREE_SHARE` of what is free."""
-    if max_memory is not None:
-        return convert_file_size_to_int(max_memory)
-    device = device_of(inner)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return int(FREE_SHARE * free)
-
-
-class _MomentSums:
-    """The sums of one block: products in float32 over some thousand tokens, totals in float64.
-
-    Everything is taken about the first tokens' mean, so that a large mean does not cost the variance its precision.
-    """
-
-    def __init__(self, neurons):
-        self.neurons = neurons
-        self.tokens = self.pending = 0
-        self.total = 0.0
-        self.parts = None
-
-    def add(self, x, y, h=None, factor=1.0):
-        if not x.shape[0]:
-            return
-        wide = x.shape[1] + (0 if h is None else h.shape[1]) <= NARROW_FEATURES and x.device.type != "mps"
-        dtype = torch.float64 if wide else torch.float32
-        x, y = x.to(dtype), y.to(dtype)
-        if factor != 1:
-            y = y * factor
-        f = x if h is None else torch.cat([x, h.to(dtype)], dim=1)
-        lengths = torch.linalg.vector_norm(y, dim=1)
-        if self.parts is None:
-            self._start(x.shape[1], f, y, lengths)
-        self.tokens += x.shape[0]
-        weights = self.limit / lengths.clamp_min(self.limit) if self.limit > 0 else torch.ones_like(lengths)
-        f, y = f - self.origin_f, y - self.origin_o
-        if bool((weights < 1).any()):
-            f, y = f * weights[:, None], y * weights[:, None]
-        squared = weights.square()
-        self.total += float(squared.sum(dtype=torch.float64))
-        for start in range(0, f.shape[0], FLUSH_TOKENS):
-            part = slice(start, start + FLUSH_TOKENS)
-            self._add(f[part], y[part], weights[part])
-
-    def _start(self, width, f, y, lengths):
-        self.width = width
-        self.origin_f, self.origin_o = f.mean(0), y.mean(0)
-        self.limit = OUTLIER_LENGTH * float(lengths.median())
-        features, outputs = f.shape[1], y.shape[1]
-        sizes = [(features, features), (features, outputs), (features,), (outputs,), (outputs, outputs)]
-        self.parts = [f.new_zeros(size) for size in sizes]
-        self.totals = [_wide(part).clone() for part in self.parts]
-
-    def _add(self, f, y, weights):
-        ff, fo, sum_f, sum_o, oo = self.parts
-        # The upper triangle, in strips: the rest is its mirror image.
-        strip = -(-f.shape[1] // 4)
-        for start in range(0, f.shape[1], strip):
-            ff[start : start + strip, start:].addmm_(f[:, start : start + strip].T, f[:, start:])
-        fo.addmm_(f.T, y)
-        sum_f.addmv_(f.T, weights)
-        sum_o.addmv_(y.T, weights)
-        oo.addmm_(y.T, y)
-        self.pending += f.shape[0]
-        if self.pending >= FLUSH_TOKENS:
-            self._flush()
-
-    def _flush(self):
-        for total, part in zip(self.totals, self.parts, strict=True):
-            total += _wide(part)
-            part.zero_()
-        self.pending = 0
-
-    def finish(self, block, rows):
-        """The [`BlockMoments`] of so many different rows; checks them."""
-        if self.parts is None:
-            raise ValueError(f"No calibration token reached block {block.name}.")
-        self._flush()
-        ff, *rest = self.totals
-        if not all(torch.isfinite(tensor).all() for tensor in self.totals):
-            raise ValueError(_not_finite(block))
-        ff = ff.triu() + ff.triu(1).T
-        fo, sum_f, sum_o, oo = rest
-        mean_f, mean_o, cov_ff, cov_fo, cov_oo = functional.second_moments(self.total, sum_f, sum_o, ff, fo, oo)
-        dimensions = float(ff.shape[0])
-        if self.tokens < RICH_TOKENS * (dimensions + 1):
-            dimensions = functional.effective_rank(cov_ff)
-        if self.tokens < LEAST_TOKENS * (dimensions + 1):
-            raise ValueError(self._too_few(block, rows, dimensions))
-        return BlockMoments(
-            self.tokens,
-            dimensions,
-            self.width,
-            list(self.neurons),
-            mean_f + _wide(self.origin_f),
-            mean_o + _wide(self.origin_o),
-            cov_ff,
-            cov_fo,
-            cov_oo,
-            ridge=functional.RIDGE if self.parts[0].dtype == torch.float64 else functional.RIDGE_FLOAT32,
-        )
-
-    def _too_few(self, block, rows, dimensions):
-        features = self.width + len(self.neurons)
-        what = f"its input has {self.width} features" + (
-            f" and {len(self.neurons)} neurons are candidates to be kept" if self.neurons else ""
-        )
-        return (
-            f"{self.tokens} calibration tokens, of {rows} different rows, do not determine the map of block "
-            f"{block.name}: {what}, of which the data span {dimensions:.0f} dimensions, each fitted by about one "
-            f"token. At least {math.ceil(LEAST_TOKENS * (features + 1))} tokens of different rows are needed, and "
-            "several times that is better; rows that repeat others do not count."
-        )
-
-
-def _wide(tensor):
-    # MPS has no float64.
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
-
-
-def _not_finite(block):
-    return f"The calibration data gives inputs to block {block.name} that are not finite."
-
-
-class TokenFilter:
-    """Which rows of a block's tensors are real tokens: those that the batch's attention mask keeps.
-
-    A mask is used where its shape is that of the block's tensors without the last dimension: as it is, flattened, or
-    in the chunks that the feed-forward is called with. Blocks of a decoder that reads an encoder use the decoder's
-    mask. Where no mask fits and the batch has padding, that is an error.
-
-    Args:
-        token_mask_fn (`Callable`, *optional*): `token_mask_fn(block_name, batch, shape)` gives the mask of the
-            given shape (bool, or 0 and 1), or `None` for all tokens, in place of all that.
-    """
-
-    def __init__(self, inner, token_mask_fn=None):
-        self.token_mask_fn = token_mask_fn
-        self.encoder_decoder = isinstance(inner, PreTrainedModel) and bool(inner.config.is_encoder_decoder)
-        self.batch, self.masks, self.offsets = {}, {}, {}
-
-    def start(self, batch):
-        """Called with the inputs before each forward."""
-        self.batch, self.offsets = batch, {}
-        self.masks = {}
-        for key in ("attention_mask", "decoder_attention_mask"):
-            mask = batch.get(key)
-            if isinstance(mask, torch.Tensor):
-                self.masks[key] = None if bool((mask > 0).all()) else mask
-        if self.encoder_decoder and "decoder_attention_mask" not in batch:
-            labels = batch.get("labels")
-            mask = labels != -100 if isinstance(labels, torch.Tensor) and labels.dim() == 2 else None
-            self.masks["decoder_attention_mask"] = None if mask is None or bool(mask.all()) else mask
-
-    def select(self, block, *tensors):
-        """`(..., width)` tensors of one call as `(tokens, width)`, detached, padding left out."""
-        rows = [tensor.detach().reshape(-1, tensor.shape[-1]) for tensor in tensors]
-        mask = self.mask(block, tensors[0].shape[:-1])
-        if mask is None:
-            return rows
-        kept = mask.to(rows[0].device).reshape(-1).bool().nonzero().squeeze(1)
-        return [row.index_select(0, kept) for row in rows]
-
-    def mask(self, block, shape):
-        """Which tokens of one call are no padding: a mask of as many elements as the shape, or `None` for all."""
-        if self.token_mask_fn is not None:
-            mask = self.token_mask_fn(block.name, self.batch, tuple(shape))
-            if mask is not None and tuple(mask.shape) != tuple(shape):
-                raise ValueError(
-                    f"`token_mask_fn` gave a mask of shape {tuple(mask.shape)} for block {block.name}, whose tokens "
-                    f"have the shape {tuple(shape)}."
-                )
-            return mask
-        in_decoder = self.encoder_decoder and "decoder" in block.name.split(".")
-        mask = self.masks.get("decoder_attention_mask" if in_decoder else "attention_mask")
-        if mask is None:
-            return None
-        if mask.dim() == 2:
-            if mask.shape == shape or (len(shape) == 1 and mask.numel() == shape[0]):
-                return mask
-            if len(shape) == 2 and shape[0] == mask.shape[0] and mask.shape[1] % shape[1] == 0:
-                # Chunked feed-forward: consecutive calls see consecutive parts of the sequence.
-                offset = self.offsets.get(block.name, 0)
-                self.offsets[block.name] = (offset + shape[1]) % mask.shape[1]
-                return mask[:, offset : offset + shape[1]]
+    if processes.count() == 1:
+        return
+    found = processes.gathered(f"{type(inner).__name__} {weights_fingerprint(inner)}")
+    others = [index for index, name in enumerate(found) if name != found[0]]
+    if others:
         raise ValueError(
-            f"The batch has padding, and its mask of shape {tuple(mask.shape)} does not say which of the tokens of "
-            f"block {block.name}, of shape {tuple(shape)}, are padding. Use inputs without padding (of one length), "
-            "or, for a collapse, pass a `token_mask_fn(block_name, batch, shape)` that gives the mask."
+            f"Processes {others} hold another model, or other weights, than process 0. Load the same model in each."
         )
 
 
-def reiterable(data):
-    """The data, or its batches as a list where it can be read only once."""
-    return list(data) if iter(data) is data else data
+def features_of(block, turns, add, neurons):
+    """Hooks that call `add(x, y)` or, with neurons, `add(x, y, h)` for each call of a block: its input, its output,
+    and the activations of all its hidden neurons."""
+    # A block that is called again before its last linear ran (none known) would be mixed up: a stack, not a slot.
+    inputs, seen = [], {}
 
+    def activated(module, args, output):
+        if not turns.is_of(block, module):
+            return
+        turns.done(module)
+        # Kept neurons keep the native activation: what alpha adds to it is linear.
+        if isinstance(module, CollapsibleActivation):
+            output = module.act(args[0].clone() if is_inplace(module.act) else args[0])
+        seen["activated"] = output
 
-def run_over(model, data, handles, description, tokens=None, gradients=False):
-    """Runs the model over the data in evaluation mode; removes the hooks whatever happens.
+    def multiplied(module, args, output):
+        seen["up"] = block.layout.split(output, -1)[1] if block.layout.fused else output
 
-    Args:
-        gradients (`bool`): Whether hooks may ask for gradients of what they see.
+    def before(module, args):
+        inputs.append(args[0])
 
-    Raises:
-        ValueError: There is no batch, or a batch is not a dict of model inputs.
-    """
-    device = device_of(model)
-    batches = 0
-    try:
-        with evaluating(model), torch.set_grad_enabled(gradients):
-            for batch in tqdm(data, desc=description, leave=False):
-                inputs = inputs_of(batch, device)
-                if tokens is not None:
-                    tokens.start(inputs)
-                model(**inputs)
-                batches += 1
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not batches:
-        raise ValueError("The calibration data is empty: it must give at least one batch of model inputs.")
+    def after(module, args, output):
+        x = inputs.pop()
+        if not neurons:
+            add(x, output)
+            return
+        h = seen.pop("activated")
+        add(x, output, h * seen.pop("up") if block.layout.gated else h)
 
-
-def logits_of(model: nn.Module, data):
-    """The first output of every batch, on the CPU in float32, without gradients."""
-    outputs = []
-    handle = model.register_forward_hook(lambda module, args, output: outputs.append(_first_tensor(output)))
-    run_over(model, data, [handle], "Measuring")
-    return outputs
-
-
-def _first_tensor(output):
-    if isinstance(output, torch.Tensor):
-        return output.detach().float().cpu()
-    values = output.values() if isinstance(output, dict) else output
-    return next(
-        value.detach().float().cpu() for value in values if isinstance(value, torch.Tensor) and value.dim() > 0
-    )
+    yield block.first.register_forward_pre_hook(before)
+    yield block.down.register_forward_hook(after)
+    if neurons:
+        yield turns.announce(block)
+        yield block.activation.register_forward_hook(activated)
+    if neurons and block.layout.gated:
+        yield block.up.register_forward_hook(multiplied)

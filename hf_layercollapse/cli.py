@@ -25,6 +25,7 @@ from .cli_options import (
     DataOptions,
     Device,
     JsonFile,
+    MaxMemory,
     Model,
     Output,
     Processor,
@@ -41,6 +42,7 @@ from .collapsing import collapse_model
 from .comparison import compare_models, weights_folder
 from .data_files import format_of, is_path, load_rows
 from .families import find_feed_forward_blocks, refused_blocks
+from .memory import MemoryBudget
 from .model_card import auto_class_of, create_model_card
 from .models import count_parameters, device_of, inputs_of
 from .planning import linearity_map, plan_collapse
@@ -102,6 +104,7 @@ def inspect(
     blocks: Blocks = None,
     json_file: JsonFile = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot; .png, .svg or .pdf.")] = None,
+    max_memory: MaxMemory = None,
     device: Device = "cpu",
     trust_remote_code: Trust = False,
 ):
@@ -109,6 +112,7 @@ def inspect(
     check_files(plot=plot, json=json_file)
     if data is None and plot is not None:
         raise ValueError("--plot shows what is measured on data: pass --data too.")
+    MemoryBudget(max_memory)  # refuses what is none, before the model is loaded
     on, out = usable_device(device), Output(json_file)
     live = load_model(model, trust_remote_code).to(on)
     if data is None:
@@ -117,7 +121,7 @@ def inspect(
         return
     read = read_data(live, load_processor(live, model, options, trust_remote_code), data, options)
     out.say(f"data: {read}")
-    result = linearity_map(live, read, blocks or "all")
+    result = linearity_map(live, read, blocks or "all", max_memory=max_memory)
     out.say(result)
     out.write(result.to_dict())
     if plot is not None:
@@ -187,6 +191,7 @@ def collapse(
         int, typer.Option(min=1, help="What numbers of neurons, and ranks, are multiples of (64 suits accelerators).")
     ] = 1,
     json_file: JsonFile = None,
+    max_memory: MaxMemory = None,
     device: Device = "cpu",
     trust_remote_code: Trust = False,
 ):
@@ -197,6 +202,7 @@ def collapse(
         raise ValueError("--plan says which blocks collapse, and how: leave out --blocks, --uniform-width, "
                          "--multiple-of and --save-plan.")  # fmt: skip
     wanted = parse_budget(budget) if budget is not None else {}
+    MemoryBudget(max_memory)
     check_files(save_plan=save_plan, plot=plot, json=json_file)
     on, out, started = usable_device(device), Output(json_file), time.perf_counter()
     made = CollapsePlan.load(plan) if plan is not None else None
@@ -208,7 +214,7 @@ def collapse(
         out.say(_estimate(live, read, made is None, recovery_steps))
         if made is None:
             shape: dict[str, Any] = {**wanted, "uniform_width": uniform_width, "multiple_of": multiple_of}
-            made = plan_collapse(live, read, blocks=blocks or "all", **shape)
+            made = plan_collapse(live, read, blocks=blocks or "all", max_memory=max_memory, **shape)
         out.say(f"{made}\n")
         if save_plan is not None:
             made.save(save_plan)
@@ -219,7 +225,7 @@ def collapse(
         if not made.point.choices:
             raise ValueError("No block can collapse within this budget; nothing was saved.")
         teacher = copy.deepcopy(live) if recovery_steps else None
-        report = collapse_model(live, plan=made, calibration_data=read)
+        report = collapse_model(live, plan=made, calibration_data=read, max_memory=max_memory)
         recovery = recover_model(live, teacher, read, max_steps=recovery_steps) if teacher is not None else None
         live.save_pretrained(folder)
         base = None if Path(model).exists() else model

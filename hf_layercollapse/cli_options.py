@@ -36,9 +36,7 @@ Columns = Annotated[
 ]
 Label = Annotated[
     str | None,
-    typer.Option(
-        help="Column of the class: `inspect` then measures the loss, and a text is one row, cut to its length."
-    ),
+    typer.Option(help="Column of the class of each row; a text is then one row, cut to its length."),
 ]
 Samples = Annotated[int, typer.Option(min=8, help="Rows to use: texts, windows of long ones, images.")]
 Batch = Annotated[int, typer.Option(min=1, help="Rows a batch.")]
@@ -56,6 +54,13 @@ Blocks = Annotated[
 JsonFile = Annotated[
     Path | None,
     typer.Option("--json", "--json-file", help="Write the result as JSON; '-': to stdout, and words to stderr."),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        help='Memory for what is held beside the model, "2GB" or "500MB"; with less the data is read more often. '
+        "Default: half of what is free."
+    ),
 ]
 Device = Annotated[str, typer.Option(help="Device to compute on, as torch names it.")]
 Trust = Annotated[bool, typer.Option(help="Run code that comes with the model.")]

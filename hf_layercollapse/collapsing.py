@@ -1,34 +1,31 @@
 """Collapsing a model: what is to become of which block, all of it checked before anything is put in place."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import islice
 from typing import Any
 
+import torch
 from accelerate.utils import is_compiled_module
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from . import functional
+from . import processes
 from .adapters import is_copied, restored_on_error
-from .block_sizes import fit_size
 from .blocks import BoundBlock, bind_blocks, check_weights, confirm_wiring, survey
-from .calibration import CANDIDATES_PER_NEURON, BlockMoments, collect_moments, logits_of, reiterable, score_neurons
+from .calibration import RANGE_TOKENS, Calibration
 from .calibration_data import model_inputs
 from .classes import refuse_lost_code
 from .config import LayerCollapseConfig
 from .families import FeedForwardBlock
-from .loss_metric import measure_metrics
+from .fitting import BlockFitting
+from .forward_passes import first_tensor, lean
 from .merging import (
     BlockChoice,
     Trial,
     cost_of,
     effective_rank,
     fit_of_weights,
-    has_constant,
     is_cut,
     is_possible,
     is_ready,
@@ -36,22 +33,23 @@ from .merging import (
     put_in_place,
     ready_neurons,
 )
-from .models import count_parameters, is_adapted, unwrap
+from .models import count_parameters, device_of, evaluating, inputs_of, is_adapted, unwrap
 from .patching import (
     collapsible_activations,
     layer_collapse_config_of,
     refresh_layer_collapse,
     refuse_lost_code_inside,
-    restore_blocks,
 )
 from .plans import CollapsePlan
-from .reports import BlockReport, CollapseReport
+from .predictions import without_labels
+from .progress import Progress
+from .reports import BlockReport, CollapseReport, DataReport
 from .selection import select_blocks
-from .upstream import uncompiled
+from .upstream import offload_like, uncompiled
 
 
-# Batches whose logits are compared before and after; enough to see a difference, few enough to hold.
-LOGIT_BATCHES = 8
+# Rows whose outputs are compared before and after, and tokens of them that are at a time.
+LOGIT_ROWS, COMPARED_TOKENS = 64, 256
 
 
 def collapse_model(
@@ -62,6 +60,7 @@ def collapse_model(
     max_error: float | None = None,
     allow_none: bool = False,
     token_mask_fn: Callable[..., Any] | None = None,
+    max_memory: int | str | dict | None = None,
     processing_class: Any = None,
 ) -> CollapseReport:
     """Collapses feed-forward blocks in place: each becomes one linear map.
@@ -81,8 +80,8 @@ def collapse_model(
         config ([`LayerCollapseConfig`], *optional*): `blocks`, `collapse_threshold`, `not_ready`, `rank`,
             `keep_neurons`, `neuron_choice`, `constant_term`, `sequential` and `adapters` are used. Default: the one
             the model was patched with, and every patched block; for a model that is not patched, every dense block.
-        calibration_data (iterable of `dict[str, Tensor]`, *optional*): Model inputs. Read once; twice with kept
-            neurons, and once more for each block with `sequential`. Rows that repeat others are left out.
+        calibration_data (iterable of `dict[str, Tensor]`, *optional*): Model inputs, in any order. Rows that repeat
+            others are left out. They are read several times; what can be read only once (a generator) is kept.
         plan ([`CollapsePlan`], *optional*): Blocks, ranks and neurons of a dense model, in place of the config's.
         max_error (`float`, *optional*): Refuse if a block's relative error exceeds this: the one to expect on other
             data of the calibration data's kind where the block is fitted to it, else that on standard-normal inputs.
@@ -90,6 +89,10 @@ def collapse_model(
         token_mask_fn (`Callable`, *optional*): `token_mask_fn(block_name, batch, shape)` gives a mask of that shape,
             1 where a calibration token is no padding, or `None` if none is. For models whose attention mask does not
             have the shape of their blocks' inputs.
+        max_memory (`int`, `str` or `dict`, *optional*): Bytes (`"2GB"`), or as accelerate has it a dict of them by
+            device, for all that is held beside the model and one forward pass: sums over the data, fits, new weights,
+            inputs that can be read only once. With less, blocks are measured in more passes over the data. Default:
+            half of what is free.
         processing_class (*optional*): Tokenizer or processor that makes model inputs of raw texts, pairs, images or
             sounds, as [`CalibrationData`] says. Default: the data are model inputs.
 
@@ -99,8 +102,8 @@ def collapse_model(
     Raises:
         TypeError: `model` or `config` is of a wrong type, or the model is wrapped or sharded.
         ValueError: No block is ready, a dense model comes without data, weights cannot be merged, an error is above
-            `max_error`, or the model's class is the user's own and no Auto class knows it. Nothing has been changed
-            then.
+            `max_error`, there is too little memory for one block, or the model's class is the user's own and no Auto
+            class knows it. Nothing has been changed then, and neither after Ctrl-C.
     """
     _check_arguments(config, plan, max_error)
     inner, wrappers = unwrap(model)
@@ -113,31 +116,34 @@ def collapse_model(
     if plan is not None:
         options = replace(options, constant_term=plan.constant_term)
     # Everything is checked before anything is changed.
-    with _adapters_merged(model, inner, options, allow_none):
-        chosen = _choose(inner, config, options, plan, calibration_data is not None, allow_none)
-        first, data = _keep_first(calibration_data)
-        how: dict[str, Any] = {"neuron_choice": options.neuron_choice, "constant_term": options.constant_term}
-        fit = partial(fit_blocks, model, inner, **how, token_mask_fn=token_mask_fn)
-        merges = _merges_of(chosen, data, options, fit)
+    with Progress("Collapse") as progress, _adapters_merged(model, inner, options, allow_none), Trial() as trial:
+        chosen, engine = _choose(inner, config, options, plan, calibration_data is not None, allow_none), None
+        if calibration_data is not None:
+            engine = Calibration.on(model, inner, calibration_data, max_memory, token_mask_fn, progress)
+        merges = _merges_of(chosen, engine, options)
         _confirm_cuts(inner, merges)
         _refuse_errors(merges, max_error)
-        logits = None if first is None else _finite_logits(model, first)
+        restored = chosen.waiting if options.not_ready == "restore" else []
+        difference = None if engine is None else _largest_difference(engine, merges, restored)
 
-    parameters_before = count_parameters(inner)
-    replaced = _put(merges)
-    if options.not_ready == "restore":
-        restore_blocks(chosen.waiting)
-    # What the model was patched with describes all that came of it; else the last collapse is what is recorded.
-    done = replace(options, blocks=[merge.block.name for merge in merges]) if merges else None
-    refresh_layer_collapse(inner, None if was_patched else done, wrappers, replaced, default=done)
+        parameters_before = count_parameters(inner)
+        for merge in merges:
+            for exchange in trial.put(merge):
+                offload_like(exchange.new, merge.block.down)
+        trial.restore(restored)
+        # What the model was patched with describes all that came of it; else the last collapse is what is recorded.
+        done = replace(options, blocks=[merge.block.name for merge in merges]) if merges else None
+        replaced = [exchange.new for exchange in trial.exchanges]
+        refresh_layer_collapse(inner, None if was_patched else done, wrappers, replaced, default=done)
+        trial.keep()
 
     reports = [merge.report for merge in merges] + [_waiting_report(block, options) for block in chosen.waiting]
-    difference = None
-    if logits is not None:
-        pairs = zip(logits, logits_of(model, first), strict=True)
-        difference = max(float((before - after).abs().max()) for before, after in pairs)
     return CollapseReport(
-        sorted(reports, key=lambda report: report.index), parameters_before, count_parameters(inner), difference
+        sorted(reports, key=lambda report: report.index),
+        parameters_before,
+        count_parameters(inner),
+        difference,
+        None if engine is None else DataReport(engine.rows.rows, engine.rows.distinct, engine.most_tokens),
     )
 
 
@@ -163,13 +169,9 @@ def collapse_as(model: nn.Module, names: Any) -> None:
     inner, wrappers = unwrap(model)
     blocks = [block for block in bind_blocks(inner) if block.name in names]
     check_weights(inner, blocks, merging=True)
-    replaced = _put(_merge_all(blocks, {}, collapse_threshold=1.0))
+    merges = _merge_all(blocks, {}, collapse_threshold=1.0)
+    replaced = [exchange.new for merge in merges for exchange in put_in_place(merge)]
     refresh_layer_collapse(inner, None, wrappers, replaced)
-
-
-def _put(merges):
-    """Puts what blocks become in their places; returns the modules that now stand there."""
-    return [exchange.new for merge in merges for exchange in put_in_place(merge)]
 
 
 @contextlib.contextmanager
@@ -345,20 +347,6 @@ def _raise_none_ready(alphas, options):
 # ----------------------------------------------------------------------------------------------------
 
 
-def _keep_first(data):
-    """The first batches as a list, and an iterable that still gives all of them."""
-    if data is None:
-        return None, None
-    iterator = iter(data)
-    kept = list(islice(iterator, LOGIT_BATCHES))
-
-    def everything():
-        yield from kept
-        yield from iterator
-
-    return kept, everything()
-
-
 def _exactly_linear(block, choices):
     """Whether a block is one line at alpha 1, which no data can fit better."""
     choice = choices[block.name]
@@ -366,115 +354,69 @@ def _exactly_linear(block, choices):
     return whole and block.state == "patched" and float(block.activation.alpha.detach().min()) == 1
 
 
-def _merges_of(chosen, data, options, fit):
-    """What the chosen blocks become, each fitted to the data if there are any and it is not one line already.
-
-    Args:
-        fit (`Callable`): `fit(blocks, choices, data)` gives block name -> [`functional.Fit`].
-    """
+def _merges_of(chosen, engine, options):
+    """What the chosen blocks become, each fitted to the data if there are any and it is not one line already."""
     ready, choices, threshold = chosen.ready, chosen.choices, options.collapse_threshold
-    refit = [block for block in ready if data is not None and not _exactly_linear(block, choices)]
-    if not (refit and options.sequential):
-        return _merge_all(ready, fit(refit, choices, data) if refit else {}, threshold)
-    # Each with those before it in place; the model is left as it was.
-    data, merges = reiterable(data), []
+    if engine is None:
+        return _merge_all(ready, {}, threshold)
+    refit = [block for block in ready if not _exactly_linear(block, choices)]
+    fitting = BlockFitting(engine, choices, options.neuron_choice, options.constant_term)
+    if options.sequential:
+        merges = _merge_in_turn(fitting, ready, refit, threshold)
+    else:
+        _refuse_fitted_chains(ready, refit)
+        merges = _merge_all(ready, fitting.merges(refit), threshold)
+    # The same to the bit, whatever each process computes on.
+    linears = [linear for merge in merges for linear in merge.linears.values()]
+    processes.spread([parameter for linear in linears for parameter in linear.parameters()])
+    return merges
+
+
+def _merge_in_turn(fitting, ready, refit, collapse_threshold):
+    """The merges, each fitted with those before it in place; the model is left as it was."""
+    merges = []
     with Trial() as trial:
         for block in ready:
-            bound = _after(block, _merge_before(block, merges))
-            fits = fit([bound], choices, data) if block in refit else {}
-            merges += _merge_all([bound], fits, threshold)
+            bound = _after(block, merges)
+            fitted = fitting.merges([bound]) if block in refit else {}
+            merges += _merge_all([bound], fitted, collapse_threshold)
             trial.put(merges[-1])
     return merges
 
 
-def fit_blocks(
-    model: nn.Module,
-    inner: nn.Module,
-    blocks: Sequence[BoundBlock],
-    choices: Mapping[str, Any],
-    data: Iterable[Any],
-    neuron_choice: str = "greedy",
-    token_mask_fn: Callable[..., Any] | None = None,
-    constant_term: str = "native",
-) -> dict[str, functional.Fit]:
-    """Block name -> the least-squares [`functional.Fit`] of what it is to become, in one pass over the data, or in two
-    where neurons have to be chosen.
+def _refuse_fitted_chains(ready, refit):
+    """Raises where a linear ends one block and begins another that is fitted to data.
+
+    Raises:
+        ValueError: As said.
     """
-    ranks = {block.name: effective_rank(block, choices[block.name].rank) for block in blocks}
-    open_choices = {
-        block.name: choices[block.name].neurons
-        for block in blocks
-        if isinstance(choices[block.name].neurons, int) and 0 < choices[block.name].neurons
-    }
-    candidates = {block.name: choices[block.name].neurons for block in blocks if block.name not in open_choices}
-    candidates = {name: [] if neurons == 0 else neurons for name, neurons in candidates.items()}
-    per_neuron = CANDIDATES_PER_NEURON if neuron_choice == "greedy" else 1
-    wanted = {name: count * per_neuron for name, count in open_choices.items()}
-    candidates |= {block.name: list(range(block.hidden_features)) for block in blocks if block.name in wanted}
-    to_score = [block for block in blocks if wanted.get(block.name, math.inf) < block.hidden_features]
-    if to_score:
-        data = reiterable(data)
-        scores = score_neurons(model, inner, to_score, data, token_mask_fn)
-        for block in to_score:
-            candidates[block.name] = sorted(scores[block.name].topk(wanted[block.name]).indices.tolist())
-    in_metric = [block for block in blocks if choices[block.name].in_metric and ranks[block.name]]
-    metrics = {}
-    if in_metric:
-        data = reiterable(data)
-        metrics, _ = measure_metrics(model, inner, in_metric, data, token_mask_fn)
-    moments = collect_moments(model, inner, blocks, data, candidates, token_mask_fn)
-    fits = {}
-    for block in blocks:
-        found, rank = moments[block.name], ranks[block.name]
-        if not has_constant(block, rank, constant_term):
-            found = found.without_constant()
-        if block.name in metrics:
-            fits[block.name] = fit_size(found, range(len(found.neurons)), rank, metrics[block.name])
-        else:
-            fits[block.name] = best_fit(found, rank, open_choices.get(block.name))
-    return fits
+    for block in refit:
+        before = next((other for other in ready if other.down is block.up), None)
+        if before is not None:
+            raise ValueError(
+                f"Block {block.name} begins with the linear that ends {before.name}; fitted to data, they cannot "
+                "collapse in one call. Name one of them in `blocks`, then the other."
+            )
 
 
-def best_fit(moments: BlockMoments, rank: int | None, count: int | None = None) -> functional.Fit:
-    """The fit with the `count` neurons that explain most, chosen from those of the moments; `None`: all of them."""
-    if count is not None and count < len(moments.neurons):
-        cov_ff, cov_fo, width = moments.cov_ff, moments.cov_fo, moments.width
-        if rank is None:
-            chosen, _ = functional.greedy_neurons(cov_ff, cov_fo, width, count, ridge=moments.ridge)
-        else:
-            # Neurons for a given map, then the map for these neurons: twice, after which little changes.
-            right = functional.reduced_rank(cov_ff[:width, :width], cov_fo[:width], width, rank, moments.ridge)[1]
-            for step in range(2 if rank else 1):
-                if step:
-                    part = moments.restricted(chosen)
-                    right = functional.reduced_rank(part.cov_ff, part.cov_fo, width, rank, moments.ridge)[1]
-                chosen, _ = functional.greedy_neurons(cov_ff, cov_fo, width, count, right, moments.ridge)
-        moments = moments.restricted(sorted(chosen))
-    return moments.fit(rank)
-
-
-def _merge_all(ready, fits, collapse_threshold):
-    """The merges in forward order; where a linear ends one block and begins the next, that takes the merged one."""
+def _merge_all(ready, fitted, collapse_threshold):
+    """The merges in forward order, of the weights alone where none was fitted; where a linear ends one block and
+    begins the next, that takes the merged one."""
     merges = []
     for block in ready:
-        before = _merge_before(block, merges)
-        if before is not None and block.name in fits:
-            raise ValueError(
-                f"Block {block.name} begins with the linear that ends {before.block.name}; fitted to data, they "
-                "cannot collapse in one call. Name one of them in `blocks`, then the other."
-            )
-        block, fit = _after(block, before), fits.get(block.name)
-        merges.append(make_merge(block, fit or fit_of_weights(block, collapse_threshold), refit=fit is not None))
+        if block.name in fitted:
+            merges.append(fitted[block.name])
+            continue
+        block = _after(block, merges)
+        with block.weights_present():
+            fit = fit_of_weights(block, collapse_threshold)
+        merges.append(make_merge(block, fit, refit=False))
     return merges
 
 
-def _merge_before(block, merges):
-    """The merge of the block whose last linear is this one's first."""
-    return next((merge for merge in merges if merge.block.down is block.up), None)
-
-
-def _after(block, before):
-    """The block as it is with that merge in place."""
+def _after(block, merges):
+    """The block as it is with these merges in place: one may end with the linear that it begins with."""
+    before = next((merge for merge in merges if merge.block.down is block.up), None)
     return block if before is None else replace(block, up=before.linears[before.block.layout.down])
 
 
@@ -487,11 +429,32 @@ def _confirm_cuts(inner, merges):
         confirm_wiring(inner, [merge.block for merge in cut])
 
 
-def _finite_logits(model, batches):
-    logits = logits_of(model, batches)
-    if not all(output.isfinite().all() for output in logits):
-        raise ValueError("The calibration data gives outputs that are not finite.")
-    return logits
+@torch.no_grad()
+def _largest_difference(engine, merges, restored):
+    """The largest difference of the model's first output, as it is and with these merges in place and these blocks
+    restored, over some rows of the data; one batch of outputs is held at a time."""
+    model, inner = engine.model, engine.inner
+    largest, device = 0.0, device_of(model)
+    batches = engine.sample(LOGIT_ROWS, RANGE_TOKENS)
+    engine.progress.say("comparing outputs")
+    with evaluating(model):
+        for batch in batches:
+            inputs = lean(inner, without_labels(inner, inputs_of(batch, device)))
+            before = first_tensor(model(**inputs))
+            if not before.isfinite().all():
+                raise ValueError("The calibration data gives outputs that are not finite.")
+            with Trial() as trial:
+                for merge in merges:
+                    trial.put(merge)
+                trial.restore(restored)
+                after = first_tensor(model(**inputs))
+            pairs = zip(_by_rows(before), _by_rows(after), strict=True)
+            largest = max([largest, *(float((a.float() - b.float()).abs().max()) for a, b in pairs)])
+    return largest
+
+
+def _by_rows(output):
+    return output.reshape(-1, output.shape[-1]).split(COMPARED_TOKENS)
 
 
 def _refuse_errors(merges, max_error):

@@ -224,9 +224,8 @@ def compare_models(
         raise ValueError("The data is empty: it must give at least one batch of model inputs.")
     metric = _metric_of(models, batches)
     device = device_of(next(iter(models.values())))
-    batches = [inputs_of(batch, device) for batch in batches]
     timed = max(batches, key=_count)
-    timed = {name: value for name, value in timed.items() if name != "labels"}
+    timed = inputs_of({name: value for name, value in timed.items() if name != "labels"}, device)
     images = "pixel_values" in timed
     units = timed["pixel_values"].shape[0] if images else timed["input_ids"].numel()
     scores = {name: _score(model, batches, metric, name, progress) for name, model in models.items()}
@@ -309,9 +308,10 @@ def _described(model):
 
 def _score(model, batches, metric, name, progress):
     """Whether each example is right, or each sequence's summed loss and its tokens: a tuple of arrays."""
-    parts = []
+    parts, device = [], device_of(model)
     with evaluating(model), torch.no_grad():
         for batch in tqdm(batches, desc=f"Scoring {name}", leave=False, disable=not progress):
+            batch = inputs_of(batch, device)
             inputs = {key: value for key, value in batch.items() if key != "labels"}
             logits = model(**inputs)["logits"]
             if metric == "accuracy":

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from transformers.modeling_utils import PreTrainedModel
 
 from . import functional
-from .calibration import TokenFilter
 from .config import LayerCollapseConfig
 from .families import find_feed_forward_blocks
 from .models import shorten, unwrap
 from .patching import collapsible_activations, layer_collapse_config_of, remove_layer_collapse
 from .selection import select_blocks
+from .token_filter import TokenFilter
 from .upstream import has_causal_loss
 
 

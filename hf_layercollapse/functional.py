@@ -2,12 +2,13 @@
 
 Shape suffixes: `n` rows of inputs, `i` input width, `m` hidden width, `o` output width, `k` kept neurons, `r` rank,
 `f` features of a fit, `c` classes of a head, `b` examples of `t` tokens. A weight `_oi` maps `i` to `o` and is stored
-as `nn.Linear` stores it. Everything is computed in float64 unless said otherwise.
+as `nn.Linear` stores it. Everything is computed in float64 unless said otherwise, from moments in the precision that
+they were summed in.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ REFINE = 2
 
 # Up to so many candidates neurons are chosen one by one, in float64.
 EXACT_CANDIDATES = 512
+
+# Rows that large matrices are worked on at a time.
+STRIP = 1024
 
 _TINY = 1e-30
 
@@ -105,7 +109,7 @@ def affine_target(
     return slope, mean_a - slope * mean_z
 
 
-def second_moments(
+def second_moments_(
     total: float,
     sum_f: torch.Tensor,
     sum_o: torch.Tensor,
@@ -113,21 +117,33 @@ def second_moments(
     cross_fo: torch.Tensor,
     moments_oo: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Means and centred second moments from (weighted) sums over tokens.
+    """Means and centred second moments from (weighted) sums over tokens. The second moments are centred in place: no
+    larger matrices are held than these.
 
     Args:
         total (`float`): Sum of the tokens' weights.
         sum_f, sum_o, moments_ff, cross_fo, moments_oo: Sums of `f`, `y`, `f f^T`, `f y^T` and `y y^T`, all about one
-            and the same origin per feature, so that large means do not cost precision.
+            and the same origin per feature, so that large means do not cost precision. Of `f f^T` and `y y^T` only the
+            upper triangles are read.
 
     Returns:
-        `(mean_f, mean_o, cov_ff, cov_fo, cov_oo)`, float64.
+        `(mean_f, mean_o, cov_ff, cov_fo, cov_oo)`: means in float64, the others as they were summed.
     """
-    sum_f, sum_o = sum_f.double(), sum_o.double()
-    cov_ff = (moments_ff.double() - torch.outer(sum_f, sum_f) / total) / total
-    cov_fo = (cross_fo.double() - torch.outer(sum_f, sum_o) / total) / total
-    cov_oo = (moments_oo.double() - torch.outer(sum_o, sum_o) / total) / total
-    return sum_f / total, sum_o / total, cov_ff, cov_fo, cov_oo
+    mean_f, mean_o = sum_f.double() / total, sum_o.double() / total
+    mirror_(moments_ff)
+    mirror_(moments_oo)
+    pairs = ((moments_ff, mean_f, mean_f), (cross_fo, mean_f, mean_o), (moments_oo, mean_o, mean_o))
+    for moments, first, second in pairs:
+        moments.div_(total).addr_(first.to(moments), second.to(moments), alpha=-1)
+    return mean_f, mean_o, moments_ff, cross_fo, moments_oo
+
+
+def mirror_(matrix_ff):
+    """Copies the upper triangle of a square matrix onto the lower one, in place."""
+    for rows in _strips(matrix_ff.shape[0]):
+        on_diagonal = matrix_ff[rows, rows]
+        on_diagonal.copy_(on_diagonal.triu() + on_diagonal.triu(1).T)
+        matrix_ff[rows.stop :, rows] = matrix_ff[rows, rows.stop :].T
 
 
 def regress(cov_ff: torch.Tensor, cov_fo: torch.Tensor, ridge: float = RIDGE, refine: int = REFINE) -> torch.Tensor:
@@ -138,30 +154,62 @@ def regress(cov_ff: torch.Tensor, cov_fo: torch.Tensor, ridge: float = RIDGE, re
         refine (`int`): Steps that take back what the ridge costs where the data does determine the answer. After two
             a block which is linear is fitted exactly; each costs as much again as the rest.
     """
-    correlation, scale, factor = _damped_factor(cov_ff, ridge)
-    target = cov_fo * scale[:, None]
-    solution = torch.cholesky_solve(target, factor)
-    for _ in range(refine):
-        solution = solution + torch.cholesky_solve(target - correlation @ solution, factor)
-    return solution * scale[:, None]
+    solver, outputs = _Solver(cov_ff, ridge, refine), cov_fo.shape[1]
+    return torch.cat([solver(cov_fo[:, part]) for part in _strips(outputs)], dim=1) if outputs else cov_fo.double()
+
+
+class _Solver:
+    """Regressions on one set of features, whose moments are factorised once."""
+
+    def __init__(self, cov_ff, ridge, refine=REFINE):
+        self.cov_ff, self.refine = cov_ff, refine
+        self.scale, self.factor = _damped_factor(cov_ff, ridge)
+
+    def __call__(self, cov_fo):
+        scale = self.scale[:, None]
+        target = cov_fo.double() * scale
+        solution = torch.cholesky_solve(target, self.factor)
+        for _ in range(self.refine):
+            left = target - scale * _product(self.cov_ff, scale * solution)
+            solution += torch.cholesky_solve(left, self.factor)
+        return solution * scale
+
+
+def _strips(count, size=STRIP):
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _product(matrix_ff, columns_fo):
+    """`matrix @ columns` in float64, without a copy of the matrix in float64."""
+    if matrix_ff.dtype == torch.float64:
+        return matrix_ff @ columns_fo
+    return torch.cat([matrix_ff[rows].double() @ columns_fo for rows in _strips(matrix_ff.shape[0])])
 
 
 def _damped_factor(cov_ff, ridge):
-    """`(correlation, scale, factor)`: the features' correlations, what scales a feature to unit variance (0 where it
-    does not vary), and the Cholesky factor of the correlations with the ridge."""
-    variance = cov_ff.diagonal()
-    varies = variance > 1e-12 * variance.max()
+    """`(scale, factor)`: what scales a feature to unit variance (0 where it does not vary), and the Cholesky factor of
+    the features' correlations with the ridge on their diagonal."""
     # Unit diagonal first: massive activations make features differ by many orders of magnitude.
-    scale = torch.where(varies, torch.where(varies, variance, 1.0).rsqrt(), 0.0)
-    correlation = cov_ff * scale * scale[:, None]
-    damped = correlation + torch.diag(ridge + (~varies).double())
-    factor, failed = torch.linalg.cholesky_ex(damped)
+    scale = _to_unit_variance(cov_ff)
+    factor, failed = torch.linalg.cholesky_ex(_damped(cov_ff, scale, ridge))
     if failed:
         # Sums of float32 products are not exactly positive definite.
-        values, vectors = torch.linalg.eigh(damped)
+        values, vectors = torch.linalg.eigh(_damped(cov_ff, scale, ridge))
         factor = vectors * values.clamp_min(ridge)[None].sqrt()
         factor = torch.linalg.qr(factor.T).R.T
-    return correlation, scale, factor
+    return scale, factor
+
+
+def _to_unit_variance(cov_ff):
+    variance = cov_ff.diagonal().double()
+    varies = variance > 1e-12 * variance.max()
+    return torch.where(varies, torch.where(varies, variance, 1.0).rsqrt(), 0.0)
+
+
+def _damped(cov_ff, scale, ridge):
+    damped = cov_ff.to(torch.float64, copy=True).mul_(scale).mul_(scale[:, None])
+    damped.diagonal().add_(ridge + (scale == 0).double())
+    return damped
 
 
 def effective_rank(cov_ff: torch.Tensor, least_share: float = LEAST_SHARE) -> float:
@@ -172,10 +220,14 @@ def effective_rank(cov_ff: torch.Tensor, least_share: float = LEAST_SHARE) -> fl
         cov_ff: Centred second moments.
         least_share (`float`): A direction of this part of the features' variance counts half.
     """
-    _, scale, factor = _damped_factor(cov_ff, least_share)
-    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
-    varies = scale > 0
-    return float((1 - least_share * inverse.square().sum(0))[varies].sum().clamp_min(0))
+    scale, factor = _damped_factor(cov_ff, least_share)
+    squares = torch.zeros_like(scale)
+    for part in _strips(len(factor)):
+        # Columns of the inverse of a triangle begin at the diagonal.
+        below = factor[part.start :, part.start :]
+        columns = torch.eye(len(below), part.stop - part.start).to(below)
+        squares[part] = torch.linalg.solve_triangular(below, columns, upper=False).square().sum(0)
+    return float((1 - least_share * squares)[scale > 0].sum().clamp_min(0))
 
 
 def generalized(residual: float, tokens: int, features: float) -> float:
@@ -194,8 +246,8 @@ def generalized(residual: float, tokens: int, features: float) -> float:
 
 def unexplained(cov_ff: torch.Tensor, cov_fo: torch.Tensor, var_o: torch.Tensor, solution_fo: torch.Tensor) -> float:
     """Variance of `y - A^T f`, summed over outputs (float)."""
-    explained = 2 * (solution_fo * cov_fo).sum() - (solution_fo * (cov_ff @ solution_fo)).sum()
-    return float((var_o.sum() - explained).clamp_min(0))
+    explained = 2 * (solution_fo * cov_fo).sum() - (solution_fo * _product(cov_ff, solution_fo)).sum()
+    return float((var_o.double().sum() - explained).clamp_min(0))
 
 
 def reduced_rank(
@@ -216,12 +268,14 @@ def reduced_rank(
         `(left_or, right_ri, down_fo)`: `P`, `V`, and `D^T` with one row per feature of `h`.
     """
     kept = cov_ff.shape[0] > width
-    if rank == 0 and kept:
-        left, right = cov_fo.new_zeros(cov_fo.shape[1], 0), cov_fo.new_zeros(0, width)
-        return left, right, regress(cov_ff[width:, width:], cov_fo[width:], ridge, refine)
+    if rank == 0:
+        down = cov_fo[width:].double()
+        if kept:
+            down = regress(cov_ff[width:, width:], down, ridge, refine)
+        return down.new_zeros(cov_fo.shape[1], 0), down.new_zeros(0, width), down
     solution = regress(cov_ff, cov_fo, ridge, refine)
     weight_io = solution[:width]
-    xx, xh, hh = cov_ff[:width, :width], cov_ff[:width, width:], cov_ff[width:, width:]
+    xx, xh, hh = cov_ff[:width, :width].double(), cov_ff[:width, width:].double(), cov_ff[width:, width:]
     if kept and rank < width:
         # What of x the neurons do not give already.
         xx = xx - xh @ regress(hh, xh.T, ridge, refine)
@@ -230,9 +284,9 @@ def reduced_rank(
     left = vectors[:, vectors.shape[1] - rank :].flip(1)
     right = (weight_io @ left).T
     if not kept:
-        return left, right, cov_fo.new_zeros(0, cov_fo.shape[1])
+        return left, right, left.new_zeros(0, cov_fo.shape[1])
     # The same product in a form whose channels are of one size: half-precision models need it.
-    rest = cov_fo[width:] - xh.T @ right.T @ left.T
+    rest = cov_fo[width:].double() - xh.T @ right.T @ left.T
     return left, right, regress(hh, rest, ridge, refine)
 
 
@@ -286,21 +340,30 @@ def greedy_neurons(
         `(chosen, explained)`: indices among the candidates, in order of choice, and a float64 tensor `(count + 1,)` of
         the variance that the given features and the first `k` neurons explain, summed over outputs.
     """
-    xh, hh, ho = cov_ff[:width, width:], cov_ff[width:, width:], cov_fo[width:]
-    xx, xo = cov_ff[:width, :width], cov_fo[:width]
-    if given is not None:
-        xx, xh, xo = given @ xx @ given.T, given @ xh, given @ xo
-    floor = 1e-6 * hh.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
-    base = 0.0
-    if xx.shape[0]:
-        # Features that are there already are taken out of candidates and target.
-        solution = regress(xx, torch.cat([xh, xo], dim=1), ridge)
-        of_h, of_o = solution[:, : xh.shape[1]], solution[:, xh.shape[1] :]
-        base = float((of_o * xo).sum())
-        hh, ho = hh - xh.T @ of_h, ho - xh.T @ of_o
+    hh, rest_ho = cov_ff[width:, width:], cov_fo[width:]
     # Of what is left and changes in place; a large block's is exact enough in float32, and twice as fast.
     dtype = torch.float32 if hh.shape[0] > EXACT_CANDIDATES else torch.float64
-    left_hh, rest_ho, floor = (t.to(dtype, copy=True) for t in (hh, ho, floor))
+    floor = (1e-6 * hh.diagonal().double().clamp_min(torch.finfo(torch.float64).tiny)).to(dtype)
+    left_hh, base = hh.to(dtype, copy=True), 0.0
+    if width and (given is None or given.shape[0]):
+        # Features that are there already are taken out of candidates and target.
+        def through_x(columns):
+            return columns.double() if given is None else given @ columns.double()
+
+        xx, xh, xo = cov_ff[:width, :width], cov_ff[:width, width:], through_x(cov_fo[:width])
+        solver = _Solver(xx if given is None else through_x(through_x(xx).T), ridge)
+        for columns in _strips(hh.shape[0]):
+            of_h = solver(through_x(xh[:, columns]))
+            for rows in _strips(columns.stop):
+                part = (hh[rows, columns].double() - through_x(xh[:, rows]).T @ of_h).to(dtype)
+                left_hh[rows, columns] = part
+                left_hh[columns, rows] = part.T
+        of_o = torch.cat([solver(xo[:, part]) for part in _strips(xo.shape[1])], dim=1)
+        base = float((of_o * xo).sum())
+        rest_ho = rest_ho.to(torch.float64, copy=True)
+        for rows in _strips(hh.shape[0]):
+            rest_ho[rows] -= through_x(xh[:, rows]).T @ of_o
+    rest_ho = rest_ho.to(dtype, copy=True)
     batch = max(32, count // 20) if batch is None else batch
     pool = max(4 * batch, EXACT_CANDIDATES if hh.shape[0] <= EXACT_CANDIDATES else 0)
     taken = torch.zeros(hh.shape[0], dtype=torch.bool, device=hh.device)
@@ -313,7 +376,7 @@ def greedy_neurons(
         candidates = score.topk(min(pool, hh.shape[0] - len(chosen))).indices
         size = min(batch, count - len(chosen)) if len(candidates) < hh.shape[0] - len(chosen) else count - len(chosen)
         picked, gained, factor_bh = _greedy_among(
-            left_hh[candidates][:, candidates], rest_ho[candidates], floor[candidates], size
+            left_hh[candidates[:, None], candidates], rest_ho[candidates], floor[candidates], size
         )
         picked = candidates[picked]
         chosen += picked.tolist()
@@ -331,31 +394,38 @@ def greedy_neurons(
 
 def _greedy_among(left_cc, rest_co, floor_c, count):
     """`(picked, gains, L)`: greedy choice one by one, what each explains, and the Cholesky factor of the picked ones'
-    moments, in order. Below `floor` a candidate is a combination of what is there; noise would choose it."""
-    left, rest = left_cc.diagonal().clone(), rest_co.clone()
-    squares = rest.square().sum(1)
-    columns = left_cc.new_zeros(count, len(left))
+    moments, in order. Below `floor` a candidate is a combination of what is there; noise would choose it.
+
+    The outputs come in by the candidates' products with each other only, so that a step costs nothing that grows with
+    their number. In float64.
+    """
+    dtype, left_cc, floor_c = left_cc.dtype, left_cc.double(), floor_c.double()
+    products_cc = (rest_co @ rest_co.T).double()
+    left, squares = left_cc.diagonal().clone(), products_cc.diagonal().clone()
+    columns, crossed = left_cc.new_zeros(count, len(left)), left_cc.new_zeros(count, len(left))
+    gains = left_cc.new_zeros(count)
     taken = torch.zeros_like(left, dtype=torch.bool)
-    picked, gains = [], []
+    picked, explained = [], []
     for step in range(count):
         score = torch.where(left > floor_c, squares / left.clamp_min(_TINY), -1.0)
         best = int(score.masked_fill(taken, -torch.inf).argmax())
         pivot = torch.maximum(left[best], floor_c[best]).sqrt()
-        column = (left_cc[:, best] - columns[:step].T @ columns[:step, best]) / pivot
+        of_best = columns[:step, best]
+        column = (left_cc[:, best] - of_best @ columns[:step]) / pivot
         # Exactly what a triangular factor holds, whatever the rounding.
         column[best] = pivot
-        columns[step] = column
-        direction = rest[best] / pivot
-        gain = direction.square().sum()
-        gains.append(float(gain) if bool(left[best] > floor_c[best]) else 0.0)
-        # `rest` is large, and this loop reads it all: updated in place, and its rows' squares with it.
-        squares += column.square() * gain - 2 * column * (rest @ direction)
-        rest.addr_(column, direction, alpha=-1)
+        # Products of all that is left of the target with its part along the new direction.
+        cross = products_cc[:, best] - (crossed[:step, best] - gains[:step] * of_best) @ columns[:step]
+        cross = (cross - of_best @ crossed[:step]) / pivot
+        gains[step] = gain = (cross[best] / pivot).clamp_min(0)
+        explained.append(float(gain) if bool(left[best] > floor_c[best]) else 0.0)
+        columns[step], crossed[step] = column, cross
+        squares += column.square() * gain - 2 * column * cross
         left -= column.square()
         taken[best] = True
         picked.append(best)
     picked = torch.tensor(picked, device=left.device)
-    return picked, gains, columns[:, picked].T.tril()
+    return picked, explained, columns[:, picked].T.tril().to(dtype)
 
 
 @dataclass(frozen=True)
@@ -386,13 +456,24 @@ class Fit:
         """Channels of the linear part, `None` at full rank."""
         return None if self.left_or is None else self.left_or.shape[1]
 
+    def shapes(self):
+        """The same without its numbers: every tensor is on the meta device."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: value.to("meta") for name, value in tensors.items()})
+
 
 def about_origin(
-    mean_f: torch.Tensor, mean_o: torch.Tensor, cov_ff: torch.Tensor, cov_fo: torch.Tensor, cov_oo: torch.Tensor
+    mean_f: torch.Tensor,
+    mean_o: torch.Tensor,
+    cov_ff: torch.Tensor,
+    cov_fo: torch.Tensor,
+    cov_oo: torch.Tensor,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """Centred moments about the origin: `(E f f^T, E f y^T, E y y^T)`. What is fitted to them has no constant term."""
     pairs = ((cov_ff, mean_f, mean_f), (cov_fo, mean_f, mean_o), (cov_oo, mean_o, mean_o))
-    return tuple(moment + torch.outer(first, second) for moment, first, second in pairs)
+    add = torch.Tensor.addr_ if in_place else torch.Tensor.addr
+    return tuple(add(moment, first.to(moment), second.to(moment)) for moment, first, second in pairs)
 
 
 def fit_block(
@@ -436,8 +517,8 @@ def fit_block(
             left, right, down = reduced_rank(cov_ff, cov_fo, width, min(rank, width, cov_fo.shape[1]), ridge, refine)
         else:
             right = right_ri
-            through_x = torch.block_diag(right, torch.eye(len(cov_ff) - width).to(right))
-            found = regress(through_x @ cov_ff @ through_x.T, through_x @ cov_fo, ridge, refine)
+            reduced_ff, reduced_fo = _reduced(cov_ff, cov_fo, right)
+            found = regress(reduced_ff, reduced_fo, ridge, refine)
             left, down = found[: len(right)].T, found[len(right) :]
         solution = torch.cat([(left @ right).T, down])
         left, right = balance(left, right)
@@ -456,6 +537,19 @@ def fit_block(
         r2=1 - residual / variance if variance > 0 else 1.0,
         error=math.sqrt(residual / squares) if squares > 0 else 0.0,
     )
+
+
+def _reduced(cov_ff, cov_fo, right_ri):
+    """Moments of the features `[V x, h]` from those of `[x, h]`: `(cov_ff, cov_fo)`."""
+    rank, width = right_ri.shape
+    through_x = right_ri @ cov_ff[:width].double()
+    reduced_ff = right_ri.new_empty(2 * (rank + cov_ff.shape[0] - width,))
+    reduced_ff[:rank, :rank] = through_x[:, :width] @ right_ri.T
+    reduced_ff[:rank, rank:] = through_x[:, width:]
+    reduced_ff[rank:, :rank] = through_x[:, width:].T
+    reduced_ff[rank:, rank:] = cov_ff[width:, width:]
+    cov_fo = cov_fo.double()
+    return reduced_ff, torch.cat([right_ri @ cov_fo[:width], cov_fo[width:]])
 
 
 def shrinkage(matrix_oo: torch.Tensor, fourth: float, rows: int) -> float:

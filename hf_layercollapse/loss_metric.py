@@ -8,9 +8,11 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import functional
-from .calibration import TokenFilter, memory_for_sums, run_over
+from .forward_passes import run_over
+from .models import device_of
 from .predictions import predictions_of
 from .rows import row_count, take
+from .token_filter import TokenFilter
 from .upstream import layers_checkpointed
 
 
@@ -76,7 +78,7 @@ class MetricReport:
         )
 
 
-def measure_metrics(model, inner, blocks, data, token_mask_fn=None, max_memory=None):
+def measure_metrics(engine, blocks):
     """`(metrics, report)`: the [`LossMetric`] of every block from a sample of the data, within the memory; none where
     no backward pass is possible, as the report says.
 
@@ -84,31 +86,32 @@ def measure_metrics(model, inner, blocks, data, token_mask_fn=None, max_memory=N
     checkpoint keep their inputs only, and run again in the backward pass.
 
     Args:
-        max_memory (`int` or `str`, *optional*): As of [`calibration.moments_in_groups`].
-        Others: As of [`loss_metrics`].
+        engine ([`Calibration`]): Of the model, on the data.
+        blocks (`list[BoundBlock]`): Dense or patched.
 
     Raises:
         ValueError: As [`loss_metrics`].
     """
+    model, inner, mask = engine.model, engine.inner, engine.tokens.token_mask_fn
     reason = why_no_gradients(inner)
     if reason is not None:
         return {}, MetricReport("variance", reason)
-    started, batches = time.perf_counter(), sample(data)
-    layers, needed, most = [], 0, 1
-    if batches:
-        room = memory_for_sums(inner, max_memory)
-        row = take(max(batches, key=lambda batch: _numbers_of(batch) / (row_count(batch) or 1)), [0])
-        needed, plain = _graph_of(model, inner, blocks, row, token_mask_fn)
-        if needed > room:
-            layers = [module for module in inner.modules() if isinstance(module, GradientCheckpointingLayer)]
-            outside, again = _graph_of(model, inner, blocks, row, token_mask_fn, layers)
-            # Some layers ask themselves whether they train, for a dropout of their own.
-            layers = layers if _same(plain, again) else []
-            # What is kept outside of them, and one at a time on the way back.
-            needed = outside + needed // len(layers) if layers else needed
-        most = max(1, room // max(needed, 1))
-    parts = [part for batch in batches for part in _parts_of(batch, most)]
-    metrics = loss_metrics(model, inner, blocks, parts, token_mask_fn=token_mask_fn, checkpointed=layers)
+    started, batches = time.perf_counter(), engine.sample(MOST_ROWS, MOST_TOKENS)
+    engine.progress.say("what outputs matter")
+    room, layers = engine.room(device_of(inner)), []
+    row = take(max(batches, key=lambda batch: _numbers_of(batch) / (row_count(batch) or 1)), [0])
+    needed, plain = _graph_of(model, inner, blocks, row, mask)
+    if needed > room:
+        layers = [module for module in inner.modules() if isinstance(module, GradientCheckpointingLayer)]
+        outside, again = _graph_of(model, inner, blocks, row, mask, layers)
+        # Some layers ask themselves whether they train, for a dropout of their own.
+        layers = layers if _same(plain, again) else []
+        # What is kept outside of them, and one at a time on the way back.
+        needed = outside + needed // len(layers) if layers else needed
+    parts = [part for batch in batches for part in _parts_of(batch, max(1, room // max(needed, 1)))]
+    engine.progress.expect(len(parts))
+    how = {"token_mask_fn": mask, "checkpointed": layers, "progress": engine.progress}
+    metrics = loss_metrics(model, inner, blocks, parts, **how)
     rows = [row_count(part) or 1 for part in parts]
     report = MetricReport(
         kind="loss",
@@ -172,26 +175,7 @@ def _same(metrics, others):
 MOST_ROWS, MOST_TOKENS = 512, 32_768
 
 
-def sample(data, rows=MOST_ROWS, tokens=MOST_TOKENS) -> list:
-    """Some batches from all over the data, of about so many rows and tokens at most, at least one.
-
-    Args:
-        data (iterable of `dict[str, Tensor]`): Read once, held as inputs.
-    """
-    batches = list(data)
-    sizes = [_size_of(batch) for batch in batches]
-    share = min(1.0, rows / max(1, sum(r for r, _ in sizes)), tokens / max(1, sum(t for _, t in sizes)))
-    count = max(1, int(share * len(batches)))
-    return [batches[index * len(batches) // count] for index in range(count)] if batches else []
-
-
-def _size_of(batch):
-    """`(rows, tokens)` of a batch; pixels count as no tokens."""
-    first = next(value for value in batch.values() if isinstance(value, torch.Tensor) and value.dim())
-    return first.shape[0], first.numel() if first.dim() == 2 else 0
-
-
-def loss_metrics(model, inner, blocks, data, draws=1, seed=0, token_mask_fn=None, checkpointed=()):
+def loss_metrics(model, inner, blocks, data, draws=1, seed=0, token_mask_fn=None, checkpointed=(), progress=None):
     """The [`LossMetric`] of every block, from `draws` backward passes over the data. Needs no labels.
 
     Only gradients of activations are computed, from the first block's output on; parameters get none, and are as
@@ -206,6 +190,7 @@ def loss_metrics(model, inner, blocks, data, draws=1, seed=0, token_mask_fn=None
         token_mask_fn (`Callable`, *optional*): See [`TokenFilter`].
         checkpointed (`Sequence[GradientCheckpointingLayer]`): Layers that keep their inputs only, and run again in the
             backward pass.
+        progress ([`Progress`], *optional*): Told of every batch.
 
     Returns:
         Block name -> [`LossMetric`].
@@ -254,10 +239,12 @@ def loss_metrics(model, inner, blocks, data, draws=1, seed=0, token_mask_fn=None
                     sums[block.name].add(grad / factor if factor != 1 else grad, mask)
         calls.clear()
 
-    handles = [observe(block) for block in blocks]
-    handles.append(model.register_forward_hook(finish, with_kwargs=True))
+    def observers():
+        yield from map(observe, blocks)
+        yield model.register_forward_hook(finish, with_kwargs=True)
+
     with _frozen(model), layers_checkpointed(inner, checkpointed):
-        run_over(model, data, handles, "Measuring what outputs matter", tokens, gradients=True)
+        run_over(model, inner, data, observers, progress, tokens, gradients=True, outputs=True)
     return {block.name: sums[block.name].finish(block, predictions, draws) for block in blocks}
 
 

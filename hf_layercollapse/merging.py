@@ -19,7 +19,7 @@ from .modeling_layercollapse import (
     children_of,
     mark_initialized,
 )
-from .models import CUT
+from .models import CUT, device_of
 from .reports import BlockReport
 
 
@@ -52,7 +52,7 @@ class Merge:
     Args:
         block (`BoundBlock`): Which.
         linears (`dict[str, nn.Module]`): Path in the block -> the linear that will stand there.
-        fit (`functional.Fit`): What they hold.
+        fit (`functional.Fit`): The shapes of what they hold: nothing reads the numbers again.
         report (`BlockReport`): What that does.
     """
 
@@ -148,9 +148,21 @@ class Trial:
     def __exit__(self, *exception):
         self.undo()
 
+    def keep(self):
+        """Everything stays as it is now."""
+        self.exchanges = []
+
     def put(self, merge):
-        """Puts what a block becomes in its place."""
-        self.exchanges += put_in_place(merge)
+        """Puts what a block becomes in its place; returns the new exchanges."""
+        count = len(self.exchanges)
+        put_in_place(merge, self.exchanges)
+        return self.exchanges[count:]
+
+    def restore(self, blocks):
+        """Puts the native activations back into patched blocks."""
+        for block in blocks:
+            native = block.activation.native.train(block.activation.training)
+            self.exchanges.append(block.exchange(block.layout.activation, native))
 
     def undo(self, count=0):
         """Takes back all exchanges but the first `count` (of `len(self.exchanges)`)."""
@@ -165,10 +177,11 @@ def make_merge(block, fit, refit):
     if dropped:
         # Its first neuron, which gives nothing: training can still give it something to say.
         fit = replace(fit, neurons=[0], down_ok=fit.down_ok.new_zeros(block.out_features, 1))
-    linears = _linears_of(block, fit)
+    with block.weights_present():
+        linears = _linears_of(block, fit)
     # Not the block's own width, where the first linear is what another block of a chain became.
     width = (fit.weight_oi if fit.right_ri is None else fit.right_ri).shape[1]
-    x = functional.gaussian_inputs(width).to(block.down.weight)
+    x = functional.gaussian_inputs(width).to(device_of(block.down), block.down.weight.dtype)
     error = functional.relative_error(block.forward(x), _compute(block, linears, fit, x))
     report = BlockReport(
         name=block.name,
@@ -186,7 +199,7 @@ def make_merge(block, fit, refit):
         rank=fit.rank,
         kept_neurons=0 if dropped else len(fit.neurons),
     )
-    return Merge(block, linears, fit, report)
+    return Merge(block, linears, fit.shapes(), report)
 
 
 def computed(merge):
@@ -223,14 +236,14 @@ def _linears_of(block, fit):
     linears = {}
     if neurons or fit.right_ri is not None:
         up, up_bias = block.up_affine()
-        rows = [up.double()[neurons]]
-        biases = [None if up_bias is None else up_bias.double()[neurons]]
+        rows = [up[neurons].double()]
+        biases = [None if up_bias is None else up_bias[neurons].double()]
         if fit.right_ri is not None:
             rows.insert(0, fit.right_ri)
             biases.insert(0, None)
         if layout.gated and neurons:
             gate, gate_bias = block.gate_affine()
-            gate, gate_bias = gate.double()[neurons], None if gate_bias is None else gate_bias.double()[neurons]
+            gate, gate_bias = gate[neurons].double(), None if gate_bias is None else gate_bias[neurons].double()
             if layout.fused:
                 rows.insert(0, gate)
                 biases.insert(0, gate_bias)
@@ -249,7 +262,7 @@ def _cut_linears(block, fit):
     layout, linears = block.layout, {}
 
     def rows(tensor):
-        return None if tensor is None else tensor.double()[fit.neurons]
+        return None if tensor is None else tensor[fit.neurons].double()
 
     up = weight_and_bias(block.up)
     if layout.gate is not None:
@@ -321,14 +334,18 @@ def _make_linear(like, weight, bias):
     return linear.train(like.training)
 
 
-def put_in_place(merge):
+def put_in_place(merge, exchanges=None):
     """Puts what a block becomes where it was.
+
+    Args:
+        exchanges (`list`, *optional*): Gets every [`Exchange`] as it is made.
+
 
     Returns:
         `list[Exchange]`, in order. The modules that now stand there say what the replacement table holds of them.
     """
     training = merge.linears[merge.block.layout.down].training
-    exchanges = []
+    exchanges = [] if exchanges is None else exchanges
     for path, module in _replacements(merge).items():
         mark_initialized(module)
         exchanges.append(merge.block.exchange(path, module.train(training)))

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_compiled_module
+from accelerate.utils import align_module_device, has_offloaded_params, is_compiled_module
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from .modeling_layercollapse import SAVING_PREFIX, children_of
 from .rows import not_inputs
-from .upstream import uncompiled
+from .upstream import align_hook_of, uncompiled
 
 
 # Marks the last linear of a block that a collapse made narrower, where no table says so: in a plain torch module.
@@ -135,8 +135,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's inputs go: the device of its first parameter."""
-    return next(model.parameters()).device
+    """Where a model's inputs go, and where a part of it runs: where the first of accelerate's hooks says, else the
+    device of its first parameter."""
+    devices = (hook.execution_device for hook in map(align_hook_of, model.modules()) if hook is not None)
+    device = next((device for device in devices if device is not None), None)
+    return next(model.parameters()).device if device is None else torch.device(device)
+
+
+@contextlib.contextmanager
+def weights_present(modules):
+    """Weights that accelerate's hooks keep elsewhere are in memory for a while, where these modules run. They are to
+    be read, not changed."""
+    with contextlib.ExitStack() as present:
+        for module in modules:
+            for part in module.modules():
+                if has_offloaded_params(part):
+                    present.enter_context(align_module_device(part))
+        yield
 
 
 def inputs_of(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:

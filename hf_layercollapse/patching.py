@@ -9,7 +9,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from .blocks import BoundBlock, bind_blocks, check_weights, survey
-from .calibration import calibrate_affine_targets
+from .calibration import Calibration
 from .calibration_data import model_inputs
 from .classes import refuse_lost_code, set_layer_collapse
 from .config import LayerCollapseConfig
@@ -24,7 +24,9 @@ from .modeling_layercollapse import (
     spec_of,
     standing,
 )
-from .models import is_peft_model, shorten, unwrap
+from .models import device_of, is_peft_model, shorten, unwrap
+from .neuron_statistics import calibrate_affine_targets
+from .progress import Progress
 from .selection import select_blocks
 
 
@@ -35,6 +37,7 @@ def apply_layer_collapse(
     model: ModelT,
     config: LayerCollapseConfig | None = None,
     calibration_data: Iterable[Any] | None = None,
+    max_memory: int | str | dict | None = None,
     processing_class: Any = None,
 ) -> ModelT:
     """Patches a dense model in place: each chosen block's activation becomes a [`CollapsibleActivation`].
@@ -48,6 +51,7 @@ def apply_layer_collapse(
         config ([`LayerCollapseConfig`], *optional*): Which blocks, and how. Default: all blocks, identity target.
         calibration_data (iterable of `dict[str, Tensor]`, *optional*): Model inputs; needed, and only used, for
             `linear_target="affine"`.
+        max_memory: As in [`collapse_model`]; here it is what inputs take that can be read only once.
         processing_class (*optional*): Tokenizer or processor that makes model inputs of raw texts, pairs, images or
             sounds, as [`CalibrationData`] says. Default: the data are model inputs.
 
@@ -90,7 +94,7 @@ def apply_layer_collapse(
             gate=block.kind == "gated",
             act="native" if config.activation == "native" else config.activation,
             alpha=config.initial_alpha,
-            device=next(block.up.parameters()).device,
+            device=device_of(block.up),
         )
         mark_initialized(activation)
     if config.linear_target == "affine":
@@ -100,7 +104,9 @@ def apply_layer_collapse(
                 "line to."
             )
         calibration_data = model_inputs(calibration_data, processing_class, model)
-        calibrate_affine_targets(model, inner, chosen, activations, calibration_data)
+        with Progress("Affine targets") as progress:
+            engine = Calibration.on(model, inner, calibration_data, max_memory, progress=progress)
+            calibrate_affine_targets(engine, chosen, activations)
 
     for block in chosen:
         block.exchange(block.layout.activation, activations[block.name].train(block.module.training))

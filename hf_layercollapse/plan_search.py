@@ -6,17 +6,18 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
-from tqdm.auto import tqdm
 
-from . import functional
+from . import functional, processes
 from .block_sizes import alike, allocations, any_fit, fit_size, rank_of, sizes_of, worth_having
-from .calibration import moments_in_groups
 from .families import find_feed_forward_blocks
+from .forward_passes import lean
 from .merging import Trial, cost_of, has_constant, is_possible, make_merge, parameters_of, stored_neurons
 from .models import count_parameters, device_of, evaluating, inputs_of
+from .moments import bytes_of_sums, bytes_to_choose, bytes_to_fit
 from .plans import CollapsePlan, PlanPoint, key_of, limit_of
 from .predictions import predictions_of, without_labels
 from .profiling import compare_latency
+from .progress import Progress
 from .shape_times import measure_shapes
 
 
@@ -51,22 +52,22 @@ class Search:
     """What the blocks of one model can become, and what that costs. The model is left as it is.
 
     Args:
-        model, inner (`nn.Module`): The model, and what it wraps.
+        engine ([`Calibration`]): Of the model, on what is fitted to.
         blocks (`list[BoundBlock]`): Those that may change.
-        fitting, held (iterable of `dict[str, Tensor]`): What is fitted to, and what is measured on.
+        held (`list[dict[str, Tensor]]`): What is measured on.
         metrics (`dict[str, LossMetric]`): Of the loss; without an entry a block's share left unexplained counts.
-        score (`Callable`): `score(inner, plans, held) -> list[float]`, see [`divergences`].
+        score (`Callable`): `score(inner, plans, held, progress=...) -> list[float]`, see [`divergences`].
         sign (`float`): 1 where a lower score is better, -1 where a higher one is.
-        options: `rank_shares`, `multiple_of`, `constant_term`, `token_mask_fn` and `max_memory` as of a plan.
+        options: `rank_shares`, `multiple_of` and `constant_term` as of a plan.
     """
 
-    def __init__(self, model, inner, blocks, fitting, held, metrics, score, sign, options):
-        self.model, self.inner, self.fitting, self.held = model, inner, fitting, held
+    def __init__(self, engine, blocks, held, metrics, score, sign, options):
+        self.engine, self.model, self.inner, self.held = engine, engine.model, engine.inner, held
         self.blocks = {block.name: block for block in blocks}
         self.metrics, self.score, self.sign, self.options = metrics, score, sign, options
-        everything = find_feed_forward_blocks(inner)
+        everything = find_feed_forward_blocks(self.inner)
         self.fixed_macs = sum(block.macs for block in everything) - sum(block.macs for block in blocks)
-        self.parameters = count_parameters(inner)
+        self.parameters = count_parameters(self.inner)
         self.sizes = {}
 
     # ---- What each size is expected to lose ----
@@ -75,17 +76,20 @@ class Search:
         """Measures every size of every block: passes over the data, as many as the memory needs."""
         options = self.options
         how = options.rank_shares, options.multiple_of, options.constant_term
-        for block, moments in self._moments({name: None for name in self.blocks}):
-            self.sizes[block.name] = sizes_of(block, moments, self.metrics.get(block.name), *how)
+        with_inputs = any(share != 0 for share in options.rank_shares)
+        blocks = list(self.blocks.values())
 
-    def _moments(self, neurons):
-        if not neurons:
-            return
-        blocks = [self.blocks[name] for name in neurons]
-        options = self.options
-        yield from moments_in_groups(
-            self.model, self.inner, blocks, self.fitting, neurons, options.token_mask_fn, options.max_memory
-        )
+        def sizes(block, moments):
+            return sizes_of(block, moments, self.metrics.get(block.name), *how)
+
+        # Beside the choice there are the moments about the origin, and with outputs in the metric.
+        working = {
+            block.name: bytes_to_choose(block, block.hidden_features, with_inputs)
+            + bytes_of_sums(block, block.hidden_features, with_inputs)
+            for block in blocks
+        }
+        everything, inputs = {name: None for name in self.blocks}, dict.fromkeys(self.blocks, with_inputs)
+        self.sizes = self.engine.reduce(blocks, everything, sizes, inputs, working)
 
     # ---- Plans ----
 
@@ -184,11 +188,31 @@ class Search:
     # ---- What they do ----
 
     def measured(self, candidates):
-        """The candidates with their scores, each fitted and put in place for a while."""
-        merges = self._merges([candidate.sizes for candidate in candidates])
-        plans = [[merges[key] for key in _keys(candidate.sizes)] for candidate in candidates]
-        scores = self.score(self.inner, plans, self.held)
-        return [replace(candidate, score=score) for candidate, score in zip(candidates, scores, strict=True)]
+        """The candidates with their scores, each fitted and put in place for a while: as many at a time as fit half of
+        the memory."""
+        scored = []
+        while len(scored) < len(candidates):
+            part = self._next_of(candidates[len(scored) :])
+            merges = self._merges([candidate.sizes for candidate in part])
+            plans = [[merges[key] for key in _keys(candidate.sizes)] for candidate in part]
+            scores = self.score(self.inner, plans, self.held, progress=self.engine.progress)
+            scored += [replace(candidate, score=score) for candidate, score in zip(part, scores, strict=True)]
+        return scored
+
+    def _next_of(self, candidates):
+        """The first of these candidates, at least one, whose new weights fit half of the memory."""
+        device = device_of(next(iter(self.blocks.values())).down)
+        room, part = self.engine.room(device) // 2, []
+        for candidate in candidates:
+            room -= sum(
+                size.parameters * self.blocks[name].down.weight.element_size()
+                for name, size in candidate.sizes.items()
+                if not size.as_it_is
+            )
+            if part and room < 0:
+                break
+            part.append(candidate)
+        return part
 
     def all_measured(self, candidates):
         """The same for a dict of lists of them, in one pass over the data."""
@@ -201,27 +225,34 @@ class Search:
         for plan in plans:
             for name, rank, count in _keys(plan):
                 wanted.setdefault(name, set()).add((rank, count))
-        neurons = {}
+        neurons, inputs, working, kept = {}, {}, {}, {}
         for name, sizes in wanted.items():
-            used = {n for rank, count in sizes for n in self.sizes[name].neurons.get(rank, [])[:count]}
-            neurons[name] = sorted(used)
-        merges = {}
-        for block, moments in self._moments(neurons):
+            block, found = self.blocks[name], self.sizes[name]
+            neurons[name] = sorted({n for rank, count in sizes for n in found.neurons.get(rank, [])[:count]})
+            inputs[name] = any(rank != 0 for rank, _ in sizes)
+            working[name] = max(bytes_to_fit(block, count, rank != 0, bool(rank)) for rank, count in sizes)
+            kept[name] = sum(found.at(*size).parameters for size in sizes) * block.down.weight.element_size()
+
+        def merges(block, moments):
             position = {neuron: index for index, neuron in enumerate(moments.neurons)}
+            found = {}
             for rank, count in wanted[block.name]:
-                kept = [position[neuron] for neuron in self.sizes[block.name].neurons[rank][:count]]
+                chosen = [position[neuron] for neuron in self.sizes[block.name].neurons[rank][:count]]
                 constant = has_constant(block, rank, self.options.constant_term)
-                about = moments if constant else moments.without_constant()
-                fit = fit_size(about, kept, rank, self.metrics.get(block.name))
-                merges[block.name, rank, count] = make_merge(block, fit, refit=True)
-        return merges
+                fit = fit_size(moments, chosen, rank, self.metrics.get(block.name), constant)
+                found[block.name, rank, count] = make_merge(block, fit, refit=True)
+            return found
+
+        blocks = [self.blocks[name] for name in wanted]
+        found = self.engine.reduce(blocks, neurons, merges, inputs, working, kept)
+        return {key: merge for of_block in found.values() for key, merge in of_block.items()}
 
     # ---- Time ----
 
     def shape_times(self, batch):
         """Seconds of every block at every size, on one batch."""
         how = self.options.rank_shares, self.options.multiple_of, self.options.constant_term
-        return measure_shapes(self.model, self.inner, list(self.blocks.values()), batch, *how)
+        return processes.of_the_first(measure_shapes(self.model, self.inner, list(self.blocks.values()), batch, *how))
 
     def quickest(self, times, room):
         """What is expected to lose least of all that takes no longer; `None` where nothing is so quick.
@@ -252,7 +283,8 @@ class Search:
                 constant = has_constant(block, size.rank, self.options.constant_term)
                 trial.put(make_merge(block, any_fit(block, size.rank, size.count, constant), refit=False))
             models = {"dense": dense, "plan": self.inner}
-            return compare_latency(models, batch, rounds=10, warmup=2, progress=False)
+            found = compare_latency(models, batch, rounds=10, warmup=2, progress=False)
+        return processes.of_the_first(found)
 
 
 def _keys(sizes):
@@ -260,14 +292,15 @@ def _keys(sizes):
 
 
 @torch.no_grad()
-def divergences(model, inner, plans, data):
+def divergences(model, inner, plans, data, progress=None):
     """Mean divergence of the model's predictions from its own, for each of several plans put in place in turn.
 
     Every batch is run as it is and with each plan before the next one, so that one batch of outputs is held.
 
     Args:
         plans (`list[list[Merge]]`): What blocks become in each.
-        data (iterable of `dict[str, Tensor]`): Model inputs.
+        data (`list[dict[str, Tensor]]`): Model inputs, of several processes those that are this one's.
+        progress ([`Progress`], *optional*): Told of every forward with a plan in place.
 
     Returns:
         One number a plan: nats of KL, or the cosine distance of embeddings; see [`predictions`].
@@ -275,11 +308,13 @@ def divergences(model, inner, plans, data):
     sums, count = [0.0] * len(plans), 0
     if not any(plans):  # the model as it is
         return sums
-    device = device_of(model)
-    with evaluating(model):
-        for batch in tqdm(data, desc="Measuring plans", leave=False):
+    device, progress = device_of(model), progress or Progress()
+    progress.say("measuring plans")
+    progress.expect(len(data) * sum(map(bool, plans)))
+    with processes.together(), evaluating(model):
+        for batch in data:
             inputs = inputs_of(batch, device)
-            given = without_labels(inner, inputs)
+            given = lean(inner, without_labels(inner, inputs))
             reference = predictions_of(inner, inputs, model(**given))
             count += sum(part.values.shape[0] for part in reference)
             for index, merges in enumerate(plans):
@@ -288,9 +323,13 @@ def divergences(model, inner, plans, data):
                 with Trial() as trial:
                     for merge in merges:
                         trial.put(merge)
+                    start = time.perf_counter()
                     found = predictions_of(inner, inputs, model(**given))
+                    progress.step(time.perf_counter() - start)
                 for now, before in zip(found, reference, strict=True):
                     sums[index] += float(now.divergence_from(before).sum())
+    (totals,) = processes.summed([torch.tensor([*sums, count], dtype=torch.float64)])
+    *sums, count = totals.tolist()
     if not count:
         raise ValueError("There is no batch to measure plans on.")
     if not all(map(math.isfinite, sums)):
@@ -298,14 +337,14 @@ def divergences(model, inner, plans, data):
     return [total / count for total in sums]
 
 
-def metric_scores(model, inner, plans, data, metric):
+def metric_scores(model, inner, plans, data, metric, progress=None):
     """`metric(model)` with each of several plans put in place in turn; what it is measured on, it knows itself."""
     scores = []
     for merges in plans:
         with Trial() as trial:
             for merge in merges:
                 trial.put(merge)
-            scores.append(float(metric(model)))
+            scores.append(processes.of_the_first(float(metric(model))))
     if not all(map(math.isfinite, scores)):
         raise ValueError(f"The metric must be a finite number, got {scores}.")
     return scores

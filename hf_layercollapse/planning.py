@@ -8,15 +8,18 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from tqdm.auto import tqdm
 
+from . import processes
 from .block_sizes import RANK_SHARES
 from .blocks import check_weights, survey
-from .calibration import collect_moments
+from .calibration import Calibration, refuse_different_models
 from .calibration_data import model_inputs
+from .data_reading import split_data
 from .loss_metric import measure_metrics
-from .merging import Trial, has_constant, make_merge
+from .memory import MemoryBudget
+from .merging import has_constant, make_merge
 from .models import unwrap
+from .moments import bytes_to_fit
 from .plan_search import (
     Search,
     divergences,
@@ -27,9 +30,10 @@ from .plan_search import (
     within_latency,
 )
 from .plans import CollapsePlan, limit_of, one_budget, weights_fingerprint
-from .scoring import Score, split
+from .progress import Progress
 from .selection import select_blocks
 from .tables import table
+from .token_filter import is_encoder_decoder
 from .uniform_plans import LEVELS, counts_of, widths_for
 from .widths import check_native, width_groups
 
@@ -43,7 +47,7 @@ class BlockLinearity:
         r2 (`float`): Share of its output's variance that the best linear map explains on other data of the kind, 1 =
             all.
         score_change (`float`): What the model's score gains (loses, if negative) when this block alone becomes that
-            map; the score is a loss, lower is better, unless a metric was given.
+            map; the score is a divergence, lower is better, unless a metric was given.
         parameters, parameters_after (`int`): Its weights and biases as it is, and as one map.
         macs, macs_after (`int`): Multiply-accumulates per token.
     """
@@ -64,7 +68,8 @@ class LinearityMap:
 
     Args:
         score (`float`): Of the model as it is.
-        score_name (`str`): What it is: `"loss"`, `"divergence"` (of the outputs from the model's own) or `"metric"`.
+        score_name (`str`): What it is: `"divergence"` (of the predictions from the model's own, 0 as it is, see
+            [`predictions`]) or `"metric"`.
         blocks (`list[BlockLinearity]`): In forward order.
     """
 
@@ -98,55 +103,69 @@ def linearity_map(
     evaluation_data: Iterable[Any] | None = None,
     metric: Callable | None = None,
     token_mask_fn: Callable[..., Any] | None = None,
+    max_memory: int | str | dict | None = None,
     processing_class: Any = None,
 ) -> LinearityMap:
     """How linear each block is, and what the model loses if it alone becomes its least-squares map. Changes nothing.
 
     Args:
         model (`nn.Module`): A dense or patched model; a PeftModel or compiled model is looked through.
-        calibration_data (iterable of `dict[str, Tensor]`): Model inputs; with labels the score is the model's loss, a
-            causal language model needs none, and otherwise it is the divergence from the model's own outputs.
+        calibration_data (iterable of `dict[str, Tensor]`): Model inputs; labels are not used.
         blocks: As in [`LayerCollapseConfig`].
         evaluation_data (*optional*): What to score on. Default: a quarter of the different rows, chosen by their
             content, which are then not fitted to. It is held in memory.
-        metric (`Callable`, *optional*): `metric(model) -> float`, higher is better, in place of the loss.
+        metric (`Callable`, *optional*): `metric(model) -> float`, higher is better, in place of the divergence of
+            what the model predicts from what it predicts as it is, in nats.
+        token_mask_fn, max_memory: As in [`collapse_model`].
         processing_class (*optional*): Tokenizer or processor that makes model inputs of raw texts, pairs, images or
             sounds, as [`CalibrationData`] says. Default: the data are model inputs.
 
     Raises:
-        ValueError: There is too little data, or nothing to collapse.
+        ValueError: There is too little data or memory, or nothing to collapse.
     """
     inner, _ = unwrap(model)
     _, chosen = _candidates(inner, blocks)
     calibration_data, evaluation_data = (
         model_inputs(data, processing_class, model) for data in (calibration_data, evaluation_data)
     )
-    fitting, scoring = split(calibration_data, evaluation_data)
-    score = Score(model, inner, scoring, metric)
-    before = score()
-    moments = collect_moments(model, inner, chosen, fitting, token_mask_fn=token_mask_fn)
+    memory = MemoryBudget(max_memory)
+    name, _, score = _score_of(model, metric)
+
+    def as_one_map(block, moments):
+        if not has_constant(block, None, "native"):
+            moments = moments.without_constant()
+        return make_merge(block, moments.fit(), refit=True)
+
+    with Progress("Linearity map") as progress:
+        refuse_different_models(inner)
+        fitting, held = split_data(calibration_data, evaluation_data, memory, is_encoder_decoder(inner))
+        engine = Calibration(model, inner, fitting, memory, token_mask_fn, progress)
+        working = {block.name: bytes_to_fit(block, 0) for block in chosen}
+        merges = engine.reduce(chosen, {block.name: [] for block in chosen}, as_one_map, working=working)
+        before, *scores = score(inner, [[], *([merges[block.name]] for block in chosen)], held, progress=progress)
     rows = []
-    for block in tqdm(chosen, desc="Measuring blocks", leave=False):
-        found = moments[block.name]
-        fit = (found if has_constant(block, None, "native") else found.without_constant()).fit()
-        merge = make_merge(block, fit, refit=True)
-        with Trial() as trial:
-            trial.put(merge)
-            change = score() - before
-        report = merge.report
+    for block, value in zip(chosen, scores, strict=True):
+        report = merges[block.name].report
         rows.append(
             BlockLinearity(
                 block.name,
                 block.index,
                 report.r2,
-                change,
+                value - before,
                 report.parameters_before,
                 report.parameters_after,
                 report.macs_before,
                 report.macs_after,
             )
         )
-    return LinearityMap(before, score.name, rows)
+    return LinearityMap(before, name, rows)
+
+
+def _score_of(model, metric):
+    """`(name, sign, score)` of what plans are measured by; the sign is 1 where lower is better, else -1."""
+    if metric is None:
+        return "divergence", 1.0, partial(divergences, model)
+    return "metric", -1.0, partial(metric_scores, model, metric=metric)
 
 
 def _candidates(inner, selector):
@@ -166,8 +185,6 @@ class _Options:
     rank_shares: tuple
     multiple_of: int
     constant_term: str
-    token_mask_fn: Callable | None
-    max_memory: int | str | None
 
 
 def plan_collapse(
@@ -188,7 +205,7 @@ def plan_collapse(
     multiple_of: int = 1,
     constant_term: str = "native",
     token_mask_fn: Callable[..., Any] | None = None,
-    max_memory: int | str | None = None,
+    max_memory: int | str | dict | None = None,
     processing_class: Any = None,
 ) -> CollapsePlan:
     """Chooses blocks, ranks and kept neurons under a budget; changes nothing.
@@ -234,8 +251,7 @@ def plan_collapse(
             rank, are multiples of. A block that is dropped keeps none; one of zeros stands in its place.
         constant_term (`str`): `"native"` or `"always"`, as in [`LayerCollapseConfig`].
         token_mask_fn: As in [`collapse_model`].
-        max_memory (`int` or `str`, *optional*): Bytes (`"2GB"`) for sums over the data; where all blocks' do not fit,
-            they are measured in several passes. Default: half of what is free.
+        max_memory: As in [`collapse_model`].
         processing_class (*optional*): Tokenizer or processor that makes model inputs of raw texts, pairs, images or
             sounds, as [`CalibrationData`] says. Default: the data are model inputs.
 
@@ -267,52 +283,59 @@ def plan_collapse(
     calibration_data, evaluation_data = (
         model_inputs(data, processing_class, model) for data in (calibration_data, evaluation_data)
     )
-    fitting, held = split(calibration_data, evaluation_data)
-    if metric is None:
-        score_name, sign, score = "divergence", 1.0, partial(divergences, model)
-    else:
-        score_name, sign, score = "metric", -1.0, partial(metric_scores, model, metric=metric)
-    options = _Options(
-        (0.0,) if uniform_width else tuple(rank_shares), multiple_of, constant_term, token_mask_fn, max_memory
-    )
-    metrics, measured = measure_metrics(model, inner, chosen, fitting, token_mask_fn, max_memory)
-    search = Search(model, inner, chosen, fitting, held, metrics, score, sign, options)
-    search.look()
-    dense = search.dense()
-    compared = {}  # share of the blocks' weights -> what was measured there
-    if uniform_width:
-        curve = [search.of_widths(counts_of(groups, row)) for row in rows]
-    else:
-        unit = "parameters" if "parameters" in budget else "macs"
-        whole = search.whole(unit)
-        compared = search.all_measured({share: search.candidates(share * whole, unit) for share in points or ()})
-        curve = search.curve(budget, [(share, search.best(found)) for share, found in compared.items()])
-    time_share = None
-    if "latency" in budget:
-        widths = curve if uniform_width else ()
-        candidates, time_share = within_latency(search, next(iter(held)), budget["latency"], widths)
-    elif "max_drop" in budget:
-        candidates = within_drop(search, [dense, *curve], budget["max_drop"])
-    elif uniform_width:
-        candidates = search.measured(curve[-1:] if not whole_curve else [search.largest_within(curve, budget)])
-    else:
-        room = search.room(budget)
-        candidates = next((found for share, found in compared.items() if limit_of(share, whole) == room), None)
-        candidates = candidates or search.measured(search.candidates(room, unit))
-    others = [candidate for found in compared.values() if found is not candidates for candidate in found]
-    return plan_of(
-        search,
-        [dense, *(search.measured(curve) if whole_curve else curve)],
-        search.best(candidates),
-        [*others, *candidates],
-        fingerprint=weights_fingerprint(inner),
-        score_name=score_name,
-        budget=budget,
-        latency=time_share,
-        constant_term=constant_term,
-        metric=measured,
-        started=started,
-    )
+    score_name, sign, score = _score_of(model, metric)
+    options = _Options((0.0,) if uniform_width else tuple(rank_shares), multiple_of, constant_term)
+    memory = MemoryBudget(max_memory)
+    with Progress("Plan") as progress:
+        refuse_different_models(inner)
+        fitting, held = split_data(calibration_data, evaluation_data, memory, is_encoder_decoder(inner))
+        engine = Calibration(model, inner, fitting, memory, token_mask_fn, progress)
+        # Fits of what is measured, and measuring some candidates.
+        progress.foresee(fitting.batches + 4 * len(held))
+        metrics, measured = measure_metrics(engine, chosen)
+        search = Search(engine, chosen, held, metrics, score, sign, options)
+        search.look()
+        dense = search.dense()
+        compared = {}  # share of the blocks' weights -> what was measured there
+        if uniform_width:
+            curve = [search.of_widths(counts_of(groups, row)) for row in rows]
+        else:
+            unit = "parameters" if "parameters" in budget else "macs"
+            whole = search.whole(unit)
+            compared = search.all_measured({share: search.candidates(share * whole, unit) for share in points or ()})
+            curve = search.curve(budget, [(share, search.best(found)) for share, found in compared.items()])
+        time_share = None
+        if "latency" in budget:
+            widths = curve if uniform_width else ()
+            candidates, time_share = within_latency(search, _first(held), budget["latency"], widths)
+        elif "max_drop" in budget:
+            candidates = within_drop(search, [dense, *curve], budget["max_drop"])
+        elif uniform_width:
+            candidates = search.measured(curve[-1:] if not whole_curve else [search.largest_within(curve, budget)])
+        else:
+            room = search.room(budget)
+            candidates = next((found for share, found in compared.items() if limit_of(share, whole) == room), None)
+            candidates = candidates or search.measured(search.candidates(room, unit))
+        others = [candidate for found in compared.values() if found is not candidates for candidate in found]
+        plan = plan_of(
+            search,
+            [dense, *(search.measured(curve) if whole_curve else curve)],
+            search.best(candidates),
+            [*others, *candidates],
+            fingerprint=weights_fingerprint(inner),
+            score_name=score_name,
+            budget=budget,
+            latency=time_share,
+            constant_term=constant_term,
+            metric=measured,
+            started=started,
+        )
+    return processes.of_the_first(plan)
+
+
+def _first(held):
+    """The first batch of the first process that has one."""
+    return next(batch for part in processes.gathered(held[:1]) for batch in part)
 
 
 def _check(uniform_width, rank_shares, constant_term, multiple_of, points):

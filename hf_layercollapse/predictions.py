@@ -17,6 +17,10 @@ from transformers.modeling_utils import PreTrainedModel
 from . import functional
 
 
+# Numbers that are compared at a time.
+COMPARED = 2**24
+
+
 @dataclass(frozen=True)
 class Predictions:
     """Some independent predictions of one kind.
@@ -32,7 +36,13 @@ class Predictions:
     def divergence_from(self, reference: "Predictions") -> torch.Tensor:
         """How far each prediction is from what it was, shape `(n,)`, >= 0: `KL(reference || self)` in nats, half the
         squared error of values, `1 - cos` of embeddings."""
-        now, before = self.values.float(), reference.values.to(self.values.device).float()
+        # Some at a time: in float32 those of a whole batch are several times what the model gave.
+        rows = max(1, COMPARED // self.values.shape[-1])
+        pairs = zip(self.values.split(rows), reference.values.split(rows), strict=True)
+        return torch.cat([self._divergences(now, before) for now, before in pairs])
+
+    def _divergences(self, now, before):
+        now, before = now.float(), before.to(now.device).float()
         if self.kind == "classes":
             return functional.soft_target_loss(now, before)
         if self.kind == "labels":

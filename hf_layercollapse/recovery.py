@@ -12,12 +12,15 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from . import processes
 from .calibration_data import model_inputs
+from .data_reading import split_data
+from .memory import MemoryBudget
 from .models import device_of, evaluating, inputs_of, unwrap
 from .patching import alpha_parameters
 from .predictions import Predictions, predictions_of, without_labels
-from .scoring import split
 from .tables import table
+from .token_filter import is_encoder_decoder
 from .upstream import is_classifier
 
 
@@ -136,7 +139,12 @@ def recover_model(
         model_inputs(data, processing_class, model) for data in (calibration_data, evaluation_data)
     )
     _check_labels(inner, unwrap(teacher)[0])
-    training, held = split(calibration_data, evaluation_data)
+    if processes.count() > 1:
+        raise ValueError(
+            "`recover_model` trains in one process. In several, train the collapsed model with LayerCollapseTrainer, "
+            "`distillation_weight` and the dense model as `teacher`."
+        )
+    training, held = split_data(calibration_data, evaluation_data, MemoryBudget(), is_encoder_decoder(inner))
     started = time.perf_counter()
     with evaluating(model), evaluating(teacher), _restored_on_failure(model), _in_float32(model):
         targets = _Targets(teacher, top_k)

@@ -51,6 +51,24 @@ class BlockReport:
 
 
 @dataclass(frozen=True)
+class DataReport:
+    """What was read of calibration data.
+
+    Args:
+        rows (`int`): All of them.
+        distinct (`int`): Those that say something different, which are what is used.
+        tokens (`int`): Tokens of theirs, or patches, that reached a block, padding left out.
+    """
+
+    rows: int
+    distinct: int
+    tokens: int
+
+    def __str__(self):
+        return f"{self.rows:,} rows, {self.distinct:,} different, {self.tokens:,} tokens"
+
+
+@dataclass(frozen=True)
 class CollapseReport:
     """What a collapse did. Prints as a table.
 
@@ -58,13 +76,15 @@ class CollapseReport:
         blocks (`list[BlockReport]`): Every block that was looked at, in forward order.
         parameters_before, parameters_after (`int`): Of the whole model, shared ones counted once.
         largest_logit_difference (`float`, *optional*): Largest absolute difference of the model's first output before
-            and after, over the first calibration batches.
+            and after, over a sample of the calibration rows.
+        data ([`DataReport`], *optional*): What was read of the calibration data.
     """
 
     blocks: list[BlockReport]
     parameters_before: int
     parameters_after: int
     largest_logit_difference: float | None = None
+    data: DataReport | None = None
 
     @property
     def collapsed(self) -> list[str]:
@@ -104,6 +124,8 @@ class CollapseReport:
         )
         if self.largest_logit_difference is not None:
             lines.append(f"largest logit difference on calibration data: {self.largest_logit_difference:.3e}")
+        if self.data is not None:
+            lines.append(f"calibration data: {self.data}")
         return "\n".join(lines)
 
 

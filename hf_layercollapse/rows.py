@@ -4,11 +4,15 @@ What a row says depends neither on its place nor on its padding. So rows are tol
 list, a generator and a shuffled loader of the same rows are the same data.
 """
 
+import copy
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+
+from . import processes
 
 
 # One row of so many is held back for scoring.
@@ -27,31 +31,151 @@ def not_inputs(batch: Any) -> str:
     )
 
 
-class DistinctRows:
-    """The batches of the data, without rows that were met before: a copy says nothing new, and must not count as if it
-    did.
+@dataclass(frozen=True)
+class _Row:
+    """What is known of the rows that say one thing.
 
     Args:
-        data (iterable of `dict[str, Tensor]`): Model inputs.
+        text (`bytes`): What they say without labels.
+        tokens (`int`): Of one of them, padding left out; pixels count as none.
+        copies (`int`): How many there are.
+    """
+
+    text: bytes
+    tokens: int
+    copies: int
+
+
+class DistinctRows:
+    """The batches of the data, without rows that were met before: a copy says nothing new, and must not count as if it
+    did. Every reading gives the same rows, in whatever order.
+
+    Of several processes each reads its own data, and of rows that several read one gets them.
+
+    Args:
+        data (iterable of `dict[str, Tensor]`): Model inputs that can be read again.
         labels (`bool`): Whether labels of tokens make rows different, as they do where a decoder reads them.
+
+    Raises:
+        ValueError: In a later reading: other rows come.
     """
 
     def __init__(self, data, labels=False):
         self.data, self.labels = data, labels
-        self.rows = self.distinct = 0  # of the last pass
+        self._found = [{} for _ in range(processes.count())]  # of each process: content -> _Row
+        self._batches = []  # contents that are new in each batch here
+        with processes.together():
+            for _, new, everything in self._reading(self._own):
+                self._batches.append(set(new.values()))
+                for content in everything:
+                    row = self._own[content]
+                    self._own[content] = replace(row, copies=row.copies + 1)
+        self._found = processes.gathered(self._own)
+
+    @property
+    def _own(self):
+        return self._found[processes.rank()]
+
+    @property
+    def _others(self):
+        """What is left to other processes of what is here."""
+        return {content for found in self._found[: processes.rank()] for content in found}
+
+    @property
+    def tokens_of(self) -> dict:
+        """What a row says -> its tokens, of the rows of all processes."""
+        return {content: row.tokens for found in self._found for content, row in found.items()}
+
+    @property
+    def texts(self) -> set:
+        """What rows say without labels."""
+        return {row.text for found in self._found for row in found.values()}
+
+    @property
+    def distinct(self) -> int:
+        """How many rows say something different."""
+        return len(self.tokens_of)
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return sum(row.copies for found in self._found for row in found.values())
+
+    @property
+    def batches(self) -> int:
+        """How many batches this process gets."""
+        mine = self._own.keys() - self._others
+        return sum(not mine.isdisjoint(batch) for batch in self._batches)
+
+    def part(self, wanted):
+        """Those of the rows for which `wanted(what they say without labels)`."""
+        part = copy.copy(self)
+        part._found = [{content: row for content, row in found.items() if wanted(row.text)} for found in self._found]
+        return part
 
     def __iter__(self):
-        self.rows = self.distinct = 0
-        seen: set[bytes] = set()
+        found, own, others = {}, self._own, self._others
+        for batch, new, _ in self._reading(found):
+            kept = [index for index, content in new.items() if content in own and content not in others]
+            if kept:
+                yield take(batch, kept)
+        everything = set().union(*self._batches)
+        if found.keys() != everything:
+            raise ValueError(
+                f"The calibration data changes: of {len(found)} different rows {len(found.keys() - everything)} were "
+                "not there when it was read before. Pass it without random changes of its rows, or as a list of "
+                "batches."
+            )
+
+    def _reading(self, found):
+        """Yields `(batch, index -> content of those rows that were not met before, contents of all)`; what is met is
+        added to `found`."""
         for batch in self.data:
-            if not isinstance(batch, Mapping):
-                raise ValueError(not_inputs(batch))
-            found = contents(batch, self.labels)
-            new = {content: index for index, content in reversed(list(enumerate(found))) if content not in seen}
-            seen |= new.keys()
-            self.rows, self.distinct = self.rows + len(found), self.distinct + len(new)
-            if new:
-                yield take(batch, sorted(new.values()))
+            texts = contents(batch)
+            full = contents(batch, self.labels) if self.labels else texts
+            new = {}
+            for index, content in enumerate(full):
+                if content not in found:
+                    found[content] = _Row(texts[index], _tokens_of(batch, index), 0)
+                    new[index] = content
+            yield batch, new, full
+
+
+def _tokens_of(batch, index):
+    """Tokens of a row that are no padding; pixels count as none."""
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if not isinstance(ids, torch.Tensor) or index >= len(ids):
+        return 0
+    if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
+        return int((mask[index] > 0).sum())
+    return ids[index].numel()
+
+
+def sample(rows, most_rows, most_tokens) -> list:
+    """Some batches of the data, always of the same rows: those whose contents have the smallest hashes. Every process
+    gets them.
+
+    Args:
+        rows ([`DistinctRows`]): What to take them from.
+        most_rows, most_tokens (`int`): How many at most; at least one row.
+    """
+    chosen: dict[bytes, int] = {}
+    tokens = 0
+    for content, size in sorted(rows.tokens_of.items()):
+        if chosen and (len(chosen) == most_rows or tokens + size > most_tokens):
+            break
+        chosen[content] = len(chosen)
+        tokens += size
+    found, largest = [], 1
+    with processes.together():
+        for batch in rows:
+            largest = max(largest, row_count(batch) or 0)
+            for index, content in enumerate(contents(batch, rows.labels)):
+                if content in chosen:
+                    found.append((chosen[content], take(batch, [index])))
+    found = [pair for part in processes.gathered(found) for pair in part]
+    parts = (part for _, part in sorted(found, key=lambda pair: pair[0]))
+    return joined(parts, max(processes.gathered(largest)))
 
 
 def row_count(batch: Any) -> int | None:
@@ -115,12 +239,15 @@ def take(batch: Any, indices: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def joined(parts: Iterable[Any]) -> list:
-    """Rows from many batches in batches as large as the largest of these, full ones first. Only rows of one shape are
-    put together."""
+def joined(parts: Iterable[Any], size: int | None = None) -> list:
+    """Rows from many batches in batches of this size, full ones first. Only rows of one shape are put together.
+
+    Args:
+        size (`int`, *optional*): Default: that of the largest of these.
+    """
     parts = list(parts)
     groups: dict[str, list[Any]] = {}
-    size = max((row_count(part) or 0 for part in parts), default=0)
+    size = size or max((row_count(part) or 0 for part in parts), default=0)
     batches, whole = [], [part for part in parts if row_count(part) is None]
     for part in parts:
         if row_count(part) is not None:
@@ -136,37 +263,27 @@ def joined(parts: Iterable[Any]) -> list:
     return whole + sorted(batches, key=lambda batch: row_count(batch) or 0, reverse=True)
 
 
-class _Part:
-    """The rows of the data whose content is wanted."""
-
-    def __init__(self, data, wanted):
-        self.data, self.wanted = data, wanted
-
-    def __iter__(self):
-        for batch in self.data:
-            kept = [index for index, content in enumerate(contents(batch)) if self.wanted(content)]
-            if kept:
-                yield take(batch, kept)
-
-
-def hold_back(data: Iterable[Any]) -> tuple[Any, list]:
+def hold_back(data: Iterable[Any], labels: bool = False) -> tuple[Any, list]:
     """`(batches to fit to, batches to score on)`: one row of four by content, never a copy of one that is fitted to.
 
     Args:
-        data: Model inputs that can be read again.
+        data (iterable of `dict[str, Tensor]`): Model inputs that can be read again.
+        labels (`bool`): As in [`DistinctRows`].
+
+    Returns:
+        [`DistinctRows`], and a list.
 
     Raises:
         ValueError: There are fewer than four different rows.
     """
-    found = set()
-    for batch in data:
-        if not isinstance(batch, Mapping):
-            raise ValueError(not_inputs(batch))
-        found.update(contents(batch))
+    rows = DistinctRows(data, labels)
+    found = rows.texts
     if len(found) < HELD_BACK:
         raise ValueError(
             f"A quarter of the rows of the calibration data is held back to score on, and there are {len(found)} "
             "different rows: pass more data, or `evaluation_data`."
         )
     held_back = set(sorted(found)[: len(found) // HELD_BACK])
-    return _Part(data, lambda content: content not in held_back), joined(_Part(data, held_back.__contains__))
+    fitting = rows.part(lambda text: text not in held_back)
+    with processes.together():
+        return fitting, joined(rows.part(held_back.__contains__))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .block_sizes import any_fit, rank_of
-from .calibration import run_over
+from .forward_passes import run_over
 from .merging import computed, has_constant, is_possible, make_merge, stored_neurons
 from .models import device_of, inputs_of
 from .profiling import compare_latency
@@ -69,14 +69,16 @@ def measure_shapes(model, inner, blocks, batch, rank_shares, multiple_of, consta
     same: dict[Any, list[Any]] = {}
     for block in blocks:
         same.setdefault(_shape_of(block), []).append(block)
-    handles = []
-    for first, *_ in same.values():
 
-        def keep(module, args, name=first.name):
-            inputs[name] = args[0].detach()
+    def observe():
+        for first, *_ in same.values():
 
-        handles.append(first.first.register_forward_pre_hook(keep))
-    run_over(model, [inputs_of(batch, device_of(inner))], handles, "Timing")
+            def keep(module, args, name=first.name):
+                inputs[name] = args[0].detach()
+
+            yield first.first.register_forward_pre_hook(keep)
+
+    run_over(model, inner, [inputs_of(batch, device_of(inner))], observe)
     dense, others = {}, {}
     for alike in same.values():
         seconds, by_rank = _times(alike[0], inputs[alike[0].name], rank_shares, multiple_of, constant_term)

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.modeling_utils import PreTrainedModel
 from transformers.training_args import ParallelMode
 
+from . import processes
 from .models import is_fully_sharded
 from .optimization import replicate_alphas
 from .patching import collapsible_activations
@@ -227,7 +228,8 @@ def first_process_first(work: Callable[[], Result]) -> Result:
     for main in (True, False):
         if main == (dist.get_rank() == 0):
             try:
-                results.append(work())
+                with processes.alone():
+                    results.append(work())
             except Exception as raised:  # whatever it is, such as no memory: the others wait for this process
                 error = raised
         found: list[tuple[str, bool] | None] = [None] * dist.get_world_size()

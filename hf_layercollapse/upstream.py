@@ -174,6 +174,25 @@ def is_hooked(module: Any) -> bool:
     return "_hf_hook" in module.__dict__
 
 
+def align_hook_of(module) -> hooks.AlignDevicesHook | None:
+    """accelerate's hook that brings a module's inputs, and weights that it keeps elsewhere, to a device."""
+    hook = module.__dict__.get("_hf_hook")
+    found = hook.hooks if isinstance(hook, hooks.SequentialHook) else (hook,)
+    return next((each for each in found if isinstance(each, hooks.AlignDevicesHook)), None)
+
+
+def offload_like(module, like):
+    """Keeps a module's weights on the CPU, in place, and brings them to where it runs for each call, if accelerate
+    does so with another's, or has those on disk."""
+    hook = align_hook_of(like)
+    if hook is None or not hook.offload:
+        return
+    given = {"execution_device": hook.execution_device, "skip_keys": hook.skip_keys}
+    for part in module.modules():
+        if next(part.parameters(recurse=False), None) is not None and not is_hooked(part):
+            hooks.add_hook_to_module(part, hooks.AlignDevicesHook(offload=True, **given))
+
+
 def forward_before_hooks(module: Any) -> Callable[..., Any]:
     """The forward that is inside accelerate's. Upstream: `_old_forward`."""
     return module.__dict__["_old_forward"]

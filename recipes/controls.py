@@ -5,7 +5,7 @@ from torch import nn
 
 from hf_layercollapse import LayerCollapseTrainer, find_feed_forward_blocks, functional
 from hf_layercollapse.blocks import bind_blocks, survey
-from hf_layercollapse.calibration import OUTLIER_LENGTH
+from hf_layercollapse.moments import OUTLIER_LENGTH
 from hf_layercollapse.selection import select_blocks
 
 

@@ -28,7 +28,8 @@ from text_classification import TextClassification
 
 from hf_layercollapse import CollapsePlan, functional
 from hf_layercollapse.blocks import bind_blocks
-from hf_layercollapse.loss_metric import loss_metrics, sample
+from hf_layercollapse.calibration import Calibration
+from hf_layercollapse.loss_metric import measure_metrics
 from hf_layercollapse.merging import Trial, make_merge
 from hf_layercollapse.predictions import predictions_of, without_labels
 from hf_layercollapse.tables import table
@@ -148,7 +149,7 @@ class Ablations:
         self.more = self.task.batches(options.recovery_samples, skip=fit + held)
         self.test = self.task.batches(validation=True)
         self.reference = self.predictions(self.model, self.held)
-        self.metrics = loss_metrics(self.model, self.model, self.blocks, sample(self.fit))
+        self.metrics = measure_metrics(Calibration.on(self.model, self.model, self.fit), self.blocks)[0]
         self.plan = CollapsePlan.load(options.plan)
         path = self.output / "results.json"
         self.rows = json.loads(path.read_text())["results"] if path.exists() else []

@@ -51,8 +51,8 @@ from hf_layercollapse import (
     recover_model,
 )
 from hf_layercollapse.block_sizes import RANK_SHARES, alike, fit_size, sizes_of
-from hf_layercollapse.calibration import collect_moments
-from hf_layercollapse.loss_metric import loss_metrics, sample
+from hf_layercollapse.calibration import Calibration
+from hf_layercollapse.loss_metric import measure_metrics
 from hf_layercollapse.merging import Trial, cost_of, has_constant, make_merge
 from hf_layercollapse.metrics import bootstrap_interval
 from hf_layercollapse.patching import alpha_parameters
@@ -263,12 +263,12 @@ class Comparison:
     def moments(self):
         """Of all neurons of every block, which is all that the methods without a plan need."""
         neurons = {block.name: list(range(block.hidden_features)) for block in self.blocks}
-        return collect_moments(self.model, self.model, self.blocks, self.fit, neurons)
+        return Calibration.on(self.model, self.model, self.fit).moments(self.blocks, neurons)
 
     @functools.cached_property
     def metrics(self):
         """Of the loss, for every block."""
-        return loss_metrics(self.model, self.model, self.blocks, sample(self.fit))
+        return measure_metrics(Calibration.on(self.model, self.model, self.fit), self.blocks)[0]
 
     def uniform(self, method):
         """Every block alike."""

@@ -351,7 +351,7 @@ BAD_DATA = {
     "empty-generator": (generator, ValueError, "empty"),
     "empty-loader": (torch.utils.data.DataLoader([]), ValueError, "empty"),
     "number": (3, TypeError, "iterable"),
-    "one-batch": (text_inputs(), ValueError, "got a str"),
+    "one-batch": (text_inputs(), ValueError, "this is one batch"),
     "strings": (["good film"], ValueError, "got a str"),
     "tensors": ([text_inputs()["input_ids"]], ValueError, "Tensor"),
     "lists": ([[text_inputs()["input_ids"]]], ValueError, "list"),

@@ -9,14 +9,9 @@ from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel, T5Con
 
 from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse
 from hf_layercollapse.blocks import bind, bind_blocks
-from hf_layercollapse.calibration import (
-    OUTLIER_LENGTH,
-    TokenFilter,
-    _MomentSums,
-    collect_moments,
-    reiterable,
-    score_neurons,
-)
+from hf_layercollapse.calibration import Calibration
+from hf_layercollapse.moments import OUTLIER_LENGTH, MomentSums, RangeSums
+from hf_layercollapse.token_filter import TokenFilter
 
 from .models import BY_NAME, HIDDEN, VOCABULARY, WIDTH, randomize, text_inputs
 
@@ -37,6 +32,21 @@ def bert(**kwargs):
 
 def data(batches=8, length=7):
     return [text_inputs(seed=seed, length=length) for seed in range(batches)]
+
+
+def collected(model, blocks, batches, neurons=None):
+    return Calibration.on(model, model, batches).moments(blocks, neurons)
+
+
+def scored(model, blocks, batches):
+    return Calibration.on(model, model, batches).neuron_scores(blocks)
+
+
+def sums_of(x, y):
+    """Of one call of a block without neurons, about where its tokens lie."""
+    ranges = RangeSums()
+    ranges.add(x, y)
+    return MomentSums(ranges.finish(), [])
 
 
 def stored(model, block, batches, neurons=()):
@@ -66,15 +76,16 @@ def assert_moments(moments, f, y, tolerance=1e-6):
         (moments.cov_fo, f0.T @ y0 / len(f)),
         (moments.var_o, y0.square().mean(0)),
     ):
-        assert actual.dtype == torch.float64
-        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+        torch.testing.assert_close(
+            actual.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
+        )
 
 
 @pytest.mark.parametrize("neurons", [[], [5, 0, 17]], ids=["x", "x-and-neurons"])
 def test_moments_are_those_of_the_stored_activations(neurons):
     model = bert()
     blocks = bind_blocks(model)
-    moments = collect_moments(model, model, blocks, data(), {block.name: neurons for block in blocks})
+    moments = collected(model, blocks, data(), {block.name: neurons for block in blocks})
     for block in blocks:
         assert moments[block.name].neurons == neurons and moments[block.name].width == WIDTH
         assert_moments(moments[block.name], *stored(model, block, data(), neurons))
@@ -83,7 +94,7 @@ def test_moments_are_those_of_the_stored_activations(neurons):
 def test_restricted_moments_are_those_of_the_neurons():
     model = bert()
     block = bind_blocks(model)[0]
-    moments = collect_moments(model, model, [block], data(), {block.name: [1, 3, 9]})[block.name].restricted([2, 0])
+    moments = collected(model, [block], data(), {block.name: [1, 3, 9]})[block.name].restricted([2, 0])
     assert moments.neurons == [9, 1]
     assert_moments(moments, *stored(model, block, data(), [9, 1]))
 
@@ -93,8 +104,8 @@ def test_a_chunked_block_is_called_several_times():
     batches = data(length=6)
     batches[0]["attention_mask"] = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
     for block in bind_blocks(model):
-        whole = collect_moments(model, model, [block], batches)[block.name]
-        parts = collect_moments(chunked, chunked, [bind(chunked, block)], batches)[block.name]
+        whole = collected(model, [block], batches)[block.name]
+        parts = collected(chunked, [bind(chunked, block)], batches)[block.name]
         assert parts.tokens == whole.tokens == 8 * 12 - 3
         torch.testing.assert_close(parts.cov_fo, whole.cov_fo, rtol=1e-5, atol=1e-6)
 
@@ -111,7 +122,7 @@ def test_a_shared_block_gets_the_tokens_of_all_its_calls():
     )
     model = randomize(AlbertModel(config)).eval()
     (block,) = bind_blocks(model)
-    moments = collect_moments(model, model, [block], data())[block.name]
+    moments = collected(model, [block], data())[block.name]
     assert moments.tokens == 3 * 8 * 14
     assert_moments(moments, *stored(model, block, data()))
 
@@ -128,8 +139,8 @@ def test_padding_is_left_out():
         filled = torch.full((1, 9), 9)
         filled[:, : ids.shape[1]] = ids
         padded.append({"input_ids": filled, "attention_mask": mask})
-    expected = collect_moments(model, model, blocks, plain)
-    actual = collect_moments(model, model, blocks, padded)
+    expected = collected(model, blocks, plain)
+    actual = collected(model, blocks, padded)
     for block in blocks:
         assert actual[block.name].tokens == expected[block.name].tokens == 110
         torch.testing.assert_close(actual[block.name].cov_fo, expected[block.name].cov_fo, rtol=1e-4, atol=1e-5)
@@ -149,12 +160,12 @@ def test_blocks_of_a_decoder_use_its_mask():
         batch["attention_mask"][1, 5:] = 0
         batch["decoder_attention_mask"][0, 2:] = 0
         batches.append(batch)
-    moments = collect_moments(model, model, [encoder, decoder], batches)
+    moments = collected(model, [encoder, decoder], batches)
     assert moments[encoder.name].tokens == 120 and moments[decoder.name].tokens == 90
     # Without one the labels say what is padding.
     for batch in batches:
         del batch["decoder_attention_mask"]
-    assert collect_moments(model, model, [decoder], batches)[decoder.name].tokens == 140
+    assert collected(model, [decoder], batches)[decoder.name].tokens == 140
 
 
 def filter_of(mask, token_mask_fn=None):
@@ -198,10 +209,10 @@ def test_too_few_tokens():
     block = bind_blocks(model)[0]
     one = [text_inputs(batch=1, length=16)]
     with pytest.raises(ValueError, match="16 calibration tokens, of 1 different rows, .* At least 22 tokens"):
-        collect_moments(model, model, [block], one)
-    collect_moments(model, model, [block], [text_inputs(batch=1, length=22)])
-    with pytest.raises(ValueError, match="3 neurons are candidates .* At least 25 tokens"):
-        collect_moments(model, model, [block], one, {block.name: [0, 1, 2]})
+        collected(model, [block], one)[block.name].fit()
+    collected(model, [block], [text_inputs(batch=1, length=22)])[block.name].fit()
+    with pytest.raises(ValueError, match="3 of its neurons .* At least 25 tokens"):
+        collected(model, [block], one, {block.name: [0, 1, 2]})[block.name].fit()
 
 
 def test_rows_that_repeat_others_do_not_count():
@@ -211,12 +222,12 @@ def test_rows_that_repeat_others_do_not_count():
     ids = text_inputs(batch=2, length=9)["input_ids"]
     copies = [{"input_ids": ids.repeat(8, 1)} for _ in range(8)]
     with pytest.raises(ValueError, match="18 calibration tokens, of 2 different rows, .* rows that repeat others"):
-        collect_moments(model, model, [block], copies)
+        collected(model, [block], copies)[block.name].fit()
     padded = {"input_ids": torch.cat([ids, ids], dim=1), "attention_mask": torch.ones(2, 18).long()}
     padded["attention_mask"][:, 9:] = 0
     plain = data()
-    once = collect_moments(model, model, [block], [*plain, {"input_ids": ids}])[block.name]
-    often = collect_moments(model, model, [block], [*plain, *copies, padded, *plain])[block.name]
+    once = collected(model, [block], [*plain, {"input_ids": ids}])[block.name]
+    often = collected(model, [block], [*plain, *copies, padded, *plain])[block.name]
     assert often.tokens == once.tokens == 8 * 14 + 18
     assert torch.equal(often.cov_fo, once.cov_fo)
 
@@ -241,7 +252,7 @@ def gaussian(rows, width, outputs=8, rank=None, seed=0):
 
 
 def moments_of(x, y):
-    sums = _MomentSums([])
+    sums = sums_of(x, y)
     sums.add(x, y)
     return sums.finish(bind_blocks(bert())[0], len(x))
 
@@ -266,7 +277,7 @@ def test_inputs_of_low_rank_need_no_more_tokens_than_they_have_dimensions(width)
     error = float((x @ fit.weight_oi.T.float() + fit.bias_o.float() - y).norm() / y.norm())
     assert fit.error == pytest.approx(error, rel=0.15)
     with pytest.raises(ValueError, match="do not determine"):
-        moments_of(*gaussian(rank + 2, width, rank=rank))
+        moments_of(*gaussian(rank + 2, width, rank=rank)).fit()
 
 
 def test_directions_that_hold_only_rounding_noise_get_no_weight():
@@ -295,15 +306,15 @@ def test_data_that_are_not_finite():
     batches = data()
     batches[3]["input_ids"][0, 0] = 5
     with pytest.raises(ValueError, match="not finite"):
-        collect_moments(model, model, bind_blocks(model), batches)
+        collected(model, bind_blocks(model), batches)
     with pytest.raises(ValueError, match="not finite"):
-        score_neurons(model, model, bind_blocks(model), batches)
+        scored(model, bind_blocks(model), batches)
 
 
 def test_half_precision_models_are_summed_in_float32_or_better():
     model = bert().bfloat16()
     block = bind_blocks(model)[0]
-    moments = collect_moments(model, model, [block], data(40))[block.name]
+    moments = collected(model, [block], data(40))[block.name]
     assert_moments(moments, *stored(model, block, data(40)))
 
 
@@ -312,7 +323,7 @@ def test_large_means_and_many_tokens_keep_their_precision(width):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(9000, width, generator=generator) + 100
     y = 3 * torch.randn(9000, 4, generator=generator) - 50 + x[:, :4]
-    sums = _MomentSums([])
+    sums = sums_of(x[:700], y[:700])
     for start in range(0, 9000, 700):
         sums.add(x[start : start + 700], y[start : start + 700])
     assert_moments(sums.finish(bind_blocks(bert())[0], 1), x.double(), y.double(), 1e-5)
@@ -324,7 +335,7 @@ def test_a_massive_token_does_not_decide_the_fit():
     y = x @ weight + 0.1 * torch.randn(4000, WIDTH, generator=generator)
     x[7] *= 3
     y[7] = 1e5
-    sums = _MomentSums([])
+    sums = sums_of(x, y)
     sums.add(x, y)
     fit = sums.finish(bind_blocks(bert())[0], 1).fit()
     # Its squared error weighs as much as that of a token of this length.
@@ -340,7 +351,7 @@ def test_neurons_are_scored_by_what_a_line_leaves_times_their_column(name):
     model = case.model()
     blocks = bind_blocks(model)
     batches = [case.inputs(seed=seed) for seed in range(5)]
-    scores = score_neurons(model, model, blocks, batches)
+    scores = scored(model, blocks, batches)
     for block in blocks:
         seen = []
         handle = block.activation.register_forward_hook(
@@ -355,12 +366,6 @@ def test_neurons_are_scored_by_what_a_line_leaves_times_their_column(name):
         left = (a - z * ((z * a).sum(0) / (z * z).sum(0))).square().mean(0)
         expected = left * block.down_affine()[0].detach().double().square().sum(0)
         torch.testing.assert_close(scores[block.name], expected, rtol=1e-6, atol=1e-9)
-
-
-def test_data_that_can_be_read_only_once_are_kept():
-    batches = data(2)
-    assert reiterable(batches) is batches
-    assert reiterable(iter(batches)) == batches
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -426,10 +431,10 @@ def test_scores_and_moments_of_blocks_that_share_an_activation():
     shared, apart, batches = stacks()
     blocks = bind_blocks(shared)
     both = [(shared, blocks), (apart, [bind(apart, block) for block in blocks])]
-    scores = [score_neurons(model, model, bound, batches) for model, bound in both]
+    scores = [scored(model, bound, batches) for model, bound in both]
     assert all(torch.equal(scores[0][block.name], scores[1][block.name]) for block in blocks)
     neurons = {block.name: [3, 1] for block in blocks}
-    moments = [collect_moments(model, model, bound, batches, neurons) for model, bound in both]
+    moments = [collected(model, bound, batches, neurons) for model, bound in both]
     for block in blocks:
         assert torch.equal(moments[0][block.name].cov_ff, moments[1][block.name].cov_ff)
 
@@ -444,7 +449,7 @@ def test_blocks_that_share_an_activation_and_run_at_the_same_time(run):
         if run == "affine":
             apply_layer_collapse(model, LayerCollapseConfig(linear_target="affine"), batches)
         elif run == "scores":
-            score_neurons(model, model, blocks, batches)
+            scored(model, blocks, batches)
         else:
-            collect_moments(model, model, blocks, batches, {"a": [1], "b": [1]})
+            collected(model, blocks, batches, {"a": [1], "b": [1]})
     assert type(model.a.act) is nn.GELU and not model.a.act._forward_hooks and not model.a.fc1._forward_hooks

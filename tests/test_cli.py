@@ -51,7 +51,7 @@ def test_inspect_measures_on_data(classifier, tmp_path):
         "--json-file",
         tmp_path / "a.json",
     )
-    assert "R^2" in result.output and "loss change" in result.output
+    assert "R^2" in result.output and "divergence change" in result.output
     assert plot.read_text().startswith("<?xml")
     assert len(json.loads((tmp_path / "a.json").read_text())["blocks"]) == 3
 
@@ -79,6 +79,16 @@ def test_what_is_read_of_the_data_is_said(classifier, tmp_path, monkeypatch, cap
     # The column of the class is no candidate.
     table.write_text("class,text\n" + "".join(f"w{label},{text}\n" for text, label in lines))
     assert "class indices" in fails(monkeypatch, capsys, *arguments, "--label-column", "class")
+
+
+def test_memory_by_a_budget(classifier, tmp_path, monkeypatch, capsys):
+    folder, data = classifier
+    collapse = ["collapse", folder, "--data", data, "--output", tmp_path / "small", "--budget", "macs=0.4"]
+    for command in (["inspect", folder, "--data", data], collapse):
+        assert "positive number of bytes" in fails(monkeypatch, capsys, *command, "--max-memory", "much")
+        error = fails(monkeypatch, capsys, *command, "--max-memory", "20KB")
+        assert "alone needs" in error and "raise `max_memory`" in error
+    assert run(*collapse, "--max-memory", "20MB").exit_code == 0
 
 
 def test_labels_that_are_kept_secret(classifier, tmp_path, monkeypatch, capsys):

@@ -17,7 +17,7 @@ from hf_layercollapse import (
     remove_layer_collapse,
 )
 from hf_layercollapse.blocks import bind_blocks
-from hf_layercollapse.calibration import collect_moments
+from hf_layercollapse.calibration import Calibration
 from hf_layercollapse.functional import gaussian_inputs
 
 from .models import BY_NAME, LAYERS, WIDTH, text_inputs
@@ -447,7 +447,7 @@ def own_to_other(case, index, data):
     """By how much the error on other data exceeds that on the data a block of a fresh model is fitted to."""
     model = case.model()
     block = bind_blocks(model)[index]
-    moments = collect_moments(model, model, [block], data)[block.name]
+    moments = Calibration.on(model, model, data).moments([block])[block.name]
     return functional.generalized(1.0, moments.tokens, moments.coefficients()) ** 0.5
 
 
@@ -475,8 +475,9 @@ def test_a_dense_model_collapses_to_its_least_squares_maps(case):
     assert block.calibration_error == pytest.approx(float(expected / y.norm()), rel=1e-3)
     assert block.r2 == pytest.approx(float(1 - expected.square() / (y - y.mean(0)).square().sum()), rel=1e-3, abs=1e-3)
     after = [logits(model, batch) for batch in data]
-    difference = max(float((a - b).abs().max()) for a, b in zip(before[:8], after[:8], strict=True))
-    assert report.largest_logit_difference == pytest.approx(difference, rel=1e-5)
+    # On a sample of the rows.
+    difference = max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True))
+    assert 0.3 * difference < report.largest_logit_difference <= difference * (1 + 1e-5)
     states = [b.state for b in find_feed_forward_blocks(model)]
     assert states == ["dense", "collapsed", "dense"]
     assert logits(model, inputs).isfinite().all()

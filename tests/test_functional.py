@@ -89,7 +89,7 @@ def second_moments(f, y, weights=None):
     weights = torch.ones(len(f), 1).double() if weights is None else weights[:, None]
     total = float(weights.sum())
     wf, wy = weights * f, weights * y
-    return functional.second_moments(total, wf.sum(0), wy.sum(0), f.T @ wf, f.T @ wy, y.T @ wy)
+    return functional.second_moments_(total, wf.sum(0), wy.sum(0), f.T @ wf, f.T @ wy, y.T @ wy)
 
 
 def moments(f, y, weights=None):

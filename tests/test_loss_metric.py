@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_layercollapse import functional
 from hf_layercollapse.blocks import bind_blocks
+from hf_layercollapse.calibration import Calibration
 from hf_layercollapse.loss_metric import loss_metrics, measure_metrics
 from hf_layercollapse.predictions import Predictions, predictions_of
 
@@ -99,18 +100,22 @@ def test_what_takes_more_memory_than_there_is_runs_in_parts_and_layers_twice(nam
     blocks = bind_blocks(model)
     forwards = []
     handle = model.register_forward_hook(lambda *call: forwards.append(len(call[-1].logits)))
-    whole, report = measure_metrics(model, model, blocks, batches)
+
+    def measured(batches, max_memory=None):
+        return measure_metrics(Calibration.on(model, model, batches, max_memory), blocks)
+
+    whole, report = measured(batches)
     assert (report.kind, report.checkpointed, report.rows) == ("loss", False, 32) and max(forwards) == 8
     del forwards[:]
-    parts, small = measure_metrics(model, model, blocks, batches, max_memory=report.bytes // 4)
+    parts, small = measured(batches, report.bytes // 4)
     assert not small.checkpointed and max(forwards) == 2 and small.bytes <= report.bytes // 4
     del forwards[:]
-    twice, least = measure_metrics(model, model, blocks, batches, max_memory=1)
+    twice, least = measured(batches, 1)
     handle.remove()
     assert least.checkpointed and max(forwards) == 1 and least.bytes < small.bytes
     assert least.tokens == small.tokens == report.tokens > 0 and "layers run twice" in str(least)
     # What is drawn differs with the parts; in the same parts it is the same.
-    again, _ = measure_metrics(model, model, blocks, [b for batch in batches for b in rows_of(batch)])
+    again, _ = measured([b for batch in batches for b in rows_of(batch)])
     for block in blocks:
         assert functional.relative_error(again[block.name].matrix, twice[block.name].matrix) < 1e-5
         assert functional.relative_error(whole[block.name].matrix, parts[block.name].matrix) < 0.6
@@ -132,7 +137,7 @@ def test_a_layer_with_a_dropout_of_its_own_is_not_run_twice():
     config = BartConfig(vocab_size=64, max_position_embeddings=32, pad_token_id=0, **sizes, **heads)
     model = BartForConditionalGeneration(config).eval()
     batches = [{**batch, "decoder_input_ids": batch["input_ids"]} for batch in batches_of(BY_NAME["bert"])]
-    _, report = measure_metrics(model, model, bind_blocks(model), batches, max_memory=1)
+    _, report = measure_metrics(Calibration.on(model, model, batches, max_memory=1), bind_blocks(model))
     assert report.kind == "loss" and not report.checkpointed
 
 

@@ -25,8 +25,8 @@ from hf_layercollapse import (
     functional,
 )
 from hf_layercollapse.blocks import bind_blocks, weight_and_bias
-from hf_layercollapse.calibration import collect_moments
-from hf_layercollapse.collapsing import fit_blocks
+from hf_layercollapse.calibration import Calibration
+from hf_layercollapse.fitting import BlockFitting
 from hf_layercollapse.merging import BlockChoice as Choice
 from hf_layercollapse.merging import Trial, cost_of, effective_rank, make_merge
 from hf_layercollapse.modeling_layercollapse import (
@@ -166,8 +166,9 @@ def test_computes_the_least_squares_fit(case, rank, keep):
         model = case.model()
         choices = {block.name: Choice(rank, keep)}
         (found,) = [other for other in bind_blocks(model) if other.name == block.name]
-        fit = fit_blocks(model, model, [found], choices, batches)[block.name]
-        moments = collect_moments(model, model, [found], batches, {block.name: fit.neurons})[block.name]
+        engine = Calibration.on(model, model, batches)
+        fit = BlockFitting(engine, choices).fits([found])[block.name]
+        moments = engine.moments([found], {block.name: fit.neurons})[block.name]
         xs, ys = [], []
         handles = [
             found.first.register_forward_pre_hook(lambda module, args, xs=xs: xs.append(args[0].flatten(0, -2))),

@@ -215,7 +215,7 @@ def test_bad_input_is_refused_and_changes_nothing():
         ((model, batches), ValueError, "is the model itself"),
         (("dense", batches), TypeError, "must be a model, got str"),
         ((other, batches), ValueError, r"must have the same head"),
-        ((dense, []), ValueError, "there are 0 different rows"),
+        ((dense, []), ValueError, "calibration data is empty"),
         ((dense, [[1]] * 8), ValueError, "dicts of tensors"),
         ((dense, [{"pixel_values": torch.full((1, 3, 8, 8), float(i))} for i in range(8)]), ValueError, "input_ids"),
     ):

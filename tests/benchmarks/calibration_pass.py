@@ -13,7 +13,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from hf_layercollapse.blocks import bind_blocks
-from hf_layercollapse.calibration import collect_moments, run_over, score_neurons
+from hf_layercollapse.calibration import Calibration
 
 
 def main():
@@ -35,11 +35,12 @@ def main():
     blocks = bind_blocks(model)
     data = [{"input_ids": torch.randint(1000, 20000, (8, 128))} for _ in range(args.batches)]
     kept = {block.name: list(range(args.width // 2)) for block in blocks}
+    engine = Calibration.on(model, model, data)
     passes = {
-        "plain forward": lambda: run_over(model, data, [], "plain"),
-        "moments, no kept neurons": lambda: collect_moments(model, model, blocks, data),
-        "moments, width / 2 candidates": lambda: collect_moments(model, model, blocks, data, kept),
-        "scores of all neurons": lambda: score_neurons(model, model, blocks, data),
+        "plain forward": lambda: engine.run("", lambda: ()),
+        "moments, no kept neurons": lambda: engine.moments(blocks),
+        "moments, width / 2 candidates": lambda: engine.moments(blocks, kept),
+        "scores of all neurons": lambda: engine.neuron_scores(blocks),
     }
     seconds = {name: [] for name in passes}
     for round_ in range(-1, args.rounds):

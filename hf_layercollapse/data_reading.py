@@ -1,0 +1,140 @@
+"""Reading calibration data: batches of model inputs, as often as they are needed, and each time the same rows."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, SequentialSampler
+
+from . import processes
+from .calibration_data import CalibrationData
+from .rows import DistinctRows, hold_back, not_inputs
+
+
+# Inputs of models -> the number of dimensions that one row has of them without a batch.
+OF_A_ROW = {"input_ids": 1, "input_values": 1, "input_features": 2, "pixel_values": 3}
+
+# Sizes of the first dimension of a `pixel_values` of three dimensions that is one image, and no batch of patches.
+CHANNELS = (1, 3, 4)
+
+
+def read_calibration_data(data, memory, labels=False) -> DistinctRows:
+    """The different rows of some data, from its first reading on.
+
+    Args:
+        data (iterable of `dict[str, Tensor]`): Model inputs; arrays of numpy become tensors.
+        memory ([`MemoryBudget`]): Where the data cannot be read twice in one order (a generator, a shuffled loader),
+            its inputs are kept, within this.
+        labels (`bool`): As in [`DistinctRows`].
+
+    Raises:
+        TypeError: It is no iterable.
+        ValueError: It gives no batch, something else than batches of model inputs, or is too large to be kept and can
+            be read only once.
+    """
+    with processes.together():
+        data = readable(data, memory)
+    return DistinctRows(data, labels)
+
+
+def split_data(calibration_data, evaluation_data, memory, labels=False):
+    """`(rows to fit to, batches to score on)`, as [`hold_back`] does it or as they are given. The second are kept."""
+    with processes.together():
+        data = readable(calibration_data, memory)
+        held = None if evaluation_data is None else list(_Checked(evaluation_data, "evaluation"))
+    if held is None:
+        fitting, held = hold_back(data, labels)
+    else:
+        fitting = DistinctRows(data, labels)
+    memory.hold(sum(map(bytes_of, held)))
+    return fitting, held
+
+
+def readable(data, memory):
+    """Batches of model inputs that can be read again: the data themselves, or what was read of them, kept."""
+    if isinstance(data, Mapping):
+        raise ValueError(
+            "Calibration data must be an iterable of batches of model inputs, and this is one batch (a "
+            f"{type(data).__name__}): pass a list of them, `[batch]`."
+        )
+    if not isinstance(data, Iterable) and not isinstance(data, torch.utils.data.Dataset):
+        raise TypeError(f"Calibration data must be an iterable of batches of model inputs, got {data!r:.100}.")
+    checked = _Checked(data, "calibration")
+    if isinstance(data, Sequence) or _is_in_order(data):
+        return checked
+    kept, taken, iterator = [], 0, iter(data)
+    for batch in _Checked(iterator, "calibration"):
+        kept.append(batch)
+        taken += bytes_of(batch)
+        if taken > memory.room():
+            break
+    else:
+        memory.hold(taken)
+        return kept
+    if iterator is data:
+        raise ValueError(
+            f"The calibration data can be read only once, and its first {len(kept)} batches take {taken:,} bytes, of "
+            f"{memory.room():,} that there are: pass what can be read again (a list, a DataLoader without shuffling), "
+            "fewer rows, or raise `max_memory`."
+        )
+    return checked
+
+
+def _is_in_order(data):
+    """Whether it gives the same batches in the same order each time, as far as it decides that itself."""
+    by_index = isinstance(data, DataLoader) and isinstance(data.sampler, SequentialSampler)
+    return by_index or isinstance(data, CalibrationData)
+
+
+class _Checked:
+    """The batches of some data, each checked to be model inputs."""
+
+    def __init__(self, data, kind):
+        self.data, self.kind = data, kind
+
+    def __iter__(self):
+        empty = True
+        for batch in self.data:
+            empty = False
+            yield checked_inputs(batch)
+        if empty:
+            raise ValueError(f"The {self.kind} data is empty: it must give at least one batch of model inputs.")
+
+
+def checked_inputs(batch) -> dict:
+    """A batch of model inputs with tensors for arrays.
+
+    Raises:
+        ValueError: It is no dict, one row without a batch around it, or its values are lists.
+    """
+    if not isinstance(batch, Mapping):  # as dicts and BatchEncodings are
+        raise ValueError(not_inputs(batch))
+    inputs = {
+        name: torch.as_tensor(value) if isinstance(value, np.ndarray) and value.dtype != object else value
+        for name, value in batch.items()
+    }
+    for name, value in inputs.items():
+        if isinstance(value, (list, tuple, np.ndarray)) and name in (*OF_A_ROW, "attention_mask"):
+            raise ValueError(
+                f"`{name}` of the calibration data is a {type(value).__name__}, not a tensor: tokenize with "
+                '`return_tensors="pt"`, or `dataset.with_format("torch")` and a DataLoader.'
+            )
+        if isinstance(value, torch.Tensor) and OF_A_ROW.get(name) == value.dim():
+            # Patches of images have a mask or their sizes beside them, and their first dimension is a batch.
+            alone = not any(isinstance(other, torch.Tensor) and other.dim() for other in _others(inputs, name))
+            if name != "pixel_values" or (alone and value.shape[0] in CHANNELS):
+                raise ValueError(
+                    f"`{name}` of the calibration data has the shape {tuple(value.shape)}: these are rows, and not "
+                    "batches of rows. Pass `DataLoader(data, batch_size=8)`."
+                )
+    return inputs
+
+
+def _others(inputs, name):
+    return [value for other, value in inputs.items() if other != name]
+
+
+def bytes_of(batch) -> int:
+    """What a batch takes."""
+    tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

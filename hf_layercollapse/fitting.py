@@ -1,0 +1,101 @@
+"""Fitting blocks to calibration data: which neurons stay, and the least-squares map beside them."""
+
+from dataclasses import dataclass
+
+from . import functional
+from .block_sizes import fit_size
+from .calibration import Calibration
+from .loss_metric import measure_metrics
+from .merging import cost_of, effective_rank, has_constant, make_merge
+from .moments import bytes_to_choose, bytes_to_fit
+
+
+@dataclass(frozen=True)
+class BlockFitting:
+    """Fits blocks to calibration data.
+
+    Args:
+        engine ([`Calibration`]): Measures them.
+        choices (`dict[str, BlockChoice]`): Block name -> what it is to become.
+        neuron_choice, constant_term: As in [`LayerCollapseConfig`].
+    """
+
+    engine: Calibration
+    choices: dict
+    neuron_choice: str = "greedy"
+    constant_term: str = "native"
+
+    def merges(self, blocks):
+        """Block name -> its [`Merge`], fitted to what it computes now. All neurons are candidates where some are to be
+        chosen."""
+        return self._reduce(blocks, lambda block, fit: make_merge(block, fit, refit=True))
+
+    def fits(self, blocks):
+        """Block name -> the [`functional.Fit`] that its merge is made of."""
+        return self._reduce(blocks, lambda block, fit: fit)
+
+    def _reduce(self, blocks, result):
+        if not blocks:
+            return {}
+        ranks = {block.name: effective_rank(block, self.choices[block.name].rank) for block in blocks}
+        open_choices = {block.name: self._open_choice(block) for block in blocks}
+        candidates = {block.name: self._candidates(block, open_choices[block.name]) for block in blocks}
+        to_choose = [block for block in blocks if open_choices[block.name] is not None]
+        by_variance = to_choose if self.neuron_choice == "variance" else []
+        if by_variance:
+            scores = self.engine.neuron_scores(by_variance)
+            for block in by_variance:
+                best = scores[block.name].topk(open_choices[block.name]).indices
+                candidates[block.name] = sorted(best.tolist())
+        in_metric = [block for block in blocks if self.choices[block.name].in_metric and ranks[block.name]]
+        metrics = measure_metrics(self.engine, in_metric)[0] if in_metric else {}
+
+        def fit(block, moments):
+            rank = ranks[block.name]
+            constant = has_constant(block, rank, self.constant_term)
+            if block.name in metrics:
+                everything = range(len(moments.neurons))
+                return result(block, fit_size(moments, everything, rank, metrics[block.name], constant))
+            if not constant:
+                moments = moments.without_constant(in_place=True)
+            return result(block, best_fit(moments, rank, open_choices[block.name]))
+
+        inputs = {block.name: ranks[block.name] != 0 for block in blocks}
+        working, kept = {}, {}
+        for block in blocks:
+            name, count = block.name, self.choices[block.name].count
+            working[name] = bytes_to_fit(block, count, inputs[name], bool(ranks[name]))
+            if candidates[name] is None:
+                working[name] = max(working[name], bytes_to_choose(block, block.hidden_features, inputs[name]))
+            kept[name] = cost_of(block, ranks[name], count) * block.down.weight.element_size()
+        return self.engine.reduce(blocks, candidates, fit, inputs, working, kept)
+
+    def _open_choice(self, block):
+        """How many neurons are to be chosen; `None` where it is said which, or that none are."""
+        neurons = self.choices[block.name].neurons
+        return neurons if isinstance(neurons, int) and 0 < neurons < block.hidden_features else None
+
+    def _candidates(self, block, count):
+        neurons = self.choices[block.name].neurons
+        if count is not None or neurons == block.hidden_features:
+            return None
+        return [] if neurons == 0 else neurons
+
+
+def best_fit(moments, rank, count=None):
+    """The fit with the `count` neurons that explain most, chosen from those of the moments; `None`: all of them."""
+    if count is not None and count < len(moments.neurons):
+        cov_ff, cov_fo, width = moments.cov_ff, moments.cov_fo, moments.width
+        if not rank:
+            given = None if rank is None else moments.mean_f.new_zeros(0, width)
+            chosen, _ = functional.greedy_neurons(cov_ff, cov_fo, width, count, given, moments.ridge)
+        else:
+            # Neurons for a given map, then the map for these neurons: twice, after which little changes.
+            right = functional.reduced_rank(cov_ff[:width, :width], cov_fo[:width], width, rank, moments.ridge)[1]
+            for step in range(2):
+                if step:
+                    part = moments.restricted(chosen)
+                    right = functional.reduced_rank(part.cov_ff, part.cov_fo, width, rank, moments.ridge)[1]
+                chosen, _ = functional.greedy_neurons(cov_ff, cov_fo, width, count, right, moments.ridge)
+        moments = moments.restricted(sorted(chosen))
+    return moments.fit(rank)

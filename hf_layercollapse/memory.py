@@ -1,0 +1,92 @@
+"""How much memory a calibration may take, and what of it is taken."""
+
+import psutil
+import torch
+from accelerate.utils import convert_file_size_to_int
+
+from . import processes
+
+
+# Share of the free memory that a calibration may take, if nothing else is said.
+FREE_SHARE = 0.5
+
+
+class MemoryBudget:
+    """Bytes for what a calibration holds beside the model and one forward pass: sums over the data, what is worked out
+    from them, new weights that wait for their place, and inputs that cannot be read again.
+
+    Args:
+        max_memory (`int`, `str` or `dict`, *optional*): Bytes (`2_000_000_000`, `"2GB"`, `"500MB"`), or as accelerate
+            has it a dict of them by device (`{0: "10GB", "cpu": "20GB"}`). Default, also for devices that the dict
+            leaves out: half of what is free on the device when it is first asked for.
+
+    Raises:
+        TypeError, ValueError: It is none of these, not positive, or names a device that there is not.
+    """
+
+    def __init__(self, max_memory=None):
+        self._limits = {}
+        if isinstance(max_memory, dict):
+            # What accelerate may put on disk is not held.
+            given = {key: value for key, value in max_memory.items() if key != "disk"}
+            self._limits = {_device_of(key): _bytes_of(value) for key, value in given.items()}
+            self._total = None
+        else:
+            self._total = None if max_memory is None else _bytes_of(max_memory)
+        self._held = {}
+
+    def room(self, device="cpu") -> int:
+        """Bytes that are left on a device."""
+        device = _without_index(torch.device(device))
+        if self._total is not None:
+            return self._total - sum(self._held.values())
+        if device not in self._limits:
+            self._limits[device] = int(FREE_SHARE * _free(device))
+        return self._limits[device] - self._held.get(device, 0)
+
+    def hold(self, count, device="cpu"):
+        """Takes bytes of the budget, or gives them back where the count is negative."""
+        device = _without_index(torch.device(device))
+        self._held[device] = self._held.get(device, 0) + count
+
+
+def _bytes_of(value) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise TypeError(f'`max_memory` must be bytes, or a size such as "2GB", got {value!r}.')
+    try:
+        count = convert_file_size_to_int(value)
+    except ValueError:
+        count = -1
+    if count <= 0:
+        raise ValueError(f'`max_memory` must be a positive number of bytes, or a size such as "2GB", got {value!r}.')
+    return count
+
+
+def _device_of(key):
+    try:
+        device = torch.device(key)
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or not _exists(device):
+        raise ValueError(f"`max_memory` names the device {key!r}, and there is none such here.")
+    return _without_index(device)
+
+
+def _exists(device):
+    if device.type == "cpu":
+        return True
+    if not torch.accelerator.is_available() or torch.accelerator.current_accelerator().type != device.type:
+        return False
+    return device.index is None or device.index < torch.accelerator.device_count()
+
+
+def _without_index(device):
+    """A CPU, and the one device of its kind, by one name."""
+    return torch.device(device.type) if device.type in ("cpu", "mps") else device
+
+
+def _free(device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    # Processes of one host share it.
+    return psutil.virtual_memory().available // processes.count()

@@ -1,0 +1,105 @@
+"""Several processes that calibrate one model together: each reads its part of the data, and all get the same sums.
+
+They are those of `torch.distributed`, as `accelerate launch` starts them. What is done by one of them alone is done
+inside of [`alone`].
+"""
+
+import contextlib
+import contextvars
+
+import torch
+import torch.distributed as dist
+
+
+_ALONE = contextvars.ContextVar("alone", default=False)
+
+
+@contextlib.contextmanager
+def alone():
+    """What is done inside is done by this process only: nothing is asked of the others."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
+
+def count() -> int:
+    """How many processes there are; 1 without torch.distributed, or inside of [`alone`]."""
+    if _ALONE.get() or not dist.is_available() or not dist.is_initialized():
+        return 1
+    return dist.get_world_size()
+
+
+def rank() -> int:
+    """Which of them this is."""
+    return dist.get_rank() if count() > 1 else 0
+
+
+def gathered(value) -> list:
+    """The value of each process, on all of them. It is pickled."""
+    if count() == 1:
+        return [value]
+    values = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def of_the_first(value):
+    """The value of the first process, on all of them."""
+    if count() == 1:
+        return value
+    values = [value if rank() == 0 else None]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def summed(tensors) -> list:
+    """The sums of tensors over all processes, the same bits on each. In place where the processes share a device."""
+    if count() == 1:
+        return tensors
+    results = []
+    for tensor in tensors:
+        # gloo has no other device than the CPU, nccl none but its own.
+        place = tensor.device if dist.get_backend() != "gloo" else torch.device("cpu")
+        there = tensor.to(place).contiguous()
+        dist.all_reduce(there)
+        dist.broadcast(there, src=0)
+        results.append(there.to(tensor.device))
+    return results
+
+
+def spread(tensors):
+    """The first process's numbers go into the tensors of all, in place."""
+    if count() == 1:
+        return
+    for tensor in tensors:
+        place = tensor.device if dist.get_backend() != "gloo" else torch.device("cpu")
+        there = tensor.detach().to(place).contiguous()
+        dist.broadcast(there, src=0)
+        tensor.data.copy_(there)
+
+
+@contextlib.contextmanager
+def together():
+    """What raises inside on one process raises on all, so that none waits for one that has gone.
+
+    Raises:
+        ValueError: What another process raised was a TypeError or ValueError.
+        RuntimeError: It was something else.
+    """
+    error = None
+    try:
+        yield
+    except Exception as raised:  # whatever it is: the others are told
+        error = raised
+    if count() == 1:
+        found = []
+    else:
+        refused = isinstance(error, (TypeError, ValueError))
+        found = [each for each in gathered(error and (rank(), f"{type(error).__name__}: {error}", refused)) if each]
+    if error is not None:
+        raise error
+    if found:
+        kind = ValueError if all(refused for *_, refused in found) else RuntimeError
+        raise kind("\n".join(f"Process {index} stopped with a {message}" for index, message, _ in found))

@@ -1,0 +1,100 @@
+"""What tests/test_processes.py has one or two processes do: each reads its part of the rows."""
+
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from accelerate import PartialState  # noqa: E402
+
+import tests.conftest  # noqa: E402, F401  (offline, one thread)
+from hf_layercollapse import (  # noqa: E402
+    LayerCollapseConfig,
+    apply_layer_collapse,
+    collapse_model,
+    linearity_map,
+    plan_collapse,
+    recover_model,
+)
+from hf_layercollapse import processes as several  # noqa: E402
+from tests.models import BY_NAME, text_inputs  # noqa: E402
+
+
+CONFIGS = {
+    "whole": {},
+    "narrow": {"rank": 0, "keep_neurons": 8},
+    "both": {"rank": 3, "keep_neurons": 5},
+    "in turn, by variance": {"keep_neurons": 4, "neuron_choice": "variance", "sequential": True},
+}
+BATCHES, ROWS = 40, 2
+
+
+def data(rank, count):
+    """Every process its part of the same batches; the first two are read by all."""
+    batches = [text_inputs(batch=ROWS, seed=seed, length=5 + seed % 3) for seed in range(BATCHES)]
+    return [batch for index, batch in enumerate(batches) if index < 2 or index % count == rank]
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def run(rank, count):
+    """Everything that is to be the same, by name."""
+    case, batches, found = BY_NAME["gpt2"], data(rank, count), {}
+    for name, options in CONFIGS.items():
+        model = case.model()
+        report = collapse_model(model, LayerCollapseConfig(**options), iter(batches))
+        found[name] = weights(model), report.to_dict()
+    model = case.model()
+    apply_layer_collapse(model, LayerCollapseConfig(linear_target="affine"), batches)
+    found["affine"] = weights(model), {}
+    model = case.model()
+    plan = plan_collapse(model, batches, macs=0.4)
+    collapse_model(model, plan=plan, calibration_data=batches)
+    found["plan"] = weights(model), plan.to_dict()
+    found["less memory"] = {}, plan_collapse(case.model(), batches, macs=0.4, max_memory=400_000).point.choices
+    found["map"] = {}, linearity_map(case.model(), batches).to_dict()
+    metric = {"metric": lambda model: float(rank) - float(model.lm_head.weight.sum())}
+    found["metric"] = {}, plan_collapse(case.model(), batches, macs=0.4, **metric).to_dict()
+    return found
+
+
+def refused(work, kind=ValueError):
+    try:
+        work()
+    except kind as error:
+        return str(error)
+    raise AssertionError("nothing was refused")
+
+
+def refusals(rank, count):
+    case, batches, found = BY_NAME["gpt2"], data(rank, count), {}
+    model = case.model()
+    before = weights(model)
+
+    def collapse(model, batches):
+        return lambda: collapse_model(model, LayerCollapseConfig(blocks=[0]), batches)
+
+    found["no data"] = refused(collapse(model, batches if rank == 0 else []))
+    found["other model"] = refused(collapse(case.model(seed=rank), batches))
+    broken = [{"input_ids": torch.full((2, 5), 10**6)}] if rank == 1 else []
+    found["broken"] = refused(collapse(model, [*batches, *broken]), (RuntimeError, IndexError))
+    found["recovery"] = refused(lambda: recover_model(model, case.model(), batches, max_steps=1))
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+    # One process alone does not wait for the others.
+    if rank == 0:
+        with several.alone():
+            collapse_model(case.model(), LayerCollapseConfig(blocks=[0]), data(0, 1))
+    dist.barrier()
+    return found
+
+
+if __name__ == "__main__":
+    state = PartialState(cpu=True)
+    assert state.num_processes == 2 and dist.is_initialized()
+    results = {"run": run(state.process_index, 2), "refused": refusals(state.process_index, 2)}
+    torch.save(results, Path(sys.argv[1]) / f"results_{state.process_index}.pt")

@@ -1,0 +1,143 @@
+"""Passes over data: nothing is computed that nobody reads, and an interrupted one leaves the model as it was."""
+
+import time
+
+import pytest
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
+
+from hf_layercollapse import (
+    LayerCollapseConfig,
+    apply_layer_collapse,
+    collapse_model,
+    find_feed_forward_blocks,
+    linearity_map,
+    plan_collapse,
+)
+from hf_layercollapse.blocks import bind_blocks
+from hf_layercollapse.calibration import Calibration
+from hf_layercollapse.progress import Progress
+
+from .models import BY_NAME, HIDDEN, VOCABULARY, WIDTH, randomize, text_inputs
+from .test_memory import data, llama
+
+
+def given_to(model):
+    """What every forward of a model is given and gives."""
+    seen = []
+    model.register_forward_hook(lambda module, args, kwargs, output: seen.append((kwargs, output)), with_kwargs=True)
+    return seen
+
+
+def test_a_language_model_makes_no_cache_and_one_token_of_logits():
+    model = llama()
+    seen = given_to(model)
+    batches = [{**batch, "labels": batch["input_ids"]} for batch in data()]
+    engine = Calibration.on(model, model, batches)
+    engine.moments(bind_blocks(model))
+    engine.neuron_scores(bind_blocks(model))
+    assert len(seen) > 24
+    for _kwargs, output in seen:
+        assert output.past_key_values is None and output.logits.shape[1] == 1 and output.loss is None
+
+
+def test_what_is_scored_has_all_its_logits_and_no_cache():
+    model = llama()
+    seen = given_to(model)
+    linearity_map(model, data())
+    whole = [output for _, output in seen if output.logits.shape[1] == 7]
+    assert len(whole) >= 5 and all(output.past_key_values is None for _, output in seen)
+
+
+def test_what_was_asked_for_stays():
+    model = llama()
+    seen = given_to(model)
+    Calibration.on(model, model, [{**batch, "use_cache": True, "logits_to_keep": 2} for batch in data()]).moments(
+        bind_blocks(model)
+    )
+    assert all(output.past_key_values is not None and output.logits.shape[1] == 2 for _, output in seen)
+
+
+def test_a_decoder_still_gets_the_labels_that_its_inputs_are_made_of():
+    config = T5Config(
+        vocab_size=VOCABULARY, d_model=WIDTH, d_ff=HIDDEN, d_kv=8, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    model = randomize(T5ForConditionalGeneration(config)).eval()
+    batches = [{**text_inputs(seed=seed), "labels": text_inputs(seed=seed + 50)["input_ids"]} for seed in range(10)]
+    found = Calibration.on(model, model, batches).moments(bind_blocks(model))
+    assert all(moments.tokens == 140 for moments in found.values())
+
+
+# ----------------------------------------------------------------------------------------------------
+# Ctrl-C
+# ----------------------------------------------------------------------------------------------------
+
+
+def state_of(model):
+    modules = {name: (type(module), module.training) for name, module in model.named_modules()}
+    hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    return modules, hooks, wanted, type(model), model.config.to_dict()
+
+
+USES = {
+    "collapse": lambda model: collapse_model(model, LayerCollapseConfig(rank=2, keep_neurons=3), data()),
+    "in-turn": lambda model: collapse_model(model, LayerCollapseConfig(sequential=True), data()),
+    "plan": lambda model: plan_collapse(model, data(), macs=0.4),
+    "map": lambda model: linearity_map(model, data()),
+    "affine": lambda model: apply_layer_collapse(model, LayerCollapseConfig(linear_target="affine"), data()),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_ctrl_c_leaves_the_model_as_it_was(use):
+    """In every part of the work: at forwards spread over all that it takes, and in the last one."""
+    model = llama(2).train()
+    count = []
+    handle = model.model.embed_tokens.register_forward_hook(lambda *_: count.append(1))
+    USES[use](model)
+    handle.remove()
+    for stop in (1, 2 * len(count) // 3, len(count)):
+        model = llama(2).train()
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        before, seen = state_of(model), []
+
+        def interrupt(module, args, output, seen=seen, stop=stop):
+            seen.append(1)
+            if len(seen) == stop:
+                raise KeyboardInterrupt
+
+        handle = model.model.embed_tokens.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            USES[use](model)
+        handle.remove()
+        assert state_of(model) == before
+        assert {block.state for block in find_feed_forward_blocks(model)} == {"dense"}
+        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_one_bar_for_all(capsys):
+    case = BY_NAME["bert"]
+    collapse_model(case.model(), LayerCollapseConfig(keep_neurons=2), [case.inputs(seed=seed) for seed in range(20)])
+    shown = [line for line in capsys.readouterr().err.replace("\n", "\r").split("\r") if line.strip()]
+    assert shown and all(line.startswith("Collapse") for line in shown)
+
+
+def test_what_is_left_in_all():
+    with Progress("Test", disable=True) as progress:
+        progress.foresee(4)
+        progress.expect(2)
+        assert progress.expected + progress.foreseen == 4
+        progress.expect(3, parts=2)
+        assert (progress.expected, progress.foreseen) == (7, 0)
+        for _ in range(5):
+            progress.step(1e-4)
+        with progress.part():
+            time.sleep(0.01)
+        # The other part is taken for as long as this one.
+        assert progress.done > 5 + 50 and progress.expected - progress.done == pytest.approx(progress.done - 5)
+        with progress.part():
+            pass
+        assert progress.expected == pytest.approx(progress.done)
+        progress.step(1.0)
+        assert progress.expected == pytest.approx(progress.done)

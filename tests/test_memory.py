@@ -1,0 +1,145 @@
+"""Memory by a budget: what may be held, what is refused, and that less of it is the same answer in more passes."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model, linearity_map, plan_collapse
+from hf_layercollapse.blocks import bind_blocks
+from hf_layercollapse.calibration import Calibration
+from hf_layercollapse.memory import MemoryBudget
+from hf_layercollapse.moments import bytes_of_sums, bytes_to_choose, bytes_to_fit
+
+from .models import BY_NAME, randomize, text_inputs
+from .test_patching import logits
+
+
+def test_sizes_of_a_budget():
+    for given, expected in ((1500, 1500), ("2GB", 2 * 10**9), ("500MB", 5 * 10**8), ({"cpu": "1GB"}, 10**9)):
+        assert MemoryBudget(given).room("cpu") == expected
+    memory = MemoryBudget({"cpu": 100, "disk": "1TB"})
+    memory.hold(40)
+    assert memory.room() == 60
+    memory.hold(-40)
+    assert memory.room() == 100
+    free = MemoryBudget()
+    assert 0 < free.room() == free.room()
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "message"),
+    [
+        ("much", ValueError, "positive number of bytes.*'much'"),
+        (0, ValueError, "positive number of bytes"),
+        (-5, ValueError, "positive number of bytes"),
+        (True, TypeError, "got True"),
+        (1.5, TypeError, "got 1.5"),
+        ({"gpu": 10}, ValueError, "names the device 'gpu', and there is none such"),
+        ({99: 10}, ValueError, "names the device 99, and there is none such"),
+    ],
+)
+@pytest.mark.parametrize("use", ["collapse", "plan", "map", "affine"])
+def test_what_is_no_budget(use, given, kind, message):
+    model, data = BY_NAME["bert"].model(), [text_inputs(batch=8, seed=seed) for seed in range(8)]
+    with pytest.raises(kind, match=message):
+        if use == "collapse":
+            collapse_model(model, LayerCollapseConfig(blocks=[0]), data, max_memory=given)
+        elif use == "plan":
+            plan_collapse(model, data, macs=0.5, max_memory=given)
+        elif use == "map":
+            linearity_map(model, data, max_memory=given)
+        else:
+            apply_layer_collapse(model, LayerCollapseConfig(linear_target="affine"), data, max_memory=given)
+
+
+def llama(layers=4):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        vocab_size=64,
+    )
+    return randomize(LlamaForCausalLM(config)).eval()
+
+
+def data():
+    return [text_inputs(batch=8, seed=seed) for seed in range(12)]
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 0, "keep_neurons": 20}, {"rank": 3, "keep_neurons": 5}], ids=str)
+def test_less_memory_is_more_passes_and_the_same_weights(options):
+    config = LayerCollapseConfig(**options)
+    block = bind_blocks(llama())[0]
+    candidates, inputs = 48 if options else 0, options.get("rank") != 0
+    count = options.get("keep_neurons", 0)
+    working = bytes_to_fit(block, count, inputs, bool(options.get("rank")))
+    working = max(working, bytes_to_choose(block, 48, inputs) if options else 0)
+    one = bytes_of_sums(block, candidates, inputs) + working
+    passes, models = [], []
+    for memory in (None, one + 20_000):
+        models.append(llama())
+        passes.append(0)
+        handle = models[-1].register_forward_hook(lambda *_: passes.append(passes.pop() + 1))
+        collapse_model(models[-1], config, data(), max_memory=memory)
+        handle.remove()
+    assert passes[1] >= passes[0] + 12
+    first, second = (model.state_dict() for model in models)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(ValueError, match=r"Block model.layers.\d.mlp alone needs .* GB .* raise `max_memory`"):
+        collapse_model(llama(), config, data(), max_memory=one // 2)
+
+
+def test_moments_are_let_go_before_the_next_are_measured():
+    """Of groups of one block, the sums of one are held at a time."""
+    model = llama()
+    blocks = bind_blocks(model)
+    held = []
+
+    def work(block, moments):
+        held.append(moments.cov_ff.data_ptr())
+        return float(moments.cov_ff.trace())
+
+    room = bytes_of_sums(blocks[0], 48) + 1
+    engine = Calibration.on(model, model, data(), max_memory=room)
+    found = engine.reduce(blocks, {block.name: None for block in blocks}, work)
+    expected = Calibration.on(model, model, data()).moments(blocks, {b.name: list(range(48)) for b in blocks})
+    assert found == pytest.approx({name: float(moments.cov_ff.trace()) for name, moments in expected.items()})
+
+
+def test_every_neuron_is_a_candidate():
+    """Neurons with the largest variance that cancel each other are no reason to pass over those that do something."""
+    case = BY_NAME["bert"]
+    model = case.model()
+    block = bind_blocks(model)[0]
+    with torch.no_grad():
+        # Twelve neurons of large variance in six pairs that give nothing, two of a small one that give all there is.
+        block.up.weight[:14] *= 3
+        block.up.weight[1:12:2] = block.up.weight[:12:2]
+        block.up.bias[1:12:2] = block.up.bias[:12:2]
+        block.down.weight.mul_(0)
+        block.down.weight[:, :12:2] = 5.0 * torch.randn(16, 6)
+        block.down.weight[:, 1:12:2] = -block.down.weight[:, :12:2]
+        block.down.weight[:, 12:14] = 0.3 * torch.randn(16, 2)
+    batches = [case.inputs(seed=seed) for seed in range(30)]
+    report = collapse_model(model, LayerCollapseConfig(blocks=[0], rank=0, keep_neurons=2), batches)
+    assert report.blocks[0].r2 > 0.99
+
+
+def test_logits_are_those_of_the_model_as_it_is():
+    case = BY_NAME["gpt2"]
+    model, batches = case.model(), [case.inputs(seed=seed) for seed in range(20)]
+    dense = case.model()
+    report = collapse_model(model, LayerCollapseConfig(blocks=[1]), batches)
+    largest = max(float((logits(model, b) - logits(dense, b)).abs().max()) for b in batches)
+    assert report.largest_logit_difference == pytest.approx(largest, rel=1e-4)
+
+
+@pytest.mark.parametrize("choice", ["greedy", "variance"])
+def test_all_neurons_can_be_kept(choice):
+    case = BY_NAME["bert"]
+    model, batches = case.model(), [case.inputs(seed=seed) for seed in range(40)]
+    report = collapse_model(model, LayerCollapseConfig(blocks=[1], keep_neurons=40, neuron_choice=choice), batches)
+    assert report.blocks[0].kept_neurons == 40 and report.blocks[0].r2 > 0.999
