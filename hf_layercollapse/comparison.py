@@ -224,53 +224,75 @@ def compare_models(
         raise ValueError("The data is empty: it must give at least one batch of model inputs.")
     metric = _metric_of(models, batches)
     device = device_of(next(iter(models.values())))
-    timed = max(batches, key=_count)
-    timed = inputs_of({name: value for name, value in timed.items() if name != "labels"}, device)
-    images = "pixel_values" in timed
-    units = timed["pixel_values"].shape[0] if images else timed["input_ids"].numel()
+    timed, unit, call = _timed_call(batches, device)
     scores = {name: _score(model, batches, metric, name, progress) for name, model in models.items()}
     latencies = compare_latency(models, timed, rounds, warmup, progress)
-
-    measured: list[MeasuredModel] = []
-    before: dict[str, Any] = {}
-    for name, model in models.items():
-        quality, interval = _quality(metric, scores[name])
-        measured.append(
-            MeasuredModel(
-                name=name,
-                quality=quality,
-                interval=interval,
-                differences={other: _paired(metric, scores[name], score) for other, score in before.items()},
-                parameters=count_parameters(model),
-                macs=count_macs(model, timed) / units,
-                bytes=weights_size(folders[name]) if folders and name in folders else None,
-                latency=latencies[name].median,
-                latency_quartiles=latencies[name].quartiles,
-                ratio=latencies[name].ratio,
-                ratio_quartiles=latencies[name].ratio_quartiles,
-            )
-        )
-        before[name] = scores[name]
-    shape = "x".join(map(str, timed["pixel_values" if images else "input_ids"].shape))
+    qualities = _qualities(metric, scores)
+    sizes = {name: _sizes(model, name, timed, unit, folders) for name, model in models.items()}
     dataset, config, split = (*source, None, None, None)[:3]
     return Comparison(
         metric=metric,
         examples=len(scores[next(iter(models))][0]),
-        unit="image" if images else "token",
-        models=measured,
-        call=f"a batch of {shape} {'pixels' if images else 'tokens'}",
+        unit=unit,
+        models=[_measured(name, qualities[name], sizes[name], latencies[name]) for name in models],
+        call=call,
         rounds=rounds,
         hardware=describe_hardware(device),
         data=dataset,
         data_config=config,
         split=split,
-        versions={
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "hf_layercollapse": __version__,
-        },
+        versions=_versions(),
     )
+
+
+def _timed_call(batches, device):
+    """`(inputs, unit, words)`: the largest batch, without labels, what MACs are counted for, and how it is called."""
+    timed = max(batches, key=_count)
+    timed = inputs_of({name: value for name, value in timed.items() if name != "labels"}, device)
+    images = "pixel_values" in timed
+    shape = "x".join(map(str, timed["pixel_values" if images else "input_ids"].shape))
+    return timed, "image" if images else "token", f"a batch of {shape} {'pixels' if images else 'tokens'}"
+
+
+def _qualities(metric, scores):
+    """Of each model its quality, the interval of that, and the differences from all models before it."""
+    qualities = {}
+    for name, score in scores.items():
+        quality, interval = _quality(metric, score)
+        differences = {other: _paired(metric, score, scores[other]) for other in qualities}
+        qualities[name] = {"quality": quality, "interval": interval, "differences": differences}
+    return qualities
+
+
+def _sizes(model, name, timed, unit, folders):
+    """Parameters, MACs per token or image, and bytes of one model."""
+    units = timed["pixel_values"].shape[0] if unit == "image" else timed["input_ids"].numel()
+    return {
+        "parameters": count_parameters(model),
+        "macs": count_macs(model, timed) / units,
+        "bytes": weights_size(folders[name]) if folders and name in folders else None,
+    }
+
+
+def _measured(name, quality, size, latency):
+    return MeasuredModel(
+        name=name,
+        **quality,
+        **size,
+        latency=latency.median,
+        latency_quartiles=latency.quartiles,
+        ratio=latency.ratio,
+        ratio_quartiles=latency.ratio_quartiles,
+    )
+
+
+def _versions():
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "hf_layercollapse": __version__,
+    }
 
 
 def _count(batch):
