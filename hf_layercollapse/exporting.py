@@ -158,16 +158,8 @@ def export_model(
     model = unwrap(model)[0]
     _check(model, inputs)
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and is not an empty folder.")
-    if tolerance is None:
-        tolerance = TOLERANCES.get(model.dtype, HALF_TOLERANCE)
-    if cache is None:
-        cache = model.can_generate() and to != "stock"
-    if cache and (to == "stock" or not model.can_generate()):
-        raise ValueError(
-            "`cache=True` is for graphs of models that generate text; a stock checkpoint is a whole model."
-        )
+    _check_folder(output)
+    cache = _has_cache(model, to, cache)
 
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     with written_beside(output) as folder:
@@ -177,12 +169,7 @@ def export_model(
                 report = _export_stock(model, samples, folder)
             else:
                 report = _export_graph(model, samples, folder, to)
-        if not report["difference"] <= tolerance * max(1.0, report["largest"]):  # not (NaN) either
-            raise ValueError(
-                f"The {to} export of this {type(model).__name__} differs from it by {report['difference']:.3e} where "
-                f"the tolerance is {tolerance:g} of outputs up to {report['largest']:.3g} (compared on "
-                f"{', '.join(report['shapes'])}). Nothing was written to {output}."
-            )
+        _check_difference(report, tolerance, model, to, output)
         if processor is not None:
             processor.save_pretrained(folder)
     blocks = find_feed_forward_blocks(model)
@@ -220,6 +207,33 @@ def _check(model, inputs):
         raise ValueError(
             f"The example needs one length of at least {LEAST_LENGTH} for all its inputs, got "
             f"{ {name: tuple(value.shape) for name, value in tensors.items()} }."
+        )
+
+
+def _check_folder(output):
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not an empty folder.")
+
+
+def _has_cache(model, to, wanted):
+    """Whether the graph has a cache: as asked, else if the model generates text."""
+    possible = model.can_generate() and to != "stock"
+    if wanted and not possible:
+        raise ValueError(
+            "`cache=True` is for graphs of models that generate text; a stock checkpoint is a whole model."
+        )
+    return possible if wanted is None else wanted
+
+
+def _check_difference(report, tolerance, model, to, output):
+    """Raises where the exported model is further from the PyTorch one than is let pass."""
+    if tolerance is None:
+        tolerance = TOLERANCES.get(model.dtype, HALF_TOLERANCE)
+    if not report["difference"] <= tolerance * max(1.0, report["largest"]):  # not (NaN) either
+        raise ValueError(
+            f"The {to} export of this {type(model).__name__} differs from it by {report['difference']:.3e} where "
+            f"the tolerance is {tolerance:g} of outputs up to {report['largest']:.3g} (compared on "
+            f"{', '.join(report['shapes'])}). Nothing was written to {output}."
         )
 
 
@@ -325,33 +339,9 @@ def _dynamic_shapes(inputs):
 
 def _export_graph(model, samples, folder, to):
     traced = samples[0].inputs
-    cache = "past_key_values" in traced
-    options = {"dynamic_shapes": _dynamic_shapes(traced)}
-    if to == "onnx":
-        from transformers.exporters import OnnxConfig, OnnxExporter
-
-        exporter, config = OnnxExporter(), OnnxConfig(**options)
-    else:
-        from transformers.exporters import OpenVINOConfig, OpenVINOExporter
-
-        # The cache as inputs and outputs, as in ONNX, so that one comparison serves both.
-        exporter, config = OpenVINOExporter(), OpenVINOConfig(**options, stateful=False)
-    flags = {"use_cache": cache} if "use_cache" in model.config.to_dict() else {}
-    had_forward = "forward" in model.__dict__
-    try:
-        # The exporter talks on stdout, which is for reports.
-        with contextlib.redirect_stdout(sys.stderr):
-            exported = exporter.export(model, {**_copy(traced), **flags}, config)
-    except Exception as error:
-        raise ValueError(
-            f"{type(model).__name__} could not be exported to {to}: {' '.join(str(error).split())[:500]}"
-        ) from error
-    finally:
-        # The exporter puts the bound method back as an attribute of the instance.
-        if not had_forward:
-            model.__dict__.pop("forward", None)
+    exported = _trace(model, traced, to)
     exported.config = native_config(model.config)
-    if cache:
+    if "past_key_values" in traced:
         exported.generation_config = model.generation_config
     exported.save_pretrained(folder)
     files = [file for file in folder.iterdir() if file.suffix in (".onnx", ".data", ".xml", ".bin")]
@@ -366,6 +356,38 @@ def _export_graph(model, samples, folder, to):
         "inputs": names[0],
         "outputs": names[1],
     }
+
+
+def _exporter(to, traced):
+    """`(exporter, its config)` for a graph of this format."""
+    options = {"dynamic_shapes": _dynamic_shapes(traced)}
+    if to == "onnx":
+        from transformers.exporters import OnnxConfig, OnnxExporter
+
+        return OnnxExporter(), OnnxConfig(**options)
+    from transformers.exporters import OpenVINOConfig, OpenVINOExporter
+
+    # The cache as inputs and outputs, as in ONNX, so that one comparison serves both.
+    return OpenVINOExporter(), OpenVINOConfig(**options, stateful=False)
+
+
+def _trace(model, traced, to):
+    """The graph of a model on these inputs, as transformers' exporter makes it."""
+    exporter, config = _exporter(to, traced)
+    flags = {"use_cache": "past_key_values" in traced} if "use_cache" in model.config.to_dict() else {}
+    had_forward = "forward" in model.__dict__
+    try:
+        # The exporter talks on stdout, which is for reports.
+        with contextlib.redirect_stdout(sys.stderr):
+            return exporter.export(model, {**_copy(traced), **flags}, config)
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} could not be exported to {to}: {' '.join(str(error).split())[:500]}"
+        ) from error
+    finally:
+        # The exporter puts the bound method back as an attribute of the instance.
+        if not had_forward:
+            model.__dict__.pop("forward", None)
 
 
 def _copy(inputs):
