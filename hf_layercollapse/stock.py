@@ -126,18 +126,7 @@ def export_stock(model: PreTrainedModel) -> tuple[PreTrainedModel, StockReport]:
             why, and the width it would need); or it could, and would not save anything.
     """
     model = unwrap(model)[0]
-    if not isinstance(model, LayerCollapseModelMixin):
-        raise TypeError(
-            f"Expected a collapsed model, got {type(model).__name__}. A dense model is a checkpoint of its native "
-            "type already: `save_pretrained` writes it."
-        )
-    blocks = {block.name: block for block in bind_blocks(model)}
-    patched = [name for name, block in blocks.items() if block.state == "patched"]
-    if patched:
-        raise ValueError(
-            f"These blocks are patched and not collapsed: {patched}. Collapse them with `collapse_model`, or take "
-            "their alphas away with `remove_layer_collapse`, first."
-        )
+    blocks = _collapsed_blocks(model)
     _check_weights(model)
     config = native_config(model.config)
     dense = build_native(model, config, meta=True)
@@ -148,18 +137,7 @@ def export_stock(model: PreTrainedModel) -> tuple[PreTrainedModel, StockReport]:
             wanted[name] = _as_neurons(block, native_blocks[name])
     config, fields, stock_blocks = _fit_config(model, config, dense, blocks, native_blocks, wanted)
 
-    native = build_native(model, config)
-    state, native_state = model.state_dict(), native.state_dict()
-    new = {key: value.clone() for key, value in state.items() if key in native_state}
-    for name, block in stock_blocks.items():
-        neurons = wanted[name] if name in wanted else _native_neurons(blocks[name])
-        new.update(_weights(block, neurons, next(blocks[name].module.parameters()).dtype))
-    native.load_state_dict(new, assign=True)
-    native.tie_weights()
-    native.to(model.device).eval()
-    if model.can_generate():
-        native.generation_config = copy.deepcopy(model.generation_config)
-
+    native = _native_model(model, config, blocks, stock_blocks, wanted)
     report = StockReport(
         config.model_type,
         fields,
@@ -177,6 +155,23 @@ def export_stock(model: PreTrainedModel) -> tuple[PreTrainedModel, StockReport]:
     return native, report
 
 
+def _collapsed_blocks(model):
+    """Name -> block of a collapsed model; raises where it is none, or its blocks are patched."""
+    if not isinstance(model, LayerCollapseModelMixin):
+        raise TypeError(
+            f"Expected a collapsed model, got {type(model).__name__}. A dense model is a checkpoint of its native "
+            "type already: `save_pretrained` writes it."
+        )
+    blocks = {block.name: block for block in bind_blocks(model)}
+    patched = [name for name, block in blocks.items() if block.state == "patched"]
+    if patched:
+        raise ValueError(
+            f"These blocks are patched and not collapsed: {patched}. Collapse them with `collapse_model`, or take "
+            "their alphas away with `remove_layer_collapse`, first."
+        )
+    return blocks
+
+
 def _check_weights(model):
     for name, module in model.named_modules():
         if type(module).__module__.startswith("peft."):
@@ -187,6 +182,22 @@ def _check_weights(model):
                 f"`{name}` is {type(parameter.data).__name__} of {parameter.dtype} on {parameter.device}: load the "
                 "model without quantization, with its weights in memory, and quantize what `export_stock` gives."
             )
+
+
+def _native_model(model, config, blocks, stock_blocks, wanted):
+    """The native model of this config, with the weights of the collapsed one."""
+    native = build_native(model, config)
+    state, native_state = model.state_dict(), native.state_dict()
+    new = {key: value.clone() for key, value in state.items() if key in native_state}
+    for name, block in stock_blocks.items():
+        neurons = wanted[name] if name in wanted else _native_neurons(blocks[name])
+        new.update(_weights(block, neurons, next(blocks[name].module.parameters()).dtype))
+    native.load_state_dict(new, assign=True)
+    native.tie_weights()
+    native.to(model.device).eval()
+    if model.can_generate():
+        native.generation_config = copy.deepcopy(model.generation_config)
+    return native
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -372,6 +383,27 @@ def _error(model, block, native):
 def _fit_config(model, config, dense, blocks, native_blocks, wanted):
     """`(config, {field: (old, new)}, {name: block})`: a native config in which every block fits, and saves."""
     needed = {name: wanted[name].width if name in wanted else native_blocks[name].hidden_features for name in blocks}
+    changed, fields = _with_widths(model, config, native_blocks, wanted, needed)
+    lacking = _lacking_biases(native_blocks, wanted)
+    if lacking:
+        flags = [name for name in BIAS_FIELDS if name in changed.to_dict() and getattr(changed, name) is False]
+        for name in flags:
+            setattr(changed, name, True)
+            fields[name] = (False, True)
+        if flags:
+            lacking = _lacking_biases(resized_blocks(build_native(model, changed, meta=True), native_blocks), wanted)
+        if lacking:
+            _refuse_biases(config, native_blocks, needed, wanted, lacking)
+
+    stock = build_native(model, changed, meta=True)
+    stock_blocks = resized_blocks(stock, native_blocks)
+    _check_shapes(dense, stock, native_blocks, stock_blocks, needed, fields)
+    _check_saving(config, dense, stock, native_blocks, wanted, needed)
+    return changed, fields, stock_blocks
+
+
+def _with_widths(model, config, native_blocks, wanted, needed):
+    """`(config, {field: (old, new)})`: a copy whose fields give collapsed blocks the width they need."""
     governed = governing_fields(model, config, native_blocks)
     missing = [name for name in wanted if name not in governed]
     if missing:
@@ -390,34 +422,24 @@ def _fit_config(model, config, dense, blocks, native_blocks, wanted):
             continue
         setattr(part, name, new)
         fields[".".join((*path, name))] = (old, new)
+    return changed, fields
 
-    lacking = _lacking_biases(native_blocks, wanted)
-    if lacking:
-        flags = [name for name in BIAS_FIELDS if name in changed.to_dict() and getattr(changed, name) is False]
-        for name in flags:
-            setattr(changed, name, True)
-            fields[name] = (False, True)
-        if flags:
-            lacking = _lacking_biases(resized_blocks(build_native(model, changed, meta=True), native_blocks), wanted)
-        if lacking:
-            _refuse_biases(config, native_blocks, needed, wanted, lacking)
 
-    stock = build_native(model, changed, meta=True)
-    stock_blocks = resized_blocks(stock, native_blocks)
-    _check_shapes(dense, stock, native_blocks, stock_blocks, needed, fields)
+def _check_saving(config, dense, stock, native_blocks, wanted, needed):
+    """Raises where the native model would be no smaller than the dense one."""
     before, after = count_parameters(dense), count_parameters(stock)
-    if after >= before:
-        widths = {name: needed[name] for name in list(needed)[:8]}
-        full = [name for name in blocks if name not in wanted]
-        why = f" Not collapsed, and so of full width: {full}." if full else ""
-        raise ValueError(
-            f"As a native {config.model_type} this model would have {after:,} parameters, and the dense one has "
-            f"{before:,}: the detour saves nothing. One width must fit all blocks, and they need {widths} of "
-            f"{max(block.hidden_features for block in native_blocks.values())} neurons (a linear map of rank r needs "
-            f"2r, in a gated block r).{why} Save it with `save_pretrained` instead, collapse more blocks, or collapse "
-            "to a lower rank."
-        )
-    return changed, fields, stock_blocks
+    if after < before:
+        return
+    widths = {name: needed[name] for name in list(needed)[:8]}
+    full = [name for name in needed if name not in wanted]
+    why = f" Not collapsed, and so of full width: {full}." if full else ""
+    raise ValueError(
+        f"As a native {config.model_type} this model would have {after:,} parameters, and the dense one has "
+        f"{before:,}: the detour saves nothing. One width must fit all blocks, and they need {widths} of "
+        f"{max(block.hidden_features for block in native_blocks.values())} neurons (a linear map of rank r needs "
+        f"2r, in a gated block r).{why} Save it with `save_pretrained` instead, collapse more blocks, or collapse "
+        "to a lower rank."
+    )
 
 
 def _lacking_biases(native_blocks, wanted):
