@@ -73,30 +73,11 @@ def apply_layer_collapse(
     blocks, refused = survey(inner)
     if collapsible_activations(inner):
         raise ValueError("The model is patched already. `remove_layer_collapse(model)` takes it back to dense.")
-    chosen = select_blocks(blocks, config.blocks, refused)
-    collapsed = [block.name for block in chosen if not block.can_collapse]
-    if collapsed and config.blocks != "all":
-        raise ValueError(f"`blocks` names blocks that are collapsed already: {collapsed}.")
-    chosen = [block for block in chosen if block.can_collapse]
-    if not chosen:
-        raise ValueError("Every block of the model is collapsed already; there is nothing to patch.")
+    chosen = _blocks_to_patch(select_blocks(blocks, config.blocks, refused), config)
     refuse_lost_code_inside(inner, chosen)
     check_weights(inner, chosen, merging=False)
 
-    activations = {}
-    block: Any
-    for block in chosen:
-        activations[block.name] = activation = CollapsibleActivation(
-            block.activation,
-            block.hidden_features,
-            linear_target=config.linear_target,
-            granularity=config.granularity,
-            gate=block.kind == "gated",
-            act="native" if config.activation == "native" else config.activation,
-            alpha=config.initial_alpha,
-            device=device_of(block.up),
-        )
-        mark_initialized(activation)
+    activations = {block.name: _activation_for(block, config) for block in chosen}
     if config.linear_target == "affine":
         if calibration_data is None:
             raise ValueError(
@@ -112,6 +93,33 @@ def apply_layer_collapse(
         block.exchange(block.layout.activation, activations[block.name].train(block.module.training))
     refresh_layer_collapse(inner, replace(config, blocks=[block.name for block in chosen]), wrappers)
     return model
+
+
+def _blocks_to_patch(chosen, config):
+    """The chosen blocks that are not collapsed; raises where none is left, or one was asked for by name."""
+    collapsed = [block.name for block in chosen if not block.can_collapse]
+    if collapsed and config.blocks != "all":
+        raise ValueError(f"`blocks` names blocks that are collapsed already: {collapsed}.")
+    remaining = [block for block in chosen if block.can_collapse]
+    if not remaining:
+        raise ValueError("Every block of the model is collapsed already; there is nothing to patch.")
+    return remaining
+
+
+def _activation_for(block, config):
+    """The activation with an alpha that is to stand in a block."""
+    activation = CollapsibleActivation(
+        block.activation,
+        block.hidden_features,
+        linear_target=config.linear_target,
+        granularity=config.granularity,
+        gate=block.kind == "gated",
+        act="native" if config.activation == "native" else config.activation,
+        alpha=config.initial_alpha,
+        device=device_of(block.up),
+    )
+    mark_initialized(activation)
+    return activation
 
 
 def patch_or_check(model: nn.Module, config: LayerCollapseConfig, calibration_data: Iterable[Any] | None) -> None:
