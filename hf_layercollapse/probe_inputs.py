@@ -91,55 +91,85 @@ def _argument(name, shape, module, generator, full):
 
 def model_inputs(model: Any, batch: int = BATCH, length: int = 8) -> dict[str, Any] | None:
     """Made-up inputs of a transformers model by its `main_input_name` and config, or `None`."""
-    config = model.config
     generator = torch.Generator().manual_seed(0)
-
-    def attribute(*names, default=None):
-        for name in names:
-            for holder in (config, *_sub_configs(config)):
-                value = holder.__dict__.get(name)
-                if value is not None:
-                    return value
-        return default
-
     parameters = inspect.signature(type(model).forward).parameters
-    vocabulary = attribute("vocab_size", default=99)
-    vocabulary = vocabulary if isinstance(vocabulary, int) else 99
-    ids = torch.randint(1, max(2, min(vocabulary, 1000)), (batch, length), generator=generator)
-    inputs = {}
-    if "input_ids" in parameters:
-        inputs["input_ids"] = ids
-    if "pixel_values" in parameters:
-        channels = attribute("num_channels", "in_channels", "in_chans", default=3)
-        size = attribute("image_size", "input_size", "img_size", default=32)
-        size = tuple(size)[-2:] if isinstance(size, (list, tuple)) else (size, size)
-        frames = config.__dict__.get("num_frames")
-        shape = (batch, channels, *size) if frames is None else (batch, frames, channels, *size)
-        inputs["pixel_values"] = torch.randn(shape, generator=generator)
-    if "input_values" in parameters:
-        inputs["input_values"] = torch.randn(batch, 4000, generator=generator)
-    if "input_features" in parameters:
-        bins = attribute("num_mel_bins", "feature_size", "n_mels", "input_feat_per_channel", default=80)
-        frames = 2 * attribute("max_source_positions", default=32)
-        inputs["input_features"] = torch.randn(batch, frames, bins, generator=generator)
-        if "Whisper" in type(model).__name__:
-            inputs["input_features"] = inputs["input_features"].transpose(1, 2)
-    if "past_values" in parameters:
-        length = attribute("context_length", default=32)
-        channels = attribute("num_input_channels", default=1)
-        inputs["past_values"] = torch.randn(batch, length, channels, generator=generator)
+    ids = _token_ids(model.config, batch, length, generator)
+    inputs = {"input_ids": ids} if "input_ids" in parameters else {}
+    # In this order: what is drawn for one depends on what was drawn before.
+    for name, made in (
+        ("pixel_values", _pixel_values),
+        ("input_values", _input_values),
+        ("input_features", _input_features),
+        ("past_values", _past_values),
+    ):
+        if name in parameters:
+            inputs[name] = made(model, batch, generator)
     if not inputs:
         return None
-    for name in ("visual_feats", "visual_pos"):  # LXMERT's regions
+    if "past_values" in inputs:
+        length = inputs["past_values"].shape[1]
+    inputs.update(_beside(model.config, parameters, batch, length, generator))
+    encoder_decoder = model.config.__dict__.get("is_encoder_decoder")
+    if "decoder_input_ids" in parameters and (encoder_decoder or "input_ids" not in inputs):
+        inputs["decoder_input_ids"] = ids
+    return inputs
+
+
+def _token_ids(config, batch, length, generator):
+    vocabulary = _attribute(config, "vocab_size", default=99)
+    vocabulary = vocabulary if isinstance(vocabulary, int) else 99
+    return torch.randint(1, max(2, min(vocabulary, 1000)), (batch, length), generator=generator)
+
+
+def _pixel_values(model, batch, generator):
+    channels = _attribute(model.config, "num_channels", "in_channels", "in_chans", default=3)
+    size = _attribute(model.config, "image_size", "input_size", "img_size", default=32)
+    size = tuple(size)[-2:] if isinstance(size, (list, tuple)) else (size, size)
+    frames = model.config.__dict__.get("num_frames")
+    shape = (batch, channels, *size) if frames is None else (batch, frames, channels, *size)
+    return torch.randn(shape, generator=generator)
+
+
+def _input_values(model, batch, generator):
+    return torch.randn(batch, 4000, generator=generator)
+
+
+def _input_features(model, batch, generator):
+    bins = _attribute(model.config, "num_mel_bins", "feature_size", "n_mels", "input_feat_per_channel", default=80)
+    frames = 2 * _attribute(model.config, "max_source_positions", default=32)
+    features = torch.randn(batch, frames, bins, generator=generator)
+    return features.transpose(1, 2) if "Whisper" in type(model).__name__ else features
+
+
+def _past_values(model, batch, generator):
+    length = _attribute(model.config, "context_length", default=32)
+    channels = _attribute(model.config, "num_input_channels", default=1)
+    return torch.randn(batch, length, channels, generator=generator)
+
+
+def _beside(config, parameters, batch, length, generator):
+    """What some models read beside their main input: features and places of regions (LXMERT), boxes of tokens."""
+    inputs = {}
+    for name in ("visual_feats", "visual_pos"):
         if name in parameters:
-            width = attribute(f"{name}_dim", "visual_feat_dim", default=4) if name == "visual_feats" else 4
+            width = 4
+            if name == "visual_feats":
+                width = _attribute(config, "visual_feats_dim", "visual_feat_dim", default=4)
             inputs[name] = torch.randn(batch, 4, width, generator=generator)
     if "bbox" in parameters:
         corners = 8 if "dim_bbox" in config.__dict__ and config.dim_bbox == 8 else 4
         inputs["bbox"] = torch.zeros(batch, length, corners, dtype=torch.long)
-    if "decoder_input_ids" in parameters and (config.__dict__.get("is_encoder_decoder") or "input_ids" not in inputs):
-        inputs["decoder_input_ids"] = ids
     return inputs
+
+
+def _attribute(config, *names, default):
+    """The first of these fields that a config or one inside it sets, in the order of the names."""
+    for name in names:
+        for holder in (config, *_sub_configs(config)):
+            value = holder.__dict__.get(name)
+            if value is not None:
+                return value
+    return default
 
 
 def _sub_configs(config):
