@@ -47,7 +47,7 @@ from .model_card import auto_class_of, create_model_card
 from .models import count_parameters, device_of, inputs_of
 from .planning import linearity_map, plan_collapse
 from .plans import CollapsePlan
-from .profiling import measure_speedup
+from .profiling import compare_latency, measure_speedup
 from .recovery import recover_model
 from .tables import table
 from .upstream import is_causal_language_model
@@ -153,6 +153,35 @@ def _blocks_table(model):
     return "\n".join(lines + [f"refused: {name}: {reason}" for name, reason in refused_blocks(model).items()])
 
 
+# Options of `collapse` alone.
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        help="parameters=0.8 (share of the model's, or a count), macs=0.5 (share of the feed-forward blocks', or "
+        "a count a token), latency=0.8 (share of the dense model's time), or max_drop=0.02 (divergence from "
+        "the dense model, in nats)."
+    ),
+]
+RecoverySteps = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Steps of training afterwards towards the dense model's predictions on the data, without labels.",
+    ),
+]
+UniformWidth = Annotated[
+    bool,
+    typer.Option(
+        "--uniform-width",
+        help="One hidden width for all blocks: `export --to stock` then gives the native architecture with a "
+        "smaller number in its config, for whatever serves that.",
+    ),
+]
+MultipleOf = Annotated[
+    int, typer.Option(min=1, help="What numbers of neurons, and ranks, are multiples of (64 suits accelerators).")
+]
+
+
 @app.command()
 @with_options
 def collapse(
@@ -160,47 +189,21 @@ def collapse(
     options: DataOptions,
     data: Annotated[str, typer.Option(help=DATA_HELP, show_default=False)],
     output: Annotated[Path, typer.Option(help="Folder for the collapsed model.", show_default=False)],
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            help="parameters=0.8 (share of the model's, or a count), macs=0.5 (share of the feed-forward blocks', or "
-            "a count a token), latency=0.8 (share of the dense model's time), or max_drop=0.02 (divergence from "
-            "the dense model, in nats)."
-        ),
-    ] = None,
+    budget: Budget = None,
     plan: Annotated[Path | None, typer.Option(help="A plan that was made before, in place of --budget.")] = None,
     save_plan: Annotated[Path | None, typer.Option(help="Write the plan, with the curve of all plans (JSON).")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of that curve; .png, .svg or .pdf.")] = None,
-    recovery_steps: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Steps of training afterwards towards the dense model's predictions on the data, without labels.",
-        ),
-    ] = 0,
+    recovery_steps: RecoverySteps = 0,
     blocks: Blocks = None,
-    uniform_width: Annotated[
-        bool,
-        typer.Option(
-            "--uniform-width",
-            help="One hidden width for all blocks: `export --to stock` then gives the native architecture with a "
-            "smaller number in its config, for whatever serves that.",
-        ),
-    ] = False,
-    multiple_of: Annotated[
-        int, typer.Option(min=1, help="What numbers of neurons, and ranks, are multiples of (64 suits accelerators).")
-    ] = 1,
+    uniform_width: UniformWidth = False,
+    multiple_of: MultipleOf = 1,
     json_file: JsonFile = None,
     max_memory: MaxMemory = None,
     device: Device = "cpu",
     trust_remote_code: Trust = False,
 ):
     """Collapses a model under a budget, with no training or a short one without labels, and saves it."""
-    if (budget is None) == (plan is None):
-        raise ValueError("Pass either --budget or --plan.")
-    if plan is not None and (blocks is not None or uniform_width or multiple_of != 1 or save_plan is not None):
-        raise ValueError("--plan says which blocks collapse, and how: leave out --blocks, --uniform-width, "
-                         "--multiple-of and --save-plan.")  # fmt: skip
+    _check_budget_or_plan(budget, plan, blocks, uniform_width, multiple_of, save_plan)
     wanted = parse_budget(budget) if budget is not None else {}
     MemoryBudget(max_memory)
     check_files(save_plan=save_plan, plot=plot, json=json_file)
@@ -215,40 +218,73 @@ def collapse(
         if made is None:
             shape: dict[str, Any] = {**wanted, "uniform_width": uniform_width, "multiple_of": multiple_of}
             made = plan_collapse(live, read, blocks=blocks or "all", max_memory=max_memory, **shape)
-        out.say(f"{made}\n")
-        if save_plan is not None:
-            made.save(save_plan)
-        if plot is not None:
-            from .plotting import plot_plan
+        _show_plan(made, out, save_plan, plot)
+        report, recovery = _collapsed_and_recovered(live, made, read, recovery_steps, max_memory)
+        _save_collapsed(live, processor, report, folder, output.name, model)
+    _say_collapsed(out, live, report, recovery, output)
+    out.write({**_results(made, report, recovery, output), "seconds": time.perf_counter() - started})
 
-            plot_plan(made, [plot])
-        if not made.point.choices:
-            raise ValueError("No block can collapse within this budget; nothing was saved.")
-        teacher = copy.deepcopy(live) if recovery_steps else None
-        report = collapse_model(live, plan=made, calibration_data=read, max_memory=max_memory)
-        recovery = recover_model(live, teacher, read, max_steps=recovery_steps) if teacher is not None else None
-        live.save_pretrained(folder)
-        base = None if Path(model).exists() else model
-        create_model_card(live, report, name=output.name, base_model=base).save(folder / "README.md")
-        processor.save_pretrained(folder)
-        copy_sentence_files(model, folder)
+
+def _check_budget_or_plan(budget, plan, blocks, uniform_width, multiple_of, save_plan):
+    """Raises unless there is one of both; beside a plan that was made before, also for what makes one."""
+    if (budget is None) == (plan is None):
+        raise ValueError("Pass either --budget or --plan.")
+    if plan is not None and (blocks is not None or uniform_width or multiple_of != 1 or save_plan is not None):
+        raise ValueError("--plan says which blocks collapse, and how: leave out --blocks, --uniform-width, "
+                         "--multiple-of and --save-plan.")  # fmt: skip
+
+
+def _show_plan(plan, out, save_plan, plot):
+    """Says a plan, writes it and plots it where that was asked for; raises if it collapses nothing."""
+    out.say(f"{plan}\n")
+    if save_plan is not None:
+        plan.save(save_plan)
+    if plot is not None:
+        from .plotting import plot_plan
+
+        plot_plan(plan, [plot])
+    if not plan.point.choices:
+        raise ValueError("No block can collapse within this budget; nothing was saved.")
+
+
+def _collapsed_and_recovered(model, plan, batches, recovery_steps, max_memory):
+    """Collapses a model in place, and trains it if that is to follow: `(CollapseReport, RecoveryReport or None)`."""
+    teacher = copy.deepcopy(model) if recovery_steps else None
+    report = collapse_model(model, plan=plan, calibration_data=batches, max_memory=max_memory)
+    if teacher is None:
+        return report, None
+    return report, recover_model(model, teacher, batches, max_steps=recovery_steps)
+
+
+def _save_collapsed(model, processor, report, folder, name, source):
+    """Writes a collapsed model with its card, its processor, and what sentence-transformers needs of its source."""
+    model.save_pretrained(folder)
+    base = None if Path(source).exists() else source
+    create_model_card(model, report, name=name, base_model=base).save(folder / "README.md")
+    processor.save_pretrained(folder)
+    copy_sentence_files(source, folder)
+
+
+def _say_collapsed(out, model, report, recovery, output):
     out.say(report)
     if recovery is not None:
         out.say(f"\n{recovery}")
+    auto_class = auto_class_of(model.config)
     out.say(
         f"\nSaved in {output}. Load it with\n\n    import hf_layercollapse\n"
-        f"    from transformers import {auto_class_of(live.config)}\n\n"
-        f'    model = {auto_class_of(live.config)}.from_pretrained("{output}")'
+        f"    from transformers import {auto_class}\n\n"
+        f'    model = {auto_class}.from_pretrained("{output}")'
     )
-    out.write(
-        {
-            "output": str(output),
-            "plan": made.to_dict(),
-            "report": report.to_dict(),
-            "recovery": None if recovery is None else recovery.to_dict(),
-            "seconds": time.perf_counter() - started,
-        }
-    )
+
+
+def _results(plan, report, recovery, output):
+    """What a collapse gave, as plain data."""
+    return {
+        "output": str(output),
+        "plan": plan.to_dict(),
+        "report": report.to_dict(),
+        "recovery": None if recovery is None else recovery.to_dict(),
+    }
 
 
 def _estimate(model, batches, planned, recovery_steps):
@@ -304,35 +340,41 @@ def compare(
         create_model_card(models["collapsed"], None, result, name=Path(collapsed).name, base_model=base).save(card)
 
 
+# Options of `export` alone.
+Benchmark = Annotated[
+    str | None,
+    typer.Option(help="Another model, the dense one: it is exported too, and both are timed in turn."),
+]
+Cache = Annotated[
+    bool | None, typer.Option(help="A graph with a key-value cache. Default: if the model generates text.")
+]
+ExampleLength = Annotated[
+    int | None, typer.Option(min=4, help="Tokens of each row, the longest that is compared. Default: 32.")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="float32, float16 or bfloat16. Default: that of the weights for a stock checkpoint, else float32."
+    ),
+]
+
+
 @app.command()
 def export(
     model: Model,
     to: Annotated[str, typer.Option(help="onnx, openvino or stock (a native checkpoint).", show_default=False)],
     output: Annotated[Path, typer.Option(help="Folder for what is exported.", show_default=False)],
-    benchmark: Annotated[
-        str | None,
-        typer.Option(help="Another model, the dense one: it is exported too, and both are timed in turn."),
-    ] = None,
-    cache: Annotated[
-        bool | None, typer.Option(help="A graph with a key-value cache. Default: if the model generates text.")
-    ] = None,
+    benchmark: Benchmark = None,
+    cache: Cache = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of the example batch, which is timed.")] = 8,
-    length: Annotated[
-        int | None, typer.Option(min=4, help="Tokens of each row, the longest that is compared. Default: 32.")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, float16 or bfloat16. Default: that of the weights for a stock checkpoint, else float32."
-        ),
-    ] = None,
+    length: ExampleLength = None,
+    dtype: Dtype = None,
     processor: Processor = None,
     json_file: JsonFile = None,
     trust_remote_code: Trust = False,
 ):
     """Exports a dense, patched or collapsed model, compared with the PyTorch model in the runtime itself."""
-    from .exporting import check_format, decoder_step, export_model, load_exported
-    from .profiling import compare_latency
+    from .exporting import check_format, export_model
 
     check_format(to)
     if dtype not in (None, "float32", "float16", "bfloat16"):
@@ -351,19 +393,30 @@ def export(
     report = export_model(live, inputs, output, to, cache=cache, processor=reader)
     out.say(report)
     times = {}
-    if dense is not None and benchmark is not None:
-        with tempfile.TemporaryDirectory() as work:
-            if to != "stock":
-                export_model(dense, inputs, Path(work) / "dense", to, cache=cache)
-                dense = load_exported(Path(work) / "dense")
-            batch = decoder_step(live, inputs, inputs["input_ids"].shape[1] - 1) if report.cache else inputs
-            times = compare_latency({benchmark: dense, model: load_exported(output)}, batch)
-        rows = [["", "latency", "relative", "quartiles"]]
-        for name, latency in times.items():
-            low, high = latency.ratio_quartiles
-            rows.append([name, f"{latency.median * 1e3:.2f} ms", f"{latency.ratio:.2f}", f"{low:.2f} to {high:.2f}"])
-        out.say(f"\n{table(rows)}")
+    if dense is not None:
+        times = _time_exports((benchmark, model), dense, live, inputs, report, cache)
+        out.say(f"\n{_latency_table(times)}")
     out.write({**report.to_dict(), "latency": {name: _numbers(latency) for name, latency in times.items()}})
+
+
+def _time_exports(names, dense, live, inputs, report, cache):
+    """Times a dense model, exported to the same format, and the export of this report in turn, under these names."""
+    from .exporting import decoder_step, export_model, load_exported
+
+    with tempfile.TemporaryDirectory() as work:
+        if report.to != "stock":
+            export_model(dense, inputs, Path(work) / "dense", report.to, cache=cache)
+            dense = load_exported(Path(work) / "dense")
+        batch = decoder_step(live, inputs, inputs["input_ids"].shape[1] - 1) if report.cache else inputs
+        return compare_latency(dict(zip(names, (dense, load_exported(report.folder)), strict=True)), batch)
+
+
+def _latency_table(times):
+    rows = [["", "latency", "relative", "quartiles"]]
+    for name, latency in times.items():
+        low, high = latency.ratio_quartiles
+        rows.append([name, f"{latency.median * 1e3:.2f} ms", f"{latency.ratio:.2f}", f"{low:.2f} to {high:.2f}"])
+    return table(rows)
 
 
 @app.command()
