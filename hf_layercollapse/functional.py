@@ -340,30 +340,14 @@ def greedy_neurons(
         `(chosen, explained)`: indices among the candidates, in order of choice, and a float64 tensor `(count + 1,)` of
         the variance that the given features and the first `k` neurons explain, summed over outputs.
     """
-    hh, rest_ho = cov_ff[width:, width:], cov_fo[width:]
+    hh = cov_ff[width:, width:]
     # Of what is left and changes in place; a large block's is exact enough in float32, and twice as fast.
     dtype = torch.float32 if hh.shape[0] > EXACT_CANDIDATES else torch.float64
     floor = (1e-6 * hh.diagonal().double().clamp_min(torch.finfo(torch.float64).tiny)).to(dtype)
-    left_hh, base = hh.to(dtype, copy=True), 0.0
     if width and (given is None or given.shape[0]):
-        # Features that are there already are taken out of candidates and target.
-        def through_x(columns):
-            return columns.double() if given is None else given @ columns.double()
-
-        xx, xh, xo = cov_ff[:width, :width], cov_ff[:width, width:], through_x(cov_fo[:width])
-        solver = _Solver(xx if given is None else through_x(through_x(xx).T), ridge)
-        for columns in _strips(hh.shape[0]):
-            of_h = solver(through_x(xh[:, columns]))
-            for rows in _strips(columns.stop):
-                part = (hh[rows, columns].double() - through_x(xh[:, rows]).T @ of_h).to(dtype)
-                left_hh[rows, columns] = part
-                left_hh[columns, rows] = part.T
-        of_o = torch.cat([solver(xo[:, part]) for part in _strips(xo.shape[1])], dim=1)
-        base = float((of_o * xo).sum())
-        rest_ho = rest_ho.to(torch.float64, copy=True)
-        for rows in _strips(hh.shape[0]):
-            rest_ho[rows] -= through_x(xh[:, rows]).T @ of_o
-    rest_ho = rest_ho.to(dtype, copy=True)
+        left_hh, rest_ho, base = _without_given(cov_ff, cov_fo, width, given, ridge, dtype)
+    else:
+        left_hh, rest_ho, base = hh.to(dtype, copy=True), cov_fo[width:].to(dtype, copy=True), 0.0
     batch = max(32, count // 20) if batch is None else batch
     pool = max(4 * batch, EXACT_CANDIDATES if hh.shape[0] <= EXACT_CANDIDATES else 0)
     taken = torch.zeros(hh.shape[0], dtype=torch.bool, device=hh.device)
@@ -390,6 +374,29 @@ def greedy_neurons(
             rest_ho.addmm_(of_hb.T, of_ob, alpha=-1)
     explained = base + torch.cat([torch.zeros(1), torch.tensor(gains)]).double().cumsum(0)
     return chosen, explained
+
+
+def _without_given(cov_ff, cov_fo, width, given, ridge, dtype):
+    """`(left_hh, rest_ho, base)`: what features that are there already leave of candidates and target, and how much of
+    the target's variance they explain. For the arguments see [`greedy_neurons`]."""
+
+    def through_x(columns):
+        return columns.double() if given is None else given @ columns.double()
+
+    xx, xh, xo = cov_ff[:width, :width], cov_ff[:width, width:], through_x(cov_fo[:width])
+    hh, solver = cov_ff[width:, width:], _Solver(xx if given is None else through_x(through_x(xx).T), ridge)
+    left_hh = torch.empty_like(hh, dtype=dtype)
+    for columns in _strips(hh.shape[0]):
+        of_h = solver(through_x(xh[:, columns]))
+        for rows in _strips(columns.stop):
+            part = (hh[rows, columns].double() - through_x(xh[:, rows]).T @ of_h).to(dtype)
+            left_hh[rows, columns] = part
+            left_hh[columns, rows] = part.T
+    of_o = torch.cat([solver(xo[:, part]) for part in _strips(xo.shape[1])], dim=1)
+    rest_ho = cov_fo[width:].to(torch.float64, copy=True)
+    for rows in _strips(hh.shape[0]):
+        rest_ho[rows] -= through_x(xh[:, rows]).T @ of_o
+    return left_hh, rest_ho.to(dtype), float((of_o * xo).sum())
 
 
 def _greedy_among(left_cc, rest_co, floor_c, count):

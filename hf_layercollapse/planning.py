@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -263,23 +263,13 @@ def plan_collapse(
     _check(uniform_width, rank_shares, constant_term, multiple_of, points)
     budget = one_budget(parameters=parameters, macs=macs, latency=latency, max_drop=max_drop)
     inner, _ = unwrap(model)
-    everything, chosen = _candidates(inner, blocks)
-    widest = max(block.hidden_features for block in chosen)
-    if multiple_of > widest:
-        raise ValueError(
-            f"`multiple_of` is {multiple_of}, and no chosen block has more than {widest} neurons: none could keep any."
-        )
-    if any(block.state == "patched" for block in everything):
-        raise ValueError("The model is patched; plans are for dense models. `remove_layer_collapse` takes it back.")
-    if not uniform_width:
-        refuse_unreachable(inner, chosen, budget, rank_shares, multiple_of, constant_term)
+    chosen = _dense_blocks(inner, blocks, multiple_of)
+    widths = None
+    if uniform_width:
+        shares = (points or levels) if whole_curve or not _is_size(budget) else []
+        widths = _uniform_widths(inner, chosen, budget, shares, multiple_of, constant_term)
     else:
-        groups = width_groups(inner, chosen, multiple_of)
-        shares = (points or levels) if whole_curve or not budget.keys() & {"parameters", "macs"} else []
-        rows = widths_for(inner, groups, budget, shares, constant_term)
-        for row in rows:
-            check_native(inner, groups, row)
-
+        refuse_unreachable(inner, chosen, budget, rank_shares, multiple_of, constant_term)
     calibration_data, evaluation_data = (
         model_inputs(data, processing_class, model) for data in (calibration_data, evaluation_data)
     )
@@ -296,41 +286,97 @@ def plan_collapse(
         search = Search(engine, chosen, held, metrics, score, sign, options)
         search.look()
         dense = search.dense()
-        compared = {}  # share of the blocks' weights -> what was measured there
         if uniform_width:
-            curve = [search.of_widths(counts_of(groups, row)) for row in rows]
+            found = _of_one_width(search, budget, dense, widths, whole_curve)
         else:
-            unit = "parameters" if "parameters" in budget else "macs"
-            whole = search.whole(unit)
-            compared = search.all_measured({share: search.candidates(share * whole, unit) for share in points or ()})
-            curve = search.curve(budget, [(share, search.best(found)) for share, found in compared.items()])
-        time_share = None
-        if "latency" in budget:
-            widths = curve if uniform_width else ()
-            candidates, time_share = within_latency(search, _first(held), budget["latency"], widths)
-        elif "max_drop" in budget:
-            candidates = within_drop(search, [dense, *curve], budget["max_drop"])
-        elif uniform_width:
-            candidates = search.measured(curve[-1:] if not whole_curve else [search.largest_within(curve, budget)])
-        else:
-            room = search.room(budget)
-            candidates = next((found for share, found in compared.items() if limit_of(share, whole) == room), None)
-            candidates = candidates or search.measured(search.candidates(room, unit))
-        others = [candidate for found in compared.values() if found is not candidates for candidate in found]
+            found = _of_any_sizes(search, budget, dense, points or ())
         plan = plan_of(
             search,
-            [dense, *(search.measured(curve) if whole_curve else curve)],
-            search.best(candidates),
-            [*others, *candidates],
+            [dense, *(search.measured(found.curve) if whole_curve else found.curve)],
+            search.best(found.candidates),
+            [*found.others, *found.candidates],
             fingerprint=weights_fingerprint(inner),
             score_name=score_name,
             budget=budget,
-            latency=time_share,
+            latency=found.latency,
             constant_term=constant_term,
             metric=measured,
             started=started,
         )
     return processes.of_the_first(plan)
+
+
+class _Found(NamedTuple):
+    """What a search found: the curve below the dense model, what was measured for the budget and elsewhere, and the
+    share of the dense model's time where that is the budget."""
+
+    curve: list
+    candidates: list
+    others: list
+    latency: float | None
+
+
+def _of_one_width(search, budget, dense, widths, whole_curve):
+    curve = [search.of_widths(counts) for counts in widths]
+    if not _is_size(budget):
+        candidates, latency = _within_measured(search, budget, dense, curve, curve)
+    else:
+        chosen = [search.largest_within(curve, budget)] if whole_curve else curve[-1:]
+        candidates, latency = search.measured(chosen), None
+    return _Found(curve, candidates, [], latency)
+
+
+def _of_any_sizes(search, budget, dense, points):
+    unit = "parameters" if "parameters" in budget else "macs"
+    whole = search.whole(unit)
+    compared = search.all_measured({share: search.candidates(share * whole, unit) for share in points})
+    curve = search.curve(budget, [(share, search.best(found)) for share, found in compared.items()])
+    if not _is_size(budget):
+        candidates, latency = _within_measured(search, budget, dense, curve)
+    else:
+        room, latency = search.room(budget), None
+        candidates = next((found for share, found in compared.items() if limit_of(share, whole) == room), None)
+        candidates = candidates or search.measured(search.candidates(room, unit))
+    others = [candidate for found in compared.values() if found is not candidates for candidate in found]
+    return _Found(curve, candidates, others, latency)
+
+
+def _within_measured(search, budget, dense, curve, widths=()):
+    """`(candidates, share of the time)` within a budget that only measuring tells."""
+    if "latency" in budget:
+        return within_latency(search, _first(search.held), budget["latency"], widths)
+    return within_drop(search, [dense, *curve], budget["max_drop"]), None
+
+
+def _is_size(budget):
+    """Whether a budget is one that the sizes of the blocks tell."""
+    return bool(budget.keys() & {"parameters", "macs"})
+
+
+def _dense_blocks(inner, blocks, multiple_of):
+    """The chosen blocks.
+
+    Raises:
+        ValueError: The model is patched, or none could keep so many neurons.
+    """
+    everything, chosen = _candidates(inner, blocks)
+    widest = max(block.hidden_features for block in chosen)
+    if multiple_of > widest:
+        raise ValueError(
+            f"`multiple_of` is {multiple_of}, and no chosen block has more than {widest} neurons: none could keep any."
+        )
+    if any(block.state == "patched" for block in everything):
+        raise ValueError("The model is patched; plans are for dense models. `remove_layer_collapse` takes it back.")
+    return chosen
+
+
+def _uniform_widths(inner, chosen, budget, shares, multiple_of, constant_term):
+    """`[{block: the neurons that it keeps}]`, largest first, all of which the native class can hold."""
+    groups = width_groups(inner, chosen, multiple_of)
+    rows = widths_for(inner, groups, budget, shares, constant_term)
+    for row in rows:
+        check_native(inner, groups, row)
+    return [counts_of(groups, row) for row in rows]
 
 
 def _first(held):

@@ -125,16 +125,7 @@ def recover_model(
     """
     _check_numbers(max_steps, learning_rate, top_k)
     inner, _ = unwrap(model)
-    if not isinstance(teacher, nn.Module):
-        raise TypeError(f"`teacher` must be a model, got {type(teacher).__name__}.")
-    if unwrap(teacher)[0] is inner:
-        raise ValueError("`teacher` is the model itself; pass the dense model, a copy of what was collapsed.")
-    frozen = {id(alpha) for alpha in alpha_parameters(inner)}
-    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in frozen]
-    if not parameters:
-        raise ValueError("No parameter of the model wants a gradient, so there is nothing to train.")
-    if not all(p.is_floating_point() for p in parameters):
-        raise ValueError("Quantized weights cannot be trained: put an adapter (LoRA) on the model and pass that.")
+    parameters = _trained(model, inner, teacher)
     calibration_data, evaluation_data = (
         model_inputs(data, processing_class, model) for data in (calibration_data, evaluation_data)
     )
@@ -151,34 +142,65 @@ def recover_model(
         before, held_count = _measure(model, inner, held, targets)
         run = _Run(model, inner, targets, parameters, learning_rate, max_steps, seed)
         curve: list[tuple[int, float | None, float]] = [(0, None, before)]
-        best, best_step, lost = before, 0, 0
-        kept = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
-        every = max(1, -(-max_steps // EVALUATIONS))
-        for step, loss in run.steps(training, every):
+        best, lost = _Best(parameters, before), 0
+        for step, loss in run.steps(training, every=max(1, -(-max_steps // EVALUATIONS))):
             value, _ = _measure(model, inner, held, targets)
             curve.append((step, loss, value))
-            if value < best:
-                best, best_step = value, step
-                for copy, parameter in zip(kept, parameters, strict=True):
-                    copy.copy_(parameter.detach())
+            best.see(step, value)
             lost = lost + 1 if value > HOPELESS * before else 0
             if lost == PATIENCE:
                 break
-        with torch.no_grad():
-            for copy, parameter in zip(kept, parameters, strict=True):
-                parameter.copy_(copy)
-        torch.clear_autocast_cache()
+        best.put_back()
     return RecoveryReport(
         targets.unit,
         before,
-        best,
+        best.value,
         curve[-1][0],
-        best_step,
+        best.step,
         curve,
         run.predictions,
         held_count,
         time.perf_counter() - started,
     )
+
+
+def _trained(model, inner, teacher):
+    """The parameters that are to be trained.
+
+    Raises:
+        TypeError, ValueError: There are none that can be, or the teacher is no other model.
+    """
+    if not isinstance(teacher, nn.Module):
+        raise TypeError(f"`teacher` must be a model, got {type(teacher).__name__}.")
+    if unwrap(teacher)[0] is inner:
+        raise ValueError("`teacher` is the model itself; pass the dense model, a copy of what was collapsed.")
+    frozen = {id(alpha) for alpha in alpha_parameters(inner)}
+    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in frozen]
+    if not parameters:
+        raise ValueError("No parameter of the model wants a gradient, so there is nothing to train.")
+    if not all(p.is_floating_point() for p in parameters):
+        raise ValueError("Quantized weights cannot be trained: put an adapter (LoRA) on the model and pass that.")
+    return parameters
+
+
+class _Best:
+    """The weights at the smallest divergence so far, on the CPU."""
+
+    def __init__(self, parameters, value):
+        self.parameters, self.value, self.step = parameters, value, 0
+        self.kept = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+
+    def see(self, step, value):
+        if value < self.value:
+            self.value, self.step = value, step
+            for copy, parameter in zip(self.kept, self.parameters, strict=True):
+                copy.copy_(parameter.detach())
+
+    @torch.no_grad()
+    def put_back(self):
+        for copy, parameter in zip(self.kept, self.parameters, strict=True):
+            parameter.copy_(copy)
+        torch.clear_autocast_cache()
 
 
 def _check_numbers(max_steps, learning_rate, top_k):
