@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.processes_run import CONFIGS, run
-from tests.test_distributed import ROOT, launch, launched_once
+from tests.test_distributed import ROOT, launch, launched
 
 
 pytestmark = pytest.mark.distributed
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.distributed
 def results(tmp_path_factory):
     script = ROOT / "tests" / "processes_run.py"
     start = lambda folder: launch("ddp.yaml", script, folder)  # noqa: E731
-    return launched_once(tmp_path_factory, "processes", start)[1]
+    return launched(tmp_path_factory, "processes", start)[1]
 
 
 @pytest.fixture(scope="module")
