@@ -1,5 +1,6 @@
 """The command line on other people's files and places: what it reads, and what it refuses before the work."""
 
+import functools
 import gzip
 import json
 import os
@@ -262,7 +263,7 @@ def test_a_budget_that_cannot_be_met(bert, text_file, tmp_path, error, monkeypat
     def search(*args, **kwargs):
         raise AssertionError("the data was read")
 
-    monkeypatch.setattr("hf_layercollapse.planning.split", search)
+    monkeypatch.setattr("hf_layercollapse.planning.split_data", search)
     collapse = ["collapse", bert, "--data", text_file, "--output", tmp_path / "out"]
     assert "cannot be met" in error(*collapse, "--budget", "parameters=0.001")
     assert not list(tmp_path.glob(f"{SAVING_PREFIX}*"))
@@ -393,8 +394,12 @@ def test_interrupted(bert, text_file, tmp_path):
     arguments = ["collapse", bert, "--data", text_file, "--budget", "macs=0.5", "--output", tmp_path / "out"]
     arguments += ["--recovery-steps", "100000"]
     program = "from hf_layercollapse.cli import main; main()"
+    # A program in the background of a shell, as these tests may be, ignores the signal, and so would what it starts.
     process = subprocess.Popen(
-        [sys.executable, "-c", program, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", program, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     while not list(tmp_path.glob(f"{SAVING_PREFIX}*")):
         assert process.poll() is None
