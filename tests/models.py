@@ -5,7 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -121,6 +123,8 @@ def randomize(model, seed=0):
 def registered(auto_class, config_class, model_class):
     """A class of one's own is what an Auto class gives for a config, for a while."""
     auto_class.register(config_class, model_class, exist_ok=True)
+    if config_class not in auto_class._model_mapping._extra_content:
+        pytest.skip(f"transformers {transformers.__version__} registers no class for a config of its own")
     try:
         yield
     finally:
