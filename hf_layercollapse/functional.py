@@ -183,7 +183,10 @@ def _product(matrix_ff, columns_fo):
     """`matrix @ columns` in float64, without a copy of the matrix in float64."""
     if matrix_ff.dtype == torch.float64:
         return matrix_ff @ columns_fo
-    return torch.cat([matrix_ff[rows].double() @ columns_fo for rows in _strips(matrix_ff.shape[0])])
+    product_fo = columns_fo.new_empty(matrix_ff.shape[0], columns_fo.shape[1])
+    for rows in _strips(matrix_ff.shape[0]):
+        product_fo[rows] = matrix_ff[rows].double() @ columns_fo
+    return product_fo
 
 
 def _damped_factor(cov_ff, ridge):

@@ -374,3 +374,12 @@ def test_generalized_residual_is_what_other_data_shows():
         unseen.append(float(left[tokens:].mean()))
     assert seen == pytest.approx(unseen, rel=0.1) and unseen[1] > 1.5 * unseen[0]
     assert functional.generalized(0.1, 10, 10) == float("inf")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fit_of_nothing(dtype):
+    """A dropped block: no linear part and no neurons, of sums in either precision."""
+    mean_f, mean_o = torch.zeros(4, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    moments = torch.eye(4, dtype=dtype), torch.ones(4, 3, dtype=dtype)
+    fit = functional.fit_block(mean_f, mean_o, *moments, torch.ones(3, dtype=torch.float64), 4, [], 0)
+    assert fit.down_ok.shape == (3, 0) and fit.r2 == pytest.approx(0.0)
