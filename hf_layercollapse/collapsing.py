@@ -81,7 +81,9 @@ def collapse_model(
             `keep_neurons`, `neuron_choice`, `constant_term`, `sequential` and `adapters` are used. Default: the one
             the model was patched with, and every patched block; for a model that is not patched, every dense block.
         calibration_data (iterable of `dict[str, Tensor]`, *optional*): Model inputs, in any order. Rows that repeat
-            others are left out. They are read several times; what can be read only once (a generator) is kept.
+            others are left out. They are read several times; what can be read only once (a generator) is kept. Where
+            torch.distributed runs several processes each passes its part, and all of them call this; one that calls it
+            without the others does so inside of `processes.alone()`, or it waits for them.
         plan ([`CollapsePlan`], *optional*): Blocks, ranks and neurons of a dense model, in place of the config's.
         max_error (`float`, *optional*): Refuse if a block's relative error exceeds this: the one to expect on other
             data of the calibration data's kind where the block is fitted to it, else that on standard-normal inputs.

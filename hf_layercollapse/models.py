@@ -74,7 +74,11 @@ def _refuse_wrapped(module, which):
 
 def is_peft_model(module: Any) -> bool:
     """Whether a module is a PeftModel."""
-    return type(module).__module__.startswith("peft.") and isinstance(module, _peft_model_class())
+    if not type(module).__module__.startswith("peft."):
+        return False
+    from peft import PeftModel
+
+    return isinstance(module, PeftModel)
 
 
 def is_fully_sharded(model: nn.Module) -> bool:
@@ -86,12 +90,6 @@ def is_fully_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def _peft_model_class():
-    from peft import PeftModel
-
-    return PeftModel
-
-
 def base_layer(linear: Any) -> Any:
     """What an adapter wraps, or the linear itself."""
     return linear.get_base_layer() if is_adapted(linear) else linear
@@ -99,13 +97,11 @@ def base_layer(linear: Any) -> Any:
 
 def is_adapted(linear: Any) -> bool:
     """Whether a linear is under a peft adapter."""
-    return type(linear).__module__.startswith("peft.tuners.") and isinstance(linear, _tuner_layer_class())
-
-
-def _tuner_layer_class():
+    if not type(linear).__module__.startswith("peft.tuners."):
+        return False
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return BaseTunerLayer
+    return isinstance(linear, BaseTunerLayer)
 
 
 def part_at(module: Any, path: str) -> Any:

@@ -110,7 +110,8 @@ def linearity_map(
 
     Args:
         model (`nn.Module`): A dense or patched model; a PeftModel or compiled model is looked through.
-        calibration_data (iterable of `dict[str, Tensor]`): Model inputs; labels are not used.
+        calibration_data (iterable of `dict[str, Tensor]`): Model inputs; labels are not used. In several
+            processes as in [`collapse_model`].
         blocks: As in [`LayerCollapseConfig`].
         evaluation_data (*optional*): What to score on. Default: a quarter of the different rows, chosen by their
             content, which are then not fitted to. It is held in memory.
@@ -221,7 +222,8 @@ def plan_collapse(
 
     Args:
         model (`nn.Module`): A dense model; a PeftModel or compiled model is looked through.
-        calibration_data (iterable of `dict[str, Tensor]`): Model inputs; labels are not used.
+        calibration_data (iterable of `dict[str, Tensor]`): Model inputs; labels are not used. In several
+            processes as in [`collapse_model`].
         parameters (`float` or `int`, *optional*): Largest number of parameters of the whole model, or largest share of
             those it has, in (0, 1).
         macs (`float` or `int`, *optional*): Largest number of multiply-accumulates per token in the feed-forward

@@ -91,15 +91,13 @@ def together():
     error = None
     try:
         yield
-    except Exception as raised:  # whatever it is: the others are told
+    except Exception as raised:  # whatever it is, such as no memory: the others wait for this process
         error = raised
-    if count() == 1:
-        found = []
-    else:
-        refused = isinstance(error, (TypeError, ValueError))
-        found = [each for each in gathered(error and (rank(), f"{type(error).__name__}: {error}", refused)) if each]
+    message = error and f"{type(error).__name__} on process {rank()}: {error}"
+    told = gathered(message and (message, isinstance(error, (TypeError, ValueError))))
     if error is not None:
         raise error
+    found = [each for each in told if each is not None]
     if found:
-        kind = ValueError if all(refused for *_, refused in found) else RuntimeError
-        raise kind("\n".join(f"Process {index} stopped with a {message}" for index, message, _ in found))
+        kind = ValueError if all(refused for _, refused in found) else RuntimeError
+        raise kind("\n".join(message for message, _ in found))

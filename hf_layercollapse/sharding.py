@@ -224,21 +224,9 @@ def first_process_first(work: Callable[[], Result]) -> Result:
         What it returned on this process.
     """
     results: list[Result] = []
-    error: Exception | None = None
-    for main in (True, False):
-        if main == (dist.get_rank() == 0):
-            try:
+    for first in (True, False):
+        with processes.together():
+            if first == (processes.rank() == 0):
                 with processes.alone():
                     results.append(work())
-            except Exception as raised:  # whatever it is, such as no memory: the others wait for this process
-                error = raised
-        found: list[tuple[str, bool] | None] = [None] * dist.get_world_size()
-        message = error and f"{type(error).__name__} on process {dist.get_rank()}: {error}"
-        dist.all_gather_object(found, message and (message, isinstance(error, (TypeError, ValueError))))
-        if error is not None:
-            raise error
-        failed = [each for each in found if each is not None]
-        if failed:
-            kind = ValueError if all(refusal for _, refusal in failed) else RuntimeError
-            raise kind("\n".join(text for text, _ in failed))
     return results[0]

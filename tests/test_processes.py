@@ -14,8 +14,7 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     script = ROOT / "tests" / "processes_run.py"
-    start = lambda folder: launch("ddp.yaml", script, folder)  # noqa: E731
-    return launched(tmp_path_factory, "processes", start)[1]
+    return launched(tmp_path_factory, "processes", lambda folder: launch("ddp.yaml", script, folder))[1]
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +52,8 @@ def test_two_processes_are_one(name, results, one):
 
 def test_what_one_process_is_given_wrong_both_say(results):
     first, second = (result["refused"] for result in results)
-    assert "Process 1 stopped with a ValueError: The calibration data is empty" in first["no data"]
+    assert "ValueError on process 1: The calibration data is empty" in first["no data"]
     assert "calibration data is empty" in second["no data"]
     assert first["other model"] == second["other model"] and "Processes [1] hold another model" in first["other model"]
-    assert "Process 1 stopped with a" in first["broken"]
+    assert " on process 1: " in first["broken"]
     assert "`recover_model` trains in one process" in first["recovery"]
