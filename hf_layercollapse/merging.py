@@ -340,7 +340,6 @@ def put_in_place(merge, exchanges=None):
     Args:
         exchanges (`list`, *optional*): Gets every [`Exchange`] as it is made.
 
-
     Returns:
         `list[Exchange]`, in order. The modules that now stand there say what the replacement table holds of them.
     """
