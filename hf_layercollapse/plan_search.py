@@ -9,10 +9,9 @@ import torch
 
 from . import functional, processes
 from .block_sizes import alike, allocations, any_fit, fit_size, rank_of, sizes_of, worth_having
-from .families import find_feed_forward_blocks
 from .forward_passes import lean
 from .merging import Trial, cost_of, has_constant, is_possible, make_merge, parameters_of, stored_neurons
-from .models import count_parameters, device_of, evaluating, inputs_of
+from .models import device_of, evaluating, inputs_of
 from .moments import bytes_of_sums, bytes_to_choose, bytes_to_fit
 from .plans import CollapsePlan, PlanPoint, key_of, limit_of
 from .predictions import predictions_of, without_labels
@@ -54,6 +53,7 @@ class Search:
     Args:
         engine ([`Calibration`]): Of the model, on what is fitted to.
         blocks (`list[BoundBlock]`): Those that may change.
+        whole (`dict[str, int]`): `parameters` of the model, and `macs` of all its feed-forward blocks.
         held (`list[dict[str, Tensor]]`): What is measured on.
         metrics (`dict[str, LossMetric]`): Of the loss; without an entry a block's share left unexplained counts.
         score (`Callable`): `score(inner, plans, held, progress=...) -> list[float]`, see [`divergences`].
@@ -61,13 +61,11 @@ class Search:
         options: `rank_shares`, `multiple_of` and `constant_term` as of a plan.
     """
 
-    def __init__(self, engine, blocks, held, metrics, score, sign, options):
+    def __init__(self, engine, blocks, whole, held, metrics, score, sign, options):
         self.engine, self.model, self.inner, self.held = engine, engine.model, engine.inner, held
         self.blocks = {block.name: block for block in blocks}
         self.metrics, self.score, self.sign, self.options = metrics, score, sign, options
-        everything = find_feed_forward_blocks(self.inner)
-        self.fixed_macs = sum(block.macs for block in everything) - sum(block.macs for block in blocks)
-        self.parameters = count_parameters(self.inner)
+        self.of_model, self.fixed_macs = whole, whole["macs"] - sum(block.macs for block in blocks)
         self.sizes = {}
 
     # ---- What each size is expected to lose ----
@@ -125,7 +123,7 @@ class Search:
         ((unit, value),) = budget.items()
         if unit not in ("parameters", "macs"):
             return None
-        return room_of(unit, value, self.inner, self.blocks.values())
+        return room_of(unit, value, self.of_model, self.blocks.values())
 
     def candidates(self, room, unit):
         """What is measured at one size: the plan, and what it has to beat.
@@ -171,7 +169,7 @@ class Search:
         macs = self.fixed_macs + sum(size.macs for size in sizes.values())
         return PlanPoint(
             choices,
-            self.parameters - saved,
+            self.of_model["parameters"] - saved,
             macs,
             candidate.score,
             # Shares of the variance are in no unit that could be summed up for a reader.
@@ -354,18 +352,13 @@ def _unit(budget):
     return "parameters" if "parameters" in budget else "macs"
 
 
-def room_of(unit, value, inner, blocks):
+def room_of(unit, value, whole, blocks):
     """What these blocks may have of a budget of parameters of the model, or of MACs of its feed-forward blocks."""
-    if unit == "parameters":
-        whole = count_parameters(inner)
-        ours = sum(block.parameters for block in blocks)
-    else:
-        whole = sum(block.macs for block in find_feed_forward_blocks(inner))
-        ours = sum(block.macs for block in blocks)
-    return limit_of(value, whole) - (whole - ours)
+    ours = sum(block.parameters if unit == "parameters" else block.macs for block in blocks)
+    return limit_of(value, whole[unit]) - (whole[unit] - ours)
 
 
-def refuse_unreachable(inner, blocks, budget, rank_shares, multiple_of, constant_term):
+def refuse_unreachable(whole, blocks, budget, rank_shares, multiple_of, constant_term):
     """Raises if even the smallest size of every block is above a budget; asks no data.
 
     Raises:
@@ -383,7 +376,7 @@ def refuse_unreachable(inner, blocks, budget, rank_shares, multiple_of, constant
         else:
             sizes = [parameters_of(block, rank, stored_neurons(rank, 0), constant_term) for rank in ranks]
         smallest += min(sizes)
-    room = room_of(unit, value, inner, blocks)
+    room = room_of(unit, value, whole, blocks)
     if smallest > room:
         raise ValueError(
             f"The budget {budget} cannot be met: it leaves {room:,.0f} {unit} for the chosen blocks, and at their "

@@ -18,7 +18,7 @@ from .data_reading import split_data
 from .loss_metric import measure_metrics
 from .memory import MemoryBudget
 from .merging import has_constant, make_merge
-from .models import unwrap
+from .models import count_parameters, unwrap
 from .moments import bytes_to_fit
 from .plan_search import (
     Search,
@@ -265,13 +265,13 @@ def plan_collapse(
     _check(uniform_width, rank_shares, constant_term, multiple_of, points)
     budget = one_budget(parameters=parameters, macs=macs, latency=latency, max_drop=max_drop)
     inner, _ = unwrap(model)
-    chosen = _dense_blocks(inner, blocks, multiple_of)
+    chosen, whole = _dense_blocks(inner, blocks, multiple_of)
     widths = None
     if uniform_width:
         shares = (points or levels) if whole_curve or not _is_size(budget) else []
-        widths = _uniform_widths(inner, chosen, budget, shares, multiple_of, constant_term)
+        widths = _uniform_widths(inner, chosen, budget, shares, multiple_of, constant_term, whole)
     else:
-        refuse_unreachable(inner, chosen, budget, rank_shares, multiple_of, constant_term)
+        refuse_unreachable(whole, chosen, budget, rank_shares, multiple_of, constant_term)
     calibration_data, evaluation_data = (
         model_inputs(data, processing_class, model) for data in (calibration_data, evaluation_data)
     )
@@ -285,7 +285,7 @@ def plan_collapse(
         # Fits of what is measured, and measuring some candidates.
         progress.foresee(fitting.batches + 4 * len(held))
         metrics, measured = measure_metrics(engine, chosen)
-        search = Search(engine, chosen, held, metrics, score, sign, options)
+        search = Search(engine, chosen, whole, held, metrics, score, sign, options)
         search.look()
         dense = search.dense()
         if uniform_width:
@@ -356,7 +356,7 @@ def _is_size(budget):
 
 
 def _dense_blocks(inner, blocks, multiple_of):
-    """The chosen blocks.
+    """`(the chosen blocks, what the model has in all)`: its `parameters`, and `macs` of all its feed-forward blocks.
 
     Raises:
         ValueError: The model is patched, or none could keep so many neurons.
@@ -369,13 +369,13 @@ def _dense_blocks(inner, blocks, multiple_of):
         )
     if any(block.state == "patched" for block in everything):
         raise ValueError("The model is patched; plans are for dense models. `remove_layer_collapse` takes it back.")
-    return chosen
+    return chosen, {"parameters": count_parameters(inner), "macs": sum(block.macs for block in everything)}
 
 
-def _uniform_widths(inner, chosen, budget, shares, multiple_of, constant_term):
+def _uniform_widths(inner, chosen, budget, shares, multiple_of, constant_term, whole):
     """`[{block: the neurons that it keeps}]`, largest first, all of which the native class can hold."""
     groups = width_groups(inner, chosen, multiple_of)
-    rows = widths_for(inner, groups, budget, shares, constant_term)
+    rows = widths_for(groups, budget, shares, constant_term, whole)
     for row in rows:
         check_native(inner, groups, row)
     return [counts_of(groups, row) for row in rows]

@@ -1,8 +1,6 @@
 """Plans in which all blocks have one hidden width: the native architecture, with a smaller number in its config."""
 
-from .families import find_feed_forward_blocks
 from .merging import cost_of, parameters_of
-from .models import count_parameters
 from .plans import limit_of
 
 
@@ -21,36 +19,32 @@ def widths_at(groups, shares):
     return [list(row) for row in dict.fromkeys(rows)]
 
 
-def widths_for(inner, groups, budget, shares, constant_term):
+def widths_for(groups, budget, shares, constant_term, whole):
     """`[[width of each group]]` that a search measures, largest first: at these shares of the widths now, and the
-    largest that meets a budget of parameters or MACs."""
+    largest that meets a budget of parameters or MACs; `whole` is what the model has of both."""
     rows = widths_at(groups, shares)
     if budget.keys() & {"parameters", "macs"}:
-        rows.append(_widths_within(inner, groups, budget, constant_term))
+        rows.append(_widths_within(groups, budget, constant_term, whole))
     return [list(row) for row in sorted({tuple(row) for row in rows}, reverse=True)]
 
 
-def _widths_within(inner, groups, budget, constant_term):
+def _widths_within(groups, budget, constant_term, whole):
     """The largest widths that meet a budget of parameters or MACs.
 
     Raises:
         ValueError: None do.
     """
     ((name, value),) = budget.items()
-    if name == "parameters":
-        whole = count_parameters(inner)
-    else:
-        whole = sum(block.macs for block in find_feed_forward_blocks(inner))
-    limit = limit_of(value, whole)
+    limit = limit_of(value, whole[name])
     shares = {step * group.step / group.width for group in groups for step in range(1, group.width // group.step + 1)}
     for row in widths_at(groups, shares):
         sizes = [_saved(block, width, constant_term)[name] for block, width in counts_of(groups, row).items()]
-        left = whole - sum(sizes)
+        left = whole[name] - sum(sizes)
         if left <= limit:
             return row
     raise ValueError(
         f"The budget {budget} cannot be met with one width for all blocks: at the smallest, {row[0]} neurons, "
-        f"{left:,} {name} are left of {whole:,}. Take a larger budget or a smaller `multiple_of`."
+        f"{left:,} {name} are left of {whole[name]:,}. Take a larger budget or a smaller `multiple_of`."
     )
 
 
