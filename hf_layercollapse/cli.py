@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from ._version import __version__
+from .budgets import parse_budget
 from .calibration_data import CalibrationData, longest_row
 from .cli_options import (
     DATA_HELP,
@@ -34,7 +35,6 @@ from .cli_options import (
     check_files,
     check_new_folder,
     new_folder,
-    parse_budget,
     usable_device,
     with_options,
 )
@@ -204,7 +204,7 @@ def collapse(
 ):
     """Collapses a model under a budget, with no training or a short one without labels, and saves it."""
     _check_budget_or_plan(budget, plan, blocks, uniform_width, multiple_of, save_plan)
-    wanted = parse_budget(budget) if budget is not None else {}
+    wanted = parse_budget(budget, "--budget") if budget is not None else {}
     MemoryBudget(max_memory)
     check_files(save_plan=save_plan, plot=plot, json=json_file)
     on, out, started = usable_device(device), Output(json_file), time.perf_counter()

@@ -12,7 +12,6 @@ from typing import Annotated
 import torch
 
 from .models import written_beside
-from .plans import one_budget
 
 
 try:
@@ -114,25 +113,6 @@ def with_options(command):
     run.__signature__ = signature(command).replace(parameters=listed)
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in listed}
     return run
-
-
-def parse_budget(text) -> dict[str, float | int]:
-    """`"macs=0.5"` as `{"macs": 0.5}`, `"parameters=1e6"` as `{"parameters": 1000000}`.
-
-    Raises:
-        ValueError: It is no budget.
-    """
-    name, equals, value = text.partition("=")
-    names = ("parameters", "macs", "latency", "max_drop")
-    if not equals or name not in names:
-        raise ValueError(f"--budget must be {', '.join(f'{name}=...' for name in names)}; got {text!r}.")
-    try:
-        number = float(value)
-    except ValueError:
-        raise ValueError(f"--budget {text!r}: {value!r} is not a number.") from None
-    if number > 1 and number.is_integer():
-        number = int(number)
-    return one_budget(**{**dict.fromkeys(names), name: number})
 
 
 def usable_device(name) -> torch.device:

@@ -9,11 +9,12 @@ import torch
 
 from . import functional, processes
 from .block_sizes import alike, allocations, any_fit, fit_size, rank_of, sizes_of, worth_having
+from .budgets import limit_of
 from .forward_passes import lean
 from .merging import Trial, cost_of, has_constant, is_possible, make_merge, parameters_of, stored_neurons
 from .models import device_of, evaluating, inputs_of
 from .moments import bytes_of_sums, bytes_to_choose, bytes_to_fit
-from .plans import CollapsePlan, PlanPoint, key_of, limit_of
+from .plans import CollapsePlan, PlanPoint, key_of
 from .predictions import predictions_of, without_labels
 from .profiling import compare_latency
 from .progress import Progress

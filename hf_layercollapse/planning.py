@@ -12,6 +12,7 @@ from torch import nn
 from . import processes
 from .block_sizes import RANK_SHARES
 from .blocks import check_weights, survey
+from .budgets import limit_of, one_budget
 from .calibration import Calibration, refuse_different_models
 from .calibration_data import model_inputs
 from .data_reading import split_data
@@ -29,7 +30,7 @@ from .plan_search import (
     within_drop,
     within_latency,
 )
-from .plans import CollapsePlan, limit_of, one_budget, weights_fingerprint
+from .plans import CollapsePlan, weights_fingerprint
 from .progress import Progress
 from .selection import select_blocks
 from .tables import table

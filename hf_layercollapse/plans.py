@@ -15,6 +15,7 @@ from accelerate.utils import align_module_device
 from torch import nn
 
 from ._version import __version__
+from .budgets import limit_of, one_budget
 from .families import FeedForwardBlock
 from .loss_metric import MetricReport
 from .merging import BlockChoice
@@ -260,25 +261,6 @@ def weights_fingerprint(model: nn.Module) -> str:
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
             digest.update(values[::stride].float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]
-
-
-def one_budget(**budgets) -> dict[str, float]:
-    given = {name: value for name, value in budgets.items() if value is not None}
-    if len(given) != 1:
-        raise ValueError(f"Exactly one budget of {', '.join(budgets)} is needed, got {sorted(given) or 'none'}.")
-    ((name, value),) = given.items()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"`{name}` must be a number, got {value!r}.")
-    whole = isinstance(value, int) and name in ("parameters", "macs") and value > 1
-    if not (whole or (0 <= value if name == "max_drop" else 0 < value < 1)):
-        allowed = {"max_drop": ">= 0", "latency": "a share in (0, 1)"}.get(name, "a share in (0, 1) or a count")
-        raise ValueError(f"`{name}` must be {allowed}, got {value}.")
-    return given
-
-
-def limit_of(value: float, whole: int) -> int:
-    """A budget of size, as a count or as a share of the whole, as a count."""
-    return math.floor(value if value > 1 else value * whole + 1e-6)
 
 
 def first_within(curve: Sequence[PlanPoint], budget: Mapping[str, float], score_name: str) -> int | None:

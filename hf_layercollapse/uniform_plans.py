@@ -1,7 +1,7 @@
 """Plans in which all blocks have one hidden width: the native architecture, with a smaller number in its config."""
 
+from .budgets import limit_of
 from .merging import cost_of, parameters_of
-from .plans import limit_of
 
 
 # Shares of the widths now that are looked at where a budget is no size.

@@ -13,8 +13,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from typer.testing import CliRunner
 
 from hf_layercollapse import LayerCollapseConfig, collapse_model, find_feed_forward_blocks
+from hf_layercollapse.budgets import parse_budget
 from hf_layercollapse.cli import app
-from hf_layercollapse.cli_options import parse_budget
 from hf_layercollapse.comparison import Comparison
 
 from .command_line import fails, lines_of_words, run, save_text_model
