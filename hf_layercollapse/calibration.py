@@ -8,7 +8,7 @@ import torch
 
 from . import neuron_statistics, processes
 from .blocks import BoundBlock
-from .data_reading import read_calibration_data
+from .data_reading import read_calibration_data, split_data
 from .forward_passes import run_over
 from .memory import MemoryBudget
 from .modeling_layercollapse import CollapsibleActivation, is_inplace
@@ -66,6 +66,16 @@ class Calibration:
         rows = read_calibration_data(data, memory, is_encoder_decoder(inner))
         refuse_different_models(inner)
         return cls(model, inner, rows, memory, token_mask_fn, progress)
+
+    @classmethod
+    def holding_aside(
+        cls, model, inner, data, evaluation_data=None, max_memory=None, token_mask_fn=None, progress=None
+    ):
+        """`(one on what is fitted to, the batches to measure on)`; see [`split_data`]."""
+        memory = MemoryBudget(max_memory)
+        refuse_different_models(inner)
+        fitting, held = split_data(data, evaluation_data, memory, is_encoder_decoder(inner))
+        return cls(model, inner, fitting, memory, token_mask_fn, progress), held
 
     def run(self, what, observe, data=None):
         """One pass over the rows, or over other batches, with the hooks that `observe()` makes."""

@@ -3,14 +3,17 @@
 import copy
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 from . import functional, processes
-from .block_sizes import alike, allocations, any_fit, fit_size, rank_of, sizes_of, worth_having
+from .block_sizes import RANK_SHARES, alike, allocations, any_fit, fit_size, rank_of, sizes_of, worth_having
 from .budgets import limit_of
 from .forward_passes import lean
+from .loss_metric import measure_metrics
 from .merging import Trial, cost_of, has_constant, is_possible, make_merge, parameters_of, stored_neurons
 from .models import device_of, evaluating, inputs_of
 from .moments import bytes_of_sums, bytes_to_choose, bytes_to_fit
@@ -48,6 +51,54 @@ class Candidate:
     score: float | None = None
 
 
+class Score(NamedTuple):
+    """What models are measured by.
+
+    Args:
+        name (`str`): `"divergence"` or `"metric"`.
+        sign (`float`): 1 where lower is better, -1 where higher is.
+        of (`Callable`): `of(inner, plans, held, progress=...)` gives one number a plan; see [`divergences`].
+    """
+
+    name: str
+    sign: float
+    of: Callable[..., list[float]]
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What is asked of a plan; see [`plan_collapse`].
+
+    Raises:
+        ValueError: One of them is none.
+    """
+
+    budget: dict[str, float]
+    uniform_width: bool
+    rank_shares: Sequence[float | None]
+    multiple_of: int
+    constant_term: str
+    levels: Sequence[float]
+    points: Sequence[float] | None
+    whole_curve: bool
+
+    def __post_init__(self):
+        if self.uniform_width and self.rank_shares is not RANK_SHARES:
+            raise ValueError("`uniform_width` leaves no linear part: leave `rank_shares` out.")
+        object.__setattr__(self, "rank_shares", (0.0,) if self.uniform_width else tuple(self.rank_shares))
+        if self.constant_term not in ("native", "always"):
+            raise ValueError(f'`constant_term` must be "native" or "always", got {self.constant_term!r}.')
+        if isinstance(self.multiple_of, bool) or not isinstance(self.multiple_of, int) or self.multiple_of < 1:
+            raise ValueError(f"`multiple_of` must be an integer of at least 1, got {self.multiple_of!r}.")
+        if self.points is not None and (not self.points or not all(0 < share < 1 for share in self.points)):
+            raise ValueError(f"`points` must be shares in (0, 1), got {list(self.points)}.")
+
+    @property
+    def is_size(self) -> bool:
+        """Whether the budget is one that the sizes of the blocks tell; others are measured."""
+        return bool(self.budget.keys() & {"parameters", "macs"})
+
+
 class Search:
     """What the blocks of one model can become, and what that costs. The model is left as it is.
 
@@ -56,23 +107,25 @@ class Search:
         blocks (`list[BoundBlock]`): Those that may change.
         whole (`dict[str, int]`): `parameters` of the model, and `macs` of all its feed-forward blocks.
         held (`list[dict[str, Tensor]]`): What is measured on.
-        metrics (`dict[str, LossMetric]`): Of the loss; without an entry a block's share left unexplained counts.
-        score (`Callable`): `score(inner, plans, held, progress=...) -> list[float]`, see [`divergences`].
-        sign (`float`): 1 where a lower score is better, -1 where a higher one is.
-        options: `rank_shares`, `multiple_of` and `constant_term` as of a plan.
+        score ([`Score`]): By what.
+        options ([`PlanOptions`]): What is asked for.
     """
 
-    def __init__(self, engine, blocks, whole, held, metrics, score, sign, options):
+    def __init__(self, engine, blocks, whole, held, score, options):
         self.engine, self.model, self.inner, self.held = engine, engine.model, engine.inner, held
         self.blocks = {block.name: block for block in blocks}
-        self.metrics, self.score, self.sign, self.options = metrics, score, sign, options
+        self.score, self.options = score, options
         self.of_model, self.fixed_macs = whole, whole["macs"] - sum(block.macs for block in blocks)
+        # Of the loss; a block without an entry goes by its share left unexplained.
+        self.metrics, self.metric_report = {}, None
         self.sizes = {}
 
     # ---- What each size is expected to lose ----
 
     def look(self):
-        """Measures every size of every block: passes over the data, as many as the memory needs."""
+        """Measures what outputs matter, then every size of every block: passes over the data, as many as the memory
+        needs."""
+        self.metrics, self.metric_report = measure_metrics(self.engine, list(self.blocks.values()))
         options = self.options
         how = options.rank_shares, options.multiple_of, options.constant_term
         with_inputs = any(share != 0 for share in options.rank_shares)
@@ -95,7 +148,7 @@ class Search:
     def dense(self):
         """The model as it is."""
         sizes = {name: found.dense for name, found in self.sizes.items()}
-        return replace(Candidate(DENSE, sizes), score=self.score(self.inner, [[]], self.held)[0])
+        return replace(Candidate(DENSE, sizes), score=self.score.of(self.inner, [[]], self.held)[0])
 
     def curve(self, budget, best=()):
         """The best plans at evenly spaced shares of the blocks' weights and at the budget, from large to small.
@@ -149,7 +202,7 @@ class Search:
 
     def best(self, candidates):
         """The candidate with the best score."""
-        return min(candidates, key=lambda candidate: self.sign * candidate.score)
+        return min(candidates, key=lambda candidate: self.score.sign * candidate.score)
 
     def of_widths(self, counts):
         """A candidate in which blocks keep so many neurons, and no linear map (`dict[FeedForwardBlock, int]`)."""
@@ -194,7 +247,7 @@ class Search:
             part = self._next_of(candidates[len(scored) :])
             merges = self._merges([candidate.sizes for candidate in part])
             plans = [[merges[key] for key in _keys(candidate.sizes)] for candidate in part]
-            scores = self.score(self.inner, plans, self.held, progress=self.engine.progress)
+            scores = self.score.of(self.inner, plans, self.held, progress=self.engine.progress)
             scored += [replace(candidate, score=score) for candidate, score in zip(part, scores, strict=True)]
         return scored
 
@@ -359,29 +412,29 @@ def room_of(unit, value, whole, blocks):
     return limit_of(value, whole[unit]) - (whole[unit] - ours)
 
 
-def refuse_unreachable(whole, blocks, budget, rank_shares, multiple_of, constant_term):
+def refuse_unreachable(whole, blocks, options):
     """Raises if even the smallest size of every block is above a budget; asks no data.
 
     Raises:
         ValueError: As said.
     """
-    ((unit, value),) = budget.items()
-    if unit not in ("parameters", "macs"):
+    if not options.is_size:
         return
+    ((unit, value),) = options.budget.items()
     smallest = 0
     for block in blocks:
-        ranks = {rank_of(block, share, multiple_of) for share in rank_shares}
+        ranks = {rank_of(block, share, options.multiple_of) for share in options.rank_shares}
         ranks = [rank for rank in ranks if is_possible(block, rank, stored_neurons(rank, 0))] or [None]
         if unit == "macs":
             sizes = [cost_of(block, rank, stored_neurons(rank, 0)) for rank in ranks]
         else:
-            sizes = [parameters_of(block, rank, stored_neurons(rank, 0), constant_term) for rank in ranks]
+            sizes = [parameters_of(block, rank, stored_neurons(rank, 0), options.constant_term) for rank in ranks]
         smallest += min(sizes)
     room = room_of(unit, value, whole, blocks)
     if smallest > room:
         raise ValueError(
-            f"The budget {budget} cannot be met: it leaves {room:,.0f} {unit} for the chosen blocks, and at their "
-            f"smallest they have {smallest:,}."
+            f"The budget {options.budget} cannot be met: it leaves {room:,.0f} {unit} for the chosen blocks, and at "
+            f"their smallest they have {smallest:,}."
         )
 
 
@@ -448,7 +501,7 @@ def within_drop(search, curve, drop):
     def too_much(index):
         if index not in seen:
             (seen[index],) = search.measured([curve[index]])
-        return search.sign * (seen[index].score - curve[0].score) > drop
+        return search.score.sign * (seen[index].score - curve[0].score) > drop
 
     index = first_for_which(len(curve), too_much)
     return [seen[len(curve) - 1 if index is None else index - 1]]

@@ -13,15 +13,15 @@ from . import processes
 from .block_sizes import RANK_SHARES
 from .blocks import check_weights, survey
 from .budgets import limit_of, one_budget
-from .calibration import Calibration, refuse_different_models
+from .calibration import Calibration
 from .calibration_data import model_inputs
-from .data_reading import split_data
-from .loss_metric import measure_metrics
-from .memory import MemoryBudget
 from .merging import has_constant, make_merge
 from .models import count_parameters, unwrap
 from .moments import bytes_to_fit
 from .plan_search import (
+    Candidate,
+    PlanOptions,
+    Score,
     Search,
     divergences,
     metric_scores,
@@ -34,7 +34,6 @@ from .plans import CollapsePlan, weights_fingerprint
 from .progress import Progress
 from .selection import select_blocks
 from .tables import table
-from .token_filter import is_encoder_decoder
 from .uniform_plans import LEVELS, counts_of, widths_for
 from .widths import check_native, width_groups
 
@@ -127,47 +126,47 @@ def linearity_map(
     """
     inner, _ = unwrap(model)
     _, chosen = _candidates(inner, blocks)
-    calibration_data, evaluation_data = (
-        model_inputs(data, processing_class, model) for data in (calibration_data, evaluation_data)
+    data = [model_inputs(part, processing_class, model) for part in (calibration_data, evaluation_data)]
+    score = _score_of(model, metric)
+    with Progress("Linearity map") as progress:
+        engine, held = Calibration.holding_aside(model, inner, *data, max_memory, token_mask_fn, progress)
+        merges = _linear_maps(engine, chosen)
+        before, *scores = score.of(inner, [[], *([merges[block.name]] for block in chosen)], held, progress=progress)
+    found = zip(chosen, scores, strict=True)
+    return LinearityMap(
+        before, score.name, [_block_linearity(merges[block.name].report, value - before) for block, value in found]
     )
-    memory = MemoryBudget(max_memory)
-    name, _, score = _score_of(model, metric)
+
+
+def _linear_maps(engine, blocks):
+    """Block name -> its [`Merge`] to the linear map that fits it best."""
 
     def as_one_map(block, moments):
         if not has_constant(block, None, "native"):
             moments = moments.without_constant()
         return make_merge(block, moments.fit(), refit=True)
 
-    with Progress("Linearity map") as progress:
-        refuse_different_models(inner)
-        fitting, held = split_data(calibration_data, evaluation_data, memory, is_encoder_decoder(inner))
-        engine = Calibration(model, inner, fitting, memory, token_mask_fn, progress)
-        working = {block.name: bytes_to_fit(block, 0) for block in chosen}
-        merges = engine.reduce(chosen, {block.name: [] for block in chosen}, as_one_map, working=working)
-        before, *scores = score(inner, [[], *([merges[block.name]] for block in chosen)], held, progress=progress)
-    rows = []
-    for block, value in zip(chosen, scores, strict=True):
-        report = merges[block.name].report
-        rows.append(
-            BlockLinearity(
-                block.name,
-                block.index,
-                report.r2,
-                value - before,
-                report.parameters_before,
-                report.parameters_after,
-                report.macs_before,
-                report.macs_after,
-            )
-        )
-    return LinearityMap(before, name, rows)
+    working = {block.name: bytes_to_fit(block, 0) for block in blocks}
+    return engine.reduce(blocks, {block.name: [] for block in blocks}, as_one_map, working=working)
+
+
+def _block_linearity(report, change):
+    return BlockLinearity(
+        report.name,
+        report.index,
+        report.r2,
+        change,
+        report.parameters_before,
+        report.parameters_after,
+        report.macs_before,
+        report.macs_after,
+    )
 
 
 def _score_of(model, metric):
-    """`(name, sign, score)` of what plans are measured by; the sign is 1 where lower is better, else -1."""
     if metric is None:
-        return "divergence", 1.0, partial(divergences, model)
-    return "metric", -1.0, partial(metric_scores, model, metric=metric)
+        return Score("divergence", 1.0, partial(divergences, model))
+    return Score("metric", -1.0, partial(metric_scores, model, metric=metric))
 
 
 def _candidates(inner, selector):
@@ -178,15 +177,6 @@ def _candidates(inner, selector):
         raise ValueError("All chosen blocks are collapsed already.")
     check_weights(inner, chosen, merging=True)
     return blocks, chosen
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What sizes plans choose from, and how they are measured; see [`plan_collapse`]."""
-
-    rank_shares: tuple
-    multiple_of: int
-    constant_term: str
 
 
 def plan_collapse(
@@ -263,97 +253,86 @@ def plan_collapse(
             no predictions, or `max_memory` is too small for one block.
     """
     started = time.perf_counter()
-    _check(uniform_width, rank_shares, constant_term, multiple_of, points)
     budget = one_budget(parameters=parameters, macs=macs, latency=latency, max_drop=max_drop)
+    options = PlanOptions(budget, uniform_width, rank_shares, multiple_of, constant_term, levels, points, whole_curve)
     inner, _ = unwrap(model)
     chosen, whole = _dense_blocks(inner, blocks, multiple_of)
-    widths = None
-    if uniform_width:
-        shares = (points or levels) if whole_curve or not _is_size(budget) else []
-        widths = _uniform_widths(inner, chosen, budget, shares, multiple_of, constant_term, whole)
-    else:
-        refuse_unreachable(whole, chosen, budget, rank_shares, multiple_of, constant_term)
-    calibration_data, evaluation_data = (
-        model_inputs(data, processing_class, model) for data in (calibration_data, evaluation_data)
-    )
-    score_name, sign, score = _score_of(model, metric)
-    options = _Options((0.0,) if uniform_width else tuple(rank_shares), multiple_of, constant_term)
-    memory = MemoryBudget(max_memory)
+    widths = _widths_in_reach(inner, chosen, whole, options)
+    data = [model_inputs(part, processing_class, model) for part in (calibration_data, evaluation_data)]
+    score = _score_of(model, metric)
     with Progress("Plan") as progress:
-        refuse_different_models(inner)
-        fitting, held = split_data(calibration_data, evaluation_data, memory, is_encoder_decoder(inner))
-        engine = Calibration(model, inner, fitting, memory, token_mask_fn, progress)
+        engine, held = Calibration.holding_aside(model, inner, *data, max_memory, token_mask_fn, progress)
         # Fits of what is measured, and measuring some candidates.
-        progress.foresee(fitting.batches + 4 * len(held))
-        metrics, measured = measure_metrics(engine, chosen)
-        search = Search(engine, chosen, whole, held, metrics, score, sign, options)
+        progress.foresee(engine.rows.batches + 4 * len(held))
+        search = Search(engine, chosen, whole, held, score, options)
         search.look()
-        dense = search.dense()
-        if uniform_width:
-            found = _of_one_width(search, budget, dense, widths, whole_curve)
-        else:
-            found = _of_any_sizes(search, budget, dense, points or ())
-        plan = plan_of(
-            search,
-            [dense, *(search.measured(found.curve) if whole_curve else found.curve)],
-            search.best(found.candidates),
-            [*found.others, *found.candidates],
-            fingerprint=weights_fingerprint(inner),
-            score_name=score_name,
-            budget=budget,
-            latency=found.latency,
-            constant_term=constant_term,
-            metric=measured,
-            started=started,
-        )
+        found = _of_one_width(search, widths) if uniform_width else _of_any_sizes(search)
+        plan = _plan_of(search, found, started)
     return processes.of_the_first(plan)
 
 
 class _Found(NamedTuple):
-    """What a search found: the curve below the dense model, what was measured for the budget and elsewhere, and the
-    share of the dense model's time where that is the budget."""
+    """What a search found: the model as it is, the curve below it, what was measured for the budget and elsewhere, and
+    the share of the dense model's time where that is the budget."""
 
-    curve: list
-    candidates: list
-    others: list
+    dense: Candidate
+    curve: list[Candidate]
+    candidates: list[Candidate]
+    others: list[Candidate]
     latency: float | None
 
 
-def _of_one_width(search, budget, dense, widths, whole_curve):
+def _of_one_width(search, widths):
+    options, dense = search.options, search.dense()
     curve = [search.of_widths(counts) for counts in widths]
-    if not _is_size(budget):
-        candidates, latency = _within_measured(search, budget, dense, curve, curve)
+    if not options.is_size:
+        candidates, latency = _within_measured(search, dense, curve, curve)
     else:
-        chosen = [search.largest_within(curve, budget)] if whole_curve else curve[-1:]
+        chosen = [search.largest_within(curve, options.budget)] if options.whole_curve else curve[-1:]
         candidates, latency = search.measured(chosen), None
-    return _Found(curve, candidates, [], latency)
+    return _Found(dense, curve, candidates, [], latency)
 
 
-def _of_any_sizes(search, budget, dense, points):
-    unit = "parameters" if "parameters" in budget else "macs"
+def _of_any_sizes(search):
+    options, dense = search.options, search.dense()
+    unit = "parameters" if "parameters" in options.budget else "macs"
     whole = search.whole(unit)
-    compared = search.all_measured({share: search.candidates(share * whole, unit) for share in points})
-    curve = search.curve(budget, [(share, search.best(found)) for share, found in compared.items()])
-    if not _is_size(budget):
-        candidates, latency = _within_measured(search, budget, dense, curve)
+    compared = search.all_measured({share: search.candidates(share * whole, unit) for share in options.points or ()})
+    curve = search.curve(options.budget, [(share, search.best(found)) for share, found in compared.items()])
+    if not options.is_size:
+        candidates, latency = _within_measured(search, dense, curve)
     else:
-        room, latency = search.room(budget), None
+        room, latency = search.room(options.budget), None
         candidates = next((found for share, found in compared.items() if limit_of(share, whole) == room), None)
         candidates = candidates or search.measured(search.candidates(room, unit))
     others = [candidate for found in compared.values() if found is not candidates for candidate in found]
-    return _Found(curve, candidates, others, latency)
+    return _Found(dense, curve, candidates, others, latency)
 
 
-def _within_measured(search, budget, dense, curve, widths=()):
+def _within_measured(search, dense, curve, widths=()):
     """`(candidates, share of the time)` within a budget that only measuring tells."""
+    budget = search.options.budget
     if "latency" in budget:
         return within_latency(search, _first(search.held), budget["latency"], widths)
     return within_drop(search, [dense, *curve], budget["max_drop"]), None
 
 
-def _is_size(budget):
-    """Whether a budget is one that the sizes of the blocks tell."""
-    return bool(budget.keys() & {"parameters", "macs"})
+def _plan_of(search, found, started):
+    """The plan with the best of what was found, made in the time since `started`."""
+    options = search.options
+    return plan_of(
+        search,
+        [found.dense, *(search.measured(found.curve) if options.whole_curve else found.curve)],
+        search.best(found.candidates),
+        [*found.others, *found.candidates],
+        started,
+        fingerprint=weights_fingerprint(search.inner),
+        score_name=search.score.name,
+        budget=options.budget,
+        latency=found.latency,
+        constant_term=options.constant_term,
+        metric=search.metric_report,
+    )
 
 
 def _dense_blocks(inner, blocks, multiple_of):
@@ -373,10 +352,19 @@ def _dense_blocks(inner, blocks, multiple_of):
     return chosen, {"parameters": count_parameters(inner), "macs": sum(block.macs for block in everything)}
 
 
-def _uniform_widths(inner, chosen, budget, shares, multiple_of, constant_term, whole):
-    """`[{block: the neurons that it keeps}]`, largest first, all of which the native class can hold."""
-    groups = width_groups(inner, chosen, multiple_of)
-    rows = widths_for(groups, budget, shares, constant_term, whole)
+def _widths_in_reach(inner, chosen, whole, options):
+    """`[{block: the neurons that it keeps}]` of a plan of one width, largest first, all of which the native class can
+    hold; `None` for other plans.
+
+    Raises:
+        ValueError: Nothing is as small as the budget.
+    """
+    if not options.uniform_width:
+        refuse_unreachable(whole, chosen, options)
+        return None
+    groups = width_groups(inner, chosen, options.multiple_of)
+    shares = (options.points or options.levels) if options.whole_curve or not options.is_size else []
+    rows = widths_for(groups, options.budget, shares, options.constant_term, whole)
     for row in rows:
         check_native(inner, groups, row)
     return [counts_of(groups, row) for row in rows]
@@ -385,14 +373,3 @@ def _uniform_widths(inner, chosen, budget, shares, multiple_of, constant_term, w
 def _first(held):
     """The first batch of the first process that has one."""
     return next(batch for part in processes.gathered(held[:1]) for batch in part)
-
-
-def _check(uniform_width, rank_shares, constant_term, multiple_of, points):
-    if uniform_width and rank_shares is not RANK_SHARES:
-        raise ValueError("`uniform_width` leaves no linear part: leave `rank_shares` out.")
-    if constant_term not in ("native", "always"):
-        raise ValueError(f'`constant_term` must be "native" or "always", got {constant_term!r}.')
-    if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
-        raise ValueError(f"`multiple_of` must be an integer of at least 1, got {multiple_of!r}.")
-    if points is not None and (not points or not all(0 < share < 1 for share in points)):
-        raise ValueError(f"`points` must be shares in (0, 1), got {list(points)}.")

@@ -263,7 +263,7 @@ def test_a_budget_that_cannot_be_met(bert, text_file, tmp_path, error, monkeypat
     def search(*args, **kwargs):
         raise AssertionError("the data was read")
 
-    monkeypatch.setattr("hf_layercollapse.planning.split_data", search)
+    monkeypatch.setattr("hf_layercollapse.calibration.split_data", search)
     collapse = ["collapse", bert, "--data", text_file, "--output", tmp_path / "out"]
     assert "cannot be met" in error(*collapse, "--budget", "parameters=0.001")
     assert not list(tmp_path.glob(f"{SAVING_PREFIX}*"))
