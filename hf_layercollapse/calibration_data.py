@@ -343,6 +343,14 @@ def model_inputs(data: Any, processing_class: Any, model: nn.Module) -> Any:
     return CalibrationData(data, processing_class, model)
 
 
+def both_model_inputs(
+    calibration_data: Any, evaluation_data: Any, processing_class: Any, model: nn.Module
+) -> tuple[Any, Any]:
+    """[`model_inputs`] of what is fitted to, and of what is measured on."""
+    fitted, held = (model_inputs(data, processing_class, model) for data in (calibration_data, evaluation_data))
+    return fitted, held
+
+
 def longest_row(max_length: int | None, model: nn.Module, tokenizer: Any) -> int:
     """Tokens of a row at most: as asked for, or what the model and its tokenizer take, up to [`MOST_TOKENS`].
 

@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from accelerate.utils import is_compiled_module
 from torch import nn
-from transformers.modeling_utils import PreTrainedModel
 
 from . import processes
 from .adapters import is_copied, restored_on_error
 from .blocks import BoundBlock, bind_blocks, check_weights, confirm_wiring, survey
 from .calibration import RANGE_TOKENS, Calibration
 from .calibration_data import model_inputs
-from .classes import refuse_lost_code
 from .config import LayerCollapseConfig
 from .families import FeedForwardBlock
 from .fitting import BlockFitting
@@ -39,6 +37,7 @@ from .patching import (
     layer_collapse_config_of,
     refresh_layer_collapse,
     refuse_lost_code_inside,
+    unwrap_savable,
 )
 from .plans import CollapsePlan
 from .predictions import without_labels
@@ -108,15 +107,9 @@ def collapse_model(
             class knows it. Nothing has been changed then, and neither after Ctrl-C.
     """
     _check_arguments(config, plan, max_error)
-    inner, wrappers = unwrap(model)
-    if isinstance(inner, PreTrainedModel):
-        refuse_lost_code(inner)
+    inner, wrappers = unwrap_savable(model)
     calibration_data = model_inputs(calibration_data, processing_class, model)
-    was_patched = bool(collapsible_activations(inner))
-    # What a model was collapsed with earlier says nothing of its other blocks.
-    options = config or (layer_collapse_config_of(inner) if was_patched else None) or LayerCollapseConfig()
-    if plan is not None:
-        options = replace(options, constant_term=plan.constant_term)
+    options = _options_for(inner, config, plan)
     # Everything is checked before anything is changed.
     with Progress("Collapse") as progress, _adapters_merged(model, inner, options, allow_none), Trial() as trial:
         chosen, engine = _choose(inner, config, options, plan, calibration_data is not None, allow_none), None
@@ -127,21 +120,10 @@ def collapse_model(
         _refuse_errors(merges, max_error)
         restored = chosen.waiting if options.not_ready == "restore" else []
         difference = None if engine is None else _largest_difference(engine, merges, restored)
-
         parameters_before = count_parameters(inner)
-        for merge in merges:
-            for exchange in trial.put(merge):
-                offload_like(exchange.new, merge.block.down)
-        trial.restore(restored)
-        # What the model was patched with describes all that came of it; else the last collapse is what is recorded.
-        done = replace(options, blocks=[merge.block.name for merge in merges]) if merges else None
-        replaced = [exchange.new for exchange in trial.exchanges]
-        refresh_layer_collapse(inner, None if was_patched else done, wrappers, replaced, default=done)
-        trial.keep()
-
-    reports = [merge.report for merge in merges] + [_waiting_report(block, options) for block in chosen.waiting]
+        _put_for_good(trial, merges, restored, inner, wrappers, options)
     return CollapseReport(
-        sorted(reports, key=lambda report: report.index),
+        _block_reports(merges, chosen.waiting, options),
         parameters_before,
         count_parameters(inner),
         difference,
@@ -149,12 +131,32 @@ def collapse_model(
     )
 
 
+def _options_for(inner, config, plan):
+    """What says how blocks collapse: the config, or what the model was patched with; a plan says it of its blocks."""
+    # What a model was collapsed with earlier says nothing of its other blocks.
+    patched_with = layer_collapse_config_of(inner) if collapsible_activations(inner) else None
+    options = config or patched_with or LayerCollapseConfig()
+    return options if plan is None else replace(options, constant_term=plan.constant_term)
+
+
+def _put_for_good(trial, merges, restored, inner, wrappers, options):
+    """Puts merges in place and restores blocks, and writes it into the model's config."""
+    was_patched = bool(collapsible_activations(inner))
+    for merge in merges:
+        for exchange in trial.put(merge):
+            offload_like(exchange.new, merge.block.down)
+    trial.restore(restored)
+    # What the model was patched with describes all that came of it; else the last collapse is what is recorded.
+    done = replace(options, blocks=[merge.block.name for merge in merges]) if merges else None
+    replaced = [exchange.new for exchange in trial.exchanges]
+    refresh_layer_collapse(inner, None if was_patched else done, wrappers, replaced, default=done)
+    trial.keep()
+
+
 def _check_arguments(config, plan, max_error):
     if config is not None and not isinstance(config, LayerCollapseConfig):
         raise TypeError(f"`config` must be a LayerCollapseConfig, got {type(config).__name__}.")
     if plan is not None:
-        from .plans import CollapsePlan
-
         if not isinstance(plan, CollapsePlan):
             raise TypeError(f"`plan` must be a CollapsePlan, got {type(plan).__name__}.")
     if max_error is not None:
@@ -469,6 +471,12 @@ def _refuse_errors(merges, max_error):
             f"The relative error of {len(above)} merged blocks is above max_error={max_error}; nothing was changed. "
             f"Train until alpha is closer to 1, pass `calibration_data`, or raise `max_error`.{listed}"
         )
+
+
+def _block_reports(merges, waiting, options):
+    """What became of every block that was looked at, in forward order."""
+    reports = [merge.report for merge in merges] + [_waiting_report(block, options) for block in waiting]
+    return sorted(reports, key=lambda report: report.index)
 
 
 def _waiting_report(block, options):

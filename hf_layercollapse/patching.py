@@ -67,9 +67,7 @@ def apply_layer_collapse(
     config = LayerCollapseConfig() if config is None else config
     if not isinstance(config, LayerCollapseConfig):
         raise TypeError(f"`config` must be a LayerCollapseConfig, got {type(config).__name__}.")
-    inner, wrappers = unwrap(model)
-    if isinstance(inner, PreTrainedModel):
-        refuse_lost_code(inner)
+    inner, wrappers = unwrap_savable(model)
     blocks, refused = survey(inner)
     if collapsible_activations(inner):
         raise ValueError("The model is patched already. `remove_layer_collapse(model)` takes it back to dense.")
@@ -238,6 +236,14 @@ def carriers_of(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel)]
     inside = {id(part) for _, outer in found for part in outer.modules() if part is not outer}
     return [(name, outer) for name, outer in found if id(outer) not in inside]
+
+
+def unwrap_savable(model: nn.Module) -> tuple[Any, list[Any]]:
+    """[`unwrap`] for what is to change in place; raises as `refuse_lost_code` does, before any data is read."""
+    inner, wrappers = unwrap(model)
+    if isinstance(inner, PreTrainedModel):
+        refuse_lost_code(inner)
+    return inner, wrappers
 
 
 def refuse_lost_code_inside(model: nn.Module, blocks: Iterable[BoundBlock]) -> None:

@@ -14,7 +14,7 @@ from .block_sizes import RANK_SHARES
 from .blocks import check_weights, survey
 from .budgets import limit_of, one_budget
 from .calibration import Calibration
-from .calibration_data import model_inputs
+from .calibration_data import both_model_inputs
 from .merging import has_constant, make_merge
 from .models import count_parameters, unwrap
 from .moments import bytes_to_fit
@@ -126,7 +126,7 @@ def linearity_map(
     """
     inner, _ = unwrap(model)
     _, chosen = _candidates(inner, blocks)
-    data = [model_inputs(part, processing_class, model) for part in (calibration_data, evaluation_data)]
+    data = both_model_inputs(calibration_data, evaluation_data, processing_class, model)
     score = _score_of(model, metric)
     with Progress("Linearity map") as progress:
         engine, held = Calibration.holding_aside(model, inner, *data, max_memory, token_mask_fn, progress)
@@ -258,7 +258,7 @@ def plan_collapse(
     inner, _ = unwrap(model)
     chosen, whole = _dense_blocks(inner, blocks, multiple_of)
     widths = _widths_in_reach(inner, chosen, whole, options)
-    data = [model_inputs(part, processing_class, model) for part in (calibration_data, evaluation_data)]
+    data = both_model_inputs(calibration_data, evaluation_data, processing_class, model)
     score = _score_of(model, metric)
     with Progress("Plan") as progress:
         engine, held = Calibration.holding_aside(model, inner, *data, max_memory, token_mask_fn, progress)

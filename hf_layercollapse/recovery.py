@@ -13,7 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import processes
-from .calibration_data import model_inputs
+from .calibration_data import both_model_inputs
 from .data_reading import split_data
 from .memory import MemoryBudget
 from .models import device_of, evaluating, inputs_of, unwrap
@@ -126,42 +126,44 @@ def recover_model(
     _check_numbers(max_steps, learning_rate, top_k)
     inner, _ = unwrap(model)
     parameters = _trained(model, inner, teacher)
-    calibration_data, evaluation_data = (
-        model_inputs(data, processing_class, model) for data in (calibration_data, evaluation_data)
-    )
+    data = both_model_inputs(calibration_data, evaluation_data, processing_class, model)
     _check_labels(inner, unwrap(teacher)[0])
+    _refuse_several_processes()
+    training, held = split_data(*data, MemoryBudget(), is_encoder_decoder(inner))
+    started = time.perf_counter()
+    with evaluating(model), evaluating(teacher), _restored_on_failure(model), _in_float32(model):
+        run = _Run(model, inner, _Targets(teacher, top_k), parameters, learning_rate, max_steps, seed)
+        curve, best, held_count = _steps_to_the_best(run, training, held)
+    (_, _, before), (steps, _, _) = curve[0], curve[-1]
+    seconds = time.perf_counter() - started
+    return RecoveryReport(
+        run.targets.unit, before, best.value, steps, best.step, curve, run.predictions, held_count, seconds
+    )
+
+
+def _steps_to_the_best(run, training, held):
+    """Trains until the last step, or until it only loses, and puts back the weights that were best on the rows held
+    aside: `(curve, best, predictions held aside)`, the curve as in [`RecoveryReport`]."""
+    before, held_count = run.measure(held)
+    curve: list[tuple[int, float | None, float]] = [(0, None, before)]
+    best, lost = _Best(run.parameters, before), 0
+    for step, loss in run.steps(training, every=max(1, -(-run.max_steps // EVALUATIONS))):
+        value, _ = run.measure(held)
+        curve.append((step, loss, value))
+        best.see(step, value)
+        lost = lost + 1 if value > HOPELESS * before else 0
+        if lost == PATIENCE:
+            break
+    best.put_back()
+    return curve, best, held_count
+
+
+def _refuse_several_processes():
     if processes.count() > 1:
         raise ValueError(
             "`recover_model` trains in one process. In several, train the collapsed model with LayerCollapseTrainer, "
             "`distillation_weight` and the dense model as `teacher`."
         )
-    training, held = split_data(calibration_data, evaluation_data, MemoryBudget(), is_encoder_decoder(inner))
-    started = time.perf_counter()
-    with evaluating(model), evaluating(teacher), _restored_on_failure(model), _in_float32(model):
-        targets = _Targets(teacher, top_k)
-        before, held_count = _measure(model, inner, held, targets)
-        run = _Run(model, inner, targets, parameters, learning_rate, max_steps, seed)
-        curve: list[tuple[int, float | None, float]] = [(0, None, before)]
-        best, lost = _Best(parameters, before), 0
-        for step, loss in run.steps(training, every=max(1, -(-max_steps // EVALUATIONS))):
-            value, _ = _measure(model, inner, held, targets)
-            curve.append((step, loss, value))
-            best.see(step, value)
-            lost = lost + 1 if value > HOPELESS * before else 0
-            if lost == PATIENCE:
-                break
-        best.put_back()
-    return RecoveryReport(
-        targets.unit,
-        before,
-        best.value,
-        curve[-1][0],
-        best.step,
-        curve,
-        run.predictions,
-        held_count,
-        time.perf_counter() - started,
-    )
 
 
 def _trained(model, inner, teacher):
@@ -319,19 +321,6 @@ def _divergence(model, inner, inputs, targets, key):
     return total, count
 
 
-@torch.no_grad()
-def _measure(model, inner, data, targets):
-    """`(mean divergence, predictions)` on rows held aside."""
-    device = device_of(model)
-    total, count = 0.0, 0
-    for index, batch in enumerate(tqdm(data, desc="Measuring", leave=False)):
-        part, rows = _divergence(model, inner, inputs_of(batch, device), targets, ("held", index))
-        total, count = total + float(part), count + rows
-    if not count:
-        raise ValueError("There is no row to hold aside: pass more calibration data, or `evaluation_data`.")
-    return _finite(total / count), count
-
-
 def _finite(value):
     if not torch.isfinite(torch.tensor(value)):
         raise ValueError(f"The divergence from the teacher is {value}: the model's or the teacher's outputs are.")
@@ -355,6 +344,19 @@ class _Run:
     def predictions(self):
         """How many different ones were trained on."""
         return sum(self._seen.values())
+
+    @torch.no_grad()
+    def measure(self, data):
+        """`(mean divergence, predictions)` on rows held aside."""
+        device = device_of(self.model)
+        total, count = 0.0, 0
+        for index, batch in enumerate(tqdm(data, desc="Measuring", leave=False)):
+            inputs = inputs_of(batch, device)
+            part, rows = _divergence(self.model, self.inner, inputs, self.targets, ("held", index))
+            total, count = total + float(part), count + rows
+        if not count:
+            raise ValueError("There is no row to hold aside: pass more calibration data, or `evaluation_data`.")
+        return _finite(total / count), count
 
     def steps(self, data, every):
         """Yields `(step, mean divergence since the last yield)` after every so many steps, and at the end."""
