@@ -134,13 +134,13 @@ def second_moments_(
     mirror_(moments_oo)
     pairs = ((moments_ff, mean_f, mean_f), (cross_fo, mean_f, mean_o), (moments_oo, mean_o, mean_o))
     for moments, first, second in pairs:
-        moments.div_(total).addr_(first.to(moments), second.to(moments), alpha=-1)
+        moments.addr_(first.to(moments), second.to(moments), beta=1 / total, alpha=-1)
     return mean_f, mean_o, moments_ff, cross_fo, moments_oo
 
 
 def mirror_(matrix_ff):
     """Copies the upper triangle of a square matrix onto the lower one, in place."""
-    for rows in _strips(matrix_ff.shape[0]):
+    for rows in _strips(matrix_ff.shape[0], 128):  # what is on the diagonal is copied: little
         on_diagonal = matrix_ff[rows, rows]
         on_diagonal.copy_(on_diagonal.triu() + on_diagonal.triu(1).T)
         matrix_ff[rows.stop :, rows] = matrix_ff[rows, rows.stop :].T
