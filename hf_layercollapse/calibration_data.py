@@ -1,5 +1,6 @@
 """Calibration data as models read it, made of what people have: texts, pairs, conversations, images, sounds."""
 
+import copy
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -119,6 +120,24 @@ class CalibrationData:
                 taken = signature(self.model.forward).parameters
                 batch = {name: value for name, value in batch.items() if name in taken}
             yield batch
+
+    def part(self, index: int, count: int) -> "CalibrationData":
+        """Every `count`-th of the rows (or of the batches that it was given), from this one on: what one of several
+        processes reads.
+
+        Raises:
+            ValueError: There are fewer than `count`.
+        """
+        part = copy.copy(self)
+        if self._batches is not None:
+            part._batches = list(islice(self._batches, index, None, count))
+            left, what = part._batches, "batches"
+        else:
+            left = part._rows = self._rows[index::count]
+            what = "rows"
+        if not left:
+            raise ValueError(f"The calibration data has fewer {what} than there are processes ({count}).")
+        return part
 
     def __str__(self):
         """What was read, in one line."""

@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
+from . import processes
 from ._version import __version__
 from .budgets import parse_budget
 from .calibration_data import CalibrationData, longest_row
@@ -79,8 +80,13 @@ def _version(wanted: bool):
         raise typer.Exit()
 
 
+# Commands that several processes can share the work of.
+SHARED = ("inspect", "collapse")
+
+
 @app.callback()
 def program(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print versions and stop.")
     ] = False,
@@ -89,6 +95,11 @@ def program(
     ] = False,
 ):
     _asked["traceback"] = traceback
+    if processes.launched() > 1 and context.invoked_subcommand not in SHARED:
+        raise ValueError(
+            f"{context.invoked_subcommand} runs in one process, and {processes.launched()} were launched; "
+            f"{' and '.join(SHARED)} run in several."
+        )
 
 
 # What was asked of the program as a whole.
@@ -114,17 +125,20 @@ def inspect(
         raise ValueError("--plot shows what is measured on data: pass --data too.")
     MemoryBudget(max_memory)  # refuses what is none, before the model is loaded
     on, out = usable_device(device), Output(json_file)
-    live = load_model(model, trust_remote_code).to(on)
+    with processes.together():
+        live = load_model(model, trust_remote_code).to(on)
     if data is None:
         out.say(_blocks_table(live))
         out.write([{key: getattr(b, key) for key in _COLUMNS} for b in find_feed_forward_blocks(live)])
         return
-    read = read_data(live, load_processor(live, model, options, trust_remote_code), data, options)
-    out.say(f"data: {read}")
-    result = linearity_map(live, read, blocks or "all", max_memory=max_memory)
+    with processes.together():
+        read = read_data(live, load_processor(live, model, options, trust_remote_code), data, options)
+        out.say(f"data: {read}")
+        own = read.part(processes.rank(), processes.count())
+    result = linearity_map(live, own, blocks or "all", max_memory=max_memory)
     out.say(result)
     out.write(result.to_dict())
-    if plot is not None:
+    if plot is not None and processes.rank() == 0:
         from .plotting import plot_linearity
 
         plot_linearity(result, [plot])
@@ -204,23 +218,29 @@ def collapse(
 ):
     """Collapses a model under a budget, with no training or a short one without labels, and saves it."""
     _check_budget_or_plan(budget, plan, blocks, uniform_width, multiple_of, save_plan)
+    if recovery_steps and processes.launched() > 1:
+        raise ValueError("--recovery-steps trains in one process: leave it out, or launch one.")
     wanted = parse_budget(budget, "--budget") if budget is not None else {}
     MemoryBudget(max_memory)
     check_files(save_plan=save_plan, plot=plot, json=json_file)
     on, out, started = usable_device(device), Output(json_file), time.perf_counter()
     made = CollapsePlan.load(plan) if plan is not None else None
     with new_folder(output) as folder:
-        live = load_model(model, trust_remote_code).to(on)
-        processor = load_processor(live, model, options, trust_remote_code)
-        read = read_data(live, processor, data, options)
-        out.say(f"data: {read}")
-        out.say(_estimate(live, read, made is None, recovery_steps))
+        with processes.together():
+            live = load_model(model, trust_remote_code).to(on)
+            processor = load_processor(live, model, options, trust_remote_code)
+            everything = read_data(live, processor, data, options)
+            out.say(f"data: {everything}")
+            read = everything.part(processes.rank(), processes.count())
+            out.say(_estimate(live, read, made is None, recovery_steps))
         if made is None:
             shape: dict[str, Any] = {**wanted, "uniform_width": uniform_width, "multiple_of": multiple_of}
             made = plan_collapse(live, read, blocks=blocks or "all", max_memory=max_memory, **shape)
-        _show_plan(made, out, save_plan, plot)
+        with processes.together():
+            _show_plan(made, out, save_plan, plot)
         report, recovery = _collapsed_and_recovered(live, made, read, recovery_steps, max_memory)
-        _save_collapsed(live, processor, report, folder, output.name, model)
+        with processes.together():
+            _save_collapsed(live, processor, report, folder, output.name, model)
     _say_collapsed(out, live, report, recovery, output)
     out.write({**_results(made, report, recovery, output), "seconds": time.perf_counter() - started})
 
@@ -237,9 +257,10 @@ def _check_budget_or_plan(budget, plan, blocks, uniform_width, multiple_of, save
 def _show_plan(plan, out, save_plan, plot):
     """Says a plan, writes it and plots it where that was asked for; raises if it collapses nothing."""
     out.say(f"{plan}\n")
-    if save_plan is not None:
+    first = processes.rank() == 0
+    if save_plan is not None and first:
         plan.save(save_plan)
-    if plot is not None:
+    if plot is not None and first:
         from .plotting import plot_plan
 
         plot_plan(plan, [plot])
@@ -257,7 +278,10 @@ def _collapsed_and_recovered(model, plan, batches, recovery_steps, max_memory):
 
 
 def _save_collapsed(model, processor, report, folder, name, source):
-    """Writes a collapsed model with its card, its processor, and what sentence-transformers needs of its source."""
+    """Writes a collapsed model with its card, its processor, and what sentence-transformers needs of its source; where
+    a folder was made for that."""
+    if folder is None:
+        return
     model.save_pretrained(folder)
     base = None if Path(source).exists() else source
     create_model_card(model, report, name=name, base_model=base).save(folder / "README.md")
@@ -613,3 +637,7 @@ def main():
         message = " ".join(str(error).split())
         print(f"layercollapse: {message}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import torch
 
+from . import processes
 from .models import written_beside
 
 
@@ -116,13 +117,16 @@ def with_options(command):
 
 
 def usable_device(name) -> torch.device:
-    """The device of this name.
+    """The device of this name. Processes that were launched together join here: each has a device of its own.
 
     Raises:
         ValueError: There is none, or nothing can be computed on it.
     """
     try:
         device = torch.device(name)
+        if processes.launched() > 1 and device.index is not None:
+            raise RuntimeError(f"each of {processes.launched()} processes has one of its own, say {device.type}.")
+        processes.join(on_cpu=device.type == "cpu")
         torch.zeros(1, device=device)
     # What torch raises depends on the kind of the device.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -168,17 +172,27 @@ def new_folder(path):
 
     It is made at once, beside the other, so that a place that cannot be written is refused before the work.
 
+    Of several processes the first makes it; the others get `None`.
+
     Raises:
         ValueError: `path` is there already and not an empty folder, or cannot be made.
     """
-    check_new_folder(path)
     with contextlib.ExitStack() as stack:
-        try:
-            beside = stack.enter_context(written_beside(path))
-            beside.mkdir()
-        except OSError as error:
-            raise ValueError(f"--output {path} cannot be made: {error.strerror}.") from error
+        with processes.together():
+            beside = _beside(path, stack) if processes.rank() == 0 else None
         yield beside
+        with processes.together():
+            stack.pop_all().close()
+
+
+def _beside(path, stack):
+    check_new_folder(path)
+    try:
+        beside = stack.enter_context(written_beside(path))
+        beside.mkdir()
+    except OSError as error:
+        raise ValueError(f"--output {path} cannot be made: {error.strerror}.") from error
+    return beside
 
 
 def check_new_folder(path):
@@ -193,7 +207,7 @@ def check_new_folder(path):
 
 
 class Output:
-    """Where a command's words and its JSON go.
+    """Where a command's words and its JSON go. Of several processes the first says and writes.
 
     Args:
         json_file (`Path`, *optional*): For the JSON; `-` is stdout, and the words then go to stderr.
@@ -205,14 +219,16 @@ class Output:
 
     def say(self, text):
         """Words for the reader."""
-        typer.echo(str(text), err=self.to_stdout)
+        if processes.rank() == 0:
+            typer.echo(str(text), err=self.to_stdout)
 
     def write(self, values):
         """The result as plain data."""
-        if self.json_file is None:
-            return
-        text = json.dumps(values, indent=1)
-        if self.to_stdout:
-            typer.echo(text)
-        else:
-            self.json_file.write_text(text + "\n", encoding="utf-8")
+        with processes.together():
+            if self.json_file is None or processes.rank() > 0:
+                return
+            text = json.dumps(values, indent=1)
+            if self.to_stdout:
+                typer.echo(text)
+            else:
+                self.json_file.write_text(text + "\n", encoding="utf-8")

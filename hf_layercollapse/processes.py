@@ -4,14 +4,35 @@ They are those of `torch.distributed`, as `accelerate launch` starts them. What 
 inside of [`alone`].
 """
 
+import atexit
 import contextlib
 import contextvars
+import os
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 
 
 _ALONE = contextvars.ContextVar("alone", default=False)
+
+
+def launched() -> int:
+    """How many processes `accelerate launch` or torchrun started of this program, 1 without them; whether or not they
+    have joined yet."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join(on_cpu: bool):
+    """Joins the processes that were launched with this one, if any. Each has an accelerator of its own from then on,
+    the one that torch takes where a device has no index.
+
+    Args:
+        on_cpu (`bool`): Whether they compute on the CPU all the same.
+    """
+    if launched() > 1 and not dist.is_initialized():
+        PartialState(cpu=on_cpu)
+        atexit.register(dist.destroy_process_group)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """What tests/test_processes.py has one or two processes do: each reads its part of the rows."""
 
+import contextlib
+import io
 import sys
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from hf_layercollapse import (  # noqa: E402
     recover_model,
 )
 from hf_layercollapse import processes as several  # noqa: E402
+from hf_layercollapse.cli import main  # noqa: E402
+from tests.command_line import lines_of_words, save_text_model  # noqa: E402
 from tests.models import BY_NAME, text_inputs  # noqa: E402
 
 
@@ -93,8 +97,46 @@ def refusals(rank, count):
     return found
 
 
+def of_the_shell(*arguments):
+    """`(exit code, last line of stderr)` of the command line in this process."""
+    sys.argv, errors = ["layercollapse", *map(str, arguments)], io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            main()
+            code = 0
+        except SystemExit as exit_:
+            code = exit_.code
+    return code, errors.getvalue().strip().split("\n")[-1].split("\r")[-1]
+
+
+def shell_refusals(rank, folder):
+    """What the command line refuses, whichever process sees it."""
+    model, lines, two = folder / "model", folder / "lines.txt", folder / "two.txt"
+    if rank == 0:
+        folder.mkdir()
+        save_text_model(model)
+        lines.write_text("\n".join(lines_of_words(80)))
+        two.write_text("a b c\n")
+    dist.barrier()
+    # The second process is given other arguments than the first where only one can see what is wrong.
+    found, budget = {}, ["--budget", "macs=0.5"]
+    missing = folder / "missing.txt" if rank == 1 else lines
+    nowhere = folder / "none" / "new" if rank == 0 else folder / "new"
+    found["no data"] = of_the_shell("collapse", model, "--data", missing, "--output", folder / "new", *budget)
+    found["no folder"] = of_the_shell("collapse", model, "--data", lines, "--output", nowhere, *budget)
+    found["few rows"] = of_the_shell("inspect", model, "--data", two)
+    training = ["--output", folder / "new", "--recovery-steps", 3]
+    found["recovery"] = of_the_shell("collapse", model, "--data", lines, *budget, *training)
+    found["compare"] = of_the_shell("compare", model, model, "--data", lines)
+    dist.barrier()
+    found["left"] = sorted(path.name for path in folder.iterdir())
+    return found
+
+
 if __name__ == "__main__":
     state = PartialState(cpu=True)
     assert state.num_processes == 2 and dist.is_initialized()
     results = {"run": run(state.process_index, 2), "refused": refusals(state.process_index, 2)}
-    torch.save(results, Path(sys.argv[1]) / f"results_{state.process_index}.pt")
+    folder = Path(sys.argv[1])
+    results["shell"] = shell_refusals(state.process_index, folder / "shell")
+    torch.save(results, folder / f"results_{state.process_index}.pt")

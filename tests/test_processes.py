@@ -1,9 +1,14 @@
 """Two gloo processes calibrate one model, each on its part of the data: as one does on all of it, and alike to the
 bit."""
 
+import json
+import re
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from tests import command_line
 from tests.processes_run import CONFIGS, run
 from tests.test_distributed import ROOT, launch, launched
 
@@ -57,3 +62,49 @@ def test_what_one_process_is_given_wrong_both_say(results):
     assert first["other model"] == second["other model"] and "Processes [1] hold another model" in first["other model"]
     assert " on process 1: " in first["broken"]
     assert "`recover_model` trains in one process" in first["recovery"]
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory):
+    """`(folder, arguments of a collapse into a folder there)`, of a model and a text file."""
+    folder = tmp_path_factory.mktemp("shell")
+    command_line.save_text_model(folder / "model")
+    (folder / "lines.txt").write_text("\n".join(command_line.lines_of_words(80)) + "\n")
+
+    def collapse(name):
+        arguments = ["collapse", folder / "model", "--data", folder / "lines.txt", "--budget", "macs=0.5"]
+        told = ["--json", folder / f"{name}.json", "--save-plan", folder / f"{name}.plan"]
+        return [*arguments, "--output", folder / name, *told]
+
+    return folder, collapse
+
+
+def test_the_command_line_in_two_processes_is_that_in_one(shell):
+    folder, collapse = shell
+    done = launch("ddp.yaml", "hf_layercollapse.cli", *collapse("two"), options=["--cpu", "-m"])
+    assert command_line.run(*collapse("one")).exit_code == 0
+    # Said once.
+    assert len(re.findall("^(?:data: |Saved in )", done.stdout, re.MULTILINE)) == 2
+    assert {path.name for path in (folder / "two").iterdir()} == {path.name for path in (folder / "one").iterdir()}
+    weights = [load_file(folder / name / "model.safetensors") for name in ("two", "one")]
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-4)
+    told = [json.loads((folder / f"{name}.json").read_text()) for name in ("two", "one")]
+    for part in ("plan", "report"):
+        assert_alike(told[0][part], told[1][part], 1e-3)
+    assert json.loads((folder / "two.plan").read_text()) == told[0]["plan"]
+
+
+def test_what_the_command_line_refuses_all_processes_say(results):
+    for result in results:
+        for name, words in {
+            "no data": "there is no such file",
+            "no folder": "Make it first",
+            "few rows": "fewer rows than there are processes (2)",
+            "recovery": "--recovery-steps trains in one process",
+            "compare": "compare runs in one process, and 2 were launched",
+        }.items():
+            code, line = result["shell"][name]
+            assert code == 1 and line.startswith("layercollapse: ") and words in line, (name, line)
+        assert result["shell"]["left"] == ["lines.txt", "model", "two.txt"]
