@@ -17,7 +17,8 @@ from .moments import MomentSums, RangeSums, bytes_of_sums
 from .neuron_statistics import Turns
 from .plans import weights_fingerprint
 from .progress import Progress
-from .rows import sample
+from .reports import DataReport
+from .rows import row_count, sample
 from .token_filter import TokenFilter, is_encoder_decoder
 
 
@@ -91,6 +92,11 @@ class Calibration:
     def sample(self, most_rows, most_tokens) -> list:
         """Some batches of the data; see [`rows.sample`]."""
         return sample(self.rows, most_rows, most_tokens)
+
+    def data_report(self, held=()) -> DataReport:
+        """What was read so far, beside these batches that were held aside."""
+        aside = sum(processes.gathered(sum(row_count(batch) or 1 for batch in held)))
+        return DataReport(self.rows.rows, self.rows.distinct, self.most_tokens, aside)
 
     def neuron_scores(self, blocks):
         """Block name -> a score of each neuron; see [`neuron_statistics.score_neurons`]."""

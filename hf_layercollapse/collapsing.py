@@ -42,7 +42,7 @@ from .patching import (
 from .plans import CollapsePlan
 from .predictions import without_labels
 from .progress import Progress
-from .reports import BlockReport, CollapseReport, DataReport
+from .reports import BlockReport, CollapseReport
 from .selection import select_blocks
 from .upstream import offload_like, uncompiled
 
@@ -127,7 +127,7 @@ def collapse_model(
         parameters_before,
         count_parameters(inner),
         difference,
-        None if engine is None else DataReport(engine.rows.rows, engine.rows.distinct, engine.most_tokens),
+        None if engine is None else engine.data_report(),
     )
 
 

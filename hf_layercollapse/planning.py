@@ -32,6 +32,7 @@ from .plan_search import (
 )
 from .plans import CollapsePlan, weights_fingerprint
 from .progress import Progress
+from .reports import DataReport
 from .selection import select_blocks
 from .tables import table
 from .uniform_plans import LEVELS, counts_of, widths_for
@@ -71,11 +72,13 @@ class LinearityMap:
         score_name (`str`): What it is: `"divergence"` (of the predictions from the model's own, 0 as it is, see
             [`predictions`]) or `"metric"`.
         blocks (`list[BlockLinearity]`): In forward order.
+        data ([`DataReport`], *optional*): What was read of the calibration data.
     """
 
     score: float
     score_name: str
     blocks: list[BlockLinearity]
+    data: DataReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -93,7 +96,8 @@ class LinearityMap:
                     f"{block.macs:,} -> {block.macs_after:,}",
                 ]
             )
-        return table(rows) + f"\n{self.score_name} of the model as it is: {self.score:.4f}"
+        lines = [table(rows), f"{self.score_name} of the model as it is: {self.score:.4f}"]
+        return "\n".join(lines + ([] if self.data is None else [f"calibration data: {self.data}"]))
 
 
 def linearity_map(
@@ -132,10 +136,12 @@ def linearity_map(
         engine, held = Calibration.holding_aside(model, inner, *data, max_memory, token_mask_fn, progress)
         merges = _linear_maps(engine, chosen)
         before, *scores = score.of(inner, [[], *([merges[block.name]] for block in chosen)], held, progress=progress)
-    found = zip(chosen, scores, strict=True)
-    return LinearityMap(
-        before, score.name, [_block_linearity(merges[block.name].report, value - before) for block, value in found]
-    )
+        read = engine.data_report(held)
+    found = [
+        _block_linearity(merges[block.name].report, value - before)
+        for block, value in zip(chosen, scores, strict=True)
+    ]
+    return LinearityMap(before, score.name, found, read)
 
 
 def _linear_maps(engine, blocks):
@@ -332,6 +338,7 @@ def _plan_of(search, found, started):
         latency=found.latency,
         constant_term=options.constant_term,
         metric=search.metric_report,
+        data=search.engine.data_report(search.held),
     )
 
 

@@ -20,6 +20,7 @@ from .families import FeedForwardBlock
 from .loss_metric import MetricReport
 from .merging import BlockChoice
 from .models import written_beside
+from .reports import DataReport
 from .tables import table
 
 
@@ -71,6 +72,8 @@ class CollapsePlan:
         seconds (`float`, *optional*): What making the plan took.
         metric ([`loss_metric.MetricReport`], *optional*): How it was measured what outputs matter; `None` in plans of
             version 2 and before.
+        data ([`DataReport`], *optional*): What was read of the calibration data; `None` in plans of before December
+            2026.
     """
 
     fingerprint: str
@@ -84,6 +87,7 @@ class CollapsePlan:
     candidates: list[PlanPoint] = field(default_factory=list)
     seconds: float | None = None
     metric: MetricReport | None = None
+    data: DataReport | None = None
     version: int = PLAN_VERSION
     made_by: str = field(default=f"hf_layercollapse {__version__}")
 
@@ -163,7 +167,7 @@ class CollapsePlan:
         if values["version"] == 1 and "constant_term" not in values:
             values = {**values, "constant_term": "always", "version": PLAN_VERSION}
         names = {f.name for f in dataclasses.fields(cls)}
-        required = names - {"latency", "made_by", "candidates", "seconds", "metric"}
+        required = names - {"latency", "made_by", "candidates", "seconds", "metric", "data"}
         if values.keys() - names or required - values.keys():
             raise ValueError(
                 f"This is no collapse plan: missing {sorted(required - values.keys())}, unknown "
@@ -172,7 +176,8 @@ class CollapsePlan:
         try:
             lists = {name: [_point_from(point) for point in values.get(name, [])] for name in ("curve", "candidates")}
             metric = None if values.get("metric") is None else MetricReport(**values["metric"])
-            plan = cls(**{**values, **lists, "metric": metric, "version": PLAN_VERSION})
+            data = None if values.get("data") is None else DataReport(**values["data"])
+            plan = cls(**{**values, **lists, "metric": metric, "data": data, "version": PLAN_VERSION})
             curve = plan.curve
             checks = [is_count(plan.chosen) and plan.chosen < len(curve), isinstance(plan.neurons, dict)]
             checks.append(plan.constant_term in ("native", "always"))
@@ -229,6 +234,8 @@ class CollapsePlan:
             lines.append(f"measured time, as a share of the dense model's: {self.latency:.3f}")
         if self.metric is not None:
             lines.append(str(self.metric))
+        if self.data is not None:
+            lines.append(f"calibration data: {self.data}")
         return "\n".join(lines)
 
 

@@ -55,17 +55,20 @@ class DataReport:
     """What was read of calibration data.
 
     Args:
-        rows (`int`): All of them.
+        rows (`int`): All that were fitted to.
         distinct (`int`): Those that say something different, which are what is used.
         tokens (`int`): Tokens of theirs, or patches, that reached a block, padding left out.
+        held_aside (`int`): Further rows, that something was measured on.
     """
 
     rows: int
     distinct: int
     tokens: int
+    held_aside: int = 0
 
     def __str__(self):
-        return f"{self.rows:,} rows, {self.distinct:,} different, {self.tokens:,} tokens"
+        aside = f", {self.held_aside:,} rows held aside" if self.held_aside else ""
+        return f"{self.rows:,} rows, {self.distinct:,} different, {self.tokens:,} tokens{aside}"
 
 
 @dataclass(frozen=True)

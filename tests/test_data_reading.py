@@ -22,6 +22,7 @@ from hf_layercollapse.blocks import bind_blocks
 from hf_layercollapse.calibration import Calibration
 from hf_layercollapse.data_reading import read_calibration_data, split_data
 from hf_layercollapse.memory import MemoryBudget
+from hf_layercollapse.reports import DataReport
 from hf_layercollapse.rows import sample
 
 from .models import BY_NAME, text_inputs
@@ -76,6 +77,8 @@ def test_every_form_of_the_same_rows_gives_the_same_answer(form, of_a_list):
     torch.testing.assert_close(logits(other, inputs), logits(model, inputs), rtol=1e-4, atol=1e-4)
     assert (other_report.data.rows, other_report.data.distinct, other_report.data.tokens) == (60, 60, 420)
     assert other_report.data == report.data and "60 different, 420 tokens" in str(report)
+    assert other_plan.data == other_lines.data == DataReport(45, 45, 315, 15)
+    assert all("315 tokens, 15 rows held aside" in str(told) for told in (other_plan, other_lines))
     assert other_plan.point.choices == plan.point.choices and other_plan.neurons == plan.neurons
     assert other_plan.point.score == pytest.approx(plan.point.score, rel=1e-3)
     for one, another in zip(lines.blocks, other_lines.blocks, strict=True):
