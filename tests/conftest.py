@@ -16,6 +16,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
+import collections  # noqa: E402
 import logging  # noqa: E402
 
 import pytest  # noqa: E402
@@ -39,6 +40,29 @@ for _name in ("transformers.modeling_utils", "transformers.utils.loading_report"
     logging.getLogger(_name).addFilter(_DropNoise())
 for _handler in logging.getLogger("transformers").handlers:
     _handler.addFilter(_DropNoise())
+
+
+# Files of few tests that take long: what starts processes, trains or reads whole models. Begun last, one of them keeps
+# one process busy while the others have nothing left to do.
+FIRST = [
+    "test_distributed.py",
+    "test_sharded.py",
+    "test_faults.py",
+    "test_hub.py",
+    "test_recipes.py",
+    "test_remote_code.py",
+    "test_quickstart.py",
+    "test_processes.py",
+    "test_exporting.py",
+    "test_export_recipe.py",
+    "test_serving.py",
+]
+
+
+def pytest_collection_modifyitems(items):
+    """Files in the order in which processes are given them: those that take long, then by their number of tests."""
+    tests = collections.Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in FIRST, -tests[item.path], str(item.path)))
 
 
 def pytest_configure(config):
