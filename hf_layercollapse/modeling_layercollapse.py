@@ -183,12 +183,13 @@ def record_outputs(built):
     """Enters a class into the registry by which a model's forward knows what to record (hidden states, attentions).
 
     Filled by `PreTrainedModel.__init__` only, which a live model that changes its class has behind it. Upstream:
-    `output_capturing._CAN_RECORD_REGISTRY`, keyed by instances that are equal by class, `_can_record_outputs`.
+    `output_capturing._CAN_RECORD_REGISTRY`, a dictionary by the name of the class, `_can_record_outputs`. From 5.23 on
+    it makes that name of a model by itself; before, anything but a name in it stops `torch.compile` of every model.
     """
-    output_capturing._CAN_RECORD_REGISTRY[built.__new__(built)] = built._can_record_outputs
+    dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(built), built._can_record_outputs)
 
 
-require("_CAN_RECORD_REGISTRY" in dir(output_capturing), "output_capturing._CAN_RECORD_REGISTRY", transformers)
+require(isinstance(output_capturing._CAN_RECORD_REGISTRY, dict), "output_capturing._CAN_RECORD_REGISTRY", transformers)
 require("_can_record_outputs" in dir(PreTrainedModel), "PreTrainedModel._can_record_outputs", transformers)
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+from transformers import BertConfig, BertModel, PreTrainedConfig, PreTrainedModel, Trainer
+from transformers.utils import output_capturing
 
 import hf_layercollapse
 from hf_layercollapse import modeling_layercollapse, upstream
@@ -170,3 +171,17 @@ def test_checkpointing_and_scaled_losses_by_version(monkeypatch):
     monkeypatch.setattr(upstream, "TRANSFORMERS", (5, 16, 1))
     assert upstream.checkpointing_of(old) == (True, {})
     assert not upstream.loss_is_scaled(trainer, None)
+
+
+def test_what_a_class_records_is_found_under_its_name():
+    """By models of a class that was never constructed; and nothing else is in the registry, which stops compilers."""
+
+    class Unbuilt(BertModel):
+        pass
+
+    config = BertConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=2, intermediate_size=8, vocab_size=8)
+    model = BertModel(config).eval()
+    modeling_layercollapse.record_outputs(Unbuilt)
+    model.__class__ = Unbuilt
+    assert len(model(torch.arange(3)[None], output_hidden_states=True).hidden_states) == 3
+    assert all(isinstance(name, str) for name in output_capturing._CAN_RECORD_REGISTRY)
