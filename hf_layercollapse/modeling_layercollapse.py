@@ -2082,8 +2082,14 @@ def _register(native_config, built_config):
         ("processing_auto", "PROCESSOR_MAPPING"),
     ):
         mapping = importlib.import_module(f"transformers.models.auto.{module}").__dict__[mapping_name]
-        if native_config in mapping:
-            mapping.register(built_config, mapping[native_config], exist_ok=True)
+        if native_config not in mapping:
+            continue
+        # Of images or sounds, by a library that may not be installed. The model itself does not need it.
+        try:
+            native = mapping[native_config]
+        except ModuleNotFoundError:
+            continue
+        mapping.register(built_config, native, exist_ok=True)
 
 
 def _class_of_own(built_class, config, name_or_path, kwargs):
