@@ -21,7 +21,7 @@ from .modeling_layercollapse import (
     prune_parallel_plans,
     validate_layer_collapse,
 )
-from .upstream import auto_class_of_code
+from .upstream import auto_class_of_code, limit_of_registration
 
 
 def model_classes_of_own(native_model: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, str]:
@@ -63,6 +63,7 @@ def refuse_lost_code(model: PreTrainedModel) -> None:
             "what is saved would be loaded as another model. Call "
             f"{' and '.join(f'`{call}`' for call in calls)} first (AutoModel, or the Auto class of its task), here "
             "and where the model is loaded. A config class of your own needs a `model_type` of its own for that."
+            + limit_of_registration(native_config)
         )
 
 

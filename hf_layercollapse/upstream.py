@@ -62,6 +62,17 @@ def loss_is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
     return counted or trainer.compute_loss_func is not None
 
 
+def limit_of_registration(config_class: type) -> str:
+    """What to say of `AutoModel.register` where it keeps no class of one's own for a config of transformers': before
+    5.19, whatever `exist_ok` says. Empty where it does."""
+    if TRANSFORMERS >= (5, 19) or not config_class.__module__.startswith("transformers."):
+        return ""
+    return (
+        f" For {config_class.__name__} itself transformers {transformers.__version__} keeps no class of yours, and "
+        "this call does nothing: make such a config class, or install transformers 5.19 or newer."
+    )
+
+
 def refuse_old_exporters(to: str) -> None:
     """Raises if transformers cannot load again what its exporters write: `exporters.ExportedModel` is new in 5.23.
 

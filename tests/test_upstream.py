@@ -185,3 +185,14 @@ def test_what_a_class_records_is_found_under_its_name():
     model.__class__ = Unbuilt
     assert len(model(torch.arange(3)[None], output_hidden_states=True).hidden_states) == 3
     assert all(isinstance(name, str) for name in output_capturing._CAN_RECORD_REGISTRY)
+
+
+def test_older_transformers_keep_no_class_of_ones_own(monkeypatch):
+    class OwnConfig(BertConfig):
+        pass
+
+    monkeypatch.setattr(upstream, "TRANSFORMERS", (5, 18, 0))
+    assert "make such a config class, or install transformers 5.19" in upstream.limit_of_registration(BertConfig)
+    assert upstream.limit_of_registration(OwnConfig) == ""
+    monkeypatch.setattr(upstream, "TRANSFORMERS", (5, 19, 0))
+    assert upstream.limit_of_registration(BertConfig) == ""
