@@ -196,6 +196,10 @@ ALTERNATIVES = {
 }
 
 
+# Options of `TrainingArguments` as files name them -> as transformers before 5.23 does.
+OLDER_NAMES = {"activation_checkpointing": "gradient_checkpointing"}
+
+
 def parse(kinds, description, arguments=None):
     """One object of each dataclass from `[FILE.yaml] [--option value ...]`.
 
@@ -206,7 +210,11 @@ def parse(kinds, description, arguments=None):
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         path = arguments.pop(0)
         values = yaml.safe_load(Path(path).read_text())
-        unknown = sorted(values.keys() - {f.name for kind in kinds for f in fields(kind)})
+        options = {f.name for kind in kinds for f in fields(kind)}
+        for new, old in OLDER_NAMES.items():
+            if new not in options and new in values:
+                values[old] = values.pop(new)
+        unknown = sorted(values.keys() - options)
         if unknown:
             parser.error(f"{path} has options that do not exist: {', '.join(unknown)}")
         # What the command line names in another way, the file does not name.

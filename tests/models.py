@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -20,6 +19,7 @@ from transformers import (
     RobertaConfig,
     ViTConfig,
 )
+from transformers.utils import is_torchvision_available
 
 from hf_layercollapse.predictions import predictions_of
 from hf_layercollapse.upstream import TRANSFORMERS
@@ -119,12 +119,20 @@ def randomize(model, seed=0):
     return model
 
 
+# Upstream's limits, of versions that the package supports.
+needs_registration = pytest.mark.skipif(
+    TRANSFORMERS < (5, 19), reason="before 5.19 transformers keeps no class of one's own for a config of its own"
+)
+needs_torchvision = pytest.mark.skipif(
+    TRANSFORMERS < (5, 18) and not is_torchvision_available(),
+    reason="before 5.18 transformers' Auto classes of processors need torchvision",
+)
+
+
 @contextlib.contextmanager
 def registered(auto_class, config_class, model_class):
     """A class of one's own is what an Auto class gives for a config, for a while."""
     auto_class.register(config_class, model_class, exist_ok=True)
-    if config_class not in auto_class._model_mapping._extra_content:
-        pytest.skip(f"transformers {transformers.__version__} registers no class for a config of its own")
     try:
         yield
     finally:

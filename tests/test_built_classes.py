@@ -24,7 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model, remove_layer_collapse
 
-from .models import BY_NAME, randomize, registered
+from .models import BY_NAME, needs_registration, randomize, registered
 from .test_families import (
     bert_config,
     llama_config,
@@ -172,6 +172,7 @@ def captured(model, inputs, how):
     return len(outputs.hidden_states), len(outputs.attentions)
 
 
+@needs_registration
 @every_model
 @pytest.mark.parametrize("how", ["argument", "config"])
 @pytest.mark.parametrize("life", ["patched", "collapsed"])
@@ -217,6 +218,7 @@ class Other(nn.Identity):
     pass
 
 
+@needs_registration
 def test_namesakes_record_each_their_own():
     models = [namesake(layer)(bert_config()).eval() for layer in (One, Other)]
     for model in models:

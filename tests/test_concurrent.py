@@ -17,7 +17,7 @@ from transformers.models.bert.modeling_bert import BertLayer
 from hf_layercollapse import apply_layer_collapse, modeling_layercollapse
 from hf_layercollapse.modeling_layercollapse import SAVING_PREFIX
 
-from .models import BY_NAME, registered
+from .models import BY_NAME, needs_registration, registered
 from .test_families import tiny_whisper
 from .test_interrupted_saving import save_interrupted, what_loads
 from .test_patching import alphas, logits
@@ -182,6 +182,7 @@ class RecordsSlowly(BertModel):
     _can_record_outputs = SlowToSay()
 
 
+@needs_registration
 @in_a_process_of_its_own
 def test_threads_that_patch_live_models(nothing_built):
     def hidden_states(model):

@@ -57,6 +57,8 @@ def test_model_type(model_type):
     if model_type not in CONFIG_MAPPING_NAMES and not LISTED:
         pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
     result = road.examine(model_type)
+    if result["status"] == "not built" and not LISTED:
+        pytest.skip(f"transformers {transformers.__version__} makes no small model of it: {result['reason']}")
     assert result["status"] == "passed", result
     listed = road.as_list([result])
     assert road.still_passes(model_type, LIST, listed, same_heads=LISTED), listed["passed"]

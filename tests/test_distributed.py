@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from tests.distributed_run import TRAJECTORIES, full_shard, progressive, with_callback
+from tests.distributed_run import RESUMES, TRAJECTORIES, full_shard, progressive, with_callback
 from tests.models import LAYERS
 from tests.training import STEPS, assert_close, assert_same, state_of, trajectory
 
@@ -87,6 +87,12 @@ def test_blocks_collapse_while_two_processes_train(results, tmp_path):
     assert whole["states"][-1] == ["collapsed", "patched", "collapsed"]
 
 
+needs_resuming = pytest.mark.skipif(
+    not RESUMES, reason="before 5.18 transformers reads no optimizer on a CPU where there are several processes"
+)
+
+
+@needs_resuming
 @pytest.mark.parametrize("step", [2, 4, 6])
 def test_two_processes_resume_from_before_and_after_a_collapse(step, results):
     _, (first, _) = results
@@ -113,6 +119,7 @@ def test_both_processes_hold_and_log_the_same(results):
     assert {f"layer_collapse/alpha/{i}" for i in range(LAYERS)} < logs[0][0].keys()
 
 
+@needs_resuming
 def test_resumed_equals_uninterrupted(results):
     _, (first, _) = results
     assert_same(first["run"]["resumed"], first["run"]["whole"])

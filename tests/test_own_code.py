@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, BertConf
 from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model
 from hf_layercollapse.modeling_layercollapse import CODE_FILE
 
-from .models import BY_NAME, registered
+from .models import BY_NAME, needs_registration, registered
 from .test_patching import logits
 from .test_remote_code import HIDE
 from .test_saving_loading import in_life
@@ -159,6 +159,7 @@ def outputs(model):
         return model.eval()(**CASE.inputs())["logits"]
 
 
+@needs_registration
 def test_registered_classes(tmp_path):
     # The family is in use before the class is known.
     in_life(CASE, "half").save_pretrained(tmp_path / "stock")

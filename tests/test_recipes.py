@@ -18,7 +18,7 @@ from transformers import (
 
 from hf_layercollapse import find_feed_forward_blocks
 
-from .models import BY_NAME, VOCABULARY
+from .models import BY_NAME, VOCABULARY, needs_torchvision
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -172,6 +172,7 @@ def test_text_classification(text, tmp_path, method, more, share):
         assert states.count("collapsed") in expected[method]
 
 
+@needs_torchvision
 def test_image_classification(images, tmp_path):
     from common import run
     from image_classification import ImageClassification
@@ -189,7 +190,10 @@ def test_language_modeling(prose, tmp_path):
     assert found["after"]["eval_perplexity"] == pytest.approx(np.exp(found["after"]["eval_loss"]), rel=1e-4)
 
 
-@pytest.mark.parametrize("task", ["text_classification", "image_classification", "language_modeling"])
+@pytest.mark.parametrize(
+    "task",
+    ["text_classification", pytest.param("image_classification", marks=needs_torchvision), "language_modeling"],
+)
 def test_healing_with_lora_saves_a_model_without_adapters(task, request, tmp_path):
     from common import run
     from tasks import TASKS

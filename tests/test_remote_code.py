@@ -233,7 +233,7 @@ def test_importing_the_package_costs_little():
     """Neither the Trainer nor what only other parts need is imported, nor any family of models."""
     script = """
 import sys
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 before = set(sys.modules)
 import hf_layercollapse
 new = {name for name in set(sys.modules) - before if not name.startswith("hf_layercollapse")}

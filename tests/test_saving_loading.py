@@ -38,8 +38,9 @@ from hf_layercollapse import (
     remove_layer_collapse,
 )
 from hf_layercollapse.modeling_layercollapse import CODE_FILE
+from hf_layercollapse.upstream import TRANSFORMERS
 
-from .models import BY_NAME, LAYERS
+from .models import BY_NAME, LAYERS, needs_torchvision
 from .test_patching import alphas, every_model, logits, set_alphas, trained_step
 
 
@@ -601,6 +602,7 @@ def test_tokenizers_beside_the_model(tmp_path):
     assert type(AutoTokenizer.from_pretrained(tmp_path)) is type(tokenizer())
 
 
+@needs_torchvision
 def test_image_processors_beside_the_model(tmp_path):
     in_life(BY_NAME["vit"], "collapsed").save_pretrained(tmp_path)
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
@@ -631,8 +633,9 @@ def test_adapters_on_a_saved_collapsed_model(tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
     loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter").eval()
     assert torch.equal(logits(loaded, case.inputs()), expected)
-    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter").eval()
-    assert torch.equal(logits(loaded, case.inputs()), expected)
+    if TRANSFORMERS >= (5, 19):  # before, it finds no weights of a head that an adapter holds, of dense models too
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter").eval()
+        assert torch.equal(logits(loaded, case.inputs()), expected)
 
 
 # ----------------------------------------------------------------------------------------------------
