@@ -18,7 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ._version import __version__
 from .calibration_data import model_inputs
-from .metrics import accuracy_interval, paired_difference, paired_perplexity_difference, perplexity_interval
+from .intervals import accuracy_interval, paired_difference, paired_perplexity_difference, perplexity_interval
 from .models import device_of, evaluating, inputs_of, unwrap
 from .profiling import compare_latency, count_macs, count_parameters, describe_hardware, weights_size
 from .rows import IGNORED

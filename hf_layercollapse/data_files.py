@@ -2,10 +2,12 @@
 
 import contextlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk, logging
-from datasets.exceptions import DatasetGenerationError
-from pyarrow import ArrowInvalid
+
+# `datasets`, with pandas behind it, takes longer to import than all of this package: where it is used.
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 # Ending -> what `datasets` calls the format, and its options.
@@ -24,7 +26,7 @@ ENDINGS = f"{', '.join(FORMATS)}, each also with .gz"
 _UNNAMED = "__index_level_0__"
 
 
-def load_rows(data, data_config=None, split="train", document=False) -> Dataset:
+def load_rows(data, data_config=None, split="train", document=False) -> "Dataset":
     """The rows of a file, a folder, or a data set on the Hub.
 
     Args:
@@ -37,6 +39,8 @@ def load_rows(data, data_config=None, split="train", document=False) -> Dataset:
     Raises:
         ValueError: There is no such file, its format is unknown, it is damaged, or it has no such split.
     """
+    from datasets import DatasetDict, load_from_disk
+
     path = Path(data).expanduser()
     name, options = format_of(path)
     if path.is_file():
@@ -80,6 +84,8 @@ def is_path(name) -> bool:
 @contextlib.contextmanager
 def _one_message():
     """What `datasets` logs of an error before it raises it, the error says too."""
+    from datasets import logging
+
     before = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
@@ -89,10 +95,15 @@ def _one_message():
 
 
 def _loaded(data, *args, **kwargs):
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+    from pyarrow import ArrowInvalid
+
     try:
         with _one_message():
             rows = load_dataset(*args, **kwargs)
-    except (DatasetGenerationError, ArrowInvalid) as error:
+    # Damaged JSON is a plain ValueError of older datasets, without the name of the file.
+    except (DatasetGenerationError, ArrowInvalid, ValueError) as error:
         raise ValueError(f"{data} cannot be read: {_reason(error)}") from error
     if _UNNAMED in rows.features:
         raise ValueError(

@@ -1,16 +1,18 @@
-"""Metrics that need no Hub, and how far an accuracy measured on a finite test set can be trusted.
+"""Metrics that need no Hub. How far what they give can be trusted says `intervals.py`, whose names stand here too.
 
 `evaluate.load("accuracy")` downloads a script; the classes here are `evaluate.Metric`s with the same call, so they
 work offline, with `compute`, `add_batch`, `evaluate.combine` and `evaluate.evaluator`.
 """
 
-from collections.abc import Callable
-from statistics import NormalDist
-
 import datasets
 import evaluate
 import numpy as np
-from numpy.typing import ArrayLike
+
+from .intervals import accuracy_interval as accuracy_interval
+from .intervals import bootstrap_interval as bootstrap_interval
+from .intervals import paired_difference as paired_difference
+from .intervals import paired_perplexity_difference as paired_perplexity_difference
+from .intervals import perplexity_interval as perplexity_interval
 
 
 class _OfflineMetric(evaluate.Metric):
@@ -71,169 +73,3 @@ class Perplexity(_OfflineMetric):
 
     def _compute(self, predictions, references):
         return {"perplexity": float(np.exp(np.sum(predictions) / np.sum(references)))}
-
-
-def accuracy_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The interval that holds the accuracy on unlimited data of this kind, given `correct` of `total` (Wilson 1927).
-
-    Unlike `p +- z * sqrt(p * (1 - p) / n)` it stays inside [0, 1] and keeps its confidence near 0 and 1.
-
-    Args:
-        correct (`int`): Right answers.
-        total (`int`): Answers, at least 1.
-        confidence (`float`): In (0, 1).
-
-    Returns:
-        `(low, high)`, floats in [0, 1].
-
-    Raises:
-        ValueError: The numbers do not describe a test.
-    """
-    if not 0 <= correct <= total or total < 1:
-        raise ValueError(f"Need 0 <= correct <= total and total >= 1, got correct={correct}, total={total}.")
-    z = _z(confidence)
-    share = correct / total
-    centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
-    half = z / (1 + z**2 / total) * np.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
-    # At 0 and at 1 one end is exact; rounding would move it.
-    low = 0.0 if correct == 0 else float(centre - half)
-    return low, 1.0 if correct == total else float(centre + half)
-
-
-def paired_difference(
-    correct: ArrayLike, baseline_correct: ArrayLike, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float, float]:
-    """How much more often one model is right than another on the *same* examples, with a bootstrap interval.
-
-    Models that were tested on the same examples mostly err on the same ones, so the interval of their difference is
-    much narrower than two separate intervals suggest. The bootstrap draws examples, not runs: with several training
-    seeds (rows) each example keeps its mean over them, and the interval is for these runs on unlimited data.
-
-    Args:
-        correct, baseline_correct (array of `bool`): Whether each example is right, shape `(examples,)` or
-            `(runs, examples)`, examples in the same order.
-        confidence (`float`): In (0, 1).
-        resamples (`int`): Bootstrap samples.
-        seed (`int`): Of the samples.
-
-    Returns:
-        `(difference, low, high)`: mean of `correct` minus mean of `baseline_correct`, and its percentile interval, as
-        shares in [-1, 1].
-
-    Raises:
-        ValueError: The shapes differ, or there is no example.
-    """
-    correct, baseline = np.atleast_2d(correct).astype(float), np.atleast_2d(baseline_correct).astype(float)
-    if correct.shape != baseline.shape or correct.ndim != 2 or correct.shape[1] == 0:
-        raise ValueError(
-            "`correct` and `baseline_correct` must have the same shape, (examples,) or (runs, examples), got "
-            f"{np.shape(correct)} and {np.shape(baseline_correct)}."
-        )
-    differences = (correct - baseline).mean(axis=0)
-    return float(differences.mean()), *bootstrap_interval(differences, None, confidence, resamples, seed)
-
-
-def bootstrap_interval(
-    values: ArrayLike,
-    transform: Callable[[np.ndarray], np.ndarray] | None = None,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """The interval of a mean over examples, or of a function of it, from resampled examples (Efron 1979).
-
-    Args:
-        values (array of `float`): One number per example: whether it is right, its negative log-likelihood, or the
-            difference of two models on it. Shape `(examples,)`.
-        transform (`Callable`, *optional*): Of arrays of means, monotonous; `np.exp` makes perplexities of mean
-            negative log-likelihoods. Default: the mean itself.
-        confidence (`float`): In (0, 1).
-        resamples (`int`): Bootstrap samples.
-        seed (`int`): Of the samples.
-
-    Returns:
-        `(low, high)`, the percentile interval.
-
-    Raises:
-        ValueError: There is no example, or `confidence` is out of range.
-    """
-    values = np.asarray(values, dtype=float)
-    if values.ndim != 1 or not len(values):
-        raise ValueError(f"`values` must have the shape (examples,) with at least one example, got {values.shape}.")
-    _z(confidence)
-    # How often each value comes up is the same as drawing examples, and cheap where the values are few.
-    values, counts = np.unique(values, return_counts=True)
-    rng, drawn = np.random.default_rng(seed), []
-    at_once = max(1, 2**22 // len(values))
-    for start in range(0, resamples, at_once):
-        size = min(at_once, resamples - start)
-        drawn.append(rng.multinomial(counts.sum(), counts / counts.sum(), size=size) @ values / counts.sum())
-    means = np.concatenate(drawn)
-    low, high = np.quantile(
-        means if transform is None else transform(means), [(1 - confidence) / 2, (1 + confidence) / 2]
-    )
-    return float(low), float(high)
-
-
-def perplexity_interval(
-    losses: ArrayLike, tokens: ArrayLike, confidence: float = 0.95, resamples: int = 2_000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Perplexity of a corpus and the interval that holds it on unlimited text of this kind, by a bootstrap that draws
-    sequences: tokens of one sequence are no independent examples.
-
-    Args:
-        losses (array of `float`): Negative log-likelihood of each sequence, summed over its predicted tokens, in nats.
-        tokens (array of `int`): How many those are.
-        confidence (`float`): In (0, 1).
-        resamples (`int`): Bootstrap samples.
-        seed (`int`): Of the samples.
-
-    Returns:
-        `(perplexity, low, high)`.
-
-    Raises:
-        ValueError: The shapes differ, or there is no token.
-    """
-    return paired_perplexity_difference(losses, None, tokens, confidence, resamples, seed)
-
-
-def paired_perplexity_difference(
-    losses: ArrayLike,
-    baseline_losses: ArrayLike | None,
-    tokens: ArrayLike,
-    confidence: float = 0.95,
-    resamples: int = 2_000,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """How much higher one model's perplexity is than another's on the *same* sequences; as [`perplexity_interval`].
-
-    Returns:
-        `(difference, low, high)`.
-    """
-    losses, tokens = np.asarray(losses, dtype=float), np.asarray(tokens, dtype=float)
-    baseline = None if baseline_losses is None else np.asarray(baseline_losses, dtype=float)
-    if losses.ndim != 1 or losses.shape != tokens.shape or (baseline is not None and baseline.shape != losses.shape):
-        raise ValueError("Losses and tokens must be one number for each sequence, of the same sequences.")
-    if tokens.sum() < 1:
-        raise ValueError("There is no predicted token.")
-    _z(confidence)
-
-    def value(counts):
-        total = counts @ tokens
-        found = np.exp(counts @ losses / total)
-        return found if baseline is None else found - np.exp(counts @ baseline / total)
-
-    # A few samples at a time: all at once would be an array of samples by sequences.
-    rng, count = np.random.default_rng(seed), len(losses)
-    drawn: list[np.ndarray] = []
-    while len(drawn) < resamples:
-        counts = rng.multinomial(count, np.full(count, 1 / count), size=min(100, resamples - len(drawn)))
-        drawn.extend(value(counts[counts @ tokens > 0]))
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(value(np.ones(count))), float(low), float(high)
-
-
-def _z(confidence):
-    if not 0 < confidence < 1:
-        raise ValueError(f"`confidence` must be in (0, 1), got {confidence}.")
-    return NormalDist().inv_cdf((1 + confidence) / 2)

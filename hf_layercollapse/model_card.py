@@ -8,7 +8,6 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.modelcard import TASK_MAPPING
 
 from ._version import __version__
 from .comparison import Comparison
@@ -115,6 +114,8 @@ def _check(report, comparison, compared_as):
 
 def _metadata(model, comparison, compared_as, *, datasets, tags, **known):
     """The head of the card, which the Hub reads."""
+    from transformers.modelcard import TASK_MAPPING  # with the Trainer's arguments, and peft, behind it
+
     tasks: Mapping[str, Any] = TASK_MAPPING
     task = next((task for task, names in tasks.items() if type(model).__name__ in names.values()), None)
     return ModelCardData(

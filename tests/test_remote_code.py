@@ -249,6 +249,22 @@ print(len(new))
     assert int(result.stdout.splitlines()[-1]) < 40
 
 
+def test_the_shells_program_starts_with_little():
+    """Its help, versions and refusals need neither what reads data and metrics, nor adapters, nor a Trainer."""
+    pytest.importorskip("typer", reason="the extra cli is not installed")
+    script = """
+import sys
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+before = set(sys.modules)
+import hf_layercollapse.cli
+new = set(sys.modules) - before
+for name in ("datasets", "evaluate", "peft", "bitsandbytes", "transformers.training_args", "transformers.trainer"):
+    assert name not in new, f"{name} is imported with the program"
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
 def test_every_public_name_is_there():
     for name in hf_layercollapse.__all__:
         assert getattr(hf_layercollapse, name).__name__ == name
