@@ -123,6 +123,9 @@ def randomize(model, seed=0):
 needs_registration = pytest.mark.skipif(
     TRANSFORMERS < (5, 19), reason="before 5.19 transformers keeps no class of one's own for a config of its own"
 )
+needs_exporters = pytest.mark.skipif(
+    TRANSFORMERS < (5, 23), reason="before 5.23 transformers cannot load again what it exports"
+)
 needs_torchvision = pytest.mark.skipif(
     TRANSFORMERS < (5, 18) and not is_torchvision_available(),
     reason="before 5.18 transformers' Auto classes of processors need torchvision",

@@ -8,9 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from hf_layercollapse import LayerCollapseConfig
-from hf_layercollapse.upstream import TRANSFORMERS
 
-from .models import BY_NAME
+from .models import BY_NAME, needs_exporters
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -29,7 +28,7 @@ def recipe(monkeypatch):
         sys.modules.pop(name, None)
 
 
-@pytest.mark.skipif(TRANSFORMERS < (5, 23), reason="before 5.23 there is no way to load what was exported")
+@needs_exporters
 def test_one_model_in_every_runtime(recipe, tmp_path, monkeypatch, capsys):
     case = BY_NAME["vit"]
 

@@ -18,7 +18,7 @@ from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse
 from hf_layercollapse.patching import alpha_parameters
 from hf_layercollapse.upstream import TRANSFORMERS
 
-from .models import BY_NAME, VOCABULARY, text_inputs
+from .models import BY_NAME, VOCABULARY, needs_exporters, text_inputs
 from .test_exporting import forward, in_state, inputs_of, masked
 
 
@@ -40,7 +40,7 @@ def test_inductor(name, state):
         torch.testing.assert_close(forward(compiled, inputs), forward(model, inputs), rtol=1e-4, atol=5e-6)
 
 
-@pytest.mark.skipif(TRANSFORMERS < (5, 23), reason="before 5.23 there is no way to load what was exported")
+@needs_exporters
 @pytest.mark.parametrize("state", STATES)
 def test_torch_export(state, tmp_path):
     from transformers.exporters import DynamoConfig, DynamoExporter, ExportedModel
