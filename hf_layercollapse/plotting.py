@@ -178,10 +178,13 @@ def _points(rows, key, factor, size):
         low, high = y.min(), y.max()
         if len(group) == 1 and group[0].get("interval") is not None:
             low, high = group[0]["interval"]
-        # An interval may lack its point by a rounding error.
-        bars = (max(0.0, y.mean() - low), max(0.0, high - y.mean()))
-        points.append((x.mean(), y.mean(), (x.mean() - x.min(), x.max() - x.mean()), bars))
+        points.append((x.mean(), y.mean(), _bars(x.mean(), x.min(), x.max()), _bars(y.mean(), low, high)))
     return sorted(points)
+
+
+def _bars(point, low, high):
+    """`(below, above)`; a mean of equal values, and an interval's point, may lie outside by a rounding error."""
+    return max(0.0, point - low), max(0.0, high - point)
 
 
 def plot_linearity(linearity: LinearityMap, paths: Iterable[str | os.PathLike[str]]) -> None:

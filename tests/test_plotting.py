@@ -125,6 +125,9 @@ def test_shares_and_limits(tmp_path, drawn):
     # An interval whose end is the point itself, but for rounding.
     rows[1].update(quality=0.1 + 0.2, interval=(0.1, 0.3))
     plot_tradeoff(rows, files, size="parameter_share")
+    # Three seeds of one size, whose mean is above all of them by a rounding error.
+    seeds = [{"method": "ours", "quality": 0.1, "parameter_share": 0.2, "setting": 0.2}] * 3
+    plot_tradeoff(seeds, files, size="parameter_share")
     with pytest.raises(ValueError, match="`size` must be one of parameters"):
         plot_tradeoff(rows, files, size="weight")
 
