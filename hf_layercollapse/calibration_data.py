@@ -4,9 +4,10 @@ import copy
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from inspect import signature
-from itertools import islice
+from itertools import chain, islice
 from numbers import Integral, Real
 from typing import Any
 
@@ -18,8 +19,9 @@ from transformers.image_utils import is_pil_image
 from transformers.modeling_utils import PreTrainedModel
 
 from .models import unwrap
-from .rows import IGNORED, contents
+from .rows import IGNORED, contents, tokens_in
 from .scoring import check_classes
+from .sentence_models import SentenceInputs, sentence_model
 from .upstream import is_causal_language_model, is_classifier
 
 
@@ -39,6 +41,8 @@ class CalibrationData:
     are read anew at each pass, and only those that are used. Batches can be read as often as one likes.
 
     What takes `calibration_data` takes raw data too, where it is given the `processing_class`, with the defaults here.
+    An object of sentence-transformers needs none: raw data become the features that its own `encode` or `predict`
+    makes of them, with its tokenizer, its `max_seq_length` and its default prompt.
 
     Args:
         data (iterable): Any of these, all of one kind, or rows of a data set that have them in `columns`:
@@ -52,7 +56,8 @@ class CalibrationData:
             - rows that are tokenized (`{"input_ids": list[int], …}`), which are padded to batches;
             - batches (dicts of tensors), which stay as they are.
         processing_class (*optional*): Tokenizer, image processor, feature extractor, or processor with these parts,
-            as [`~transformers.Trainer`] takes it. Not needed for batches and rows that are tokenized.
+            as [`~transformers.Trainer`] takes it. Not needed for batches and rows that are tokenized, nor for a
+            `SentenceTransformer`, `SparseEncoder` (texts, or what else it reads) or `CrossEncoder` (pairs).
         model (`nn.Module`, *optional*): Whose inputs these are to be: its longest input is the limit of `max_length`,
             and it gets only what its forward takes.
         columns (`str` or `list[str]`, *optional*): Where data has columns: which to read, two for pairs. Default: the
@@ -60,11 +65,13 @@ class CalibrationData:
         label_column (`str`, *optional*): Column of the class of each row, its index or its name in the model's
             config; the batches then have `labels`.
         max_length (`int`, *optional*): Tokens of a row at most. Default: what the model and its tokenizer take, at
-            most 512.
+            most 512; the `max_seq_length` of an object of sentence-transformers.
         batch_size (`int`): Rows of a batch.
         samples (`int`, *optional*): Use so many rows, drawn at random, from as many texts as there are. Default: all,
             in order.
         seed (`int`): Of that draw.
+        task (`str`, *optional*): `"query"` or `"document"`: what `encode_query` or `encode_document` of an object of
+            sentence-transformers makes of texts, with the prompt of that name, by that route of a `Router`.
 
     Raises:
         TypeError: `processing_class` is none of these.
@@ -83,6 +90,7 @@ class CalibrationData:
         batch_size: int = 8,
         samples: int | None = None,
         seed: int = 0,
+        task: str | None = None,
     ):
         for name, value in (("max_length", max_length), ("batch_size", batch_size), ("samples", samples)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -102,24 +110,36 @@ class CalibrationData:
             return
         self._order = random.Random(seed)
         self._parts = _Parts(processing_class)
+        sentences = sentence_model(model) if processing_class is None else None
+        self._inputs = None if sentences is None else SentenceInputs(sentences, task, max_length)
+        if task is not None and self._inputs is None:
+            raise ValueError("`task` is of objects of sentence-transformers, without a `processing_class`.")
         # The second to ask what is there, which decodes nothing.
         self._data = self._undecoded = data if isinstance(data, Sequence) or _is_data_set(data) else list(data)
         self._rows = self._prepared(first, max_length)
 
     def __len__(self):
         """How many batches there are."""
-        return len(self._batches) if self._batches is not None else math.ceil(len(self._rows) / self.batch_size)
+        return len(self._batches) if self._batches is not None else len(self._parts_of_rows())
 
     def __iter__(self):
         if self._batches is not None:
             yield from self._batches
             return
-        for start in range(0, len(self._rows), self.batch_size):
-            batch = self._collate(self._rows[start : start + self.batch_size])
-            if self.model is not None:
+        for rows in self._parts_of_rows():
+            batch = self._collate(rows)
+            if self.model is not None and not self._are_features:
                 taken = signature(self.model.forward).parameters
                 batch = {name: value for name, value in batch.items() if name in taken}
             yield batch
+
+    def _parts_of_rows(self):
+        """The rows of each batch; those that an object of sentence-transformers reads are of one kind in a batch."""
+        groups = [self._rows]
+        if self._are_features:
+            groups = [[row for row in self._rows if row.kind == kind] for kind in sorted({r.kind for r in self._rows})]
+        size = self.batch_size
+        return [rows[start : start + size] for rows in groups for start in range(0, len(rows), size)]
 
     def part(self, index: int, count: int) -> "CalibrationData":
         """Every `count`-th of the rows (or of the batches that it was given), from this one on: what one of several
@@ -145,9 +165,10 @@ class CalibrationData:
             return "batches of model inputs"
         parts = [f"column {' and '.join(self.columns)}"] if self.columns else []
         parts.append(f"{len(self._rows):,} rows")
-        if self._collate == self._padded:
-            found = [content for batch in self for content in contents(batch)]
-            parts += [f"{len(set(found)):,} different", f"{sum(map(_length, self._rows)):,} tokens"]
+        if self._has_tokens:
+            batches = list(self)
+            found = [content for batch in batches for content in contents(batch)]
+            parts += [f"{len(set(found)):,} different", f"{sum(map(tokens_in, batches)):,} tokens"]
         if self.samples is not None and len(self._rows) < self.samples:
             parts.append(f"all there are (fewer than {self.samples:,})")
         if self._cut:
@@ -158,7 +179,7 @@ class CalibrationData:
 
     def _prepared(self, first, max_length):
         """The rows: tokens, or where images and sounds are."""
-        self._cut, self.max_length = 0, None
+        self._cut, self.max_length, self._has_tokens, self._are_features = 0, None, True, False
         if isinstance(first, Mapping) and "input_ids" in first:
             self._collate = self._padded
             return self._drawn([_token_row(self._data[index])] for index in self._indices())
@@ -173,6 +194,12 @@ class CalibrationData:
             where = f"column {' and '.join(self.columns)} of " if self.columns else ""
             raise ValueError(f"There is nothing in {where}the calibration data: all {len(self._data)} rows are empty.")
         sample = self._sample(self._data, filled)
+        if self._inputs is not None:
+            self._collate, self._are_features, self.max_length = self._featured, True, self._inputs.max_length
+            rows = self._drawn(self._raw(index) for index in self._indices())
+            for kind in sorted({row.kind for row in rows}):  # what the object does not read is refused now
+                self._inputs.features([next(row.sample for row in rows if row.kind == kind)])
+            return rows
         medium, paired = (sample[0], True) if _is_pair(sample) else (sample, False)
         if isinstance(medium, str) or _is_chat(medium):
             tokenizer = self._parts.tokenizer(medium)
@@ -191,7 +218,7 @@ class CalibrationData:
                 "`role` and `content`), images, sounds, rows with `input_ids`, and batches (dicts of tensors)."
             )
         self._reader = self._parts.reader(medium, self.model)
-        self._collate = self._read
+        self._collate, self._has_tokens = self._read, False
         return list(islice((index for index in self._indices() if not self._is_empty(index)), self.samples))
 
     def _columns(self, first):
@@ -340,6 +367,32 @@ class CalibrationData:
             batch["attention_mask"] = ((places if right else places.flip(1)) < lengths).long()
         return batch
 
+    # ---- What an object of sentence-transformers reads ----
+
+    def _raw(self, index):
+        """The rows of one sample; none if it is empty."""
+        if self._is_empty(index):
+            return []
+        sample, inputs = self._sample(self._data, index), self._inputs
+        label = None if self.label_column is None else self._label(self._data[index][self.label_column])
+        if _is_pair(sample):
+            sample = tuple(sample)
+        if _is_pair(sample) != inputs.reads_pairs:
+            reads = "pairs: tuples of two texts" if inputs.reads_pairs else "one text at a time: pass those of pairs "
+            raise ValueError(
+                f"Row {index} of the calibration data holds {_kind(sample)}, and a {inputs.kind} reads {reads}"
+                + ("." if inputs.reads_pairs else "by themselves.")
+            )
+        samples = inputs.pieces(sample) if isinstance(sample, str) else [sample]
+        if label is not None and len(samples) > 1:
+            self._cut += 1
+            samples = [sample]
+        return [_Raw(type(sample).__name__, sample, label) for sample in samples]
+
+    def _featured(self, rows):
+        batch = self._inputs.features([row.sample for row in rows])
+        return batch if self.label_column is None else {**batch, "labels": torch.tensor([row.label for row in rows])}
+
     # ---- Images and sounds ----
 
     def _read(self, indices):
@@ -356,9 +409,19 @@ class CalibrationData:
 
 
 def model_inputs(data: Any, processing_class: Any, model: nn.Module) -> Any:
-    """Calibration data as it was given, or made by the processing class if there is one."""
-    if processing_class is None or data is None or isinstance(data, CalibrationData):
+    """Calibration data as it was given; or made by the processing class if there is one, or by an object of
+    sentence-transformers of what it reads."""
+    if data is None or isinstance(data, CalibrationData):
         return data
+    if processing_class is None and sentence_model(model) is None:
+        return data
+    if processing_class is None and isinstance(data, Iterable) and not isinstance(data, (str, bytes, Mapping)):
+        iterator = iter(data)
+        first = next(iterator, None)
+        if iterator is data and first is not None:  # what can be read only once
+            data = chain([first], iterator)
+        if first is None or _is_batch(first):
+            return data
     return CalibrationData(data, processing_class, model)
 
 
@@ -368,6 +431,21 @@ def both_model_inputs(
     """[`model_inputs`] of what is fitted to, and of what is measured on."""
     fitted, held = (model_inputs(data, processing_class, model) for data in (calibration_data, evaluation_data))
     return fitted, held
+
+
+@dataclass(frozen=True)
+class _Raw:
+    """What an object of sentence-transformers reads as one row.
+
+    Args:
+        kind (`str`): Rows of one kind can be in one batch.
+        sample: A text, a pair, an image or whatever it reads.
+        label (`int` or `float`, *optional*): Its class.
+    """
+
+    kind: str
+    sample: Any
+    label: int | float | None
 
 
 def longest_row(max_length: int | None, model: nn.Module, tokenizer: Any) -> int:
@@ -480,10 +558,6 @@ class _Parts:
         # Padding is masked out, so any token will do where there is none for it.
         tokenizer = self.found.get("text")
         return 0 if tokenizer is None or tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-def _length(row):
-    return len(row["input_ids"])
 
 
 def _token_row(row):

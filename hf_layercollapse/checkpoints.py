@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
-from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import CONFIG_NAME, logging
 
 from .checkpoint_folders import CheckpointFolders
-from .models import shorten, unwrap
-from .patching import carriers_of, collapsible_activations
+from .models import carriers_of, is_transformers_model, shorten, unwrap
+from .patching import collapsible_activations
 from .progressive import ProgressiveCollapse
 from .trained_blocks import TrainedBlocks, forget_base
 
@@ -66,8 +65,8 @@ class Checkpoints:
         """
         if self._folders.staging is None:
             return contextlib.nullcontext()
-        inner = unwrap(self._trainer.model, sharded=True)[0]
-        return self._saving_model(folder) if isinstance(inner, PreTrainedModel) else self._saving_module(folder)
+        by_itself = is_transformers_model(self._trainer.model)
+        return self._saving_model(folder) if by_itself else self._saving_module(folder)
 
     @contextlib.contextmanager
     def _saving_model(self, folder):
@@ -153,10 +152,9 @@ class Checkpoints:
 
     def _stored_tables(self, folder):
         """What [`tables_of`] gave for the model of a checkpoint; `None` if that does not say, as one of an adapter."""
-        inner, wrappers = unwrap(self._trainer.model, sharded=True)
-        if wrappers:
+        if unwrap(self._trainer.model, sharded=True)[1]:
             return None
-        if not isinstance(inner, PreTrainedModel):
+        if not is_transformers_model(self._trainer.model):
             return _read_json(os.path.join(folder, TABLES_NAME))
         config = _read_json(os.path.join(folder, CONFIG_NAME))
         if config is None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .alpha_training import AlphaTraining
 from .collapsing import collapse_model
-from .models import unwrap
+from .models import is_transformers_model, unwrap
 from .patching import layer_collapse_config_of
 from .progressive import ProgressiveCollapse
 from .reports import CollapseReport
@@ -70,7 +70,7 @@ class CollapseAfterTraining:
     def _go_on_with(self, model):
         trainer = self._trainer
         inner, wrappers = unwrap(model)
-        if wrappers and not _has_adapters(inner):
+        if wrappers and not _has_adapters(inner) and is_transformers_model(model):
             # They were merged, and what is left of the PeftModel would save an empty adapter.
             model = inner
         self._sharding.let_go(model)

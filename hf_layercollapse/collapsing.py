@@ -31,7 +31,16 @@ from .merging import (
     put_in_place,
     ready_neurons,
 )
-from .models import count_parameters, device_of, evaluating, inputs_of, is_adapted, unwrap
+from .models import (
+    count_parameters,
+    device_of,
+    evaluating,
+    inputs_of,
+    is_adapted,
+    is_peft_model,
+    outputs_of,
+    unwrap,
+)
 from .patching import (
     collapsible_activations,
     layer_collapse_config_of,
@@ -75,7 +84,8 @@ def collapse_model(
     `config.adapters` says. Then `model.get_base_model()` is what is left of a PeftModel.
 
     Args:
-        model (`nn.Module`): A patched or dense model. A PeftModel or compiled model is looked through.
+        model (`nn.Module`): A patched or dense model. A PeftModel or compiled model is looked through; in an object
+            of sentence-transformers the blocks that [`find_feed_forward_blocks`] finds in it collapse.
         config ([`LayerCollapseConfig`], *optional*): `blocks`, `collapse_threshold`, `not_ready`, `rank`,
             `keep_neurons`, `neuron_choice`, `constant_term`, `sequential` and `adapters` are used. Default: the one
             the model was patched with, and every patched block; for a model that is not patched, every dense block.
@@ -95,7 +105,8 @@ def collapse_model(
             inputs that can be read only once. With less, blocks are measured in more passes over the data. Default:
             half of what is free.
         processing_class (*optional*): Tokenizer or processor that makes model inputs of raw texts, pairs, images or
-            sounds, as [`CalibrationData`] says. Default: the data are model inputs.
+            sounds, as [`CalibrationData`] says. Default: the data are model inputs, or what an object of
+            sentence-transformers reads.
 
     Returns:
         [`CollapseReport`]
@@ -134,8 +145,9 @@ def collapse_model(
 def _options_for(inner, config, plan):
     """What says how blocks collapse: the config, or what the model was patched with; a plan says it of its blocks."""
     # What a model was collapsed with earlier says nothing of its other blocks.
-    patched_with = layer_collapse_config_of(inner) if collapsible_activations(inner) else None
-    options = config or patched_with or LayerCollapseConfig()
+    if config is None and collapsible_activations(inner):
+        config = layer_collapse_config_of(inner)
+    options = config or LayerCollapseConfig()
     return options if plan is None else replace(options, constant_term=plan.constant_term)
 
 
@@ -195,11 +207,12 @@ def _adapters_merged(model, inner, options, allow_none):
     # `torch.compile` may be around the PeftModel.
     while is_compiled_module(model):
         model = uncompiled(model)
-    if options.adapters == "refuse" or model is inner:
+    # Inside of another object a PeftModel would be left around what was merged, and save an adapter of nothing.
+    mergeable = is_peft_model(model)
+    if options.adapters == "refuse" or not mergeable:
         raise ValueError(
             f"{where} belongs to an adapter that is not merged. Call `model = model.merge_and_unload()` first, and "
-            "collapse that."
-            + (' Or let the collapse do so: `adapters="merge"` in the config.' if model is not inner else "")
+            "collapse that." + (' Or let the collapse do so: `adapters="merge"` in the config.' if mergeable else "")
         )
     # Whatever can be refused is refused before that.
     check_weights(inner, blocks, merging=False)
@@ -444,14 +457,14 @@ def _largest_difference(engine, merges, restored):
     with evaluating(model):
         for batch in batches:
             inputs = lean(inner, without_labels(inner, inputs_of(batch, device)))
-            before = first_tensor(model(**inputs))
+            before = first_tensor(outputs_of(model, inputs))
             if not before.isfinite().all():
                 raise ValueError("The calibration data gives outputs that are not finite.")
             with Trial() as trial:
                 for merge in merges:
                     trial.put(merge)
                 trial.restore(restored)
-                after = first_tensor(model(**inputs))
+                after = first_tensor(outputs_of(model, inputs))
             pairs = zip(_by_rows(before), _by_rows(after), strict=True)
             largest = max([largest, *(float((a.float() - b.float()).abs().max()) for a, b in pairs)])
     return largest

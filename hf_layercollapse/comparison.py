@@ -18,11 +18,19 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ._version import __version__
 from .calibration_data import model_inputs
-from .intervals import accuracy_interval, paired_difference, paired_perplexity_difference, perplexity_interval
-from .models import device_of, evaluating, inputs_of, unwrap
+from .intervals import (
+    accuracy_interval,
+    bootstrap_interval,
+    paired_difference,
+    paired_perplexity_difference,
+    perplexity_interval,
+)
+from .models import device_of, evaluating, inputs_of, outputs_of, unwrap
+from .predictions import predictions_of
 from .profiling import compare_latency, count_macs, count_parameters, describe_hardware, weights_size
 from .rows import IGNORED
 from .scoring import SECRET
+from .sentence_models import sentence_model
 from .tables import table
 from .upstream import is_causal_language_model
 
@@ -36,9 +44,9 @@ class MeasuredModel:
 
     Args:
         name (`str`): What the comparison calls it.
-        quality (`float`): Accuracy in [0, 1], or perplexity.
-        interval (`tuple[float, float]`): Its 95 % interval: of an accuracy Wilson's, of a perplexity a bootstrap over
-            sequences.
+        quality (`float`): Accuracy in [0, 1], perplexity, or divergence from the first model.
+        interval (`tuple[float, float]`): Its 95 % interval: of an accuracy Wilson's, of the others a bootstrap over
+            sequences or inputs.
         differences (`dict[str, tuple[float, float, float]]`): Name of each earlier model -> the quality of this minus
             the quality of that, paired on the same examples, and its 95 % interval.
         parameters (`int`): Shared ones counted once.
@@ -68,7 +76,8 @@ class Comparison:
     """Models measured on the same data, in one process. Prints as a table.
 
     Args:
-        metric (`str`): `"accuracy"` (higher is better) or `"perplexity"` (lower).
+        metric (`str`): `"accuracy"` (higher is better), `"perplexity"` (lower) or `"divergence"` (lower; of the first
+            model 0, see [`predictions`]).
         examples (`int`): Inputs, or sequences, that quality was measured on.
         unit (`str`): What MACs are counted for: `"token"` or `"image"`.
         models (`list[MeasuredModel]`): The first is what ratios refer to.
@@ -165,13 +174,19 @@ class Comparison:
         return f"{table(self.rows())}\n{measured}\n{timed}"
 
 
+# After the point, of what is no share.
+_DIGITS = {"perplexity": 3, "divergence": 5}
+
+
 def _text(metric, value):
-    return f"{100 * value:.2f} %" if metric == "accuracy" else f"{value:.3f}"
+    return f"{100 * value:.2f} %" if metric == "accuracy" else f"{value:.{_DIGITS[metric]}f}"
 
 
 def _range(metric, interval):
     low, high = interval
-    return f"{100 * low:.2f} to {100 * high:.2f}" if metric == "accuracy" else f"{low:.3f} to {high:.3f}"
+    if metric == "accuracy":
+        return f"{100 * low:.2f} to {100 * high:.2f}"
+    return f"{_text(metric, low)} to {_text(metric, high)}"
 
 
 def _difference(metric, numbers):
@@ -180,7 +195,8 @@ def _difference(metric, numbers):
     value, low, high = numbers
     if metric == "accuracy":
         return f"{100 * value:+.2f} points", f"{100 * low:+.2f} to {100 * high:+.2f}"
-    return f"{value:+.3f}", f"{low:+.3f} to {high:+.3f}"
+    digits = _DIGITS[metric]
+    return f"{value:+.{digits}f}", f"{low:+.{digits}f} to {high:+.{digits}f}"
 
 
 def compare_models(
@@ -197,25 +213,28 @@ def compare_models(
 
     Accuracy, for heads that give one class for each input, needs batches with `labels`; causal language models are
     measured by the perplexity of their own inputs, padding left out, or of the `labels` where there are any that are
-    not -100.
+    not -100. Objects of sentence-transformers need no labels: each is measured by how far its embeddings are from the
+    first one's (cosine distance; half the relative squared error, if they are compared otherwise), or its scores (half
+    the squared error). `CrossEncoder`s that give classes are measured by accuracy, if there are `labels`.
 
     Args:
-        models (`dict[str, nn.Module]`): What each is called -> the model, all on one device. The first is what the
-            others are compared with, and each is compared with all before it: pass a control second to last.
+        models (`dict[str, nn.Module]`): What each is called -> the model, all on one device, of one kind. The first is
+            what the others are compared with, and each is compared with all before it: pass a control second to last.
         data (iterable of `dict[str, Tensor]`): Model inputs.
         folders (`dict[str, str]`, *optional*): Where weights are saved, for those whose size on disk is wanted.
         rounds, warmup (`int`): Of the timing, see [`compare_latency`]. The timed call is the largest batch.
         source (`tuple[str, ...]`): Name, configuration and split of the data, for the record.
         progress (`bool`): Whether to show progress bars.
         processing_class (*optional*): Tokenizer or processor that makes model inputs of raw texts, pairs, images or
-            sounds, as [`CalibrationData`] says. Default: the data are model inputs.
+            sounds, as [`CalibrationData`] says. Default: the data are model inputs, or what an object of
+            sentence-transformers reads.
 
     Returns:
         [`Comparison`]
 
     Raises:
-        ValueError: There are fewer than two models, no data, a head that has neither of these measures, or labels that
-            are none of its classes.
+        ValueError: There are fewer than two models, no data, a head that has none of these measures, labels that are
+            none of its classes, or embeddings of different widths.
     """
     if len(models) < 2:
         raise ValueError(f"A comparison needs at least two models, got {list(models)}.")
@@ -225,7 +244,8 @@ def compare_models(
     metric = _metric_of(models, batches)
     device = device_of(next(iter(models.values())))
     timed, unit, call = _timed_call(batches, device)
-    scores = {name: _score(model, batches, metric, name, progress) for name, model in models.items()}
+    first = next(iter(models.values()))
+    scores = {name: _score(model, batches, metric, name, progress, first) for name, model in models.items()}
     latencies = compare_latency(models, timed, rounds, warmup, progress)
     qualities = _qualities(metric, scores)
     sizes = {name: _sizes(model, name, timed, unit, folders) for name, model in models.items()}
@@ -301,12 +321,20 @@ def _count(batch):
 
 def _metric_of(models, batches):
     inner = [unwrap(model)[0] for model in models.values()]
-    if all(is_causal_language_model(model) for model in inner):
+    of_sentences = {type(sentence_model(model)).__name__ for model in models.values()}
+    if len(of_sentences) > 1:
+        raise ValueError(
+            f"Only models of one kind can be compared on the same inputs, got "
+            f"{[type(model).__name__ for model in models.values()]}."
+        )
+    if of_sentences == {"NoneType"} and all(is_causal_language_model(model) for model in inner):
         return "perplexity"
     labels = [batch.get("labels") for batch in batches]
     of_classes = all(isinstance(value, torch.Tensor) and value.dim() == 1 for value in labels)
     if of_classes and not any(value.is_floating_point() for value in labels) and all(map(_has_classes, inner)):
         return "accuracy"
+    if of_sentences != {"NoneType"}:
+        return "divergence"
     raise ValueError(
         f"A comparison measures the accuracy of heads that give one class for each input, with `labels` of shape "
         f"(batch,) in the data (from the shell: --label-column), or the perplexity of causal language models; got "
@@ -328,14 +356,17 @@ def _described(model):
     return f"{name} ({model.config.problem_type or 'regression'}, {model.config.num_labels} labels)"
 
 
-def _score(model, batches, metric, name, progress):
-    """Whether each example is right, or each sequence's summed loss and its tokens: a tuple of arrays."""
+def _score(model, batches, metric, name, progress, first):
+    """Whether each example is right, each sequence's summed loss and its tokens, or how far each prediction is from
+    the first model's: a tuple of arrays."""
+    if metric == "divergence":
+        return (_divergences(model, batches, name, progress, first),)
     parts, device = [], device_of(model)
     with evaluating(model), torch.no_grad():
         for batch in tqdm(batches, desc=f"Scoring {name}", leave=False, disable=not progress):
             batch = inputs_of(batch, device)
             inputs = {key: value for key, value in batch.items() if key != "labels"}
-            logits = model(**inputs)["logits"]
+            logits = outputs_of(model, inputs)["logits"]
             if metric == "accuracy":
                 _check_logits(name, logits, batch["labels"])
                 parts.append([(logits.argmax(-1) == batch["labels"]).cpu().numpy()])
@@ -345,6 +376,23 @@ def _score(model, batches, metric, name, progress):
     if metric == "perplexity" and not np.isfinite(score[0]).all():
         raise ValueError(f"The loss of {name} is not finite.")
     return score
+
+
+def _divergences(model, batches, name, progress, first):
+    """How far each prediction is from the first model's; 0 of that itself."""
+    parts, device, inner = [], device_of(model), unwrap(model)[0]
+    with evaluating(first), evaluating(model), torch.no_grad():
+        for batch in tqdm(batches, desc=f"Scoring {name}", leave=False, disable=not progress):
+            inputs = inputs_of(batch, device)
+            pairs = [predictions_of(inner, inputs, outputs_of(each, inputs)) for each in (model, first)]
+            for now, then in zip(*pairs, strict=True):
+                if now.kind != then.kind or now.values.shape != then.values.shape:
+                    raise ValueError(
+                        f"{name} gives {now.kind} predictions of shape {tuple(now.values.shape)} for a batch, and the "
+                        f"first model {then.kind} ones of {tuple(then.values.shape)}: they cannot be compared."
+                    )
+                parts.append(now.divergence_from(then).cpu().numpy())
+    return np.concatenate(parts)
 
 
 def _check_logits(name, logits, labels):
@@ -378,12 +426,14 @@ def _losses(logits, batch):
 def _quality(metric, score):
     if metric == "accuracy":
         return float(score[0].mean()), accuracy_interval(int(score[0].sum()), len(score[0]), CONFIDENCE)
+    if metric == "divergence":
+        return float(score[0].mean()), bootstrap_interval(score[0], None, CONFIDENCE)
     value, low, high = perplexity_interval(*score, CONFIDENCE)
     return value, (low, high)
 
 
 def _paired(metric, score, baseline):
-    if metric == "accuracy":
+    if metric != "perplexity":
         return paired_difference(score[0], baseline[0], CONFIDENCE)
     return paired_perplexity_difference(score[0], baseline[0], score[1], CONFIDENCE)
 

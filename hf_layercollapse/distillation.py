@@ -13,9 +13,10 @@ from transformers.modeling_utils import PreTrainedModel
 from . import functional
 from .config import LayerCollapseConfig
 from .families import find_feed_forward_blocks
-from .models import shorten, unwrap
+from .models import is_transformers_model, shorten, unwrap
 from .patching import collapsible_activations, layer_collapse_config_of, remove_layer_collapse
 from .selection import select_blocks
+from .sentence_models import sentence_model
 from .token_filter import TokenFilter
 from .upstream import has_causal_loss
 
@@ -147,7 +148,9 @@ class Distillation:
 
     def find_blocks(self, model):
         """Chooses the blocks that are compared: those that are patched or collapsed now."""
-        self._inner = unwrap(model)[0]
+        self._inner, self._by_itself = unwrap(model)[0], is_transformers_model(model)
+        sentences = sentence_model(model)
+        self._kind = type(self._inner if sentences is None else sentences).__name__
         self._tokens = TokenFilter(self._inner)
         self._blocks = {}
         if not self.config.hidden_state_weight:
@@ -232,9 +235,9 @@ class Distillation:
             given = {name: value for name, value in inputs.items() if needed or name not in label_names}
             taught, expected = self._run_teacher(inputs, **given)
             return [Lesson(inputs, seen.outputs, taught, seen.hidden, expected)]
-        if isinstance(unwrap(self.teacher)[0], PreTrainedModel):
+        if is_transformers_model(self.teacher):
             raise ValueError(
-                f"A {type(self._inner).__name__} takes one dict of features, and the teacher, "
+                f"A {self._kind} takes one dict of features, and the teacher, "
                 f"a {type(unwrap(self.teacher)[0]).__name__}, does not. Pass a teacher of the model's own kind."
             )
         lessons = []
@@ -255,7 +258,10 @@ class Distillation:
             return self.teacher(*args, **kwargs), expected.hidden
 
     def _head_losses(self, lesson):
-        return _head_losses(self._inner, lesson.inputs, lesson.outputs, lesson.taught, self.config.temperature)
+        outputs = lesson.outputs
+        if not self._by_itself and any(_is_of_sentences(given) for given in outputs):
+            return [_encoder_losses(next(filter(_is_of_sentences, outputs)), lesson.taught, self.config.temperature)]
+        return _head_losses(self._inner, lesson.inputs, outputs, lesson.taught, self.config.temperature)
 
     def _hidden_loss(self, inputs, hidden, expected):
         self._tokens.start(inputs)
@@ -323,9 +329,6 @@ def _head_losses(model, inputs, forwards, taught, temperature):
     outputs = next((outputs for outputs in forwards if isinstance(outputs, Mapping)), None)
     if outputs is None:
         raise ValueError("`distillation_weight` needs the model's outputs by name: leave `return_dict=False` out.")
-    if not isinstance(model, PreTrainedModel) and ("scores" in outputs or "sentence_embedding" in outputs):
-        yield _encoder_losses(outputs, taught, temperature)
-        return
     if "start_logits" in outputs and "end_logits" in outputs:
         for name in ("start_logits", "end_logits"):
             _check_shapes(outputs[name], taught[name])
@@ -341,6 +344,11 @@ def _head_losses(model, inputs, forwards, taught, temperature):
     logits, target = outputs["logits"], taught["logits"].to(outputs["logits"].device)
     _check_shapes(logits, target)
     yield _labelled_losses(model, _labels_of(model, inputs, logits), logits, target, temperature)
+
+
+def _is_of_sentences(outputs):
+    """Whether a module gave what those of sentence-transformers give."""
+    return isinstance(outputs, Mapping) and ("scores" in outputs or "sentence_embedding" in outputs)
 
 
 def _encoder_losses(outputs, taught, temperature):

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from .families import find_feed_forward_blocks
-from .models import evaluating, shorten, unwrap, written_beside
+from .models import evaluating, refuse_objects_around, shorten, unwrap, written_beside
 from .profiling import weights_size
 from .stock import StockReport, export_stock
 from .upstream import refuse_old_exporters
@@ -155,6 +155,7 @@ def export_model(
             exported one differs: nothing is written then.
     """
     check_format(to)
+    refuse_objects_around(model)
     model = unwrap(model)[0]
     _check(model, inputs)
     output = Path(output)

@@ -263,7 +263,10 @@ def find_feed_forward_blocks(model: nn.Module) -> list[FeedForwardBlock]:
     What a block's code does between its linears is checked by running it on stand-ins, see `verification.py`.
 
     Args:
-        model (`nn.Module`): A dense, patched or collapsed model; a PeftModel or compiled model is looked through.
+        model (`nn.Module`): A dense, patched or collapsed model. A PeftModel or compiled model is looked through. Of
+            a `SentenceTransformer`, `CrossEncoder` or `SparseEncoder` it is the transformers model that it holds,
+            whose blocks have the names that they have there. Where it holds several, as behind a `Router`, their paths
+            in the object come first.
 
     Raises:
         TypeError: The model is wrapped for distributed training.

@@ -8,12 +8,12 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 
 from . import processes
-from .models import device_of, evaluating, inputs_of
+from .models import device_of, evaluating, inputs_of, outputs_of
 from .predictions import without_labels
 from .progress import Progress
 
 
-def run_over(model, inner, data, observe, progress=None, tokens=None, gradients=False, outputs=False):
+def run_over(model, inner, data, observe, progress=None, tokens=None, gradients=False, outputs=None):
     """Runs the model over the data in evaluation mode; removes the hooks whatever happens.
 
     Args:
@@ -23,8 +23,8 @@ def run_over(model, inner, data, observe, progress=None, tokens=None, gradients=
         progress ([`Progress`], *optional*): Told of every batch.
         tokens ([`TokenFilter`], *optional*): Told of the inputs before each forward.
         gradients (`bool`): Whether hooks may ask for gradients of what they see.
-        outputs (`bool`): Whether anything reads what the model gives in the end. If not, the logits of one token of a
-            language model are enough.
+        outputs (`Callable`, *optional*): `outputs(inputs, given)` reads what the model gives in the end. Without it
+            the logits of one token of a language model are enough.
 
     Raises:
         ValueError: There is no batch, or a batch is not a dict of model inputs.
@@ -39,7 +39,9 @@ def run_over(model, inner, data, observe, progress=None, tokens=None, gradients=
             if tokens is not None:
                 tokens.start(inputs)
             start = time.perf_counter()
-            model(**lean(inner, inputs, outputs))
+            given = outputs_of(model, lean(inner, inputs, outputs is not None))
+            if outputs is not None:
+                outputs(inputs, given)
             batches += 1
             progress.step(time.perf_counter() - start)
     # Another process may have all that is different.

@@ -99,8 +99,10 @@ def measure_metrics(engine, blocks):
     started, batches = time.perf_counter(), engine.sample(MOST_ROWS, MOST_TOKENS)
     engine.progress.say("what outputs matter")
     room, layers = engine.room(device_of(inner)), []
-    row = take(max(batches, key=lambda batch: _numbers_of(batch) / (row_count(batch) or 1)), [0])
-    needed, plain = _graph_of(model, inner, blocks, row, mask)
+    row, needed, plain = max(
+        ((row, *_graph_of(model, inner, blocks, row, mask)) for row in _largest_rows(batches)),
+        key=lambda seen: seen[1],
+    )
     if needed > room:
         layers = [module for module in inner.modules() if isinstance(module, GradientCheckpointingLayer)]
         outside, again = _graph_of(model, inner, blocks, row, mask, layers)
@@ -134,6 +136,17 @@ def why_no_gradients(inner) -> str | None:
     return None
 
 
+def _largest_rows(batches):
+    """The largest row of each kind of batch: a model may send texts, images, queries or documents different ways."""
+    largest = {}
+    for batch in batches:
+        kind = repr([(n, None if isinstance(value, torch.Tensor) else value) for n, value in sorted(batch.items())])
+        size = _numbers_of(batch) / (row_count(batch) or 1)
+        if kind not in largest or size > largest[kind][0]:
+            largest[kind] = size, batch
+    return [take(batch, [0]) for _, batch in largest.values()]
+
+
 def _numbers_of(batch):
     return sum(value.numel() for value in batch.values() if isinstance(value, torch.Tensor))
 
@@ -147,8 +160,8 @@ def _parts_of(batch, rows):
 
 
 def _graph_of(model, inner, blocks, batch, token_mask_fn, layers=()):
-    """`(bytes that autograd keeps of a forward pass over a batch, the metrics of it)`; parameters, which are there
-    anyway, do not count."""
+    """`(bytes that autograd keeps of a forward pass over a batch, the metrics of the blocks that it reaches)`;
+    parameters, which are there anyway, do not count."""
     # Quantized weights are tensors of other classes, without a storage of their own.
     plain = (torch.Tensor, torch.nn.Parameter)
     known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters() if type(parameter) in plain}
@@ -162,8 +175,9 @@ def _graph_of(model, inner, blocks, batch, token_mask_fn, layers=()):
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        metrics = loss_metrics(model, inner, blocks, [batch], token_mask_fn=token_mask_fn, checkpointed=layers)
-    return sum(seen.values()), metrics
+        sums, predictions = _gradients(model, inner, blocks, [batch], token_mask_fn=token_mask_fn, checkpointed=layers)
+    reached = [block for block in blocks if sums[block.name].rows]
+    return sum(seen.values()), {block.name: sums[block.name].finish(block, predictions, 1) for block in reached}
 
 
 def _same(metrics, others):
@@ -175,7 +189,7 @@ def _same(metrics, others):
 MOST_ROWS, MOST_TOKENS = 512, 32_768
 
 
-def loss_metrics(model, inner, blocks, data, draws=1, seed=0, token_mask_fn=None, checkpointed=(), progress=None):
+def loss_metrics(model, inner, blocks, data, draws=1, **how):
     """The [`LossMetric`] of every block, from `draws` backward passes over the data. Needs no labels.
 
     Only gradients of activations are computed, from the first block's output on; parameters get none, and are as
@@ -186,7 +200,8 @@ def loss_metrics(model, inner, blocks, data, draws=1, seed=0, token_mask_fn=None
         blocks (`list[BoundBlock]`): Dense or patched.
         data (iterable of `dict[str, Tensor]`): Model inputs.
         draws (`int`): How often outcomes are drawn for each prediction, at least 1.
-        seed (`int`): Of what is drawn. No other random generator is used.
+        how: Any of:
+        seed (`int`): Of what is drawn. No other random generator is used. Default: 0.
         token_mask_fn (`Callable`, *optional*): See [`TokenFilter`].
         checkpointed (`Sequence[GradientCheckpointingLayer]`): Layers that keep their inputs only, and run again in the
             backward pass.
@@ -199,6 +214,12 @@ def loss_metrics(model, inner, blocks, data, draws=1, seed=0, token_mask_fn=None
         ValueError: The model's outputs are no predictions, no gradient reaches a block, or predictions or gradients
             are not finite.
     """
+    sums, predictions = _gradients(model, inner, blocks, data, draws, **how)
+    return {block.name: sums[block.name].finish(block, predictions, draws) for block in blocks}
+
+
+def _gradients(model, inner, blocks, data, draws=1, seed=0, token_mask_fn=None, checkpointed=(), progress=None):
+    """`(block name -> sums of its gradients, predictions)`; see [`loss_metrics`]."""
     generator = torch.Generator().manual_seed(seed)
     tokens = TokenFilter(inner, token_mask_fn)
     sums = {block.name: _GradientSums() for block in blocks}
@@ -220,9 +241,9 @@ def loss_metrics(model, inner, blocks, data, draws=1, seed=0, token_mask_fn=None
 
     predictions = 0
 
-    def finish(module, args, kwargs, output):
+    def finish(inputs, output):
         nonlocal predictions, backward
-        found = predictions_of(inner, kwargs, output)
+        found = predictions_of(inner, inputs, output)
         if not all(torch.isfinite(part.values).all() for part in found):
             raise ValueError(f"What this {type(inner).__name__} predicts for the calibration data is not finite.")
         predictions += max(part.values.shape[0] for part in found)
@@ -240,12 +261,11 @@ def loss_metrics(model, inner, blocks, data, draws=1, seed=0, token_mask_fn=None
         calls.clear()
 
     def observers():
-        yield from map(observe, blocks)
-        yield model.register_forward_hook(finish, with_kwargs=True)
+        return map(observe, blocks)
 
     with _frozen(model), layers_checkpointed(inner, checkpointed):
-        run_over(model, inner, data, observers, progress, tokens, gradients=True, outputs=True)
-    return {block.name: sums[block.name].finish(block, predictions, draws) for block in blocks}
+        run_over(model, inner, data, observers, progress, tokens, gradients=True, outputs=finish)
+    return sums, predictions
 
 
 class _GradientSums:

@@ -38,7 +38,7 @@ AUTO_CLASSES = (
     "AutoModelForCTC",
     "AutoModel",
 )
-METRIC_NAMES = {"accuracy": "Accuracy", "perplexity": "Perplexity"}
+METRIC_NAMES = {"accuracy": "Accuracy", "perplexity": "Perplexity", "divergence": "Divergence"}
 
 
 def create_model_card(

@@ -15,6 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .modeling_layercollapse import SAVING_PREFIX, children_of
 from .rows import not_inputs
+from .sentence_models import predicted, sentence_model
 from .upstream import align_hook_of, uncompiled
 
 
@@ -23,7 +24,8 @@ CUT = "cut_by_layer_collapse"
 
 
 def unwrap(model: Any, sharded: bool = False) -> tuple[Any, list[Any]]:
-    """`(the model itself, its wrappers)`: looks through PeftModel and `torch.compile`.
+    """`(the model itself, its wrappers)`: looks through PeftModel and `torch.compile`, and into an object of
+    sentence-transformers that holds one transformers model, which is no wrapper: it runs and saves what it holds.
 
     Args:
         sharded (`bool`): Whether the model itself may be one that `fully_shard` has sharded in place.
@@ -45,15 +47,58 @@ def unwrap(model: Any, sharded: bool = False) -> tuple[Any, list[Any]]:
             adapted: Any = model
             wrappers.append(adapted)
             model = adapted.get_base_model()
-        elif sharded and is_fully_sharded(model):
-            return model, wrappers
         else:
-            _refuse_wrapped(model, "The model")
-            if not isinstance(model, PreTrainedModel):
+            whole = sharded and is_fully_sharded(model)
+            if not whole:
+                _refuse_wrapped(model, "The model")
+            if not whole and not isinstance(model, PreTrainedModel):
                 for name, module in model.named_modules():
                     if not is_fully_sharded(module):
                         _refuse_wrapped(module, f"`{name}`")
-            return model, wrappers
+            held = _model_held(model)
+            if held is None:
+                return model, wrappers
+            model = held
+
+
+def _model_held(model):
+    """The one transformers model that an object of sentence-transformers holds, with what wraps it there; `None` for
+    anything else. Where there are several (behind a `Router`), their paths in the object tell them apart."""
+    sentences = sentence_model(model)
+    return sentences.transformers_model if sentences is not None and len(carriers_of(sentences)) == 1 else None
+
+
+def carriers_of(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
+    """`[(qualified name, model)]` of the transformers models whose configs hold the tables: the outermost ones, each
+    once, wherever they stand in a module. A transformers model is its own and only carrier, whatever its parts are.
+    """
+    if isinstance(model, PreTrainedModel):
+        return [("", model)]
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel)]
+    inside = {id(part) for _, outer in found for part in outer.modules() if part is not outer}
+    return [(name, outer) for name, outer in found if id(outer) not in inside]
+
+
+def is_transformers_model(model: nn.Module) -> bool:
+    """Whether it is a transformers model, wrapped or not, and not a module that holds one and runs and saves it."""
+    return sentence_model(model) is None and isinstance(unwrap(model, sharded=True)[0], PreTrainedModel)
+
+
+def refuse_objects_around(model: nn.Module) -> None:
+    """Raises a TypeError if a model is one inside an object of sentence-transformers, where that alone is asked for:
+    its pooling and what else the object does would be lost without a word."""
+    sentences = sentence_model(model)
+    if sentences is not None:
+        raise TypeError(
+            f"A {type(sentences).__name__} does more than the transformers model that it holds, which is all that can "
+            "be written here: pass that, `model.transformers_model`."
+        )
+
+
+def outputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """What a model gives for a batch of its inputs: the one place where a model runs on calibration data."""
+    sentences = sentence_model(model)
+    return model(**inputs) if sentences is None else predicted(sentences, model, inputs)
 
 
 def _refuse_wrapped(module, which):

@@ -24,7 +24,7 @@ from .modeling_layercollapse import (
     spec_of,
     standing,
 )
-from .models import device_of, is_peft_model, shorten, unwrap
+from .models import carriers_of, device_of, is_peft_model, shorten, unwrap
 from .neuron_statistics import calibrate_affine_targets
 from .progress import Progress
 from .selection import select_blocks
@@ -47,13 +47,15 @@ def apply_layer_collapse(
 
     Args:
         model (`nn.Module`): A dense model, or one that was collapsed before (its dense blocks are patched, and those
-            that were only narrowed). A PeftModel or compiled model is looked through and stays valid.
+            that were only narrowed). A PeftModel or compiled model is looked through and stays valid; of a
+            `SentenceTransformer`, `CrossEncoder` or `SparseEncoder` the transformers model that it holds is patched.
         config ([`LayerCollapseConfig`], *optional*): Which blocks, and how. Default: all blocks, identity target.
         calibration_data (iterable of `dict[str, Tensor]`, *optional*): Model inputs; needed, and only used, for
             `linear_target="affine"`.
         max_memory: As in [`collapse_model`]; here it is what inputs take that can be read only once.
         processing_class (*optional*): Tokenizer or processor that makes model inputs of raw texts, pairs, images or
-            sounds, as [`CalibrationData`] says. Default: the data are model inputs.
+            sounds, as [`CalibrationData`] says. Default: the data are model inputs, or what an object of
+            sentence-transformers reads.
 
     Returns:
         The same object.
@@ -187,7 +189,7 @@ def remove_layer_collapse(model: ModelT) -> ModelT:
     Blocks that were collapsed stay collapsed.
 
     Args:
-        model (`nn.Module`): A patched model; a PeftModel or compiled model is looked through.
+        model (`nn.Module`): A patched model; what it may be wrapped in or held by, as in [`apply_layer_collapse`].
 
     Returns:
         The same object.
@@ -225,17 +227,6 @@ def refuse_adapted_alphas(model: nn.Module) -> None:
             f"The alpha of `{wrapped[0]}` belongs to an adapter that is not merged. Call "
             "`model = model.merge_and_unload()` first."
         )
-
-
-def carriers_of(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
-    """`[(qualified name, model)]` of the transformers models whose configs hold the tables: the outermost ones, each
-    once, wherever they stand in a module. A transformers model is its own and only carrier, whatever its parts are.
-    """
-    if isinstance(model, PreTrainedModel):
-        return [("", model)]
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel)]
-    inside = {id(part) for _, outer in found for part in outer.modules() if part is not outer}
-    return [(name, outer) for name, outer in found if id(outer) not in inside]
 
 
 def unwrap_savable(model: nn.Module) -> tuple[Any, list[Any]]:

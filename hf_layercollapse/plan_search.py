@@ -15,12 +15,13 @@ from .budgets import limit_of
 from .forward_passes import lean
 from .loss_metric import measure_metrics
 from .merging import Trial, cost_of, has_constant, is_possible, make_merge, parameters_of, stored_neurons
-from .models import device_of, evaluating, inputs_of
+from .models import device_of, evaluating, inputs_of, outputs_of
 from .moments import bytes_of_sums, bytes_to_choose, bytes_to_fit
 from .plans import CollapsePlan, PlanPoint, key_of
 from .predictions import predictions_of, without_labels
 from .profiling import compare_latency
 from .progress import Progress
+from .sentence_models import sentence_model
 from .shape_times import measure_shapes
 
 
@@ -118,6 +119,9 @@ class Search:
         self.of_model, self.fixed_macs = whole, whole["macs"] - sum(block.macs for block in blocks)
         # Of the loss; a block without an entry goes by its share left unexplained.
         self.metrics, self.metric_report = {}, None
+        # Without adapters and compilation, but with what an object of sentence-transformers does beside its model.
+        sentences = sentence_model(engine.model)
+        self.timed = engine.inner if sentences is None else sentences
         self.sizes = {}
 
     # ---- What each size is expected to lose ----
@@ -334,7 +338,7 @@ class Search:
             for block, size in changed:
                 constant = has_constant(block, size.rank, self.options.constant_term)
                 trial.put(make_merge(block, any_fit(block, size.rank, size.count, constant), refit=False))
-            models = {"dense": dense, "plan": self.inner}
+            models = {"dense": dense, "plan": self.timed}
             found = compare_latency(models, batch, rounds=10, warmup=2, progress=False)
         return processes.of_the_first(found)
 
@@ -355,7 +359,7 @@ def divergences(model, inner, plans, data, progress=None):
         progress ([`Progress`], *optional*): Told of every forward with a plan in place.
 
     Returns:
-        One number a plan: nats of KL, or the cosine distance of embeddings; see [`predictions`].
+        One number a plan, in the unit of the predictions; see [`predictions`].
     """
     sums, count = [0.0] * len(plans), 0
     if not any(plans):  # the model as it is
@@ -367,7 +371,7 @@ def divergences(model, inner, plans, data, progress=None):
         for batch in data:
             inputs = inputs_of(batch, device)
             given = lean(inner, without_labels(inner, inputs))
-            reference = predictions_of(inner, inputs, model(**given))
+            reference = predictions_of(inner, inputs, outputs_of(model, given))
             count += sum(part.values.shape[0] for part in reference)
             for index, merges in enumerate(plans):
                 if not merges:
@@ -376,7 +380,7 @@ def divergences(model, inner, plans, data, progress=None):
                     for merge in merges:
                         trial.put(merge)
                     start = time.perf_counter()
-                    found = predictions_of(inner, inputs, model(**given))
+                    found = predictions_of(inner, inputs, outputs_of(model, given))
                     progress.step(time.perf_counter() - start)
                 for now, before in zip(found, reference, strict=True):
                     sums[index] += float(now.divergence_from(before).sum())
@@ -450,7 +454,7 @@ def within_latency(search, batch, share, widths=()):
     Raises:
         ValueError: Nothing is so quick.
     """
-    dense, times = copy.deepcopy(search.inner), search.shape_times(batch)
+    dense, times = copy.deepcopy(search.timed), search.shape_times(batch)
     as_it_is = {name: found.dense for name, found in search.sizes.items()}
     whole = search.latency_of(as_it_is, batch, dense)["dense"].median
 

@@ -113,7 +113,7 @@ def linearity_map(
     """How linear each block is, and what the model loses if it alone becomes its least-squares map. Changes nothing.
 
     Args:
-        model (`nn.Module`): A dense or patched model; a PeftModel or compiled model is looked through.
+        model (`nn.Module`): A dense or patched model; what it may be wrapped in or held by, as in [`collapse_model`].
         calibration_data (iterable of `dict[str, Tensor]`): Model inputs; labels are not used. In several
             processes as in [`collapse_model`].
         blocks: As in [`LayerCollapseConfig`].
@@ -123,7 +123,8 @@ def linearity_map(
             what the model predicts from what it predicts as it is, in nats.
         token_mask_fn, max_memory: As in [`collapse_model`].
         processing_class (*optional*): Tokenizer or processor that makes model inputs of raw texts, pairs, images or
-            sounds, as [`CalibrationData`] says. Default: the data are model inputs.
+            sounds, as [`CalibrationData`] says. Default: the data are model inputs, or what an object of
+            sentence-transformers reads.
 
     Raises:
         ValueError: There is too little data or memory, or nothing to collapse.
@@ -218,7 +219,9 @@ def plan_collapse(
     of outputs counts in place of the metric, and `plan.metric` says why.
 
     Args:
-        model (`nn.Module`): A dense model; a PeftModel or compiled model is looked through.
+        model (`nn.Module`): A dense model; what it may be wrapped in or held by, as in [`collapse_model`]. What a
+            `SentenceTransformer` predicts is its embeddings, after all of its modules, a `CrossEncoder` its scores, a
+            `SparseEncoder` its vectors.
         calibration_data (iterable of `dict[str, Tensor]`): Model inputs; labels are not used. In several
             processes as in [`collapse_model`].
         parameters (`float` or `int`, *optional*): Largest number of parameters of the whole model, or largest share of
@@ -229,7 +232,7 @@ def plan_collapse(
             this machine, in (0, 1). A table of the times that blocks of some shapes take says what is chosen, and the
             whole model's time with it is measured.
         max_drop (`float`, *optional*): Largest divergence from the dense model's predictions (nats; cosine distance
-            for embeddings), or drop of the metric. Exactly one of these four.
+            for embeddings; see [`predictions`]), or drop of the metric. Exactly one of these four.
         metric (`Callable`, *optional*): `metric(model) -> float`, higher is better, in place of the divergence.
         evaluation_data (*optional*): What to measure on. Default: as in [`linearity_map`]. Take neither from what the
             result is to be tested on.
@@ -252,7 +255,8 @@ def plan_collapse(
         token_mask_fn: As in [`collapse_model`].
         max_memory: As in [`collapse_model`].
         processing_class (*optional*): Tokenizer or processor that makes model inputs of raw texts, pairs, images or
-            sounds, as [`CalibrationData`] says. Default: the data are model inputs.
+            sounds, as [`CalibrationData`] says. Default: the data are model inputs, or what an object of
+            sentence-transformers reads.
 
     Raises:
         ValueError: There is not exactly one budget, too little data, the budget cannot be met, the model's outputs are

@@ -2,7 +2,9 @@
 
 The unit is nats for everything that has a likelihood: classes (of inputs, of tokens, of start and end positions),
 several labels, and values, which count as normal with variance 1. Embeddings have a direction and no likelihood: there
-it is the cosine distance.
+it is the cosine distance. Vectors that are compared by dot product or distance, as a sparse encoder's are, have a
+length too: they are apart by half of the squared error in shares of the squared length, which of vectors of equal
+lengths is the cosine distance.
 """
 
 from collections.abc import Mapping
@@ -20,14 +22,18 @@ from . import functional
 # Numbers that are compared at a time.
 COMPARED = 2**24
 
+# Squared length of a vector that is as good as none: a sparse one may have no entry.
+LEAST_LENGTH = 1e-12
+
 
 @dataclass(frozen=True)
 class Predictions:
     """Some independent predictions of one kind.
 
     Args:
-        kind (`str`): `"classes"` (of a softmax), `"labels"` (a sigmoid each), `"values"` or `"embedding"`.
-        values (`Tensor`): Shape `(n, c)`: logits, values or embeddings, one row a prediction.
+        kind (`str`): `"classes"` (of a softmax), `"labels"` (a sigmoid each), `"values"`, `"embedding"` or
+            `"vector"`.
+        values (`Tensor`): Shape `(n, c)`: logits, values, embeddings or vectors, one row a prediction.
     """
 
     kind: str
@@ -35,7 +41,7 @@ class Predictions:
 
     def divergence_from(self, reference: "Predictions") -> torch.Tensor:
         """How far each prediction is from what it was, shape `(n,)`, >= 0: `KL(reference || self)` in nats, half the
-        squared error of values, `1 - cos` of embeddings."""
+        squared error of values, `1 - cos` of embeddings, half the relative squared error of vectors."""
         # Some at a time: in float32 those of a whole batch are several times what the model gave.
         rows = max(1, COMPARED // self.values.shape[-1])
         pairs = zip(self.values.split(rows), reference.values.split(rows), strict=True)
@@ -49,6 +55,8 @@ class Predictions:
             return functional.soft_binary_loss(now, before).sum(-1)
         if self.kind == "values":
             return (now - before).square().sum(-1) / 2
+        if self.kind == "vector":
+            return (now - before).square().sum(-1) / (2 * before.square().sum(-1).clamp_min(LEAST_LENGTH))
         return 1 - F.cosine_similarity(now, before, dim=-1)
 
     def sampled_score(self, generator: torch.Generator) -> torch.Tensor:
@@ -56,7 +64,7 @@ class Predictions:
         summed over them.
 
         Its second moment is the curvature of [`~Predictions.divergence_from`] at the reference: of the KL divergence
-        (the Fisher information), of half the squared error, and of the cosine distance.
+        (the Fisher information), of half the squared error, relative or not, and of the cosine distance.
 
         Args:
             generator (`torch.Generator`): Of the CPU; what is drawn depends on nothing else.
@@ -74,6 +82,9 @@ class Predictions:
             return values.log_softmax(-1).gather(-1, drawn).sum()
         if self.kind == "labels":
             return -F.binary_cross_entropy_with_logits(values, drawn, reduction="sum")
+        if self.kind == "vector":
+            length = values.detach().square().sum(-1, keepdim=True).clamp_min(LEAST_LENGTH).sqrt()
+            return (drawn * values / length).sum()
         return (drawn * (values if self.kind == "values" else F.normalize(values, dim=-1))).sum()
 
 
@@ -102,6 +113,8 @@ def predictions_of(model: nn.Module, inputs: Mapping[str, Any], outputs: Any) ->
         return [Predictions("classes", logits.movedim(1, -1).flatten(0, -2))]
     if logits is not None and logits.dim() in (2, 3):
         return [Predictions(_kind_of(model, inputs, logits), _real_rows(model, inputs, logits))]
+    if "sentence_vector" in given:
+        return [Predictions("vector", given["sentence_vector"])]
     embeddings = [given[name] for name in _EMBEDDINGS if name in given and given[name].dim() == 2]
     if embeddings:
         return [Predictions("embedding", value) for value in embeddings]

@@ -19,7 +19,7 @@ from .families import FeedForwardBlock
 from .merging import cost_of as cost_of
 from .modeling_layercollapse import PASS_ON
 from .models import count_parameters as count_parameters
-from .models import evaluating
+from .models import evaluating, outputs_of
 
 
 def count_macs(model: nn.Module, inputs: Mapping[str, Any]) -> int:
@@ -45,7 +45,7 @@ def count_macs(model: nn.Module, inputs: Mapping[str, Any]) -> int:
                 stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
-        model(**inputs)
+        outputs_of(model, inputs)
     return total
 
 
@@ -241,7 +241,7 @@ def _seconds_of(calls, rounds, warmup, progress):
 def _time_call(model, inputs):
     _synchronize(inputs)
     start = time.perf_counter()
-    model(**inputs)
+    outputs_of(model, inputs)
     _synchronize(inputs)
     return time.perf_counter() - start
 

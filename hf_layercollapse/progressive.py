@@ -16,9 +16,8 @@ from .alpha_training import AlphaTraining
 from .collapsing import collapse_as, collapse_model
 from .families import find_feed_forward_blocks
 from .modeling_layercollapse import resolve_table
-from .models import shorten, unwrap
+from .models import carriers_of, shorten, unwrap
 from .optimization import exchange_parameters
-from .patching import carriers_of
 from .reports import CollapseReport
 from .trained_blocks import TrainedBlocks
 from .upstream import prepared_models

@@ -16,9 +16,10 @@ from . import processes
 from .calibration_data import both_model_inputs
 from .data_reading import split_data
 from .memory import MemoryBudget
-from .models import device_of, evaluating, inputs_of, unwrap
+from .models import device_of, evaluating, inputs_of, outputs_of, unwrap
 from .patching import alpha_parameters
 from .predictions import Predictions, predictions_of, without_labels
+from .sentence_models import sentence_model
 from .tables import table
 from .token_filter import is_encoder_decoder
 from .upstream import is_classifier
@@ -92,7 +93,8 @@ def recover_model(
     """Trains a collapsed model in place for a few minutes, towards the teacher's predictions; needs no labels.
 
     The loss is the divergence of the predictions: KL for classes, tokens and several labels (distillation at
-    temperature 1, arXiv 1503.02531), half the squared error for values, the cosine distance for embeddings. Dropout is
+    temperature 1, arXiv 1503.02531), half the squared error for values, the cosine distance for embeddings (half the
+    relative squared error for those of an object that compares them otherwise, as a `SparseEncoder` does). Dropout is
     off, the optimizer is AdamW without weight decay, the learning rate rises over a tenth of the steps and falls to 0.
     After least squares more is not better: at 2e-4 Adam leaves the fit and does not come back, at 3e-5 to 5e-5 it
     gains. More rows help more than more steps.
@@ -103,7 +105,8 @@ def recover_model(
         model (`nn.Module`): Collapsed, or any model that is to come closer to the teacher. Trained are the parameters
             that want gradients; alphas stay. A PeftModel trains its adapter. Half-precision weights are trained in
             float32, and are half precision again in the end.
-        teacher (`nn.Module`): The dense model, with the same head. It runs in evaluation mode, unchanged.
+        teacher (`nn.Module`): The dense model, with the same head; of a `SentenceTransformer` another one. It runs in
+            evaluation mode, unchanged.
         calibration_data (iterable of `dict[str, Tensor]`): Model inputs; their batches are those of the training, in
             an order of each epoch's own.
         max_steps (`int`): Optimizer steps at most, one batch each.
@@ -113,7 +116,8 @@ def recover_model(
             prediction, from one pass over the data, in place of asking it in every step. Default: ask it.
         seed (`int`): Of the order of batches.
         processing_class (*optional*): Tokenizer or processor that makes model inputs of raw texts, pairs, images or
-            sounds, as [`CalibrationData`] says. Default: the data are model inputs.
+            sounds, as [`CalibrationData`] says. Default: the data are model inputs, or what an object of
+            sentence-transformers reads.
 
     Returns:
         [`RecoveryReport`]
@@ -174,6 +178,12 @@ def _trained(model, inner, teacher):
     """
     if not isinstance(teacher, nn.Module):
         raise TypeError(f"`teacher` must be a model, got {type(teacher).__name__}.")
+    kinds = [type(sentence_model(each)).__name__ for each in (model, teacher)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"Model and teacher must be of one kind to be given the same, got a {type(model).__name__} and a "
+            f"{type(teacher).__name__}."
+        )
     if unwrap(teacher)[0] is inner:
         raise ValueError("`teacher` is the model itself; pass the dense model, a copy of what was collapsed.")
     frozen = {id(alpha) for alpha in alpha_parameters(inner)}
@@ -239,8 +249,8 @@ def _predicted(who, model, inner, inputs):
         ValueError: The model cannot take it.
     """
     try:
-        outputs = model(**without_labels(inner, inputs))
-    except (IndexError, TypeError) as error:  # ids beyond the vocabulary, inputs of another kind of model
+        outputs = outputs_of(model, without_labels(inner, inputs))
+    except (IndexError, KeyError, TypeError) as error:  # ids beyond the vocabulary, inputs of another kind of model
         shapes = {name: list(value.shape) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
         raise ValueError(
             f"The {who}, a {type(inner).__name__}, cannot take a batch of the recovery data ({shapes}): {error}. "
@@ -270,7 +280,13 @@ class _Targets:
         return found
 
 
-_UNITS = {"classes": "nats", "labels": "nats", "values": "squared error / 2", "embedding": "cosine distance"}
+_UNITS = {
+    "classes": "nats",
+    "labels": "nats",
+    "values": "squared error / 2",
+    "embedding": "cosine distance",
+    "vector": "relative squared error / 2",
+}
 
 
 @dataclass(frozen=True)

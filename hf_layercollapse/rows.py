@@ -18,6 +18,9 @@ from . import processes
 # One row of so many is held back for scoring.
 HELD_BACK = 4
 
+# Under which features of sentence-transformers say what a row is to the model, a query or a document.
+ROUTE = "task"
+
 IGNORED = -100  # the label of what is not predicted
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -151,6 +154,12 @@ def _tokens_of(batch, index):
     return ids[index].numel()
 
 
+def tokens_in(batch: Any) -> int:
+    """Tokens of a batch that are no padding; pixels count as none."""
+    ids = batch.get("input_ids")
+    return sum(_tokens_of(batch, index) for index in range(len(ids))) if isinstance(ids, torch.Tensor) else 0
+
+
 def sample(rows, most_rows, most_tokens) -> list:
     """Some batches of the data, always of the same rows: those whose contents have the smallest hashes. Every process
     gets them.
@@ -191,16 +200,18 @@ def row_count(batch: Any) -> int | None:
 def contents(batch: Any, labels: bool = False) -> list[bytes]:
     """A hash of what each row says, of a batch that can only be taken whole one hash.
 
-    Padding does not count, and neither do labels, unless wanted those of tokens: a text is the same under another.
+    Padding does not count, and neither do labels, unless wanted those of tokens: a text is the same under another. As
+    a query and as a document it is not: a model may have a way for each.
     """
-    count = row_count(batch)
+    count, route = row_count(batch), batch.get(ROUTE)
     tensors = {name: value for name, value in sorted(batch.items()) if isinstance(value, torch.Tensor)}
     if count is None:
-        return [_hash({name: value for name, value in tensors.items() if name != "labels" or labels})]
+        return [_hash({name: value for name, value in tensors.items() if name != "labels" or labels}, route)]
     masks = {name: batch[name] > 0 for name in ("attention_mask", "decoder_attention_mask") if name in tensors}
     tensors = {name: value for name, value in tensors.items() if _counts(name, value, labels)}
     return [
-        _hash({name: _real(name, value, masks, index) for name, value in tensors.items()}) for index in range(count)
+        _hash({name: _real(name, value, masks, index) for name, value in tensors.items()}, route)
+        for index in range(count)
     ]
 
 
@@ -220,8 +231,8 @@ def _real(name, value, masks, index):
     return value[index]
 
 
-def _hash(tensors):
-    digest = hashlib.blake2b(digest_size=8)
+def _hash(tensors, route=None):
+    digest = hashlib.blake2b(b"" if route is None else str(route).encode(), digest_size=8)
     for name, value in tensors.items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

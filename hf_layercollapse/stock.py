@@ -23,7 +23,7 @@ from .modeling_layercollapse import (
     NarrowActivation,
     NarrowFeedForward,
 )
-from .models import count_parameters, evaluating, unwrap
+from .models import count_parameters, evaluating, refuse_objects_around, unwrap
 from .widths import (
     build_native,
     governing_fields,
@@ -125,6 +125,7 @@ def export_stock(model: PreTrainedModel) -> tuple[PreTrainedModel, StockReport]:
         ValueError: A block is patched; the native architecture cannot express what a block became (the message says
             why, and the width it would need); or it could, and would not save anything.
     """
+    refuse_objects_around(model)
     model = unwrap(model)[0]
     blocks = _collapsed_blocks(model)
     _check_weights(model)

@@ -22,7 +22,7 @@ from .comparison import Comparison
 from .config import LayerCollapseConfig
 from .loss_scaling import counts_items
 from .modeling_layercollapse import push_failed
-from .models import unwrap
+from .models import is_transformers_model, unwrap
 from .patching import collapsible_activations, layer_collapse_config_of
 from .progressive import ProgressiveCollapse
 from .reports import CollapseReport
@@ -169,7 +169,9 @@ class LayerCollapseTrainerMixin(InFrontOf):
     def _count_items_where_the_loss_does(self):
         # Most heads take the count of labels and ignore it, which makes gradients grow with the accumulated batches.
         own_loss = self.label_smoother is None and self.compute_loss_func is None
-        if own_loss and self.model_accepts_loss_kwargs and not counts_items(unwrap(self.model, sharded=True)[0]):
+        if not own_loss or not self.model_accepts_loss_kwargs:
+            return
+        if not is_transformers_model(self.model) or not counts_items(unwrap(self.model, sharded=True)[0]):
             self.model_accepts_loss_kwargs = False
 
     # ---- The model ----

@@ -13,7 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .comparison import Comparison
 from .model_card import create_model_card
-from .models import unwrap
+from .models import is_transformers_model, unwrap
 from .patching import tables_of
 
 
@@ -49,7 +49,7 @@ class TrainingCard:
             metadata: As there. trl's own method does not take all of it, so that it gets what is given.
         """
         inner, wrappers = unwrap(self._trainer.model)
-        if wrappers or not (isinstance(inner, PreTrainedModel) and tables_of(inner)):
+        if wrappers or not (is_transformers_model(self._trainer.model) and tables_of(inner)):
             return stock_card(**{name: value for name, value in metadata.items() if value is not None})
         if self._trainer.is_world_process_zero():
             card = self._make(inner, comparison, metadata)

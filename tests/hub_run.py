@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 
+SENTENCES = "user/sentences"
 EXAMPLES = {"input_ids": torch.arange(3, 59).reshape(8, 7)}
 
 
@@ -28,6 +29,20 @@ def collapsed(seed=0):
     model = case.model(seed)
     data = [case.inputs(batch=8, seed=i) for i in range(4)]
     return model, collapse_model(model, LayerCollapseConfig(blocks="last:2", keep_neurons=3), calibration_data=data)
+
+
+def encoder(folder):
+    """A SentenceTransformer with fewer neurons."""
+    from hf_layercollapse import LayerCollapseConfig, collapse_model
+    from tests.sentences import random_texts, save_encoder, sentence_transformer
+
+    model = sentence_transformer(save_encoder(folder / "encoder", "sentence"), pooling_mode="cls")
+    collapse_model(model, LayerCollapseConfig(keep_neurons=3), calibration_data=random_texts(80))
+    return model
+
+
+def embeddings_of(model):
+    return model.encode(["a cat sits on the mat", "rain tomorrow"], convert_to_tensor=True).clone()
 
 
 def trained(folder, name):
@@ -64,6 +79,10 @@ def push(folder):
     trainer = trained(folder, "user/trained")
     trainer.push_to_hub(tags="a-tag", dataset_tags="stanfordnlp/sst2")
     result["trained"] = logits_of(trainer.model)
+
+    sentences = encoder(folder)
+    sentences.push_to_hub(SENTENCES)
+    result["sentences"] = embeddings_of(sentences)
 
     from peft import LoraConfig
 
@@ -131,6 +150,12 @@ def load(folder, plugin):
     names = (folder / "names.txt").read_text().split()
     result = {}
     for name in names:
+        if name == SENTENCES:
+            from sentence_transformers import SentenceTransformer
+
+            model = SentenceTransformer(name, device="cpu", trust_remote_code=not plugin)
+            result["sentences"] = embeddings_of(model)
+            continue
         if not plugin:
             try:
                 AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=False)

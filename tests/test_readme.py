@@ -101,8 +101,9 @@ def _save_encoders():
     for name in ("google-bert/bert-base-uncased", "textattack/bert-base-uncased-SST-2", "bert-sst2"):
         model.save_pretrained(name)
         tokenizer.save_pretrained(name)
-    AutoModel.from_pretrained("bert-sst2").save_pretrained("sentence-encoder")
-    tokenizer.save_pretrained("sentence-encoder")
+    for name in ("sentence-encoder", "sentence-transformers/all-MiniLM-L6-v2"):
+        AutoModel.from_pretrained("bert-sst2").save_pretrained(name)
+        tokenizer.save_pretrained(name)
 
 
 def _save_decoder():

@@ -22,19 +22,11 @@ from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     CosineSimilarityLoss,
 )
-from sentence_transformers.sentence_transformer.modules import Pooling, Router, Transformer
+from sentence_transformers.sentence_transformer.modules import Router, Transformer
 from sentence_transformers.sparse_encoder.losses import SparseCosineSimilarityLoss, SpladeLoss
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, SequentialSampler
-from transformers import (
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModel
 
 from hf_layercollapse import (
     LayerCollapseCallback,
@@ -42,15 +34,12 @@ from hf_layercollapse import (
     LayerCollapseTrainerMixin,
     apply_layer_collapse,
     collapse_model,
+    find_feed_forward_blocks,
     remove_layer_collapse,
 )
-from tests.models import BY_NAME, LAYERS, randomize, text_inputs
+from tests.models import LAYERS, text_inputs
+from tests.sentences import PAIRS, TEXTS, embed, model_of, predictions_of, save_encoder, sentence_transformer
 from tests.training import Gradients, alphas_of, assert_same, set_alphas, state_of
-
-
-WORDS = "a cat dog sits barks on the mat outside rain stock market fell tomorrow".split()
-TEXTS = ["a cat sits on the mat", "the dog barks outside", "the stock market fell", "rain tomorrow"]
-PAIRS = list(zip(TEXTS, TEXTS[::-1], strict=True))
 
 
 class LayerCollapseSentenceTransformerTrainer(LayerCollapseTrainerMixin, SentenceTransformerTrainer):
@@ -79,57 +68,13 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Makes a folder with a tiny BERT of an Auto class, and a tokenizer."""
-
-    def make(auto_class):
-        path = tmp_path_factory.mktemp("bert")
-        config = BY_NAME["bert"].config()
-        config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-        config.num_labels = 1
-        torch.manual_seed(0)
-        randomize(auto_class.from_config(config)).save_pretrained(path)
-        vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
-        tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
-        tokenizer.pre_tokenizer = Whitespace()
-        names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-        special = {f"{name}_token": token for name, token in names.items()}
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **special).save_pretrained(path)
-        return str(path)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def folders(folder):
-    auto_classes = (AutoModel, AutoModelForSequenceClassification, AutoModelForMaskedLM)
-    return {kind: folder(auto_class) for kind, auto_class in zip(KINDS, auto_classes, strict=True)}
+def folders(tmp_path_factory):
+    return {kind: save_encoder(tmp_path_factory.mktemp("bert"), kind) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
 def bert(folders):
     return folders["sentence"]
-
-
-def sentence_transformer(bert):
-    transformer = Transformer(bert)
-    return SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension())], device="cpu")
-
-
-def model_of(kind, folders):
-    if kind == "sentence":
-        return sentence_transformer(folders[kind])
-    return {"cross": CrossEncoder, "sparse": SparseEncoder}[kind](folders[kind], device="cpu")
-
-
-def outputs_of(model):
-    if isinstance(model, CrossEncoder):
-        return torch.tensor(model.predict(PAIRS))
-    return embed(model).to_dense()
-
-
-def embed(model):
-    return model.encode(TEXTS, convert_to_tensor=True)
 
 
 def patch(model):
@@ -150,14 +95,14 @@ def collapse(model):
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_with_the_whole(kind, change, folders, tmp_path):
     model = model_of(kind, folders)
-    before = outputs_of(model)
+    before = predictions_of(model)
     change(model)
-    expected = outputs_of(model)
+    expected = predictions_of(model)
     assert not torch.equal(expected, before)
     model.save_pretrained(str(tmp_path))
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "layercollapse"
     loaded = type(model)(str(tmp_path), device="cpu")
-    assert torch.equal(outputs_of(loaded), expected)
+    assert torch.equal(predictions_of(loaded), expected)
     assert_same(state_of(loaded), state_of(model))
     # And goes on from there.
     remove_layer_collapse(loaded)
@@ -218,6 +163,8 @@ def trainer_of(model, folder, config=None, loss=None, callbacks=None, teacher=No
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_equals_uninterrupted(kind, folders, tmp_path):
     whole = trainer_of(model_of(kind, folders), tmp_path)
+    inside = [block.name for block in find_feed_forward_blocks(whole.model.transformers_model)]
+    assert whole.model.transformers_model.config.layer_collapse["options"]["blocks"] == inside[1:]
     whole.train()
     loaded = type(whole.model)(str(tmp_path / "checkpoint-4"), device="cpu")
     assert_same(state_of(loaded), state_of(whole.model))
@@ -225,10 +172,10 @@ def test_resumed_equals_uninterrupted(kind, folders, tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same(state_of(resumed.model), state_of(whole.model))
     set_alphas(whole.model, 1.0, 1.0)
-    assert len(whole.collapse().collapsed) == 2
+    assert whole.collapse().collapsed == inside[1:]
     whole.save_model(str(tmp_path / "collapsed"))
     loaded = type(whole.model)(str(tmp_path / "collapsed"), device="cpu")
-    assert torch.equal(outputs_of(loaded), outputs_of(whole.model))
+    assert torch.equal(predictions_of(loaded), predictions_of(whole.model))
 
 
 class Scripted:
@@ -283,7 +230,8 @@ def test_a_best_checkpoint_that_does_not_load_is_an_error(bert, tmp_path, monkey
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_progressive_run_resumes_equal(kind, folders, tmp_path):
-    config = LayerCollapseConfig(blocks="last:2", alpha_learning_rate=0.45, progressive=True)
+    # By the names that blocks have in the transformers model inside.
+    config = LayerCollapseConfig(blocks=r"(bert\.)?encoder\.layer\.[12]", alpha_learning_rate=0.45, progressive=True)
     options = {"eval_strategy": "steps", "eval_steps": 2}
     whole = trainer_of(model_of(kind, folders), tmp_path, config, **options)
     whole.train()
