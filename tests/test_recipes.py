@@ -272,11 +272,13 @@ def test_options_of_a_file_and_of_the_command_line(text, tmp_path):
         parse([DataArguments], "", [str(tmp_path / "b.yaml")])
 
 
-@pytest.mark.parametrize(
-    "path", sorted(RECIPES.glob("*_*/*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
-)
+YAML_FILES = sorted([*RECIPES.glob("*_*/*/*.yaml"), *RECIPES.glob("embeddings/*/*.yaml")])
+
+
+@pytest.mark.parametrize("path", YAML_FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_yaml_file_is_understood(path):
     from common import DataArguments, LoraArguments, MethodArguments, parse
+    from embeddings import EmbeddingArguments
     from sweep import Sweep, as_words
     from training_free import TrainingFreeArguments
     from transformers import TrainingArguments
@@ -289,6 +291,8 @@ def test_every_yaml_file_is_understood(path):
     any_hardware = ["--bf16=false", "--fp16=false"]
     if "training_free" in path.stem:
         assert parse([TrainingFreeArguments, DataArguments], "", [str(path)])
+    elif path.stem == "embeddings":
+        assert parse([EmbeddingArguments], "", [str(path)])
     elif path.stem.startswith("sweep"):
         runs = list(Sweep.load(path).all_runs())
         assert len({options["output_dir"] for *_, options in runs}) == len(runs)
