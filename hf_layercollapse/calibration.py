@@ -9,7 +9,7 @@ import torch
 from . import neuron_statistics, processes
 from .blocks import BoundBlock
 from .data_reading import read_calibration_data, split_data
-from .forward_passes import run_over
+from .forward_passes import LayerOrder, run_over
 from .memory import MemoryBudget
 from .modeling_layercollapse import CollapsibleActivation, is_inplace
 from .models import device_of
@@ -58,7 +58,7 @@ class Calibration:
         self.tokens = TokenFilter(inner, token_mask_fn)
         self.progress = progress or Progress()
         self.most_tokens = 0  # of all blocks, those that the most tokens reached
-        self._ranges = {}
+        self._ranges, self._layers = {}, LayerOrder(model, inner)
 
     @classmethod
     def on(cls, model, inner, data, max_memory=None, token_mask_fn=None, progress=None):
@@ -78,12 +78,23 @@ class Calibration:
         fitting, held = split_data(data, evaluation_data, memory, is_encoder_decoder(inner))
         return cls(model, inner, fitting, memory, token_mask_fn, progress), held
 
-    def run(self, what, observe, data=None):
-        """One pass over the rows, or over other batches, with the hooks that `observe()` makes."""
+    def run(self, what, observe, data=None, blocks=()):
+        """One pass over the rows, or over other batches, with the hooks that `observe()` makes.
+
+        Args:
+            blocks (`list[BoundBlock]`): All that the hooks look at, where it is blocks: forwards end behind the last
+                of them. Default: forwards run to their end.
+        """
         self.progress.say(what)
         data = self.rows if data is None else data
+
+        def all_hooks():
+            yield from observe()
+            if blocks:
+                yield from self._layers.observe(blocks)
+
         with processes.together():
-            run_over(self.model, self.inner, data, observe, self.progress, self.tokens)
+            run_over(self.model, self.inner, data, all_hooks, self.progress, self.tokens)
 
     def room(self, device) -> int:
         """Bytes that are left on a device, of all processes where there are fewest."""
@@ -236,7 +247,7 @@ class Calibration:
                 add = self._adder(block, sums[block.name])
                 yield from features_of(block, turns, add, with_neurons[block.name])
 
-        self.run(what, observe, data)
+        self.run(what, observe, data, blocks)
 
     def _adder(self, block, sums):
         # An own module is replaced as a whole, with the constant that it multiplies its output by.

@@ -5,12 +5,14 @@ import inspect
 import time
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 
 from . import processes
 from .models import device_of, evaluating, inputs_of, outputs_of
 from .predictions import without_labels
 from .progress import Progress
+from .upstream import WRAPPERS
 
 
 def run_over(model, inner, data, observe, progress=None, tokens=None, gradients=False, outputs=None):
@@ -39,14 +41,66 @@ def run_over(model, inner, data, observe, progress=None, tokens=None, gradients=
             if tokens is not None:
                 tokens.start(inputs)
             start = time.perf_counter()
-            given = outputs_of(model, lean(inner, inputs, outputs is not None))
-            if outputs is not None:
-                outputs(inputs, given)
+            with contextlib.suppress(_Enough):
+                given = outputs_of(model, lean(inner, inputs, outputs is not None))
+                if outputs is not None:
+                    outputs(inputs, given)
             batches += 1
             progress.step(time.perf_counter() - start)
     # Another process may have all that is different.
     if not batches and processes.count() == 1:
         raise ValueError("The calibration data is empty: it must give at least one batch of model inputs.")
+
+
+class _Enough(Exception):
+    """Ends a forward pass: nobody reads what comes later."""
+
+
+class LayerOrder:
+    """The order in which the forwards of a model call its layers, seen in a first pass over data; later forwards can
+    end behind the last layer that somebody looks into.
+
+    They do where the model calls its layers one after the other, each once in every forward, and where nothing has to
+    come after a forward: weights that accelerate's hooks put back, or the rest of a compiled graph.
+
+    Args:
+        model (`nn.Module`): What runs; `inner` is what it wraps.
+    """
+
+    def __init__(self, model, inner):
+        bound = any(name in module.__dict__ for module in model.modules() for name in WRAPPERS)
+        self.model, self.inner = model, inner
+        self.forwards = None if not bound and isinstance(inner, PreTrainedModel) else []
+
+    def observe(self, blocks):
+        """Hooks for one pass: those that note the order, or the one that ends a forward behind these blocks."""
+        if self.forwards is None:
+            self.forwards = []
+            layers = [module for module in self.inner.modules() if isinstance(module, GradientCheckpointingLayer)]
+            yield self.model.register_forward_pre_hook(lambda *_: self.forwards.append([]))
+            for layer in layers:
+                yield layer.register_forward_hook(lambda module, *_: self.forwards[-1].append(module))
+            return
+        last = self.last_of(blocks)
+        if last is not None:
+            yield last.register_forward_hook(_enough)
+
+    def last_of(self, blocks):
+        """The layer behind which none of these blocks runs; `None` where that cannot be told."""
+        order = self.forwards[0] if self.forwards else []
+        once = len(set(order)) == len(order) and all(other == order for other in self.forwards)
+        inside = [{block.name for block in blocks if _holds(layer, block.down)} for layer in order]
+        if not once or set().union(*inside) != {block.name for block in blocks}:
+            return None
+        return next((layer for layer, found in zip(reversed(order), reversed(inside), strict=True) if found), None)
+
+
+def _holds(layer, module):
+    return any(part is module for part in layer.modules())
+
+
+def _enough(*_):
+    raise _Enough
 
 
 def lean(inner, inputs, outputs=True) -> dict:

@@ -153,7 +153,11 @@ def _neuron_sums(engine, blocks, observe):
         return add
 
     engine.progress.expect(engine.rows.batches)
-    engine.run("looking at neurons", lambda: [handle for block in blocks for handle in observe(block, adder(block))])
+
+    def hooks():
+        return [handle for block in blocks for handle in observe(block, adder(block))]
+
+    engine.run("looking at neurons", hooks, blocks=blocks)
     for block in blocks:
         count, total = sums.get(block.name, (0, torch.zeros(5, block.hidden_features, dtype=torch.float64)))
         number, total = processes.summed([torch.tensor(float(count), dtype=torch.float64), total])

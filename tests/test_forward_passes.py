@@ -1,10 +1,11 @@
 """Passes over data: nothing is computed that nobody reads, and an interrupted one leaves the model as it was."""
 
+import copy
 import time
 
 import pytest
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import AlbertConfig, AlbertModel, BertModel, LlamaModel, T5Config, T5ForConditionalGeneration
 
 from hf_layercollapse import (
     LayerCollapseConfig,
@@ -16,6 +17,7 @@ from hf_layercollapse import (
 )
 from hf_layercollapse.blocks import bind_blocks
 from hf_layercollapse.calibration import Calibration
+from hf_layercollapse.moments import bytes_of_sums
 from hf_layercollapse.progress import Progress
 
 from .models import BY_NAME, HIDDEN, VOCABULARY, WIDTH, randomize, text_inputs
@@ -34,9 +36,9 @@ def test_a_language_model_makes_no_cache_and_one_token_of_logits():
     seen = given_to(model)
     batches = [{**batch, "labels": batch["input_ids"]} for batch in data()]
     engine = Calibration.on(model, model, batches)
+    engine.run("", lambda: ())
     engine.moments(bind_blocks(model))
-    engine.neuron_scores(bind_blocks(model))
-    assert len(seen) > 24
+    assert len(seen) > 12
     for _kwargs, output in seen:
         assert output.past_key_values is None and output.logits.shape[1] == 1 and output.loss is None
 
@@ -52,10 +54,63 @@ def test_what_is_scored_has_all_its_logits_and_no_cache():
 def test_what_was_asked_for_stays():
     model = llama()
     seen = given_to(model)
-    Calibration.on(model, model, [{**batch, "use_cache": True, "logits_to_keep": 2} for batch in data()]).moments(
-        bind_blocks(model)
-    )
-    assert all(output.past_key_values is not None and output.logits.shape[1] == 2 for _, output in seen)
+    batches = [{**batch, "use_cache": True, "logits_to_keep": 2} for batch in data()]
+    Calibration.on(model, model, batches).run("", lambda: ())
+    assert seen and all(output.past_key_values is not None and output.logits.shape[1] == 2 for _, output in seen)
+
+
+def calls_of_layers(model, layers):
+    """How often each layer is called."""
+    counts = [0] * len(layers)
+    for index, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda *_, index=index: counts.__setitem__(index, counts[index] + 1))
+    return counts
+
+
+def test_a_forward_ends_behind_the_last_block_that_is_measured():
+    model = llama()
+    blocks, batches = bind_blocks(model), data()
+    expected = Calibration.on(model, model, batches).moments(blocks)
+    engine = Calibration.on(model, model, batches, max_memory=bytes_of_sums(blocks[0], 0) + 1)
+    counts = calls_of_layers(model, model.model.layers)
+    found = engine.reduce(blocks, {block.name: [] for block in blocks}, lambda block, moments: moments)
+    # A pass for each block, in order: each layer is called by its own and those behind, and once for the sample.
+    passes = [count - counts[3] for count in counts]
+    assert passes == [3 * len(batches), 2 * len(batches), len(batches), 0]
+    for name, moments in expected.items():
+        assert found[name].tokens == moments.tokens and torch.equal(found[name].cov_ff, moments.cov_ff)
+
+
+class Twice(LlamaModel):
+    """Calls its layers twice for short rows."""
+
+    def forward(self, input_ids=None, **kwargs):
+        out = super().forward(input_ids=input_ids, **kwargs)
+        return super().forward(inputs_embeds=out.last_hidden_state, **kwargs) if input_ids.shape[1] < 7 else out
+
+
+@pytest.mark.parametrize("kind", ["shared", "twice", "chunks"])
+def test_forwards_run_to_their_end_where_a_layer_may_come_again(kind):
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 12, "hidden_size": WIDTH, "intermediate_size": HIDDEN, "num_attention_heads": 2}
+    if kind == "twice":
+        model = Twice(llama().config)
+    elif kind == "shared":
+        model = AlbertModel(AlbertConfig(vocab_size=VOCABULARY, num_hidden_layers=3, **sizes))
+    else:
+        chunked = copy.deepcopy(BY_NAME["bert"].config())
+        chunked.chunk_size_feed_forward = 2
+        model = BertModel(chunked)
+    model = randomize(model).eval()
+    batches = [text_inputs(batch=4, seed=seed, length=8 - 2 * (seed % 2)) for seed in range(24)]
+    blocks, engine = bind_blocks(model), Calibration.on(model, model, batches)
+    engine.moments(blocks)
+    tokens = {name: moments.tokens for name, moments in engine.moments(blocks).items()}
+    calls = []
+    for block in blocks:
+        block.down.register_forward_hook(lambda *call, name=block.name: calls.append((name, call[1][0].shape[:-1])))
+    engine.run("", lambda: ())
+    assert tokens == {b.name: sum(shape.numel() for name, shape in calls if name == b.name) for b in blocks}
 
 
 def test_a_decoder_still_gets_the_labels_that_its_inputs_are_made_of():

@@ -82,7 +82,7 @@ def test_less_memory_is_more_passes_and_the_same_weights(options):
     for memory in (None, one + 20_000):
         models.append(llama())
         passes.append(0)
-        handle = models[-1].register_forward_hook(lambda *_: passes.append(passes.pop() + 1))
+        handle = models[-1].register_forward_pre_hook(lambda *_: passes.append(passes.pop() + 1))
         collapse_model(models[-1], config, data(), max_memory=memory)
         handle.remove()
     assert passes[1] >= passes[0] + 12

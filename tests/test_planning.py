@@ -164,7 +164,7 @@ def test_less_memory_is_more_passes_and_the_same_plan(case):
     blocks = find_feed_forward_blocks(model)
     most = max(bytes_of_sums(block, block.hidden_features) for block in blocks)
     passes = []
-    handle = model.register_forward_hook(lambda *_: passes.append(1))
+    handle = model.register_forward_pre_hook(lambda *_: passes.append(1))
     plan = plan_collapse(model, batches, macs=0.4)
     one = len(passes)
     small = plan_collapse(model, batches, macs=0.4, max_memory=5 * most)
@@ -397,7 +397,7 @@ def test_many_blocks_are_planned_in_few_forwards(budget):
     torch.manual_seed(0)
     model = GPT2LMHeadModel(config).eval()
     batches, forwards = data_of(case), []
-    handle = model.register_forward_hook(lambda *_: forwards.append(1))
+    handle = model.register_forward_pre_hook(lambda *_: forwards.append(1))
     plan = plan_collapse(model, batches, **budget)
     handle.remove()
     ((name, share),) = budget.items()
