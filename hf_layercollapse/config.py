@@ -146,6 +146,14 @@ class LayerCollapseConfig:
             "mean over blocks. It also pulls alphas back, against the penalty. 0: none."
         },
     )
+    task_loss_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight, >= 0, of the Trainer's own loss beside the teacher's. 0: the teacher alone, and training "
+            "needs inputs only; labels that are there all the same say which tokens count, and no more. Another value "
+            "than 1 needs a teacher."
+        },
+    )
     temperature: float = field(
         default=2.0,
         metadata={"help": "Temperature of both softmaxes in the distillation loss, > 0. 2 is DistilBERT's."},
@@ -219,6 +227,7 @@ class LayerCollapseConfig:
             ("alpha_learning_rate", "(0, inf)", lambda value: 0 < value < float("inf")),
             ("distillation_weight", "[0, inf)", lambda value: 0 <= value < float("inf")),
             ("hidden_state_weight", "[0, inf)", lambda value: 0 <= value < float("inf")),
+            ("task_loss_weight", "[0, inf)", lambda value: 0 <= value < float("inf")),
             ("temperature", "(0, inf)", lambda value: 0 < value < float("inf")),
         ):
             value = getattr(self, name)
@@ -227,6 +236,11 @@ class LayerCollapseConfig:
             if not check(value):
                 raise ValueError(f"`{name}` must be in {allowed}, got {value}.")
             setattr(self, name, float(value))
+        if self.task_loss_weight != 1 and not self.distils:
+            raise ValueError(
+                f"`task_loss_weight` is {self.task_loss_weight:g}, and there is no teacher beside whose loss it would "
+                "weigh: set `distillation_weight` or `hidden_state_weight`, or leave it at 1."
+            )
 
         for name, allowed in (("rank", "an integer >= 0 or None"), ("keep_neurons", "an integer >= 0")):
             value = getattr(self, name)

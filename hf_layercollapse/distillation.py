@@ -15,6 +15,7 @@ from .config import LayerCollapseConfig
 from .families import find_feed_forward_blocks
 from .models import is_transformers_model, shorten, unwrap
 from .patching import collapsible_activations, layer_collapse_config_of, remove_layer_collapse
+from .predictions import predictions_of
 from .selection import select_blocks
 from .sentence_models import sentence_model
 from .token_filter import TokenFilter
@@ -230,10 +231,7 @@ class Distillation:
 
     def _lessons(self, inputs, seen, label_names):
         if not seen.takes_one_dict:
-            # An encoder-decoder makes the decoder's inputs from the labels.
-            needed = self._tokens.encoder_decoder and "decoder_input_ids" not in inputs
-            given = {name: value for name, value in inputs.items() if needed or name not in label_names}
-            taught, expected = self._run_teacher(inputs, **given)
+            taught, expected = self._run_teacher(inputs, **self.without_labels(inputs, label_names))
             return [Lesson(inputs, seen.outputs, taught, seen.hidden, expected)]
         if is_transformers_model(self.teacher):
             raise ValueError(
@@ -246,6 +244,11 @@ class Distillation:
             taught, expected = self._run_teacher(features, dict(features), **options)
             lessons.append(Lesson(features, outputs, taught, hidden, expected))
         return lessons
+
+    def without_labels(self, inputs, label_names):
+        """What of a batch a prediction needs: an encoder-decoder makes the decoder's inputs from the labels."""
+        needed = self._tokens.encoder_decoder and "decoder_input_ids" not in inputs
+        return {name: value for name, value in inputs.items() if needed or name not in label_names}
 
     @torch.no_grad()
     def _run_teacher(self, inputs, *args, **kwargs):
@@ -335,6 +338,9 @@ def _head_losses(model, inputs, forwards, taught, temperature):
             # Both make one item, as in the head's own loss.
             yield functional.soft_target_loss(outputs[name], taught[name], temperature)
         return
+    if inputs.get("labels") is None and inputs.get("shift_labels") is None:
+        yield from _unlabelled_losses(model, inputs, outputs, taught, temperature)
+        return
     if "logits" not in outputs or outputs["logits"] is None:
         raise ValueError(
             f"`distillation_weight` compares the `logits` of model and teacher, and this {type(model).__name__} gives "
@@ -366,22 +372,38 @@ def _encoder_losses(outputs, taught, temperature):
 
 
 def _labels_of(model, inputs, logits):
-    """One for each position of the logits, or for each input; `None` if there are none."""
+    """One for each position of the logits, or for each input."""
     labels = inputs.get("shift_labels")
     if labels is None:
-        labels = inputs.get("labels")
-        if labels is not None and labels.dim() == 2 and logits.dim() == 3 and _shifts_labels(model):
+        labels = inputs["labels"]
+        if labels.dim() == 2 and logits.dim() == 3 and _shifts_labels(model):
             labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return labels
 
 
+def _unlabelled_losses(model, inputs, outputs, taught, temperature):
+    """All predictions that are no padding count, and the model tells what kind they are."""
+    pairs = zip(*(predictions_of(model, inputs, each) for each in (outputs, taught)), strict=True)
+    for now, then in pairs:
+        values, target = now.values, then.values.to(now.values.device)
+        _check_shapes(values, target, f"predictions ({now.kind})")
+        if now.kind == "classes":
+            yield functional.soft_target_loss(values, target, temperature)
+        elif now.kind == "labels":
+            yield functional.soft_binary_loss(values, target, temperature).flatten()
+        elif now.kind == "values":
+            yield (values.float() - target.float()).square().flatten()
+        else:
+            yield functional.embedding_loss(values, target)
+
+
 def _labelled_losses(model, labels, logits, target, temperature):
     """What kind of prediction it is, the labels tell."""
-    if labels is not None and labels.shape == logits.shape[:-1] and logits.shape[-1] > 1:
+    if labels.shape == logits.shape[:-1] and logits.shape[-1] > 1:
         if not labels.is_floating_point():
             kept = labels.to(logits.device) != IGNORED
             return functional.soft_target_loss(logits[kept], target[kept], temperature)
-    elif labels is not None and logits.dim() == 2 and labels.shape[:1] == logits.shape[:1]:
+    elif logits.dim() == 2 and labels.shape[:1] == logits.shape[:1]:
         kind = model.config.problem_type if isinstance(model, PreTrainedModel) else None
         if kind == "regression" or (kind is None and logits.shape[-1] == 1):
             return (logits.float() - target.float()).square().flatten()
@@ -389,7 +411,7 @@ def _labelled_losses(model, labels, logits, target, temperature):
             return functional.soft_binary_loss(logits, target, temperature).flatten()
     raise ValueError(
         f"`distillation_weight` knows classes (of inputs or of tokens), several labels and regression. The labels are "
-        f"of shape {None if labels is None else tuple(labels.shape)} and logits {tuple(logits.shape)}. "
+        f"of shape {tuple(labels.shape)} and logits {tuple(logits.shape)}. "
         "`hidden_state_weight` alone works for every head."
     )
 

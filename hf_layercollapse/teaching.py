@@ -76,12 +76,18 @@ class Teaching(TrainerCallback):
         distillation = self.distillation
         if distillation is None or not model.training:
             return own_loss(model, inputs, **options)
+        weight = distillation.config.task_loss_weight
         given = dict(inputs)  # label smoothing takes labels out
         with distillation.watching(self._trainer.model, model) as seen:
-            result = own_loss(model, inputs, **options)
+            if weight:
+                result = own_loss(model, inputs, **options)
+                loss, outputs = result if return_outputs else (result, None)
+            else:
+                # The Trainer's own would ask for labels.
+                loss, outputs = 0.0, model(**distillation.without_labels(inputs, self._trainer.label_names))
         self._taught = True
-        taught = self._terms(distillation, given, seen, num_items_in_batch)
-        return (result[0] + taught, result[1]) if return_outputs else result + taught
+        loss = weight * loss + self._terms(distillation, given, seen, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
 
     def _terms(self, distillation, inputs, seen, num_items_in_batch):
         """They weigh each label as the model's own loss does."""

@@ -14,6 +14,7 @@ from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
+    BertModel,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
@@ -314,6 +315,83 @@ def test_heads(head, tmp_path):
     log = trainer.state.log_history[0]
     assert log["layer_collapse/distillation_loss"] == pytest.approx(value, rel=1e-4) and value > 1e-3
     assert 1e-3 < log["layer_collapse/hidden_state_loss"] < 10
+
+
+# ---- The teacher alone ----
+
+
+ALONE = {"distillation_weight": 1.0, "task_loss_weight": 0.0}
+
+
+# head -> the model, and what it is told of the teacher's predictions where no label says what kind they are.
+UNLABELLED = {
+    "tokens": (HEADS["tokens"][0], lambda s, t: kl(s.logits, t.logits)),
+    "answers": (
+        HEADS["answers"][0],
+        lambda s, t: (kl(s.start_logits, t.start_logits) + kl(s.end_logits, t.end_logits)) / 2,
+    ),
+    "regression": (HEADS["regression"][0], lambda s, t: (s.logits - t.logits).square().mean()),
+    "several labels": (
+        lambda: bert(BertForSequenceClassification, num_labels=3, problem_type="multi_label_classification"),
+        lambda s, t: functional.soft_binary_loss(s.logits, t.logits, 2.0).mean(),
+    ),
+    "embeddings": (
+        lambda: bert(BertModel),
+        lambda s, t: functional.embedding_loss(s.last_hidden_state.mean(1), t.last_hidden_state.mean(1)).mean(),
+    ),
+}
+
+
+@pytest.mark.parametrize("head", UNLABELLED)
+def test_without_labels(head, tmp_path):
+    """Every prediction that is no padding counts, of the kind that the model itself says."""
+    build, expected = UNLABELLED[head]
+    model = build()
+    teacher = other(model)
+    with torch.no_grad():
+        value = float(expected(model(input_ids=IDS), teacher(input_ids=IDS)))
+    examples = [{"input_ids": ids} for ids in IDS]
+    trainer = trainer_for("bert", tmp_path, ALONE, model=model, teacher=teacher, train=examples, batch=len(IDS))
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["layer_collapse/distillation_loss"] == pytest.approx(value, rel=1e-4) and value > 1e-3
+    # The penalty is what is left beside it.
+    assert log["loss"] - log["layer_collapse/penalty"] == pytest.approx(value, rel=1e-3)
+
+
+@pytest.mark.parametrize("case", ["gpt2", "vit"])
+def test_without_labels_it_does_not_matter_how_a_batch_is_split(case, tmp_path):
+    unlabelled = [{k: v for k, v in row.items() if k != "labels"} for row in rows(BY_NAME[case], 8)]
+    found = [
+        one_step(case, tmp_path, ALONE, teacher=teacher_of(case), train=unlabelled, batch=8 // k, accumulate=k)[0]
+        for k in (1, 4)
+    ]
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_the_weight_of_the_task(tmp_path):
+    """The loss is linear in it; labels that are there at weight 0 say which tokens count."""
+    losses = {}
+    for weight in (0.0, 0.5, 1.0):
+        config = {**BOTH, "task_loss_weight": weight, "penalty_strength": 0.0}
+        trainer = trainer_for("gpt2", tmp_path, config, teacher=teacher_of("gpt2"))
+        trainer.train()
+        losses[weight] = trainer.state.log_history[0]["loss"]
+    assert losses[0.5] == pytest.approx((losses[0.0] + losses[1.0]) / 2, rel=1e-4)
+    log = trainer.state.log_history[0]
+    taught = 0.7 * log["layer_collapse/distillation_loss"] + 0.3 * log["layer_collapse/hidden_state_loss"]
+    assert losses[0.0] == pytest.approx(taught, rel=1e-4)
+
+
+def test_a_weight_of_the_task_needs_a_teacher():
+    for weight in (0.0, 0.5):
+        with pytest.raises(ValueError, match="there is no teacher beside whose loss it would weigh"):
+            LayerCollapseConfig(task_loss_weight=weight)
+    with pytest.raises(ValueError, match=r"`task_loss_weight` must be in \[0, inf\), got -1"):
+        LayerCollapseConfig(task_loss_weight=-1, distillation_weight=1.0)
+    config = LayerCollapseConfig(task_loss_weight=0, hidden_state_weight=1.0)
+    assert LayerCollapseConfig.from_json_string(config.to_json_string()) == config
 
 
 # ---- Which teacher ----
