@@ -23,7 +23,13 @@ from .optimization import (
     plain_optimizer,
     refuse_steps_in_backward,
 )
-from .patching import collapsible_activations, layer_collapse_config_of, patch_or_check, penalty
+from .patching import (
+    collapsible_activations,
+    layer_collapse_config_of,
+    patch_or_check,
+    penalty,
+    refuse_budget_in,
+)
 from .trained_blocks import forget_base
 
 
@@ -53,14 +59,15 @@ class LayerCollapseCallback(TrainerCallback):
 
     Raises:
         TypeError: `config` is of a wrong type.
-        ValueError: `config` has distillation. When the Trainer is constructed: the model is patched in another way, or
-            collapsed. When training starts: it is not patched, or for distillation, or training runs under FSDP or
-            DeepSpeed, or with an optimizer that steps during backward.
+        ValueError: `config` has distillation or a budget. When the Trainer is constructed: the model is patched in
+            another way, or collapsed. When training starts: it is not patched, or for distillation, or training runs
+            under FSDP or DeepSpeed, or with an optimizer that steps during backward.
     """
 
     def __init__(self, config: LayerCollapseConfig | None = None, calibration_data: Iterable[Any] | None = None):
         if config is not None and not isinstance(config, LayerCollapseConfig):
             raise TypeError(f"`config` must be a LayerCollapseConfig, got {type(config).__name__}.")
+        refuse_budget_in(config)
         _refuse_distillation(config)
         self.config = config
         self._calibration_data = calibration_data

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from transformers.utils import CONFIG_NAME, logging
 
+from .budgeted_training import BudgetedTraining
 from .checkpoint_folders import CheckpointFolders
 from .models import carriers_of, is_transformers_model, shorten, unwrap
 from .patching import collapsible_activations
@@ -41,6 +42,7 @@ class Checkpoints:
         blocks ([`TrainedBlocks`]): Of the model.
         folders ([`CheckpointFolders`]): Know whether a checkpoint is being written, or the user saves a model.
         progressive ([`ProgressiveCollapse`]): Takes the model to where a checkpoint of its run is.
+        budgeted ([`BudgetedTraining`]): The same, from a dense model.
     """
 
     def __init__(
@@ -49,9 +51,10 @@ class Checkpoints:
         blocks: TrainedBlocks,
         folders: CheckpointFolders,
         progressive: ProgressiveCollapse,
+        budgeted: BudgetedTraining,
     ):
         self._trainer: Any = trainer
-        self._blocks, self._folders, self._progressive = blocks, folders, progressive
+        self._blocks, self._folders, self._progressive, self._budgeted = blocks, folders, progressive, budgeted
         self._loading_failed: Exception | None = None
 
     # ---- Saving ----
@@ -116,7 +119,9 @@ class Checkpoints:
             ValueError: It is of another model, or of this one in another state.
         """
         try:
-            self._progressive.follow(self._stored_tables(folder))
+            stored = self._stored_tables(folder)
+            self._budgeted.follow(folder, stored)
+            self._progressive.follow(stored)
             self._refuse_other_life(folder)
             yield
             self._load_alphas(folder)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .alpha_training import AlphaTraining
+from .budgeted_training import BudgetedTraining
 from .collapsing import collapse_model
 from .models import is_transformers_model, unwrap
 from .patching import layer_collapse_config_of
@@ -26,7 +27,8 @@ class CollapseAfterTraining:
 
     Args:
         trainer ([`LayerCollapseTrainerMixin`]): Has the model.
-        blocks, sharding, alphas, teaching, progressive: The other parts of the Trainer that hold something of it.
+        blocks, sharding, alphas, teaching, progressive, budgeted: The other parts of the Trainer that hold something
+            of it.
     """
 
     def __init__(
@@ -37,10 +39,11 @@ class CollapseAfterTraining:
         alphas: AlphaTraining,
         teaching: Teaching,
         progressive: ProgressiveCollapse,
+        budgeted: BudgetedTraining,
     ):
         self._trainer: Any = trainer
         self._blocks, self._sharding = blocks, sharding
-        self._alphas, self._teaching, self._progressive = alphas, teaching, progressive
+        self._alphas, self._teaching, self._progressive, self._budgeted = alphas, teaching, progressive, budgeted
 
     def collapse(self, calibration_data=None, max_error=None, allow_none=False) -> CollapseReport:
         """See [`LayerCollapseTrainerMixin.collapse`]."""
@@ -50,6 +53,8 @@ class CollapseAfterTraining:
             raise RuntimeError(
                 "`collapse` replaces parameters that are being trained: call it once training has ended."
             )
+        if self._budgeted.is_asked_for:
+            return self._budgeted.report_of_now()
         if reports and not self._blocks.activations():
             return _joined(reports)
         config, model = self._options(), self._sharding.whole_model()

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
@@ -17,6 +15,7 @@ from transformers.trainer_utils import default_compute_objective, has_length
 from transformers.utils import logging
 
 from .alpha_training import READY_BLOCKS
+from .random_state import same_random_state
 from .trained_blocks import TrainedBlocks
 
 
@@ -106,7 +105,7 @@ class CollapsedEvaluation:
         # Prediction steps must not be reported twice.
         trainer.callback_handler = CallbackHandler([DefaultFlowCallback], trainer.model, None, None, None)
         try:
-            with _same_random_state(), self._as_if_collapsed():
+            with same_random_state(), self._as_if_collapsed():
                 return loop()
         finally:
             trainer.callback_handler = callback_handler
@@ -165,15 +164,3 @@ class CollapsedEvaluation:
         """The Trainer's default one of a search, in which metrics that are reported twice count once."""
         again = self._names.values()
         return default_compute_objective({name: value for name, value in metrics.items() if name not in again})
-
-
-@contextlib.contextmanager
-def _same_random_state() -> Iterator[None]:
-    """Random numbers drawn inside do not change those drawn afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)

@@ -45,6 +45,7 @@ from .patching import (
     collapsible_activations,
     layer_collapse_config_of,
     refresh_layer_collapse,
+    refuse_budget_in,
     refuse_lost_code_inside,
     unwrap_savable,
 )
@@ -168,6 +169,7 @@ def _put_for_good(trial, merges, restored, inner, wrappers, options):
 def _check_arguments(config, plan, max_error):
     if config is not None and not isinstance(config, LayerCollapseConfig):
         raise TypeError(f"`config` must be a LayerCollapseConfig, got {type(config).__name__}.")
+    refuse_budget_in(config)
     if plan is not None:
         if not isinstance(plan, CollapsePlan):
             raise TypeError(f"`plan` must be a CollapsePlan, got {type(plan).__name__}.")

@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from .budgets import parse_budget
+
 
 logger = logging.get_logger(__name__)
 
@@ -25,6 +27,15 @@ _CHOICES = {
     "constant_term": ("native", "always"),
     "adapters": ("merge", "refuse"),
 }
+
+# Options that say something beside a budget. The others are of alphas, or say what a plan does.
+_BESIDE_A_BUDGET = {
+    *("budget", "budget_samples", "blocks", "constant_term", "adapters"),
+    *("distillation_weight", "hidden_state_weight", "task_loss_weight", "temperature"),
+}
+
+# Of an option that is a number once the config is made.
+_BY_BUDGET: Any = None
 
 
 @dataclass
@@ -130,12 +141,12 @@ class LayerCollapseConfig:
         },
     )
     distillation_weight: float = field(
-        default=0.0,
+        default=_BY_BUDGET,
         metadata={
             "help": "Weight, >= 0, of a loss that the Trainer adds: how far the head's predictions are from the "
-            "teacher's. KL divergence at `temperature` for classes and tokens (arXiv 1503.02531), squared error for "
-            "regression and scores of pairs, for embeddings the cosine distance and the squared error relative to the "
-            "teacher's length. 0: none."
+            "teacher's; 0: none. None: 1 with a `budget`, else 0. KL divergence at `temperature` for classes and "
+            "tokens (arXiv 1503.02531), squared error for regression and scores of pairs, for embeddings the cosine "
+            "distance and the squared error relative to the teacher's length."
         },
     )
     hidden_state_weight: float = field(
@@ -203,8 +214,30 @@ class LayerCollapseConfig:
         },
     )
 
+    budget: str | None = field(
+        default=None,
+        metadata={
+            "help": "How small the Trainer makes the model: 'macs=0.125', 'parameters=0.8', 'latency=0.7' or "
+            "'max_drop=0.02', as in `plan_collapse`. When training begins, a plan is made from training inputs, "
+            "without labels, its blocks collapse, and what they became is trained, with the dense model as teacher. "
+            "Nothing is patched then, so that options of alphas are refused beside it. For LayerCollapseTrainer and "
+            "its mixin only. None: blocks are patched."
+        },
+    )
+    budget_samples: int = field(
+        default=1024,
+        metadata={
+            "help": "With `budget`: rows of the training data, >= 8, that the plan is made from, a quarter of them to "
+            "measure it on, and that blocks are fitted to; from all over data that have a length, else the first. "
+            "They are held in memory. `calibration_data` of the Trainer takes their place. Plans were measured with "
+            "5,500 on SST-2 and 2,000 on Fashion-MNIST (the sweep.yaml of both recipes)."
+        },
+    )
+
     def __post_init__(self):
         self.blocks = _checked_blocks(self.blocks)
+        if self.distillation_weight is None:
+            self.distillation_weight = 0.0 if self.budget is None else 1.0
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
@@ -236,24 +269,24 @@ class LayerCollapseConfig:
             if not check(value):
                 raise ValueError(f"`{name}` must be in {allowed}, got {value}.")
             setattr(self, name, float(value))
-        if self.task_loss_weight != 1 and not self.distils:
-            raise ValueError(
-                f"`task_loss_weight` is {self.task_loss_weight:g}, and there is no teacher beside whose loss it would "
-                "weigh: set `distillation_weight` or `hidden_state_weight`, or leave it at 1."
-            )
-
-        for name, allowed in (("rank", "an integer >= 0 or None"), ("keep_neurons", "an integer >= 0")):
+        for name, allowed, least in (
+            ("rank", "an integer >= 0 or None", 0),
+            ("keep_neurons", "an integer >= 0", 0),
+            ("budget_samples", "an integer >= 8", 8),
+        ):
             value = getattr(self, name)
             if value is None and name == "rank":
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"`{name}` must be {allowed}, got {value!r}.")
-            if value < 0:
+            if value < least:
                 raise ValueError(f"`{name}` must be {allowed}, got {value}.")
         if not isinstance(self.sequential, bool):
             raise TypeError(f"`sequential` must be True or False, got {self.sequential!r}.")
         if self.rank == 0 and not self.keep_neurons:
             raise ValueError("rank=0 leaves the kept neurons only, so it needs `keep_neurons` > 0.")
+        _refuse_weight_without_teacher(self)
+        _check_budget(self)
 
     @classmethod
     def paper(cls, blocks: str | list[str] | list[int] = "all", **kwargs) -> "LayerCollapseConfig":
@@ -287,6 +320,31 @@ class LayerCollapseConfig:
     @classmethod
     def from_json_string(cls, text: str) -> "LayerCollapseConfig":
         return cls.from_dict(json.loads(text))
+
+
+def _refuse_weight_without_teacher(config):
+    if config.task_loss_weight != 1 and not config.distils:
+        raise ValueError(
+            f"`task_loss_weight` is {config.task_loss_weight:g}, and there is no teacher beside whose loss it would "
+            "weigh: set `distillation_weight` or `hidden_state_weight`, or leave it at 1."
+        )
+
+
+def _check_budget(config):
+    """Raises if the budget is none, or another option contradicts it."""
+    if config.budget is None:
+        return
+    if not isinstance(config.budget, str):
+        raise TypeError(f"`budget` must be words such as 'macs=0.125' or None, got {config.budget!r}.")
+    parse_budget(config.budget)
+    defaults = LayerCollapseConfig()
+    names = [option.name for option in dataclasses.fields(config) if option.name not in _BESIDE_A_BUDGET]
+    changed = [name for name in names if getattr(config, name) != getattr(defaults, name)]
+    if changed:
+        raise ValueError(
+            f"A `budget` collapses blocks before they are trained, as a plan says, and no alpha leads there: leave "
+            f"{', '.join(f'`{name}`' for name in changed)} out, or the `budget`."
+        )
 
 
 def _described(options: Iterable[dataclasses.Field[Any]]) -> str:

@@ -39,12 +39,13 @@ def teacher_for(model, config: LayerCollapseConfig, teacher=None):
         ValueError: There is a teacher and nothing that it teaches, the other way round, or it is the model itself.
     """
     if teacher is not None:
-        _check_teacher(teacher, model, config)
+        check_teacher(teacher, model, config)
         return teacher.eval()
     return _frozen_copy(model, config) if config.distils else None
 
 
-def _check_teacher(teacher, model, config):
+def check_teacher(teacher, model, config):
+    """Raises as [`teacher_for`] does for a teacher that is given."""
     if not isinstance(teacher, nn.Module):
         raise TypeError(f"`teacher` must be a model, got {type(teacher).__name__}.")
     if not config.distils:

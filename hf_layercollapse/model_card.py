@@ -207,12 +207,20 @@ def _methods(report, config):
         )
     if "dropped" in found:
         sentences.append("Dropped blocks give a constant; one neuron of zeros keeps their place.")
-    if config is not None and config.distils:
+    if config is not None and config.budget is not None:
         sentences.append(
-            "Training had a teacher: "
-            f"distillation weight {config.distillation_weight:g}, hidden state weight {config.hidden_state_weight:g}, "
-            f"temperature {config.temperature:g}."
+            f"Before the first step of training blocks collapsed to a budget, `{config.budget}`, by a plan that was "
+            "made from inputs without labels."
         )
+    if config is not None and config.distils:
+        weights = [
+            f"distillation weight {config.distillation_weight:g}",
+            f"hidden state weight {config.hidden_state_weight:g}",
+            f"temperature {config.temperature:g}",
+        ]
+        if config.task_loss_weight != 1:
+            weights.append(f"weight of the task's own loss {config.task_loss_weight:g}")
+        sentences.append(f"Training had a teacher: {', '.join(weights)}.")
     return sentences
 
 

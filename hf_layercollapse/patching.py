@@ -18,11 +18,13 @@ from .modeling_layercollapse import (
     FORMAT_VERSION,
     CollapsibleActivation,
     LayerCollapseModelMixin,
+    apply_table,
     base_model_prefix_of,
     mark_initialized,
     resolve_table,
     spec_of,
     standing,
+    validate_layer_collapse,
 )
 from .models import carriers_of, device_of, is_peft_model, shorten, unwrap
 from .neuron_statistics import calibrate_affine_targets
@@ -69,6 +71,7 @@ def apply_layer_collapse(
     config = LayerCollapseConfig() if config is None else config
     if not isinstance(config, LayerCollapseConfig):
         raise TypeError(f"`config` must be a LayerCollapseConfig, got {type(config).__name__}.")
+    refuse_budget_in(config)
     inner, wrappers = unwrap_savable(model)
     blocks, refused = survey(inner)
     if collapsible_activations(inner):
@@ -93,6 +96,20 @@ def apply_layer_collapse(
         block.exchange(block.layout.activation, activations[block.name].train(block.module.training))
     refresh_layer_collapse(inner, replace(config, blocks=[block.name for block in chosen]), wrappers)
     return model
+
+
+def refuse_budget_in(config: LayerCollapseConfig | None) -> None:
+    """Raises if options have a budget, where nothing plans for it.
+
+    Raises:
+        ValueError: They have.
+    """
+    if config is not None and config.budget is not None:
+        raise ValueError(
+            f"`budget` ({config.budget}) is what LayerCollapseTrainer and its mixin train a model to, and nothing "
+            "else reads it. Without training: `plan = plan_collapse(model, data, macs=...)`, then "
+            "`collapse_model(model, plan=plan, calibration_data=data)`."
+        )
 
 
 def _blocks_to_patch(chosen, config):
@@ -157,11 +174,10 @@ def patch_or_check(model: nn.Module, config: LayerCollapseConfig, calibration_da
             "first: `remove_layer_collapse(model)`."
         )
     config = replace(config, blocks=[block.name for block in blocks if block.state == "patched"])
-    carriers = [(name, carrier) for name, carrier in carriers_of(inner) if collapsible_activations(carrier)]
-    if not all(isinstance(carrier, LayerCollapseModelMixin) for _, carrier in carriers):  # a part of one was patched
+    carriers = [carrier for _, carrier in carriers_of(inner) if collapsible_activations(carrier)]
+    if not all(isinstance(carrier, LayerCollapseModelMixin) for carrier in carriers):  # a part of one was patched
         refresh_layer_collapse(inner, config, wrappers)
-    for name, carrier in carriers:
-        carrier.config.layer_collapse = {**carrier.config.layer_collapse, "options": _options_of(config, name)}
+    record_options(inner, config)
 
 
 def _patch_differences(blocks, activations, config):
@@ -289,6 +305,50 @@ def _options_of(config, carrier):
     prefix = f"{carrier}." if carrier else ""
     names = [block.removeprefix(prefix) for block in config.blocks if block.startswith(prefix)]
     return {**config.to_dict(), "blocks": names}
+
+
+def record_options(model: nn.Module, config: LayerCollapseConfig) -> None:
+    """Writes options, with names as `blocks`, into the configs of what is patched or collapsed, in place; where
+    something is patched, into those only."""
+    carriers = carriers_of(unwrap(model)[0])
+    carriers = [(name, carrier) for name, carrier in carriers if collapsible_activations(carrier)] or carriers
+    for name, carrier in carriers:
+        stored = carrier.config.__dict__.get("layer_collapse")
+        if stored:
+            carrier.config.layer_collapse = {**stored, "options": _options_of(config, name)}
+
+
+def take_shapes(model: nn.Module, tables: dict[str, dict]) -> None:
+    """Makes a dense model in place what tables of a collapsed one of its kind say, but for the weights of what they
+    replace, which are to be loaded afterwards.
+
+    Args:
+        tables (`dict[str, dict]`): As [`tables_of`] gives them.
+
+    Raises:
+        ValueError: One of them is no table of this format, or belongs to another model.
+    """
+    inner, wrappers = unwrap(model)
+    for name, carrier in carriers_of(inner):
+        if name in tables:
+            layer_collapse = validate_layer_collapse({"version": FORMAT_VERSION, "modules": tables[name]})
+            _take_shape(carrier, layer_collapse["modules"])
+            set_layer_collapse(carrier, layer_collapse, [*wrappers, *_adapters_around(carrier, inner)])
+
+
+def _take_shape(carrier, table):
+    known = {id(parameter) for parameter in carrier.parameters()}
+    native = [(name, module) for _, name, module, _ in resolve_table(carrier, table)]
+    apply_table(carrier, table)
+    for name, before in native:
+        like, module = next(before.parameters(), None), carrier.get_submodule(name)
+        for parameter in module.parameters():
+            if id(parameter) not in known:
+                parameter.data = parameter.data.to(like)
+                parameter.requires_grad_(like.requires_grad)
+        for part in module.modules():
+            mark_initialized(part)
+        module.train(before.training)
 
 
 def refresh_layer_collapse(

@@ -281,6 +281,23 @@ def plan_collapse(
     return processes.of_the_first(plan)
 
 
+def refuse_budget(
+    model: nn.Module,
+    blocks: str | list[str] | list[int] = "all",
+    constant_term: str = "native",
+    **budget: float,
+) -> None:
+    """Raises what [`plan_collapse`] would for the same arguments before it reads any data.
+
+    Raises:
+        ValueError: As said.
+    """
+    options = PlanOptions(one_budget(**budget), False, RANK_SHARES, 1, constant_term, LEVELS, None, False)
+    inner, _ = unwrap(model)
+    chosen, whole = _dense_blocks(inner, blocks, options.multiple_of)
+    _widths_in_reach(inner, chosen, whole, options)
+
+
 class _Found(NamedTuple):
     """What a search found: the model as it is, the curve below it, what was measured for the budget and elsewhere, and
     the share of the dense model's time where that is the budget."""

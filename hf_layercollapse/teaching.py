@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .distillation import Distillation, teacher_for
+from .distillation import Distillation, check_teacher, teacher_for
 from .upstream import loss_is_scaled
 
 
@@ -51,6 +51,15 @@ class Teaching(TrainerCallback):
     def refuse_teacher_without_options(self):
         if self._given is not None and self._trainer.layer_collapse_config is None:
             raise ValueError("There is a `teacher`, but no `layer_collapse_config` that says what it teaches.")
+
+    def check(self, model: nn.Module):
+        """Raises if the teacher that was given does not fit the options, or a model that nothing is done to yet.
+
+        Raises:
+            TypeError, ValueError: As said.
+        """
+        if self._given is not None:
+            check_teacher(self._given, model, self._trainer.layer_collapse_config)
 
     @property
     def teacher(self) -> nn.Module | None:

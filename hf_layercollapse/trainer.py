@@ -13,6 +13,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from .alpha_training import AlphaTraining
+from .budgeted_training import BudgetedTraining
 from .callbacks import LayerCollapseCallback
 from .checkpoint_folders import CheckpointFolders
 from .checkpoints import Checkpoints
@@ -24,6 +25,7 @@ from .loss_scaling import counts_items
 from .modeling_layercollapse import push_failed
 from .models import is_transformers_model, unwrap
 from .patching import collapsible_activations, layer_collapse_config_of
+from .plans import CollapsePlan
 from .progressive import ProgressiveCollapse
 from .reports import CollapseReport
 from .sharding import Sharding
@@ -64,7 +66,15 @@ class LayerCollapseTrainerMixin(InFrontOf):
 
     With `distillation_weight` or `hidden_state_weight` in the config, a teacher's predictions, or the outputs of its
     blocks, add terms to the training loss, scaled as the model's own loss is. A model that is collapsed is healed in
-    this way: it is trained as it is, with the dense model for a teacher and no penalty.
+    this way: it is trained as it is, with the dense model for a teacher and no penalty. With `task_loss_weight=0` the
+    teacher alone says what is learned, and the data need no labels.
+
+    With a `budget` in the config nothing is patched. When training begins, a plan is made from training inputs without
+    labels, one for all processes, the dense model becomes the teacher, and blocks collapse as the plan says; then what
+    is left is trained as any collapsed model is. Batches and random numbers are those of a run without a budget.
+    Checkpoints hold the collapsed model; a run is resumed with the dense one, which takes their shapes, and plans
+    nothing. [`~LayerCollapseTrainerMixin.collapse`] returns the report of that collapse. `blocks` that cannot be so
+    small are refused when the Trainer is made, and so are adapters, FSDP and DeepSpeed.
 
     Two things are put right for every model, patched or not. Checkpoints hold the names of the live model and are
     loaded completely ([`Trainer`] restores 8 of a ViT's 40 tensors). And where the model's own loss ignores
@@ -76,13 +86,14 @@ class LayerCollapseTrainerMixin(InFrontOf):
             says. Or, without a config, any model. A name where the Trainer class takes one, as trl's do.
         layer_collapse_config ([`LayerCollapseConfig`], *optional*): What to patch, and how to drive it. Default: what
             the model was patched with; on a dense or collapsed model, no LayerCollapse at all.
-        calibration_data (iterable of `dict[str, Tensor]`, *optional*): Model inputs, for `linear_target="affine"`;
-            read once for each model that is patched.
+        calibration_data (iterable of `dict[str, Tensor]`, *optional*): Model inputs, for `linear_target="affine"`,
+            read once for each model that is patched; or, with a `budget`, to plan with in place of training inputs (in
+            several processes each passes its part).
         teacher (`nn.Module`, *optional*): What distillation compares with; it must know the task. It is put into
             evaluation mode, moved to the model's device, and neither trained nor saved. Default, if the config asks
-            for distillation: a frozen copy of the dense model before it is patched. Needed for a model that is
-            collapsed, or patched and trained. Of a `SentenceTransformer`, `CrossEncoder` or `SparseEncoder` another
-            of its kind, which is given what the loss gives the model.
+            for distillation: a frozen copy of the dense model before it is patched, or collapsed to a budget. Needed
+            for a model that comes collapsed, or patched and trained. Of a `SentenceTransformer`, `CrossEncoder` or
+            `SparseEncoder` another of its kind, which is given what the loss gives the model.
         args, kwargs: Everything that the Trainer class takes. With `model_init`, each model it makes is patched.
 
     Raises:
@@ -90,7 +101,9 @@ class LayerCollapseTrainerMixin(InFrontOf):
         ValueError: The model is patched in another way, or only collapsed and there is no distillation, a teacher is
             missing or does not fit, calibration data is missing, or training is to run under FSDP1, ZeRO-3, an
             optimizer that steps during backward, or, on several processes, reentrant checkpointing. Under FSDP2 and
-            ZeRO-2, further settings are refused: those that shard alphas, and distillation.
+            ZeRO-2, further settings are refused: those that shard alphas, and distillation. With a budget: the model
+            is not dense or under an adapter, or cannot be so small; from `train`, that there are no inputs to plan
+            with, or that a checkpoint is of another run.
     """
 
     def __init__(
@@ -122,6 +135,7 @@ class LayerCollapseTrainerMixin(InFrontOf):
             self._patch(self.model)
         self.add_callback(self._teaching)
         self.add_callback(self._alphas)
+        self.add_callback(self._budgeted)
         self._alphas.warn_of_frozen()
 
     # ---- What the hooks below hand on to ----
@@ -132,12 +146,13 @@ class LayerCollapseTrainerMixin(InFrontOf):
         self._alphas = AlphaTraining(self, self._blocks, self._sharding)
         self._teaching = Teaching(self, teacher)
         self._progressive = ProgressiveCollapse(self, self._blocks, self._alphas)
+        self._budgeted = BudgetedTraining(self, self._blocks, self._teaching, calibration_data)
         self._ending = CollapseAfterTraining(
-            self, self._blocks, self._sharding, self._alphas, self._teaching, self._progressive
+            self, self._blocks, self._sharding, self._alphas, self._teaching, self._progressive, self._budgeted
         )
         self._evaluation = CollapsedEvaluation(self, self._blocks)
         self._folders = CheckpointFolders(self)
-        self._checkpoints = Checkpoints(self, self._blocks, self._folders, self._progressive)
+        self._checkpoints = Checkpoints(self, self._blocks, self._folders, self._progressive, self._budgeted)
         self._card = TrainingCard(self)
 
     def _refuse_setup(self):
@@ -148,11 +163,14 @@ class LayerCollapseTrainerMixin(InFrontOf):
                 "Leave the callback out."
             )
         if self.layer_collapse_config is not None:
-            for part in (self._sharding, self._alphas, self._progressive, self._teaching):
+            for part in (self._budgeted, self._sharding, self._alphas, self._progressive, self._teaching):
                 part.refuse_setup()
 
     def _patch(self, model):
         self._card.remember_base(model)
+        if self._budgeted.is_asked_for:
+            self._budgeted.check(model)
+            return
         with self._teaching.of(model):
             self._blocks.patch(model)
 
@@ -181,6 +199,12 @@ class LayerCollapseTrainerMixin(InFrontOf):
         """What distillation compares with, or `None`."""
         return self._teaching.teacher
 
+    @property
+    def collapse_plan(self) -> CollapsePlan | None:
+        """By what the model collapsed to a `budget`; `None` without one, before training, and in a run that was
+        resumed."""
+        return self._budgeted.plan
+
     def collapse(
         self, calibration_data: Iterable[Any] | None = None, max_error: float | None = None, allow_none: bool = False
     ) -> CollapseReport:
@@ -191,6 +215,8 @@ class LayerCollapseTrainerMixin(InFrontOf):
 
         On several processes all must call this, and all hold what the first one found. A model that FSDP2 shards is
         gathered: from here on each process holds it whole, as a new `trainer.model`, until `train` shards it again.
+
+        With a `budget` blocks have collapsed when training began: this is the report of that.
 
         Args:
             calibration_data (iterable of `dict[str, Tensor]`, *optional*): Model inputs; blocks that are not exactly
@@ -203,7 +229,7 @@ class LayerCollapseTrainerMixin(InFrontOf):
 
         Raises:
             ValueError: As [`collapse_model`] does.
-            RuntimeError: Training is still running.
+            RuntimeError: Training is still running; or there is a `budget`, and training has not begun.
         """
         return self._ending.collapse(calibration_data, max_error, allow_none)
 
@@ -234,6 +260,7 @@ class LayerCollapseTrainerMixin(InFrontOf):
 
     def create_optimizer(self, model: Any = None) -> Any:
         # Before accelerate gets both; Adam normalises a gradient's size away, and with it the penalty's strength.
+        self._budgeted.collapse()
         self._sharding.leave_alphas_out()
         super().create_optimizer(model)
         self._alphas.take_over()

@@ -198,6 +198,28 @@ def progressive(folder, processes=1, accumulate=1, resume=None):
     }
 
 
+def budgeted(folder, processes=1, resume=None):
+    """A run to a stated size: what it ends with, and the plan, of which there is none in a run that is resumed."""
+    trainer = trainer_for(
+        "bert",
+        folder,
+        config={"budget": "macs=0.3", "budget_samples": 24},
+        batch=8 // processes,
+        args={
+            **{"max_steps": 4, "optim": "sgd", "learning_rate": 0.02, "train_sampling_strategy": "sequential"},
+            **{"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear"},
+        },
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return {
+        "state": state_of(trainer.model),
+        "choices": trainer.collapse_plan and trainer.collapse_plan.point.choices,
+        "table": trainer.model.config.layer_collapse,
+        "rows": resume is None and trainer.collapse().data.distinct,
+        "wrapped": type(trainer.model_wrapped).__name__,
+    }
+
+
 def main(folder):
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -212,6 +234,10 @@ def main(folder):
     for step in (2, 4, 6) if RESUMES else ():
         checkpoint = str(folder / "progressive" / f"checkpoint-{step}")
         results[f"progressive, resumed from {step}"] = progressive(folder / "resumed", processes=2, resume=checkpoint)
+    results["budgeted"] = budgeted(folder / "budgeted", processes=2)
+    if RESUMES:
+        checkpoint = str(folder / "budgeted" / "checkpoint-2")
+        results["budgeted, resumed"] = budgeted(folder / "resumed", processes=2, resume=checkpoint)
     results["fsdp2"] = full_shard(folder, rank)
     results["run"] = train_save_collapse(folder, rank)
     torch.save(results, folder / f"results_{rank}.pt")

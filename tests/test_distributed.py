@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from tests.distributed_run import RESUMES, TRAJECTORIES, full_shard, progressive, with_callback
+from tests.distributed_run import RESUMES, TRAJECTORIES, budgeted, full_shard, progressive, with_callback
 from tests.models import LAYERS
 from tests.training import STEPS, assert_close, assert_same, state_of, trajectory
 
@@ -97,6 +97,21 @@ needs_resuming = pytest.mark.skipif(
 def test_two_processes_resume_from_before_and_after_a_collapse(step, results):
     _, (first, _) = results
     assert_same(first[f"progressive, resumed from {step}"]["state"], first["progressive"]["state"])
+
+
+def test_two_processes_collapse_to_a_budget_by_one_plan(results, tmp_path):
+    _, (first, second) = results
+    whole = budgeted(tmp_path)
+    found = first["budgeted"]
+    assert found["wrapped"] == "DistributedDataParallel"
+    assert found["choices"] == second["budgeted"]["choices"] == whole["choices"]
+    assert_same(found["state"], second["budgeted"]["state"])
+    assert_close(found["state"], whole["state"])
+    assert found["rows"] == whole["rows"] == 24
+    if RESUMES:
+        resumed = first["budgeted, resumed"]
+        assert resumed["choices"] is None and resumed["table"] == found["table"]
+        assert_same(resumed["state"], found["state"])
 
 
 def test_it_is_distributed(results):

@@ -124,6 +124,31 @@ def test_seq2seq_gradients_do_not_depend_on_accumulation(options, tmp_path):
         torch.testing.assert_close(steps[1][name], gradient, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_seq2seq_to_a_budget(tmp_path):
+    """The decoder reads the labels; what is generated is scored as before."""
+    trainer = LayerCollapseSeq2SeqTrainer(
+        model=tiny_t5(),
+        args=Seq2SeqTrainingArguments(
+            str(tmp_path),
+            max_steps=2,
+            predict_with_generate=True,
+            generation_config=GenerationConfig(max_new_tokens=4, decoder_start_token_id=0),
+            **PLAIN,
+        ),
+        train_dataset=summaries(64),
+        eval_dataset=summaries(8, seed=1),
+        layer_collapse_config=LayerCollapseConfig(budget="macs=0.5"),
+        compute_metrics=lambda prediction: {"length": prediction.predictions.shape[-1]},
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["layer_collapse/distillation_loss"] > 0
+    assert trainer.collapse().data.rows == 64
+    assert {"eval_loss", "eval_length"} < trainer.evaluate().keys()
+    trainer.save_model(str(tmp_path / "collapsed"))
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "collapsed")
+    assert_same(state_of(loaded), state_of(trainer.model))
+
+
 # ---- trl ----
 
 

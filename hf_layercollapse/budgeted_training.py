@@ -1,0 +1,260 @@
+"""A stated size in a Trainer: a plan from training inputs, a collapse before the first step, and what resumes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+from torch import nn
+from torch.utils.data import IterableDataset, Subset
+from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
+from transformers.utils import logging
+
+from . import processes
+from .budgets import parse_budget
+from .collapsing import collapse_model
+from .families import FeedForwardBlock, find_feed_forward_blocks
+from .models import count_parameters, inputs_of, unwrap
+from .optimization import exchange_parameters
+from .patching import record_options, take_shapes
+from .planning import plan_collapse, refuse_budget
+from .plans import CollapsePlan
+from .random_state import same_random_state
+from .reports import BlockReport, CollapseReport
+from .rows import contents
+from .teaching import Teaching
+from .trained_blocks import TrainedBlocks
+
+
+if TYPE_CHECKING:
+    from .trainer import LayerCollapseTrainerMixin
+
+logger = logging.get_logger(__name__)
+
+
+class BudgetedTraining(TrainerCallback):
+    """Collapses the model of a Trainer to the budget of its options when training begins. As a callback it sees
+    whether training begins without that.
+
+    Blocks collapse before there is an optimizer, and before anything is wrapped around the model: parameters, groups
+    and processes are then those of any training of a collapsed model. Random numbers are as before afterwards, and
+    neither the training data's sampler nor its loader is touched, so that batches and dropout are those of a run
+    without a budget.
+
+    Args:
+        trainer ([`LayerCollapseTrainerMixin`]): Has the model, the data and the options.
+        blocks ([`TrainedBlocks`]): Of the model.
+        teaching ([`Teaching`]): Keeps the dense model as teacher.
+        calibration_data (iterable of `dict[str, Tensor]`, *optional*): In place of training inputs.
+
+    Attributes:
+        plan ([`CollapsePlan`] or `None`): What was planned; a run that is resumed plans nothing.
+        report ([`CollapseReport`] or `None`): Of the collapse; of a run that is resumed, what blocks were and are.
+    """
+
+    def __init__(
+        self,
+        trainer: LayerCollapseTrainerMixin,
+        blocks: TrainedBlocks,
+        teaching: Teaching,
+        calibration_data: Iterable[Any] | None = None,
+    ):
+        self._trainer: Any = trainer
+        self._blocks, self._teaching, self._given = blocks, teaching, calibration_data
+        self.plan: CollapsePlan | None = None
+        self.report: CollapseReport | None = None
+
+    @property
+    def is_asked_for(self) -> bool:
+        config = self._trainer.layer_collapse_config
+        return config is not None and config.budget is not None
+
+    # ---- Before training ----
+
+    def refuse_setup(self):
+        if not self.is_asked_for:
+            return
+        trainer = self._trainer
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ValueError(
+                "A `budget` is not supported under FSDP and DeepSpeed. Collapse first (`plan_collapse`, "
+                "`collapse_model`) and train what is left, or train in DDP."
+            )
+        if unwrap(trainer.model)[1]:
+            raise ValueError(
+                "A `budget` is not supported for a model under an adapter or `torch.compile`: checkpoints hold the "
+                "adapter alone, and not the base that was collapsed under it. Collapse and save the base first "
+                "(`plan_collapse`, `collapse_model`), and put the adapter on that; to compile, set `torch_compile`."
+            )
+
+    def check(self, model: nn.Module):
+        """Raises if a model cannot be collapsed to the budget, as far as that can be told without data.
+
+        Raises:
+            ValueError: It is patched or collapsed already, its blocks cannot be so small, or the teacher does not fit.
+        """
+        config = self._trainer.layer_collapse_config
+        states = _states(model) - {"dense"}
+        if states:
+            raise ValueError(
+                f"A `budget` is for a dense model, and this one is {' and '.join(sorted(states))}. Pass the dense "
+                "model, also to resume a run; or leave the `budget` out, and train this one as it is."
+            )
+        refuse_budget(model, config.blocks, config.constant_term, **parse_budget(config.budget))
+        self._teaching.check(model)
+
+    # ---- When training begins ----
+
+    def collapse(self):
+        """Plans and collapses a model that is dense; one that was collapsed, or that a checkpoint gave its shapes, is
+        left as it is.
+
+        Raises:
+            ValueError: There are no inputs that a plan can be made from, or nothing is within the budget.
+        """
+        trainer, model = self._trainer, self._trainer.model
+        if not self.is_asked_for or "collapsed" in _states(model):
+            return
+        config, before = trainer.layer_collapse_config, dict(model.named_parameters())
+        with same_random_state():
+            data = self._inputs()
+            budget = parse_budget(config.budget)
+            plan = plan_collapse(model, data, blocks=config.blocks, constant_term=config.constant_term, **budget)
+            if not plan.point.choices:
+                raise ValueError(
+                    f"No block can collapse within the budget {config.budget}: even the mildest plan loses more. "
+                    "Allow more, or leave it out."
+                )
+            with self._teaching.of(model):
+                self.report = collapse_model(model, plan=plan, calibration_data=data)
+        self.plan = plan
+        logger.info(f"{plan}\n{self.report}")
+        self._collapsed(self.report)
+        if trainer.optimizer is not None:  # that the Trainer was given
+            exchange_parameters(trainer.optimizer, before, dict(model.named_parameters()))
+
+    def _collapsed(self, report):
+        trainer = self._trainer
+        self._blocks.changed()
+        trainer.collapse_report = report
+        record_options(trainer.model, replace(trainer.layer_collapse_config, blocks=report.collapsed))
+
+    def report_of_now(self) -> CollapseReport:
+        """What `trainer.collapse()` gives.
+
+        Raises:
+            RuntimeError: The model is dense until training begins.
+        """
+        if self.report is None:
+            raise RuntimeError("With a `budget` blocks collapse when training begins: call `train` first.")
+        return self.report
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.is_asked_for and "collapsed" not in _states(self._trainer.model):
+            raise RuntimeError(
+                f"Training begins with a dense model, though there is a `budget`: {type(self._trainer).__name__} "
+                "makes its optimizer by a `create_optimizer` of its own. Let that call `super().create_optimizer()`."
+            )
+
+    # ---- A run that is resumed ----
+
+    def follow(self, folder: str, stored: dict[str, dict] | None):
+        """Gives a dense model the shapes of a checkpoint of this run, of which the tables are given; its weights come
+        afterwards.
+
+        Raises:
+            ValueError: The checkpoint is of no run with a budget.
+        """
+        model = self._trainer.model
+        if not self.is_asked_for or "collapsed" in _states(model):
+            return
+        if not stored:
+            raise ValueError(
+                f"With a `budget` checkpoints hold a collapsed model, and {folder} does not say that it holds one. "
+                "Resume from a checkpoint of a run with the same options, or leave the `budget` out."
+            )
+        before, parameters = find_feed_forward_blocks(model), count_parameters(model)
+        with same_random_state(), self._teaching.of(model):
+            take_shapes(model, stored)
+        self.report = _report_of(before, find_feed_forward_blocks(model), parameters, count_parameters(model))
+        self._collapsed(self.report)
+
+    # ---- What plans are made from ----
+
+    def _inputs(self):
+        """Batches of model inputs on the CPU."""
+        if self._given is not None:
+            if iter(self._given) is self._given:
+                # They are read for the plan, and for the collapse.
+                self._given = list(self._given)
+            return self._given
+        with processes.together():
+            return self._batches(self._rows())
+
+    def _rows(self):
+        """Rows of the training data, and not from its loader, whose order would be another one afterwards."""
+        data, count = self._trainer.train_dataset, self._trainer.layer_collapse_config.budget_samples
+        if data is None:
+            raise ValueError(
+                "A `budget` needs training inputs to plan with, and the Trainer has no `train_dataset`: pass batches "
+                "of model inputs as `calibration_data`."
+            )
+        if not has_length(data) or isinstance(data, IterableDataset):
+            return self._first_rows(data, count)
+        count = min(count, len(data))
+        indices = [index * len(data) // count for index in range(count)]
+        return data.select(indices) if isinstance(data, Dataset) else Subset(data, indices)
+
+    def _first_rows(self, data, count):
+        with same_random_state():
+            rows = list(islice(iter(data), count))
+        with same_random_state():
+            again = list(islice(iter(data), 1))
+        if not again or self._contents(again) != self._contents(rows[:1]):
+            raise ValueError(
+                "The training data give other rows each time that they are read, so that what a plan is made from "
+                "would be missing in training: pass batches of model inputs as `calibration_data`."
+            )
+        return rows
+
+    def _contents(self, rows):
+        with same_random_state():  # collators may mask tokens at random
+            return [content for batch in self._batches(rows) for content in contents(batch)]
+
+    def _batches(self, rows):
+        """As the Trainer makes them. Of labels only those stay that tell what kind of prediction it is, or that a
+        decoder reads; a plan looks no further at them."""
+        left_out = set(self._trainer.label_names) - {"labels"}
+        batches = [inputs_of(batch, "cpu") for batch in self._trainer.get_test_dataloader(rows)]
+        return [{name: value for name, value in batch.items() if name not in left_out} for batch in batches]
+
+
+def _states(model):
+    return {block.state for block in find_feed_forward_blocks(model)}
+
+
+def _report_of(
+    before: list[FeedForwardBlock], after: list[FeedForwardBlock], parameters_before: int, parameters_after: int
+) -> CollapseReport:
+    """What is known of a collapse by what blocks were and are."""
+    blocks = [
+        BlockReport(
+            now.name,
+            now.index,
+            "collapsed",
+            None,
+            then.parameters,
+            now.parameters,
+            then.macs,
+            now.macs,
+            rank=None if now.rank == now.in_features else now.rank,
+            kept_neurons=now.hidden_features,
+        )
+        for then, now in zip(before, after, strict=True)
+        if now.state == "collapsed"
+    ]
+    return CollapseReport(blocks, parameters_before, parameters_after)
