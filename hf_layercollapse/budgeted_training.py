@@ -26,6 +26,7 @@ from .plans import CollapsePlan
 from .random_state import same_random_state
 from .reports import BlockReport, CollapseReport
 from .rows import contents
+from .sentence_models import features_in, sentence_model
 from .teaching import Teaching
 from .trained_blocks import TrainedBlocks
 
@@ -229,8 +230,14 @@ class BudgetedTraining(TrainerCallback):
         """As the Trainer makes them. Of labels only those stay that tell what kind of prediction it is, or that a
         decoder reads; a plan looks no further at them."""
         left_out = set(self._trainer.label_names) - {"labels"}
-        batches = [inputs_of(batch, "cpu") for batch in self._trainer.get_test_dataloader(rows)]
+        batches = [part for batch in self._trainer.get_test_dataloader(rows) for part in self._parts_of(batch)]
+        batches = [inputs_of(batch, "cpu") for batch in batches]
         return [{name: value for name, value in batch.items() if name not in left_out} for batch in batches]
+
+    def _parts_of(self, batch):
+        """What the model is given for a batch of the Trainer."""
+        sentences = sentence_model(self._trainer.model)
+        return [batch] if sentences is None else features_in(self._trainer, sentences, batch)
 
 
 def _states(model):

@@ -19,7 +19,7 @@ from .predictions import predictions_of
 from .selection import select_blocks
 from .sentence_models import sentence_model
 from .token_filter import TokenFilter
-from .upstream import has_causal_loss
+from .upstream import has_causal_loss, is_hooked
 
 
 IGNORED = -100
@@ -76,6 +76,10 @@ def _frozen_copy(model, config):
         if any(".modules_to_save." in name for name in activations):
             raise ValueError(f"Alphas of the model belong to an adapter, {needs}")
     teacher = copy.deepcopy(model)
+    copied = unwrap(teacher)[0]
+    if not is_hooked(copied):
+        # trl's trainers give a model a forward of its own that calls the one of the model they were given.
+        vars(copied).pop("forward", None)
     if "patched" in states:
         remove_layer_collapse(teacher)
     return teacher.requires_grad_(False).eval()

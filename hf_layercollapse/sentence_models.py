@@ -140,3 +140,17 @@ class SentenceInputs:
             return [text]
         parts = [places[start : start + room] for start in range(0, len(places), room)]
         return [text[part[0][0] : part[-1][1]] for part in parts]
+
+
+def features_in(trainer: Any, sentences: Any, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the losses of sentence-transformers' trainers give an object for one of their batches: features for each
+    column; of columns that are texts still, which a cross encoder's losses read as pairs, features of these.
+
+    Raises:
+        ValueError: The object does not read the pairs.
+    """
+    columns = {name: value for name, value in batch.items() if name not in ("dataset_name", "prompt", "task")}
+    features, _ = trainer.collect_features(columns)
+    if all(isinstance(each, Mapping) for each in features):
+        return [dict(each) for each in features]
+    return [SentenceInputs(sentences).features(list(zip(*features, strict=True)))]

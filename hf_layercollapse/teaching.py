@@ -11,6 +11,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from .distillation import Distillation, check_teacher, teacher_for
+from .models import inputs_of
+from .sentence_models import features_in, sentence_model
 from .upstream import loss_is_scaled
 
 
@@ -93,10 +95,18 @@ class Teaching(TrainerCallback):
                 loss, outputs = result if return_outputs else (result, None)
             else:
                 # The Trainer's own would ask for labels.
-                loss, outputs = 0.0, model(**distillation.without_labels(inputs, self._trainer.label_names))
+                loss, outputs = 0.0, self._run_without_loss(distillation, model, inputs)
         self._taught = True
         loss = weight * loss + self._terms(distillation, given, seen, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def _run_without_loss(self, distillation, model, inputs):
+        trainer, sentences = self._trainer, sentence_model(self._trainer.model)
+        if sentences is None:
+            return model(**distillation.without_labels(inputs, trainer.label_names))
+        for features in features_in(trainer, sentences, inputs):
+            model(inputs_of(features, trainer.args.device))
+        return {}  # as sentence-transformers' trainers have it
 
     def _terms(self, distillation, inputs, seen, num_items_in_batch):
         """They weigh each label as the model's own loss does."""

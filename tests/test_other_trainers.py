@@ -240,6 +240,17 @@ def test_sft_with_a_teacher(tmp_path):
             by_logits.train()
 
 
+def test_sft_to_a_budget(tmp_path):
+    """Without a loss of its own trl makes logits, too; the teacher is a copy that runs by itself."""
+    config = LayerCollapseConfig(budget="macs=0.5", task_loss_weight=0, hidden_state_weight=0.5)
+    trainer = sft_trainer(tmp_path, layer_collapse_config=config)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["layer_collapse/distillation_loss"] > 0 and log["layer_collapse/hidden_state_loss"] > 0
+    assert trainer.collapse().data.rows == 16
+    assert "eval_loss" in trainer.evaluate()
+
+
 def test_sft_with_an_adapter(tmp_path):
     """trl puts the adapter on the patched model."""
     from peft import LoraConfig

@@ -38,7 +38,7 @@ from hf_layercollapse import (
     remove_layer_collapse,
 )
 from tests.models import LAYERS, text_inputs
-from tests.sentences import PAIRS, TEXTS, embed, model_of, predictions_of, save_encoder, sentence_transformer
+from tests.sentences import PAIRS, TEXTS, WORDS, embed, model_of, predictions_of, save_encoder, sentence_transformer
 from tests.training import Gradients, alphas_of, assert_same, set_alphas, state_of
 
 
@@ -134,7 +134,7 @@ def test_least_squares_on_the_model_inside(bert, tmp_path):
 # ---- Training ----
 
 
-def trainer_of(model, folder, config=None, loss=None, callbacks=None, teacher=None, **options):
+def trainer_of(model, folder, config=None, loss=None, callbacks=None, teacher=None, texts=TEXTS * 4, **options):
     kind = {SentenceTransformer: "sentence", CrossEncoder: "cross", SparseEncoder: "sparse"}[type(model)]
     trainer_class, args_class, own_loss = KINDS[kind]
     options = {
@@ -147,7 +147,8 @@ def trainer_of(model, folder, config=None, loss=None, callbacks=None, teacher=No
         "disable_tqdm": True,
         **options,
     }
-    data = Dataset.from_dict({"one": TEXTS * 4, "other": TEXTS[::-1] * 4, "label": [0.1, 0.9, 0.8, 0.2] * 4})
+    labels = [0.1, 0.9, 0.8, 0.2] * (len(texts) // 4)
+    data = Dataset.from_dict({"one": texts, "other": texts[::-1], "label": labels})
     return trainer_class(
         model,
         args=args_class(str(folder), **options),
@@ -253,6 +254,24 @@ def test_a_checkpoint_of_another_life_is_refused(bert, tmp_path):
     with pytest.raises(ValueError, match=r"that is patched \(2 alphas\), and the model here is patched \(1 alphas\)"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same(state_of(other.model), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_to_a_budget_without_labels(kind, folders, tmp_path):
+    """A plan and a teacher read what the loss would be given; a run that is resumed plans nothing."""
+    config = LayerCollapseConfig(budget="macs=0.5", task_loss_weight=0)
+    texts = [" ".join(WORDS[(i * j + i // 5) % len(WORDS)] for j in range(1, 9)) for i in range(48)]
+    whole = trainer_of(model_of(kind, folders), tmp_path, config, texts=texts, logging_steps=1)
+    whole.train()
+    assert 30 < whole.collapse().data.distinct <= 48
+    log = whole.state.log_history[0]
+    assert log["loss"] == pytest.approx(log["layer_collapse/distillation_loss"], rel=1e-3, abs=1e-6)
+    loaded = type(whole.model)(str(tmp_path / "checkpoint-4"), device="cpu")
+    assert_same(state_of(loaded), state_of(whole.model))
+    resumed = trainer_of(model_of(kind, folders), tmp_path, config, texts=texts)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.collapse_plan is None and resumed.collapse().collapsed == whole.collapse().collapsed
+    assert_same(state_of(resumed.model), state_of(whole.model))
 
 
 # ---- A teacher ----
