@@ -887,10 +887,11 @@ def test_a_config_whose_parts_are_fixed_is_not_saved(config_class, life, tmp_pat
     case = config_class.model_type
     tower = part_in_life(PARTS[case][0](), "text_model", life)
     with pytest.raises(ValueError, match=f"`text_config` of this {config_class.__name__} describes a patched or"):
-        # The constructor of CLIP's writes its parts out too, in older transformers.
-        config_class(text_config=tower.config).save_pretrained(tmp_path)
-    with pytest.raises(OSError, match="not a valid JSON"):
-        config_class.from_pretrained(tmp_path)
+        # In older transformers the constructor of CLIP's writes its parts out too, and there is nothing to save.
+        config_class(text_config=tower.config).save_pretrained(tmp_path / "saved")
+    if (tmp_path / "saved").exists():
+        with pytest.raises(OSError, match="not a valid JSON"):
+            config_class.from_pretrained(tmp_path / "saved")
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -324,6 +324,10 @@ def trl_trainer(name, folder, model, callback=False, **kwargs):
 @pytest.mark.parametrize("name", ["sft", "dpo", "kto", "grpo", "rloo"])
 def test_trl_loads_by_the_name_of_the_model(name, way, dense_folder, tmp_path):
     """Its tokenizer, and the reference model, which stays dense."""
+    import trl
+
+    if name == "kto" and Version(trl.__version__) < Version("1.4"):
+        pytest.skip("KTO of trl 1.0 wants its tokenizer passed")
     model = dense_folder if way == "mixin, by name" else AutoModelForCausalLM.from_pretrained(dense_folder)
     trainer = trl_trainer(name, tmp_path, model, callback=way == "callback")
     assert len(alphas_of(trainer.model)) == LAYERS

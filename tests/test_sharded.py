@@ -71,7 +71,8 @@ def test_gathered_collapsed_and_saved_by_the_main_process_only(name, results):
     folder, (first, second) = results
     run = first[name]
     assert [block["outcome"] for block in run["report"]["blocks"]] == ["collapsed"] * LAYERS
-    assert not (folder / f"{name}_collapsed_by_1").exists()
+    # Older transformers write the arguments in every process.
+    assert {path.name for path in (folder / f"{name}_collapsed_by_1").glob("*")} <= {"training_args.bin"}
     loaded = AutoModelForSequenceClassification.from_pretrained(folder / f"{name}_collapsed_by_0")
     assert_same(state_of(loaded), run["collapsed"])
     assert run["metrics_collapsed"]["eval_loss"] == second[name]["metrics_collapsed"]["eval_loss"]
