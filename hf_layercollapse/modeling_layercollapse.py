@@ -60,7 +60,7 @@ MAX_DEPTH = 32
 # ----------------------------------------------------------------------------------------------------
 
 # What all of it was seen in.
-SEEN = "transformers 5.16.1 to 5.24.0, torch 2.8 to 2.13, accelerate 1.10 to 1.15 and peft 0.19.1 to 0.21.2"
+SEEN = "transformers 5.16.1 to 5.24.0, torch 2.8 to 2.13, accelerate 1.13 to 1.15 and peft 0.21 to 0.21.2"
 
 
 def require(present, name, package):
