@@ -124,10 +124,10 @@ class DistinctRows:
                 yield take(batch, kept)
         everything = set().union(*self._batches)
         if found.keys() != everything:
+            new, gone = len(found.keys() - everything), len(everything - found.keys())
             raise ValueError(
-                f"The calibration data changes: of {len(found)} different rows {len(found.keys() - everything)} were "
-                "not there when it was read before. Pass it without random changes of its rows, or as a list of "
-                "batches."
+                f"The calibration data changes: of {len(found)} different rows {new} are new, and {gone} that "
+                "were read before are gone. Pass it without random changes of its rows, or as a list of batches."
             )
 
     def _reading(self, found):

@@ -240,3 +240,21 @@ def test_arrays_of_objects_are_no_tensors():
     batch = {"input_ids": np.array([[1, 2], [3]], dtype=object)}
     with pytest.raises(ValueError, match="`input_ids` .* is a ndarray"):
         read_calibration_data([batch], MemoryBudget())
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "message"),
+    [(12, 10, "of 20 different rows 0 are new, and 4 "), (10, 12, "of 24 different rows 4 are new, and 0 ")],
+)
+def test_rows_that_go_or_come_are_named_as_such(first, later, message):
+    class Changing(list):
+        readings = 0
+
+        def __iter__(self):
+            self.readings += 1
+            return iter(self[: first if self.readings == 1 else later])
+
+    model = BY_NAME["bert"].model()
+    engine = Calibration.on(model, model, Changing(text_inputs(batch=2, seed=seed) for seed in range(12)))
+    with pytest.raises(ValueError, match=message + "that were read before are gone"):
+        engine.run("", lambda: ())
