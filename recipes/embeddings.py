@@ -345,7 +345,8 @@ class Results:
 
 def table_of(rows, columns):
     """The rows as Markdown, a mean over seeds each; in brackets the distance from the dense model."""
-    head = ["", "feed-forward weights left", "parameters", "time", *columns.values()]
+    timed = any(row["latency"] is not None for row in rows)
+    head = ["", "feed-forward weights left", "parameters", *(["time"] if timed else []), *columns.values()]
     lines = []
     for key in dict.fromkeys((row["method"], row["size"], row["recovered"]) for row in rows):
         found = [row for row in rows if (row["method"], row["size"], row["recovered"]) == key]
@@ -353,7 +354,8 @@ def table_of(rows, columns):
         share, parameters = (_mean(row[name] for row in found) for name in ("feed_forward_share", "parameters"))
         times = [row["latency"] for row in found if row["latency"] is not None]
         line = [f"{method}, recovered" if recovered else method, f"{share:.1%}", f"{parameters / 1e6:.1f} M"]
-        line.append(f"{_mean(times):.2f}" if times else "1")
+        if timed:
+            line.append(f"{_mean(times):.2f}" if times else "1")
         for name in columns:
             value, change = (_mean(row[name][part] for row in found) for part in ("value", "from_dense"))
             line.append(f"{100 * value:.1f}" + ("" if method == "dense" else f" ({100 * change:+.1f})"))
