@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # what a name is, for readers that run nothing
     from .callbacks import LayerCollapseCallback as LayerCollapseCallback
     from .collapsing import collapse_model as collapse_model
     from .comparison import compare_models as compare_models
+    from .comparison import prediction_divergence as prediction_divergence
     from .config import LayerCollapseConfig as LayerCollapseConfig
     from .exporting import export_model as export_model
     from .families import FeedForwardBlock as FeedForwardBlock
@@ -57,6 +58,7 @@ _EXPORTS = {
     "find_feed_forward_blocks": "families",
     "linearity_map": "planning",
     "plan_collapse": "planning",
+    "prediction_divergence": "comparison",
     "recover_model": "recovery",
     "register_feed_forward_layout": "families",
     "remove_layer_collapse": "patching",

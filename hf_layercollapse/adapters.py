@@ -2,12 +2,16 @@
 
 import contextlib
 import copy
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
 
 from .modeling_layercollapse import children_of
 
 
 @contextlib.contextmanager
-def restored_on_error(model):
+def restored_on_error(model: Any) -> Iterator[None]:
     """If what is done inside raises, the model is as it was before peft merged its adapters: every module with its
     attributes, whichever of them a method or a version of peft touches, and the weights under adapters.
 
@@ -28,17 +32,17 @@ def restored_on_error(model):
         raise
 
 
-def _copy_if_plain(value):
+def _copy_if_plain(value: Any) -> Any:
     return copy.copy(value) if isinstance(value, (dict, list, set)) else value
 
 
-def _weights_under_adapters(model):
+def _weights_under_adapters(model: nn.Module) -> list[nn.Parameter]:
     adapted = (module for module in model.modules() if type(module).__module__.startswith("peft.tuners."))
-    layers = (module for module in adapted if "base_layer" in children_of(module))
-    return list({id(p): p for layer in layers for p in layer.base_layer.parameters()}.values())
+    layers = [children_of(module)["base_layer"] for module in adapted if "base_layer" in children_of(module)]
+    return list({id(p): p for layer in layers for p in layer.parameters()}.values())
 
 
-def is_copied(name):
+def is_copied(name: str) -> bool:
     """Whether a module of this name is the one that peft's `modules_to_save` keeps frozen beside the one that
     trains."""
     return name.endswith(".original_module")

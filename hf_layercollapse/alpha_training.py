@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
@@ -49,7 +49,7 @@ class AlphaTraining(TrainerCallback):
         steps ([`AlphaSteps`] or `None`): There once there are alphas and an optimizer.
     """
 
-    def __init__(self, trainer: LayerCollapseTrainerMixin, blocks: TrainedBlocks, sharding: Sharding):
+    def __init__(self, trainer: LayerCollapseTrainerMixin, blocks: TrainedBlocks, sharding: Sharding) -> None:
         self._trainer: Any = trainer
         self._blocks, self._sharding = blocks, sharding
         self.steps: AlphaSteps | None = None
@@ -59,7 +59,7 @@ class AlphaTraining(TrainerCallback):
         self._penalty_count = 0
         self._warned_of_frozen = False
 
-    def refuse_setup(self):
+    def refuse_setup(self) -> None:
         args = self._trainer.args
         checkpointing, options = checkpointing_of(args)
         if checkpointing and options.get("use_reentrant", False) and args.world_size > 1:
@@ -69,7 +69,7 @@ class AlphaTraining(TrainerCallback):
             )
         refuse_steps_in_backward(args)
 
-    def warn_of_frozen(self):
+    def warn_of_frozen(self) -> None:
         if not self._warned_of_frozen and self._blocks.activations() and not self._blocks.trainable_alphas():
             self._warned_of_frozen = True
             logger.warning(NO_TRAINABLE_ALPHA)
@@ -80,7 +80,7 @@ class AlphaTraining(TrainerCallback):
         alphas = {f"{name}.alpha" for name in collapsible_activations(model)}
         return [name for name in names if name not in alphas]
 
-    def take_over(self):
+    def take_over(self) -> None:
         """Takes alphas over from the optimizer that was made."""
         config = self._trainer.layer_collapse_config
         alphas = self._blocks.trainable_alphas() if config is not None else []
@@ -93,7 +93,7 @@ class AlphaTraining(TrainerCallback):
             group = {"params": [], "lr": config.alpha_learning_rate, "weight_decay": 0.0}
             plain_optimizer(self._trainer.optimizer).add_param_group(group)
 
-    def _drive(self, alphas):
+    def _drive(self, alphas: list[nn.Parameter]) -> None:
         """Takes alphas over from the optimizer that there is, unless that was done."""
         optimizer, config = plain_optimizer(self._trainer.optimizer), self._trainer.layer_collapse_config
         if self.steps is not None and self.steps.optimizer is optimizer:
@@ -109,16 +109,16 @@ class AlphaTraining(TrainerCallback):
             # The base is about to change, so it is not the saved one any more.
             forget_base(self._trainer.model)
 
-    def restore(self):
+    def restore(self) -> None:
         """Puts right what an engine did to alphas that are apart from its optimizer."""
         if isinstance(self.steps, AlphaStepsApart):
             self.steps.restore()
 
-    def forget(self):
+    def forget(self) -> None:
         """To be called when the optimizer is let go."""
         self.steps = None
 
-    def exchanged(self):
+    def exchanged(self) -> None:
         """To be called when alphas went with their blocks, and the optimizer knows."""
         if self.steps is not None:
             self.steps.alphas = self._blocks.trainable_alphas()
@@ -141,18 +141,22 @@ class AlphaTraining(TrainerCallback):
         state = self._trainer.state
         return penalty_strength_at(self._trainer.layer_collapse_config, state.global_step, state.max_steps)
 
-    def penalty_share(self):
+    def penalty_share(self) -> torch.Tensor:
         """The part of the penalty in the loss of one of the batches that are accumulated."""
         return self._penalty / self._trainer.current_gradient_accumulation_steps
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._trainer.layer_collapse_config is None or not self._blocks.activations():
             return
         self.warn_of_frozen()
         # Those that a subclass's own `create_optimizer` left to it, or none as long as all are frozen.
         self._drive(self._blocks.trainable_alphas())
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._trainer.layer_collapse_config is None:
             return
         if self.steps is not None:
@@ -166,12 +170,16 @@ class AlphaTraining(TrainerCallback):
     # Again, before the optimizer takes the step: alphas may have been unfrozen since.
     on_pre_optimizer_step = on_step_begin
 
-    def on_optimizer_step(self, args, state, control, **kwargs):
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         # DeepSpeed has taken its step by now.
         if isinstance(self.steps, AlphaStepsApart):
             self.steps.step()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.steps is None:
             return
         skipped = self._trainer.accelerator.optimizer_step_was_skipped

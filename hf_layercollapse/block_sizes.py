@@ -2,13 +2,20 @@
 
 import bisect
 import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from . import functional
 from .blocks import BoundBlock
 from .merging import cost_of, effective_rank, has_constant, is_possible, parameters_of, stored_neurons
+
+
+if TYPE_CHECKING:
+    from .loss_metric import LossMetric
+    from .moments import BlockMoments
 
 
 # Ranks of the linear part that plans choose from, as shares of the input width; `None` is full rank.
@@ -39,7 +46,7 @@ class BlockSize:
     loss: float
     as_it_is: bool = False
 
-    def amount(self, unit):
+    def amount(self, unit: str) -> int:
         """What it takes of a budget in `"macs"` or `"parameters"`."""
         return self.macs if unit == "macs" else self.parameters
 
@@ -70,7 +77,7 @@ class BlockSizes:
         """The block as it is."""
         return self.worth_having[-1]
 
-    def at(self, rank, count) -> BlockSize:
+    def at(self, rank: int | None, count: int) -> BlockSize:
         """One size; as many neurons as there are, and no linear map, are the block as it is."""
         if rank == 0 and count == self.block.hidden_features:
             return self.dense
@@ -83,21 +90,28 @@ class BlockSizes:
         """The block dropped, or where only linear maps are wanted the smallest of them."""
         return self.at(0, 0) if 0 in self.losses else self.worth_having[0]
 
-    def largest(self, rank, room, unit, multiple_of):
+    def largest(self, rank: int | None, room: float, unit: str, multiple_of: int) -> BlockSize | None:
         """The largest size of this rank that takes no more than `room` of a budget; `None` if there is none."""
         counts = range(0 if rank != 0 else multiple_of, len(self.losses.get(rank, ())), multiple_of)
         fitting = bisect.bisect_right(counts, room, key=lambda count: self.at(rank, count).amount(unit))
         return self.at(rank, counts[fitting - 1]) if fitting else None
 
 
-def rank_of(block, share, multiple_of=1):
+def rank_of(block: BoundBlock, share: float | None, multiple_of: int = 1) -> int | None:
     """The rank that a share of the input width stands for; `None` where one full matrix is no larger."""
     if share is None or share == 0:
         return effective_rank(block, None if share is None else 0)
     return effective_rank(block, max(1, round(share * block.in_features / multiple_of)) * multiple_of)
 
 
-def sizes_of(block, moments, metric=None, rank_shares=RANK_SHARES, multiple_of=1, constant_term="native"):
+def sizes_of(
+    block: BoundBlock,
+    moments: "BlockMoments",
+    metric: "LossMetric | None" = None,
+    rank_shares: Sequence[float | None] = RANK_SHARES,
+    multiple_of: int = 1,
+    constant_term: str = "native",
+) -> BlockSizes:
     """The [`BlockSizes`] of a block.
 
     Neurons and linear maps are chosen in the metric of the loss `G = S S`: reduced-rank regression and orthogonal
@@ -142,7 +156,9 @@ def sizes_of(block, moments, metric=None, rank_shares=RANK_SHARES, multiple_of=1
     return found
 
 
-def _chosen(moments, rank, most, root):
+def _chosen(
+    moments: "BlockMoments", rank: int | None, most: int, root: torch.Tensor | None
+) -> tuple[list[int], torch.Tensor]:
     """`(order, what is left)`: neurons in the order of their use, and `tr(G R)` with the first `k` of them."""
     width = moments.width
     cov_fo, cov_oo = moments.cov_fo, moments.cov_oo
@@ -156,7 +172,7 @@ def _chosen(moments, rank, most, root):
     return order, (float(cov_oo.trace()) - explained).clamp_min(0)
 
 
-def _counts(most, block, multiple_of):
+def _counts(most: int, block: BoundBlock, multiple_of: int) -> list[int]:
     """Numbers of neurons that plans choose from."""
     step = max(1, block.hidden_features // EVEN_COUNTS)
     counts, small = {*range(step, most + 1, step), most}, step
@@ -167,7 +183,7 @@ def _counts(most, block, multiple_of):
     return sorted({0, *(count for count in counts if count <= most)})
 
 
-def worth_having(sizes, cost):
+def worth_having(sizes: Iterable[BlockSize], cost: Callable[[BlockSize], float]) -> list[BlockSize]:
     """Those that lose less than any that costs no more, from the cheapest on."""
     worth, best = [], math.inf
     for size in sorted(sizes, key=lambda size: (cost(size), size.loss)):
@@ -177,7 +193,9 @@ def worth_having(sizes, cost):
     return worth
 
 
-def allocations(sizes, budgets, unit="macs"):
+def allocations(
+    sizes: Mapping[str, Sequence[BlockSize]], budgets: Sequence[float], unit: str = "macs"
+) -> list[dict[str, BlockSize] | None]:
     """Block name -> its size, for each budget: the smallest sum of expected losses.
 
     Args:
@@ -195,7 +213,9 @@ def allocations(sizes, budgets, unit="macs"):
     ]
 
 
-def alike(sizes, budget, unit, rank_share, multiple_of):
+def alike(
+    sizes: Mapping[str, BlockSizes], budget: float, unit: str, rank_share: float | None, multiple_of: int
+) -> dict[str, BlockSize] | None:
     """Every block with a linear part of the same share of its width, and as many neurons as the same share of its
     weights allows: what a plan has to beat.
 
@@ -211,11 +231,20 @@ def alike(sizes, budget, unit, rank_share, multiple_of):
     chosen = {}
     for name, found in sizes.items():
         rank, room = rank_of(found.block, rank_share, multiple_of), share * found.dense.amount(unit)
-        chosen[name] = found.largest(rank, room, unit, multiple_of)
-    return None if None in chosen.values() else chosen
+        largest = found.largest(rank, room, unit, multiple_of)
+        if largest is None:
+            return None
+        chosen[name] = largest
+    return chosen
 
 
-def fit_size(moments, positions, rank, metric=None, constant=True):
+def fit_size(
+    moments: "BlockMoments",
+    positions: Iterable[int],
+    rank: int | None,
+    metric: "LossMetric | None" = None,
+    constant: bool = True,
+) -> functional.Fit:
     """The weights of a size: the linear map's input directions are chosen in the metric, everything that is computed
     from them and from the neurons is plain least squares.
 
@@ -234,18 +263,17 @@ def fit_size(moments, positions, rank, metric=None, constant=True):
     return kept.fit(rank, right_ri=right)
 
 
-def any_fit(block, rank, count, constant):
+def any_fit(block: BoundBlock, rank: int | None, count: int, constant: bool) -> functional.Fit:
     """A [`functional.Fit`] of the shapes of a size, for what does not depend on weights."""
     width, out = block.in_features, block.out_features
 
-    def some(*shape):
+    def some(*shape: int) -> torch.Tensor:
         return torch.full(shape, 1 / width, dtype=torch.float64)
 
-    full = rank is None
     return functional.Fit(
-        some(out, width) if full else None,
-        None if full else some(out, rank),
-        None if full else some(rank, width),
+        some(out, width) if rank is None else None,
+        None if rank is None else some(out, rank),
+        None if rank is None else some(rank, width),
         some(out, count),
         some(out) if constant else None,
         list(range(count)),

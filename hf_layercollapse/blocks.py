@@ -3,8 +3,11 @@
 An operation binds the blocks once, before it changes anything, and hands them on.
 """
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +17,7 @@ from . import functional
 from .families import FeedForwardBlock, survey_blocks
 from .modeling_layercollapse import PassOnConv1D, children_of
 from .models import base_layer, is_adapted, part_at, unwrap, weights_present
-from .verification import NORMS, Refusal, Verifier
+from .verification import NORMS, Refusal, Verifier, Wiring
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,12 @@ class Exchange:
     old: nn.Module
     new: nn.Module
 
-    def undo(self):
+    def undo(self) -> None:
         """Puts back what stood there."""
         children_of(self.parent)[self.child] = self.old
 
 
-def _module():
+def _module() -> Any:
     return field(default=None, repr=False, compare=False)
 
 
@@ -57,29 +60,36 @@ class BoundBlock(FeedForwardBlock):
 
     module: nn.Module = _module()
     around: nn.Module | None = _module()
-    up: nn.Module | None = _module()
-    activation: nn.Module | None = _module()
-    down: nn.Module = _module()
-    gate: nn.Module | None = _module()
+    # Asked for their weights, alphas and adapters, which no common class of theirs has.
+    up: Any = _module()
+    activation: Any = _module()
+    down: Any = _module()
+    gate: Any = _module()
     before: tuple[nn.Module, ...] = field(default=(), repr=False, compare=False)
     between: tuple[nn.Module, ...] = field(default=(), repr=False, compare=False)
 
     @property
-    def linears(self):
+    def linears(self) -> dict[str, nn.Module]:
         """Path in the block -> linear, as the layout has them."""
         return {path: part_at(self.module, path) for path in self.layout.linears}
 
     @property
-    def first(self):
+    def first(self) -> nn.Module:
         """The linear that the block begins with: the gate's, where it has its own."""
         return self.up if self.gate is None else self.gate
 
     @property
-    def scales(self):
-        """Constants of its code, see [`Wiring`]."""
-        return self.wiring.scales
+    def code(self) -> Wiring:
+        """What its code does, of a block that its own code computes."""
+        assert self.wiring is not None, "one that can collapse"
+        return self.wiring
 
-    def forward(self, x):
+    @property
+    def scales(self) -> tuple[float, float, float]:
+        """Constants of its code, see [`Wiring`]."""
+        return self.code.scales
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What the block computes from its input, dropouts off."""
         enters, leaves, returned = self.scales
         up = self.up(x)
@@ -94,7 +104,7 @@ class BoundBlock(FeedForwardBlock):
         output = self.down(hidden * leaves if leaves != 1 else hidden)
         return output * returned if returned != 1 else output
 
-    def up_affine(self):
+    def up_affine(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(weight (m, i), bias (m,) or None)` from the block's input to what a linear activation acts on (plain), or
         to what the gate multiplies (gated)."""
         weight, bias = weight_and_bias(self.up)
@@ -110,14 +120,14 @@ class BoundBlock(FeedForwardBlock):
             bias = shift if bias is None else scale * bias + shift
         return weight, bias
 
-    def gate_affine(self):
+    def gate_affine(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(weight (m, i), bias (m,) or None)` from a gated block's input to what its activation acts on."""
         if self.gate is not None:
             return weight_and_bias(self.gate)
         weight, bias = weight_and_bias(self.up)
         return self.layout.split(weight, 0)[0], None if bias is None else self.layout.split(bias, 0)[0]
 
-    def down_affine(self):
+    def down_affine(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(weight (o, m), bias (o,) or None)` from what leaves the activation to what the block returns."""
         weight, bias = weight_and_bias(self.down)
         _, leaves, returned = self.scales
@@ -130,11 +140,11 @@ class BoundBlock(FeedForwardBlock):
             weight = weight * scale
         return weight * returned, None if bias is None else bias * returned
 
-    def weights_present(self):
+    def weights_present(self) -> contextlib.AbstractContextManager[None]:
         """A context in which its weights can be read, wherever accelerate keeps them."""
         return weights_present([*self.linears.values(), *self.before, *self.between])
 
-    def exchange(self, path, module):
+    def exchange(self, path: str, module: nn.Module) -> Exchange:
         """Puts a module where a part stands, or with the path `""` in the place of all of the block; in the model,
         not in this object. Returns the [`Exchange`]."""
         above, _, child = path.rpartition(".")
@@ -147,14 +157,14 @@ class BoundBlock(FeedForwardBlock):
         return done
 
 
-def _normed(norms, hidden_states):
+def _normed(norms: Iterable[nn.Module], hidden_states: torch.Tensor) -> torch.Tensor:
     for norm in norms:
         scale, shift = _scale_and_shift(norm)
         hidden_states = hidden_states * scale.to(hidden_states) + shift.to(hidden_states)
     return hidden_states
 
 
-def _scale_and_shift(norm):
+def _scale_and_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """A batch norm in evaluation mode: a factor and a term per feature, float64."""
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
@@ -163,17 +173,17 @@ def _scale_and_shift(norm):
     return scale, shift if norm.bias is None else shift + norm.bias.double()
 
 
-def weight_and_bias(linear):
+def weight_and_bias(linear: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`(weight (out, in), bias (out,) or None)` of what [`modeling_layercollapse.linear_shape`] knows."""
     return (linear.weight.T if isinstance(linear, (Conv1D, PassOnConv1D)) else linear.weight), linear.bias
 
 
-def bind(model, block) -> BoundBlock:
+def bind(model: nn.Module, block: FeedForwardBlock) -> BoundBlock:
     """A block that was found in a model, or in one whose modules have the same names, with this model's modules."""
     layout, wiring = block.layout, block.wiring
     module = model.get_submodule(block.holder)
 
-    def norms(paths):
+    def norms(paths: Iterable[str]) -> tuple[nn.Module, ...]:
         return tuple(part for part in (part_at(module, path) for path in paths) if isinstance(part, NORMS))
 
     return BoundBlock(
@@ -189,19 +199,19 @@ def bind(model, block) -> BoundBlock:
     )
 
 
-def survey(model) -> tuple[list[BoundBlock], dict[str, str]]:
+def survey(model: nn.Module) -> tuple[list[BoundBlock], dict[str, str]]:
     """`(blocks in forward order, refused)`, as [`find_feed_forward_blocks`] and [`refused_blocks`] find them."""
     model = unwrap(model)[0]
     blocks, refused = survey_blocks(model)
     return [bind(model, block) for block in blocks], refused
 
 
-def bind_blocks(model) -> list[BoundBlock]:
+def bind_blocks(model: nn.Module) -> list[BoundBlock]:
     """The feed-forward blocks of a model, in forward order."""
     return survey(model)[0]
 
 
-def confirm_wiring(model, blocks):
+def confirm_wiring(model: nn.Module, blocks: Sequence[BoundBlock]) -> None:
     """Raises if these blocks, whose linears have become narrower, do not run as they did.
 
     Raises:
@@ -225,7 +235,7 @@ def confirm_wiring(model, blocks):
 # ----------------------------------------------------------------------------------------------------
 
 
-def check_weights(model, blocks, merging):
+def check_weights(model: nn.Module, blocks: Sequence[BoundBlock], merging: bool) -> None:
     """Raises if the weights of these blocks cannot be read or merged.
 
     Args:
@@ -255,7 +265,7 @@ def check_weights(model, blocks, merging):
             _refuse_shared(name, linear, block, uses)
 
 
-def _uses(model):
+def _uses(model: nn.Module) -> Counter[int]:
     """id -> how many modules hold a module or parameter.
 
     By what holds them: a module that is reached by several ways, in models that share a part, is changed once.
@@ -268,7 +278,7 @@ def _uses(model):
     return uses
 
 
-def _refuse_unreadable(name, linear):
+def _refuse_unreadable(name: str, linear: Any) -> None:
     weight = linear.weight
     # By name: torch.distributed is not part of every build of torch.
     if type(weight).__name__ == "DTensor" or type(weight.data).__name__ == "DTensor":
@@ -290,7 +300,7 @@ def _refuse_unreadable(name, linear):
         )
 
 
-def _refuse_shared(name, linear, block, uses):
+def _refuse_shared(name: str, linear: Any, block: BoundBlock, uses: Mapping[int, int]) -> None:
     shared = [key for key, parameter in linear.named_parameters() if uses[id(parameter)] > 1]
     if shared:
         raise ValueError(
@@ -307,7 +317,7 @@ def _refuse_shared(name, linear, block, uses):
 
 
 @torch.no_grad()
-def _computes_linear(linear):
+def _computes_linear(linear: Any) -> bool:
     """Whether a subclass of `nn.Linear` (Falcon has its own) does what `nn.Linear` does with its weight and bias."""
     if type(linear) in (nn.Linear, Conv1D):
         return True

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import IterableDataset, Subset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
@@ -76,7 +76,7 @@ class BudgetedTraining(TrainerCallback):
 
     # ---- Before training ----
 
-    def refuse_setup(self):
+    def refuse_setup(self) -> None:
         if not self.is_asked_for:
             return
         trainer = self._trainer
@@ -92,7 +92,7 @@ class BudgetedTraining(TrainerCallback):
                 "(`plan_collapse`, `collapse_model`), and put the adapter on that; to compile, set `torch_compile`."
             )
 
-    def check(self, model: nn.Module):
+    def check(self, model: nn.Module) -> None:
         """Raises if a model cannot be collapsed to the budget, as far as that can be told without data.
 
         Raises:
@@ -110,7 +110,7 @@ class BudgetedTraining(TrainerCallback):
 
     # ---- When training begins ----
 
-    def collapse(self):
+    def collapse(self) -> None:
         """Plans and collapses a model that is dense; one that was collapsed, or that a checkpoint gave its shapes, is
         left as it is.
 
@@ -123,7 +123,7 @@ class BudgetedTraining(TrainerCallback):
         config, before = trainer.layer_collapse_config, dict(model.named_parameters())
         with same_random_state():
             data = self._inputs()
-            budget = parse_budget(config.budget)
+            budget: dict[str, Any] = parse_budget(config.budget)
             plan = plan_collapse(model, data, blocks=config.blocks, constant_term=config.constant_term, **budget)
             if not plan.point.choices:
                 raise ValueError(
@@ -138,7 +138,7 @@ class BudgetedTraining(TrainerCallback):
         if trainer.optimizer is not None:  # that the Trainer was given
             exchange_parameters(trainer.optimizer, before, dict(model.named_parameters()))
 
-    def _collapsed(self, report):
+    def _collapsed(self, report: CollapseReport) -> None:
         trainer = self._trainer
         self._blocks.changed()
         trainer.collapse_report = report
@@ -154,7 +154,9 @@ class BudgetedTraining(TrainerCallback):
             raise RuntimeError("With a `budget` blocks collapse when training begins: call `train` first.")
         return self.report
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.is_asked_for and "collapsed" not in _states(self._trainer.model):
             raise RuntimeError(
                 f"Training begins with a dense model, though there is a `budget`: {type(self._trainer).__name__} "
@@ -163,7 +165,7 @@ class BudgetedTraining(TrainerCallback):
 
     # ---- A run that is resumed ----
 
-    def follow(self, folder: str, stored: dict[str, dict] | None):
+    def follow(self, folder: str, stored: dict[str, dict] | None) -> None:
         """Gives a dense model the shapes of a checkpoint of this run, of which the tables are given; its weights come
         afterwards.
 
@@ -186,7 +188,7 @@ class BudgetedTraining(TrainerCallback):
 
     # ---- What plans are made from ----
 
-    def _inputs(self):
+    def _inputs(self) -> Any:
         """Batches of model inputs on the CPU."""
         if self._given is not None:
             if iter(self._given) is self._given:
@@ -196,21 +198,23 @@ class BudgetedTraining(TrainerCallback):
         with processes.together():
             return self._batches(self._rows())
 
-    def _rows(self):
+    def _rows(self) -> Any:
         """Rows of the training data, and not from its loader, whose order would be another one afterwards."""
-        data, count = self._trainer.train_dataset, self._trainer.layer_collapse_config.budget_samples
+        data: Any = self._trainer.train_dataset
+        count = self._trainer.layer_collapse_config.budget_samples
         if data is None:
             raise ValueError(
                 "A `budget` needs training inputs to plan with, and the Trainer has no `train_dataset`: pass batches "
                 "of model inputs as `calibration_data`."
             )
-        if not has_length(data) or isinstance(data, IterableDataset):
+        countable = has_length(data) and not isinstance(data, IterableDataset)
+        if not countable:
             return self._first_rows(data, count)
         count = min(count, len(data))
         indices = [index * len(data) // count for index in range(count)]
         return data.select(indices) if isinstance(data, Dataset) else Subset(data, indices)
 
-    def _first_rows(self, data, count):
+    def _first_rows(self, data: Any, count: int) -> list[Any]:
         with same_random_state():
             rows = list(islice(iter(data), count))
         with same_random_state():
@@ -222,11 +226,11 @@ class BudgetedTraining(TrainerCallback):
             )
         return rows
 
-    def _contents(self, rows):
+    def _contents(self, rows: Any) -> list[bytes]:
         with same_random_state():  # collators may mask tokens at random
             return [content for batch in self._batches(rows) for content in contents(batch)]
 
-    def _batches(self, rows):
+    def _batches(self, rows: Any) -> list[dict[str, Any]]:
         """As the Trainer makes them. Of labels only those stay that tell what kind of prediction it is, or that a
         decoder reads; a plan looks no further at them."""
         left_out = set(self._trainer.label_names) - {"labels"}
@@ -234,13 +238,13 @@ class BudgetedTraining(TrainerCallback):
         batches = [inputs_of(batch, "cpu") for batch in batches]
         return [{name: value for name, value in batch.items() if name not in left_out} for batch in batches]
 
-    def _parts_of(self, batch):
+    def _parts_of(self, batch: Any) -> Iterable[Any]:
         """What the model is given for a batch of the Trainer."""
         sentences = sentence_model(self._trainer.model)
         return [batch] if sentences is None else features_in(self._trainer, sentences, batch)
 
 
-def _states(model):
+def _states(model: nn.Module) -> set[str]:
     return {block.state for block in find_feed_forward_blocks(model)}
 
 

@@ -1,6 +1,7 @@
 """How small a model is to become: one budget, in words or as a number, as plans, the Trainer and the shell take it."""
 
 import math
+from typing import Any
 
 
 BUDGETS = ("parameters", "macs", "latency", "max_drop")
@@ -27,7 +28,7 @@ def parse_budget(text: str, option: str = "`budget`") -> dict[str, float]:
     return one_budget(**{**dict.fromkeys(BUDGETS), name: number})
 
 
-def one_budget(**budgets) -> dict[str, float]:
+def one_budget(**budgets: Any) -> dict[str, float]:
     """The one of these budgets that is given, checked.
 
     Raises:

@@ -2,9 +2,13 @@
 more do not fit."""
 
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from . import neuron_statistics, processes
 from .blocks import BoundBlock
@@ -13,12 +17,12 @@ from .forward_passes import LayerOrder, run_over
 from .memory import MemoryBudget
 from .modeling_layercollapse import CollapsibleActivation, is_inplace
 from .models import device_of
-from .moments import MomentSums, RangeSums, bytes_of_sums
+from .moments import BlockMoments, MomentSums, RangeSums, TokenRange, bytes_of_sums
 from .neuron_statistics import Turns
 from .plans import weights_fingerprint
 from .progress import Progress
 from .reports import DataReport
-from .rows import row_count, sample
+from .rows import DistinctRows, row_count, sample
 from .token_filter import TokenFilter, is_encoder_decoder
 
 
@@ -37,7 +41,7 @@ class _Need:
     kept: int
 
     @property
-    def alone(self):
+    def alone(self) -> int:
         return self.sums + self.working + self.kept
 
 
@@ -52,16 +56,33 @@ class Calibration:
         progress ([`Progress`], *optional*): Told of what is done.
     """
 
-    def __init__(self, model, inner, rows, memory=None, token_mask_fn=None, progress=None):
+    def __init__(
+        self,
+        model: nn.Module,
+        inner: Any,
+        rows: DistinctRows,
+        memory: MemoryBudget | None = None,
+        token_mask_fn: Callable[..., Any] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         self.model, self.inner, self.rows = model, inner, rows
         self.memory = memory or MemoryBudget()
         self.tokens = TokenFilter(inner, token_mask_fn)
         self.progress = progress or Progress()
         self.most_tokens = 0  # of all blocks, those that the most tokens reached
-        self._ranges, self._layers = {}, LayerOrder(model, inner)
+        self._ranges: dict[str, TokenRange] = {}
+        self._layers = LayerOrder(model, inner)
 
     @classmethod
-    def on(cls, model, inner, data, max_memory=None, token_mask_fn=None, progress=None):
+    def on(
+        cls,
+        model: nn.Module,
+        inner: Any,
+        data: Iterable[Any],
+        max_memory: int | str | dict[Any, Any] | None = None,
+        token_mask_fn: Callable[..., Any] | None = None,
+        progress: Progress | None = None,
+    ) -> "Calibration":
         """One that reads the data first; see [`read_calibration_data`]."""
         memory = MemoryBudget(max_memory)
         rows = read_calibration_data(data, memory, is_encoder_decoder(inner))
@@ -70,15 +91,28 @@ class Calibration:
 
     @classmethod
     def holding_aside(
-        cls, model, inner, data, evaluation_data=None, max_memory=None, token_mask_fn=None, progress=None
-    ):
+        cls,
+        model: nn.Module,
+        inner: Any,
+        data: Iterable[Any],
+        evaluation_data: Iterable[Any] | None = None,
+        max_memory: int | str | dict[Any, Any] | None = None,
+        token_mask_fn: Callable[..., Any] | None = None,
+        progress: Progress | None = None,
+    ) -> "tuple[Calibration, list[dict[str, Any]]]":
         """`(one on what is fitted to, the batches to measure on)`; see [`split_data`]."""
         memory = MemoryBudget(max_memory)
         refuse_different_models(inner)
         fitting, held = split_data(data, evaluation_data, memory, is_encoder_decoder(inner))
         return cls(model, inner, fitting, memory, token_mask_fn, progress), held
 
-    def run(self, what, observe, data=None, blocks=()):
+    def run(
+        self,
+        what: str,
+        observe: Callable[[], Iterable[Any]],
+        data: Iterable[Mapping[str, Any]] | None = None,
+        blocks: Sequence[BoundBlock] = (),
+    ) -> None:
         """One pass over the rows, or over other batches, with the hooks that `observe()` makes.
 
         Args:
@@ -88,7 +122,7 @@ class Calibration:
         self.progress.say(what)
         data = self.rows if data is None else data
 
-        def all_hooks():
+        def all_hooks() -> Iterator[Any]:
             yield from observe()
             if blocks:
                 yield from self._layers.observe(blocks)
@@ -96,24 +130,32 @@ class Calibration:
         with processes.together():
             run_over(self.model, self.inner, data, all_hooks, self.progress, self.tokens)
 
-    def room(self, device) -> int:
+    def room(self, device: torch.device) -> int:
         """Bytes that are left on a device, of all processes where there are fewest."""
         return min(processes.gathered(self.memory.room(device)))
 
-    def sample(self, most_rows, most_tokens) -> list:
+    def sample(self, most_rows: int, most_tokens: int) -> list:
         """Some batches of the data; see [`rows.sample`]."""
         return sample(self.rows, most_rows, most_tokens)
 
-    def data_report(self, held=()) -> DataReport:
+    def data_report(self, held: Iterable[Mapping[str, Any]] = ()) -> DataReport:
         """What was read so far, beside these batches that were held aside."""
         aside = sum(processes.gathered(sum(row_count(batch) or 1 for batch in held)))
         return DataReport(self.rows.rows, self.rows.distinct, self.most_tokens, aside)
 
-    def neuron_scores(self, blocks):
+    def neuron_scores(self, blocks: Sequence[BoundBlock]) -> dict[str, torch.Tensor]:
         """Block name -> a score of each neuron; see [`neuron_statistics.score_neurons`]."""
         return neuron_statistics.score_neurons(self, blocks)
 
-    def reduce(self, blocks, neurons, work, inputs=None, working=None, kept=None) -> dict:
+    def reduce(
+        self,
+        blocks: Sequence[BoundBlock],
+        neurons: Mapping[str, Sequence[int] | None],
+        work: Callable[[BoundBlock, BlockMoments], Any],
+        inputs: Mapping[str, bool] | None = None,
+        working: Mapping[str, int] | None = None,
+        kept: Mapping[str, int] | None = None,
+    ) -> dict:
         """What `work(block, moments)` makes of every block's [`BlockMoments`]. Blocks are measured together as far as
         the memory allows, in as many passes over the data as that takes; the target is what they compute now.
 
@@ -134,10 +176,10 @@ class Calibration:
             ValueError: One block alone needs more memory than there is, no token reaches a block, or what does is not
                 finite.
         """
-        wanted = {
-            block.name: list(range(block.hidden_features)) if neurons[block.name] is None else neurons[block.name]
-            for block in blocks
-        }
+        wanted = {}
+        for block in blocks:
+            of_block = neurons[block.name]
+            wanted[block.name] = list(range(block.hidden_features)) if of_block is None else of_block
         inputs = {block.name: inputs is None or inputs[block.name] for block in blocks}
         with processes.together():
             groups = self._groups(blocks, wanted, inputs, working or {}, kept or {})
@@ -160,12 +202,24 @@ class Calibration:
                     del moments
         return results
 
-    def moments(self, blocks, neurons=None, inputs=None) -> dict:
+    def moments(
+        self,
+        blocks: Sequence[BoundBlock],
+        neurons: Mapping[str, Sequence[int]] | None = None,
+        inputs: Mapping[str, bool] | None = None,
+    ) -> dict:
         """Block name -> its [`BlockMoments`], all held; see [`~Calibration.reduce`]."""
         neurons = {block.name: (neurons or {}).get(block.name, []) for block in blocks}
         return self.reduce(blocks, neurons, lambda block, moments: moments, inputs)
 
-    def _groups(self, blocks, wanted, inputs, working, kept):
+    def _groups(
+        self,
+        blocks: Sequence[BoundBlock],
+        wanted: Mapping[str, Sequence[int]],
+        inputs: Mapping[str, bool],
+        working: Mapping[str, int],
+        kept: Mapping[str, int],
+    ) -> list[list[BoundBlock]]:
         """The blocks in groups whose sums, what is worked out from those of one of them, and what is kept of all, fit
         the memory. Those that take most come first, while little is kept."""
         needs = [
@@ -180,7 +234,8 @@ class Calibration:
         ]
         if kept:
             needs.sort(key=lambda need: -need.alone)
-        groups, held = [], Counter()
+        groups: list[list[_Need]] = []
+        held: Counter[torch.device] = Counter()
         for need in needs:
             group = groups[-1] if groups else []
             if not group or not self._fit([*group, need], held):
@@ -197,7 +252,7 @@ class Calibration:
             groups[-1].append(need)
         return [[need.block for need in group] for group in groups]
 
-    def _fit(self, needs, held):
+    def _fit(self, needs: Sequence[_Need], held: Mapping[torch.device, int]) -> bool:
         """Whether what these blocks need is there, beside what is held."""
         devices = {need.device for need in needs}
         here = {device: [need for need in needs if need.device == device] for device in devices}
@@ -207,7 +262,7 @@ class Calibration:
             for device, found in here.items()
         )
 
-    def _look_at_ranges(self, blocks, wanted):
+    def _look_at_ranges(self, blocks: Sequence[BoundBlock], wanted: Mapping[str, Sequence[int]]) -> None:
         """Where the tokens of the blocks lie, from the same sample of rows whatever their order."""
         new = [
             block
@@ -215,51 +270,59 @@ class Calibration:
             if block.name not in self._ranges or (wanted[block.name] and self._ranges[block.name].origin_h is None)
         ]
         # A block that no row of the sample reaches (rows that are sent one way or the other) is looked at on all.
-        for data in (None, self.rows):
+        for on_all in (False, True):
             if not new:
                 return
-            if data is None:
-                rows = max(LEAST_RANGE_ROWS, int(RANGE_SHARE * self.rows.distinct))
-                data = self.sample(min(rows, RANGE_ROWS), RANGE_TOKENS)
-            self.progress.expect(len(data) if data is not self.rows else self.rows.batches)
+            rows = max(LEAST_RANGE_ROWS, int(RANGE_SHARE * self.rows.distinct))
+            sample = None if on_all else self.sample(min(rows, RANGE_ROWS), RANGE_TOKENS)
+            self.progress.expect(self.rows.batches if sample is None else len(sample))
             sums = {block.name: RangeSums() for block in new}
             self._observed(
-                "looking at a sample", new, sums, {block.name: bool(wanted[block.name]) for block in new}, data
+                "looking at a sample", new, sums, {block.name: bool(wanted[block.name]) for block in new}, sample
             )
-            if data is self.rows:
+            if on_all:
                 sums = {name: found.of_all_processes() for name, found in sums.items()}
             self._ranges |= {name: found.finish() for name, found in sums.items() if found.tokens}
             new = [block for block in new if not sums[block.name].tokens]
         if new:
             raise ValueError(f"No calibration token reached block {new[0].name}.")
 
-    def _sums(self, blocks, wanted, inputs, what):
+    def _sums(
+        self, blocks: Sequence[BoundBlock], wanted: Mapping[str, Sequence[int]], inputs: Mapping[str, bool], what: str
+    ) -> dict[str, MomentSums]:
         sums = {b.name: MomentSums(self._ranges[b.name], wanted[b.name], inputs[b.name]) for b in blocks}
         self._observed(what, blocks, sums, {block.name: bool(wanted[block.name]) for block in blocks})
         return sums
 
-    def _observed(self, what, blocks, sums, with_neurons, data=None):
+    def _observed(
+        self,
+        what: str,
+        blocks: Sequence[BoundBlock],
+        sums: Mapping[str, Any],
+        with_neurons: Mapping[str, bool],
+        data: Iterable[Mapping[str, Any]] | None = None,
+    ) -> None:
         """A pass that adds every call of the blocks to their sums."""
         turns = Turns()
 
-        def observe():
+        def observe() -> Iterator[Any]:
             for block in blocks:
                 add = self._adder(block, sums[block.name])
                 yield from features_of(block, turns, add, with_neurons[block.name])
 
         self.run(what, observe, data, blocks)
 
-    def _adder(self, block, sums):
+    def _adder(self, block: BoundBlock, sums: Any) -> Callable[..., None]:
         # An own module is replaced as a whole, with the constant that it multiplies its output by.
         factor = block.scales[2]
 
-        def add(*tensors):
+        def add(*tensors: torch.Tensor) -> None:
             sums.add(*self.tokens.select(block, *tensors), factor=factor)
 
         return add
 
 
-def refuse_different_models(inner):
+def refuse_different_models(inner: Any) -> None:
     """Raises if processes hold different models.
 
     Raises:
@@ -275,13 +338,13 @@ def refuse_different_models(inner):
         )
 
 
-def features_of(block, turns, add, neurons):
+def features_of(block: BoundBlock, turns: Turns, add: Callable[..., None], neurons: bool) -> Iterator[RemovableHandle]:
     """Hooks that call `add(x, y)` or, with neurons, `add(x, y, h)` for each call of a block: its input, its output,
     and the activations of all its hidden neurons."""
     # A block that is called again before its last linear ran (none known) would be mixed up: a stack, not a slot.
     inputs, seen = [], {}
 
-    def activated(module, args, output):
+    def activated(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         if not turns.is_of(block, module):
             return
         turns.done(module)
@@ -290,13 +353,13 @@ def features_of(block, turns, add, neurons):
             output = module.act(args[0].clone() if is_inplace(module.act) else args[0])
         seen["activated"] = output
 
-    def multiplied(module, args, output):
+    def multiplied(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         seen["up"] = block.layout.split(output, -1)[1] if block.layout.fused else output
 
-    def before(module, args):
+    def before(module: nn.Module, args: Any) -> None:
         inputs.append(args[0])
 
-    def after(module, args, output):
+    def after(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         x = inputs.pop()
         if not neurons:
             add(x, output)

@@ -3,7 +3,7 @@
 import copy
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -91,7 +91,7 @@ class CalibrationData:
         samples: int | None = None,
         seed: int = 0,
         task: str | None = None,
-    ):
+    ) -> None:
         for name, value in (("max_length", max_length), ("batch_size", batch_size), ("samples", samples)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
@@ -105,24 +105,27 @@ class CalibrationData:
         first = next(iter(data), None)
         if first is None:
             raise ValueError("The calibration data is empty.")
-        self._batches = data if _is_batch(first) else None
+        # Batches, as they were given.
+        self._batches: Any = data if _is_batch(first) else None
         if self._batches is not None:
             return
         self._order = random.Random(seed)
         self._parts = _Parts(processing_class)
         sentences = sentence_model(model) if processing_class is None else None
-        self._inputs = None if sentences is None else SentenceInputs(sentences, task, max_length)
+        self._inputs: Any = None if sentences is None else SentenceInputs(sentences, task, max_length)
         if task is not None and self._inputs is None:
             raise ValueError("`task` is of objects of sentence-transformers, without a `processing_class`.")
         # The second to ask what is there, which decodes nothing.
+        self._data: Any
+        self._undecoded: Any
         self._data = self._undecoded = data if isinstance(data, Sequence) or _is_data_set(data) else list(data)
         self._rows = self._prepared(first, max_length)
 
-    def __len__(self):
+    def __len__(self) -> int:
         """How many batches there are."""
         return len(self._batches) if self._batches is not None else len(self._parts_of_rows())
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         if self._batches is not None:
             yield from self._batches
             return
@@ -133,7 +136,7 @@ class CalibrationData:
                 batch = {name: value for name, value in batch.items() if name in taken}
             yield batch
 
-    def _parts_of_rows(self):
+    def _parts_of_rows(self) -> list[list[Any]]:
         """The rows of each batch; those that an object of sentence-transformers reads are of one kind in a batch."""
         groups = [self._rows]
         if self._are_features:
@@ -159,7 +162,7 @@ class CalibrationData:
             raise ValueError(f"The calibration data has fewer {what} than there are processes ({count}).")
         return part
 
-    def __str__(self):
+    def __str__(self) -> str:
         """What was read, in one line."""
         if self._batches is not None:
             return "batches of model inputs"
@@ -177,9 +180,12 @@ class CalibrationData:
 
     # ---- What the samples are ----
 
-    def _prepared(self, first, max_length):
+    def _prepared(self, first: Any, max_length: int | None) -> list[Any]:
         """The rows: tokens, or where images and sounds are."""
-        self._cut, self.max_length, self._has_tokens, self._are_features = 0, None, True, False
+        self._cut, self._has_tokens, self._are_features = 0, True, False
+        self.max_length: int | None = None
+        # Makes a batch of some of the rows.
+        self._collate: Callable[[Any], dict[str, Any]]
         if isinstance(first, Mapping) and "input_ids" in first:
             self._collate = self._padded
             return self._drawn([_token_row(self._data[index])] for index in self._indices())
@@ -202,12 +208,7 @@ class CalibrationData:
             return rows
         medium, paired = (sample[0], True) if _is_pair(sample) else (sample, False)
         if isinstance(medium, str) or _is_chat(medium):
-            tokenizer = self._parts.tokenizer(medium)
-            if _is_chat(medium) and tokenizer.chat_template is None:
-                raise ValueError(
-                    "The data are conversations, and the tokenizer has no chat template: set "
-                    "`tokenizer.chat_template`, or pass the texts as they are to be."
-                )
+            tokenizer = self._parts.tokenizer_of_texts(medium)
             self._check_encoder_decoder(paired)
             self._collate = self._padded
             return self._texts(max_length, tokenizer)
@@ -221,7 +222,7 @@ class CalibrationData:
         self._collate, self._has_tokens = self._read, False
         return list(islice((index for index in self._indices() if not self._is_empty(index)), self.samples))
 
-    def _columns(self, first):
+    def _columns(self, first: Mapping[str, Any]) -> list[str]:
         """The columns to read: those that were named, or the only one there is."""
         for name in [*(self.columns or []), *([self.label_column] if self.label_column else [])]:
             if name not in first:
@@ -242,32 +243,32 @@ class CalibrationData:
             )
         return found
 
-    def _first_of(self, name, first):
+    def _first_of(self, name: str, first: Mapping[str, Any]) -> Any:
         """What a column holds first."""
         if not _is_nothing(first[name]):
             return first[name]
         column = self._data[name] if _is_data_set(self._data) else (row[name] for row in self._data)
         return next((value for value in column if not _is_nothing(value)), None)
 
-    def _sample(self, data, index):
+    def _sample(self, data: Any, index: int) -> Any:
         row = data[index]
         if self.columns is None:
             return row
         return row[self.columns[0]] if len(self.columns) == 1 else tuple(row[name] for name in self.columns)
 
-    def _is_empty(self, index):
+    def _is_empty(self, index: int) -> bool:
         sample = self._sample(self._undecoded, index)
         parts = sample if isinstance(sample, tuple) else [sample]
         return any(_is_nothing(part) for part in parts)
 
-    def _indices(self):
+    def _indices(self) -> list[int]:
         """Of the data: in order, or in a random one where some are drawn."""
         indices = list(range(len(self._data)))
         if self.samples is not None:
             self._order.shuffle(indices)
         return indices
 
-    def _drawn(self, rows_of_samples):
+    def _drawn(self, rows_of_samples: Iterable[list[Any]]) -> list[Any]:
         """The rows of all samples; or so many as are wanted, from as many samples as there are."""
         if self.samples is None:
             return [row for rows in rows_of_samples for row in rows]
@@ -285,19 +286,19 @@ class CalibrationData:
 
     # ---- Texts ----
 
-    def _texts(self, max_length, tokenizer):
+    def _texts(self, max_length: int | None, tokenizer: Any) -> list[Any]:
         """The rows of all texts. Where nothing is said of their length, and a document gives few, shorter ones: some
         are held back to score on."""
-        self.max_length = longest_row(max_length, self.model, tokenizer)
+        length = longest_row(max_length, self.model, tokenizer)
         while True:
-            self._cut = 0
-            rows = self._drawn(self._tokenized(index) for index in self._indices())
-            long = any(len(row["input_ids"]) == self.max_length for row in rows) and not self._cut
-            if max_length is not None or len(rows) >= FEW_ROWS or not long or self.max_length // 2 < LEAST_TOKENS:
+            self._cut, self.max_length = 0, length
+            rows = self._drawn(self._tokenized(index, length) for index in self._indices())
+            long = any(len(row["input_ids"]) == length for row in rows) and not self._cut
+            if max_length is not None or len(rows) >= FEW_ROWS or not long or length // 2 < LEAST_TOKENS:
                 return rows
-            self.max_length //= 2
+            length //= 2
 
-    def _check_encoder_decoder(self, paired):
+    def _check_encoder_decoder(self, paired: bool) -> None:
         decodes = isinstance(self.model, PreTrainedModel) and self.model.config.is_encoder_decoder
         self._has_target = decodes and not is_classifier(self.model)
         if self._has_target and not paired:
@@ -305,13 +306,13 @@ class CalibrationData:
                 f"A {type(self.model).__name__} reads an input and writes another text: pass pairs of these."
             )
 
-    def _tokenized(self, index):
+    def _tokenized(self, index: int, length: int) -> list[dict[str, Any]]:
         """The rows of one text, pair or conversation; none if it is empty."""
         if self._is_empty(index):
             return []
         sample, tokenizer = self._sample(self._data, index), self._parts.tokenizer()
         label = {} if self.label_column is None else {"labels": self._label(self._data[index][self.label_column])}
-        cut = {"truncation": True, "max_length": self.max_length}
+        cut = {"truncation": True, "max_length": length}
         if _is_pair(sample):
             source, *other = sample
             if not all(isinstance(text, str) for text in sample):
@@ -319,21 +320,21 @@ class CalibrationData:
             row = dict(tokenizer(source, **cut) if self._has_target else tokenizer(*sample, **cut))
             if self._has_target:
                 label = {"labels": tokenizer(text_target=other[0], **cut)["input_ids"]}
-            self._cut += len(row["input_ids"]) == self.max_length
+            self._cut += len(row["input_ids"]) == length
             return [{**row, **label}]
         special = not _is_chat(sample)
         if not special:
             sample = tokenizer.apply_chat_template(list(sample), tokenize=False)
         elif not isinstance(sample, str):
             raise ValueError(f"Row {index} of the calibration data holds {_kind(sample)} where others hold text.")
-        rows = _windows(tokenizer, sample, self.max_length, special)
+        rows = _windows(tokenizer, sample, length, special)
         if label and len(rows) > 1:
             self._cut += 1
             rows = rows[:1]
         return [{**row, **label} for row in rows]
 
-    def _label(self, value):
-        names = self.model.config.label2id if isinstance(self.model, PreTrainedModel) else {}
+    def _label(self, value: Any) -> int | float:
+        names: Any = self.model.config.label2id if isinstance(self.model, PreTrainedModel) else {}
         value = names.get(value, value) if isinstance(value, str) else value
         if isinstance(self.model, PreTrainedModel) and self.model.config.num_labels == 1 and isinstance(value, Real):
             return float(value)
@@ -347,7 +348,7 @@ class CalibrationData:
             check_classes(self.model, torch.tensor([int(value)]))
         return int(value)
 
-    def _padded(self, rows):
+    def _padded(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Tokens as a batch. On the right for language models: positions that are not said count from the left."""
         right = self._parts.pads_right() or (self.model is not None and is_causal_language_model(self.model))
         fill = {"input_ids": self._parts.pad_id(), "labels": IGNORED}
@@ -369,7 +370,7 @@ class CalibrationData:
 
     # ---- What an object of sentence-transformers reads ----
 
-    def _raw(self, index):
+    def _raw(self, index: int) -> "list[_Raw]":
         """The rows of one sample; none if it is empty."""
         if self._is_empty(index):
             return []
@@ -389,13 +390,13 @@ class CalibrationData:
             samples = [sample]
         return [_Raw(type(sample).__name__, sample, label) for sample in samples]
 
-    def _featured(self, rows):
+    def _featured(self, rows: "Sequence[_Raw]") -> dict[str, Any]:
         batch = self._inputs.features([row.sample for row in rows])
         return batch if self.label_column is None else {**batch, "labels": torch.tensor([row.label for row in rows])}
 
     # ---- Images and sounds ----
 
-    def _read(self, indices):
+    def _read(self, indices: Sequence[int]) -> dict[str, Any]:
         samples = [self._sample(self._data, index) for index in indices]
         media, targets = zip(*samples, strict=True) if _is_pair(samples[0]) else (samples, None)
         batch = self._reader(list(media))
@@ -448,7 +449,7 @@ class _Raw:
     label: int | float | None
 
 
-def longest_row(max_length: int | None, model: nn.Module, tokenizer: Any) -> int:
+def longest_row(max_length: int | None, model: nn.Module | None, tokenizer: Any) -> int:
     """Tokens of a row at most: as asked for, or what the model and its tokenizer take, up to [`MOST_TOKENS`].
 
     Raises:
@@ -478,7 +479,7 @@ def positions_of(model: nn.Module) -> int | None:
     return count
 
 
-def _windows(tokenizer, text, length, special):
+def _windows(tokenizer: Any, text: str, length: int, special: bool) -> list[dict[str, Any]]:
     """A text in rows of so many tokens, each with the special tokens of a text of its own."""
     if tokenizer.is_fast:
         found = tokenizer(
@@ -495,28 +496,30 @@ def _windows(tokenizer, text, length, special):
 class _Parts:
     """What a processing class is made of, and which of it reads what."""
 
-    def __init__(self, processing_class):
+    def __init__(self, processing_class: Any) -> None:
         self.given = processing_class
         if isinstance(processing_class, ProcessorMixin):
             parts = [getattr(processing_class, name) for name in processing_class.get_attributes()]
         else:
             parts = [] if processing_class is None else [processing_class]
         kinds = {"text": PreTrainedTokenizerBase, "image": BaseImageProcessor, "sound": SequenceFeatureExtractor}
-        self.found = {kind: part for part in parts for kind, of in kinds.items() if isinstance(part, of)}
+        self.found: dict[str, Any] = {
+            kind: part for part in parts for kind, of in kinds.items() if isinstance(part, of)
+        }
         if parts and not self.found:
             raise TypeError(
                 "`processing_class` must be a tokenizer, an image processor, a feature extractor, or a processor with "
                 f"one of these, got {type(processing_class).__name__}."
             )
 
-    def wanted(self, model):
+    def wanted(self, model: Any) -> str:
         """What a column is looked for: what the model reads, as far as the processing class can make it."""
         for kind, name in (("image", "pixel_values"), ("text", "input_ids")):
             if kind in self.found and model is not None and model.main_input_name == name:
                 return kind
         return next(iter(self.found), "text")
 
-    def part(self, kind, sample):
+    def part(self, kind: str, sample: Any) -> Any:
         if kind not in self.found:
             given = "none was given" if self.given is None else f"got {type(self.given).__name__}"
             need = {"text": "a tokenizer", "image": "an image processor", "sound": "a feature extractor"}[kind]
@@ -526,10 +529,20 @@ class _Parts:
             )
         return self.found[kind]
 
-    def tokenizer(self, sample=""):
+    def tokenizer(self, sample: Any = "") -> Any:
         return self.part("text", sample)
 
-    def reader(self, sample, model):
+    def tokenizer_of_texts(self, sample: Any) -> Any:
+        """The tokenizer of texts or conversations like this one."""
+        tokenizer = self.tokenizer(sample)
+        if _is_chat(sample) and tokenizer.chat_template is None:
+            raise ValueError(
+                "The data are conversations, and the tokenizer has no chat template: set `tokenizer.chat_template`, "
+                "or pass the texts as they are to be."
+            )
+        return tokenizer
+
+    def reader(self, sample: Any, model: Any) -> Callable[[list[Any]], dict[str, Any]]:
         """What makes a batch of a list of images, or of sounds."""
         if "sound" in self.found and ("image" not in self.found or _is_sound(sample)):
             return self._heard
@@ -537,12 +550,12 @@ class _Parts:
         gray = isinstance(model, PreTrainedModel) and model.config.to_dict().get("num_channels") == 1
         return partial(self._seen, "L" if gray else "RGB")
 
-    def _seen(self, mode, images):
+    def _seen(self, mode: str, images: list[Any]) -> dict[str, Any]:
         # Arrays are taken as they are.
         images = [image if _is_array(image) else image.convert(mode) for image in images]
         return dict(self.found["image"](images, return_tensors="pt"))
 
-    def _heard(self, sounds):
+    def _heard(self, sounds: list[Any]) -> dict[str, Any]:
         extractor = self.found["sound"]
         rates = {sound["sampling_rate"] for sound in sounds if isinstance(sound, Mapping)}
         if len(rates) > 1:
@@ -551,16 +564,16 @@ class _Parts:
         arrays = [sound["array"] if isinstance(sound, Mapping) else sound for sound in sounds]
         return dict(extractor(arrays, sampling_rate=rate, padding=True, return_tensors="pt"))
 
-    def pads_right(self):
+    def pads_right(self) -> bool:
         return "text" not in self.found or self.found["text"].padding_side == "right"
 
-    def pad_id(self):
+    def pad_id(self) -> int:
         # Padding is masked out, so any token will do where there is none for it.
         tokenizer = self.found.get("text")
         return 0 if tokenizer is None or tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def _token_row(row):
+def _token_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a model reads of a row that is tokenized."""
     names = {"label": "labels", "label_ids": "labels"}
     kept = {names.get(name, name): value for name, value in row.items()}
@@ -569,14 +582,14 @@ def _token_row(row):
     return {name: value.tolist() if _is_array(value) else value for name, value in kept.items()}
 
 
-def _is_data_set(data):
+def _is_data_set(data: Any) -> bool:
     # Not at the head of the module: importing it takes as long as the rest of this package.
     from datasets import Dataset
 
     return isinstance(data, Dataset)
 
 
-def _columns_of(data, names):
+def _columns_of(data: Any, names: Iterable[str | None]) -> tuple[Any, Any]:
     """A data set with these columns only, and the same without anything decoded."""
     from datasets import Audio, Image
 
@@ -588,50 +601,50 @@ def _columns_of(data, names):
     return data, undecoded
 
 
-def _is_batch(value):
+def _is_batch(value: Any) -> bool:
     tensors = [part for part in value.values() if isinstance(part, torch.Tensor)] if isinstance(value, Mapping) else []
     return bool(tensors) and all(tensor.dim() > 0 for tensor in tensors) and not _is_row(value)
 
 
-def _is_row(value):
+def _is_row(value: Any) -> bool:
     """Whether it is one row of tokens, as data sets in torch's format give them."""
     return isinstance(value.get("input_ids"), torch.Tensor) and value["input_ids"].dim() == 1
 
 
-def _is_pair(value):
+def _is_pair(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2 and isinstance(value[1], str)
 
 
-def _is_chat(value):
+def _is_chat(value: Any) -> bool:
     messages = value if isinstance(value, Sequence) and not isinstance(value, str) else []
     return len(messages) > 0 and all(
         isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in messages
     )
 
 
-def _is_nothing(value):
+def _is_nothing(value: Any) -> bool:
     if isinstance(value, str):
         return not value.strip()
     return value is None or (isinstance(value, Sequence) and len(value) == 0)
 
 
-def _is_array(value):
+def _is_array(value: Any) -> bool:
     return isinstance(value, (np.ndarray, torch.Tensor))
 
 
-def _is_sound(value):
+def _is_sound(value: Any) -> bool:
     return isinstance(value, Mapping) and {"array", "sampling_rate"} <= value.keys()
 
 
-def _is_medium(value):
+def _is_medium(value: Any) -> bool:
     return is_pil_image(value) or _is_sound(value) or _is_array(value)
 
 
-def _is_one_of(value, kind):
+def _is_one_of(value: Any, kind: str) -> bool:
     return isinstance(value, str) or _is_chat(value) if kind == "text" else _is_medium(value)
 
 
-def _kind(value):
+def _kind(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and len(value):
         return f"a {type(value).__name__} of {type(value[0]).__name__}"
     return f"a {type(value).__name__}"

@@ -64,7 +64,9 @@ class LayerCollapseCallback(TrainerCallback):
             under FSDP or DeepSpeed, or with an optimizer that steps during backward.
     """
 
-    def __init__(self, config: LayerCollapseConfig | None = None, calibration_data: Iterable[Any] | None = None):
+    def __init__(
+        self, config: LayerCollapseConfig | None = None, calibration_data: Iterable[Any] | None = None
+    ) -> None:
         if config is not None and not isinstance(config, LayerCollapseConfig):
             raise TypeError(f"`config` must be a LayerCollapseConfig, got {type(config).__name__}.")
         refuse_budget_in(config)
@@ -76,7 +78,7 @@ class LayerCollapseCallback(TrainerCallback):
         self._names_base, self._warned_of_frozen = False, False
 
     def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if self.config is None:
             return
@@ -96,31 +98,19 @@ class LayerCollapseCallback(TrainerCallback):
         control: TrainerControl,
         model: Any = None,
         optimizer: Any = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         args, model = _what_is_trained(args, model, **kwargs)
         if self._names_base:
             forget_base(model)
             self._names_base = False
-        # peft's `modules_to_save` keeps the module that it copied.
-        activations = {
-            n: module for n, module in collapsible_activations(model).items() if ".original_module" not in n
-        }
-        if not activations:
-            raise ValueError(
-                "The model has no alpha to train. Give the Trainer this callback when it is constructed "
-                "(`callbacks=[...]`), with a config, or a model from `apply_layer_collapse`."
-            )
+        activations = _trained_activations(model)
         alphas = [module.alpha for module in activations.values() if module.alpha.requires_grad]
         if not alphas and not self._warned_of_frozen:
             self._warned_of_frozen = True
             logger.warning(NO_TRAINABLE_ALPHA)
         config = self._config_of(model)
-        if AcceleratorState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise ValueError(
-                "A callback comes too late to keep alphas out of what FSDP and DeepSpeed shard. Put "
-                "LayerCollapseTrainerMixin in front of the Trainer's class, or train in DDP."
-            )
+        _refuse_sharding()
         refuse_steps_in_backward(args)
         optimizer = plain_optimizer(optimizer)
         if self._alpha_steps is None or self._alpha_steps.optimizer is not optimizer:
@@ -129,7 +119,7 @@ class LayerCollapseCallback(TrainerCallback):
             self._alpha_steps = AlphaSteps(optimizer, alphas, config, strength, scheduled=True)
         self._state, self._activations = state, activations
 
-    def _config_of(self, model):
+    def _config_of(self, model: Any) -> LayerCollapseConfig:
         """What the callback was given, or what the model was patched with."""
         if self.config is None:
             self.config = layer_collapse_config_of(unwrap(model)[0])
@@ -138,11 +128,11 @@ class LayerCollapseCallback(TrainerCallback):
             _refuse_distillation(self.config)
         return self.config
 
-    def _penalty_strength(self, config):
+    def _penalty_strength(self, config: LayerCollapseConfig) -> float:
         return penalty_strength_at(config, self._state.global_step, self._state.max_steps)
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         args, model = _what_is_trained(args, model, **kwargs)
         # fp16 on a GPU, where the Trainer scales the loss.
@@ -156,7 +146,7 @@ class LayerCollapseCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: Any = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         if not any(map(_is_training_loss, logs)) or self.config is None or self._alpha_steps is None:
             return
@@ -173,20 +163,46 @@ class LayerCollapseCallback(TrainerCallback):
         self._alpha_steps.warn_if_not_finite()
 
 
-def _what_is_trained(args, model, st_args=None, st_model=None, **kwargs):
+def _what_is_trained(
+    args: Any, model: Any, st_args: Any = None, st_model: Any = None, **kwargs: Any
+) -> tuple[Any, Any]:
     """`(arguments, model)` of the Trainer that is at work. setfit's hands its own to callbacks, and beside them those
     of sentence-transformers' Trainer, which trains the body."""
     return (args, model) if st_model is None else (st_args, st_model)
 
 
-def _is_training_loss(name):
+def _is_training_loss(name: str) -> bool:
     # setfit gives its losses a prefix.
     return name == "loss" or (name.endswith("embedding_loss") and not name.startswith("eval_"))
 
 
-def _refuse_distillation(config):
+def _refuse_distillation(config: LayerCollapseConfig | None) -> None:
     if config is not None and config.distils:
         raise ValueError(
             "A callback cannot distil: use LayerCollapseTrainer or LayerCollapseTrainerMixin, or set "
             "`distillation_weight` and `hidden_state_weight` to 0 in the config."
+        )
+
+
+def _trained_activations(model: Any) -> dict[str, CollapsibleActivation]:
+    """Qualified name -> activation, for every block that has an alpha.
+
+    Raises:
+        ValueError: None has.
+    """
+    # peft's `modules_to_save` keeps the module that it copied.
+    activations = {n: module for n, module in collapsible_activations(model).items() if ".original_module" not in n}
+    if not activations:
+        raise ValueError(
+            "The model has no alpha to train. Give the Trainer this callback when it is constructed "
+            "(`callbacks=[...]`), with a config, or a model from `apply_layer_collapse`."
+        )
+    return activations
+
+
+def _refuse_sharding() -> None:
+    if AcceleratorState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            "A callback comes too late to keep alphas out of what FSDP and DeepSpeed shard. Put "
+            "LayerCollapseTrainerMixin in front of the Trainer's class, or train in DDP."
         )

@@ -36,7 +36,7 @@ class CheckpointFolders:
         staging (`str` or `None`): While a checkpoint is being written, the folder that it is written in.
     """
 
-    def __init__(self, trainer: LayerCollapseTrainerMixin):
+    def __init__(self, trainer: LayerCollapseTrainerMixin) -> None:
         self._trainer: Any = trainer
         self.staging: str | None = None
 
@@ -58,7 +58,7 @@ class CheckpointFolders:
             )
         return asked_for
 
-    def _last_complete(self):
+    def _last_complete(self) -> str | None:
         output_dir = self._trainer.args.output_dir
         for folder in sort_checkpoints(output_dir)[::-1] if os.path.isdir(output_dir) else []:
             if _is_complete(folder):
@@ -107,18 +107,18 @@ class CheckpointFolders:
             push(os.path.join(run_folder, name))
         self._delete_surplus(name, run_folder)
 
-    def _wait(self):
+    def _wait(self) -> None:
         if self._trainer.args.parallel_mode == ParallelMode.DISTRIBUTED:
             torch.distributed.barrier()
 
-    def _name_the_best(self, run_folder):
+    def _name_the_best(self, run_folder: str) -> None:
         """In its place, and not in that where it was written."""
         state = self._trainer.state
         best = os.path.join(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
         if state.best_global_step and (state.best_global_step == state.global_step or os.path.isdir(best)):
             state.best_model_checkpoint = best
 
-    def _move_in(self, staging, name, run_folder):
+    def _move_in(self, staging: str, name: str, run_folder: str) -> None:
         trainer, written = self._trainer, os.path.join(staging, name)
         if trainer.args.should_save:
             trainer.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
@@ -142,7 +142,7 @@ class CheckpointFolders:
 
     # ---- Deleting ----
 
-    def _delete_surplus(self, last, run_folder):
+    def _delete_surplus(self, last: str, run_folder: str) -> None:
         args, best = self._trainer.args, self._trainer.state.best_model_checkpoint
         limit = args.save_total_limit
         if not args.should_save or limit is None or limit <= 0:
@@ -152,7 +152,7 @@ class CheckpointFolders:
         for folder in surplus[: max(0, len(surplus) + len(kept) - limit)]:
             _remove(folder)
 
-    def delete_all_but_the_best(self, run_folder: str):
+    def delete_all_but_the_best(self, run_folder: str) -> None:
         """Where one is to be kept. Upstream deletes the others in place: a kill in between would leave a part of the
         last one."""
         args, best = self._trainer.args, self._trainer.state.best_model_checkpoint
@@ -162,7 +162,7 @@ class CheckpointFolders:
                     _remove(folder)
 
 
-def _is_complete(folder):
+def _is_complete(folder: str) -> bool:
     try:
         with open(os.path.join(folder, TRAINER_STATE_NAME), encoding="utf-8") as file:
             json.load(file)
@@ -171,13 +171,13 @@ def _is_complete(folder):
     return True
 
 
-def _is_of_writing(error):
+def _is_of_writing(error: BaseException) -> bool:
     # `torch.save` has no type of its own for a disk that is full.
     text = str(error)
     return not isinstance(error, RuntimeError) or "inline_container" in text or "PytorchStreamWriter" in text
 
 
-def _replace_folder(staging, name, target):
+def _replace_folder(staging: str, name: str, target: str) -> None:
     """Moves `staging/name` to `target/name`; what may be there is the old folder or the new one, whole."""
     if os.path.isdir(os.path.join(target, name)):
         os.replace(os.path.join(target, name), os.path.join(staging, "before"))
@@ -185,7 +185,7 @@ def _replace_folder(staging, name, target):
     _remove(staging)
 
 
-def _remove(folder):
+def _remove(folder: str) -> None:
     """Deletes a folder under another name, so that no part of it can be taken for the whole."""
     doomed = os.path.join(os.path.dirname(folder), f"{SAVING_PREFIX}deleted")
     shutil.rmtree(doomed, ignore_errors=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -52,27 +52,27 @@ class Checkpoints:
         folders: CheckpointFolders,
         progressive: ProgressiveCollapse,
         budgeted: BudgetedTraining,
-    ):
+    ) -> None:
         self._trainer: Any = trainer
         self._blocks, self._folders, self._progressive, self._budgeted = blocks, folders, progressive, budgeted
         self._loading_failed: Exception | None = None
 
     # ---- Saving ----
 
-    def saving(self, folder: str) -> contextlib.AbstractContextManager:
+    def saving(self, folder: str | None) -> contextlib.AbstractContextManager:
         """In which a save writes what a checkpoint needs.
 
         A checkpoint is loaded into the live model as it is, so it must hold live names, not those that
         `from_pretrained` would convert. It does not name the model: only a save by the user does, who wants the
         original names, too.
         """
-        if self._folders.staging is None:
+        if self._folders.staging is None or folder is None:
             return contextlib.nullcontext()
         by_itself = is_transformers_model(self._trainer.model)
         return self._saving_model(folder) if by_itself else self._saving_module(folder)
 
     @contextlib.contextmanager
-    def _saving_model(self, folder):
+    def _saving_model(self, folder: str) -> Iterator[None]:
         model = self._trainer.model
         inner, wrappers = unwrap(model, sharded=True)
         names = inner.name_or_path, inner.config.name_or_path
@@ -95,7 +95,7 @@ class Checkpoints:
             safetensors.torch.save_file(tensors, os.path.join(folder, ALPHAS_NAME))
 
     @contextlib.contextmanager
-    def _saving_module(self, folder):
+    def _saving_module(self, folder: str) -> Iterator[None]:
         """Of a module with transformers models inside: the tables of these go beside it."""
         inner, wrappers = unwrap(self._trainer.model, sharded=True)
         carriers = [carrier for _, carrier in carriers_of(inner)]
@@ -155,7 +155,7 @@ class Checkpoints:
             raise self._loading_failed
         self._load_alphas(folder)
 
-    def _stored_tables(self, folder):
+    def _stored_tables(self, folder: str) -> dict[str, dict[str, Any]] | None:
         """What [`tables_of`] gave for the model of a checkpoint; `None` if that does not say, as one of an adapter."""
         if unwrap(self._trainer.model, sharded=True)[1]:
             return None
@@ -167,7 +167,7 @@ class Checkpoints:
         layer_collapse = config.get("layer_collapse")
         return {"": layer_collapse["modules"]} if layer_collapse else {}
 
-    def _load_alphas(self, folder):
+    def _load_alphas(self, folder: str) -> None:
         alphas = self._blocks.alphas_beside_adapters()
         if not alphas:
             return
@@ -183,7 +183,7 @@ class Checkpoints:
             for name, alpha in alphas.items():
                 alpha.copy_(stored[name])
 
-    def _refuse_other_life(self, folder):
+    def _refuse_other_life(self, folder: str) -> None:
         self._refuse_other_adapter(folder)
         stored, live = self._stored_tables(folder), self._blocks.tables()
         if stored is None:
@@ -198,7 +198,7 @@ class Checkpoints:
                     "same config, or load it from the checkpoint with `from_pretrained`."
                 )
 
-    def _refuse_other_adapter(self, folder):
+    def _refuse_other_adapter(self, folder: str) -> None:
         file, model = os.path.join(folder, "adapter_model.safetensors"), self._trainer.model
         if not os.path.isfile(file) or not unwrap(model, sharded=True)[1]:
             return
@@ -212,7 +212,7 @@ class Checkpoints:
                 "patched and with the same `modules_to_save`."
             )
 
-    def refuse_partial(self, load_result):
+    def refuse_partial(self, load_result: Any) -> None:
         """Raises if a patched or collapsed model was not loaded whole: without an alpha or a merged matrix it is
         another one.
 
@@ -234,14 +234,14 @@ class Checkpoints:
             )
 
 
-def _read_json(file):
+def _read_json(file: str) -> Any:
     if not os.path.isfile(file):
         return None
     with open(file, encoding="utf-8") as stream:
         return json.load(stream)
 
 
-def _life(table):
+def _life(table: Any) -> Any:
     """What a replacement table makes of a model, for a message."""
     alphas = sum(spec["type"] == "activation" for spec in table.values())
     if not table:
@@ -252,7 +252,7 @@ def _life(table):
     )
 
 
-def _not_tied(model, keys):
+def _not_tied(model: Any, keys: Iterable[str]) -> list[str]:
     """Those keys that are no second name of a parameter with another key."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     present = {id(parameter) for name, parameter in parameters.items() if name not in keys}

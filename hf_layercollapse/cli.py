@@ -6,16 +6,19 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import transformers
 import typer
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig
+from transformers.modeling_utils import PreTrainedModel
 
 from . import processes
 from ._version import __version__
@@ -48,10 +51,14 @@ from .model_card import auto_class_of, create_model_card
 from .models import count_parameters, device_of, inputs_of
 from .planning import linearity_map, plan_collapse
 from .plans import CollapsePlan
-from .profiling import compare_latency, measure_speedup
-from .recovery import recover_model
+from .profiling import Latency, compare_latency, measure_speedup
+from .recovery import RecoveryReport, recover_model
 from .tables import table
 from .upstream import is_causal_language_model
+
+
+if TYPE_CHECKING:
+    from .reports import CollapseReport
 
 
 EXIT_CODES = """
@@ -71,7 +78,7 @@ app = typer.Typer(
 PLAN_PASSES, COLLAPSE_PASSES, RECOVERY_PASSES = 8, 3, 5
 
 
-def _version(wanted: bool):
+def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(
             f"hf_layercollapse {__version__}, transformers {transformers.__version__}, torch {torch.__version__}, "
@@ -93,7 +100,7 @@ def program(
     traceback: Annotated[
         bool, typer.Option("--traceback", help="Let errors through as Python raised them, for a report.")
     ] = False,
-):
+) -> None:
     _asked["traceback"] = traceback
     if processes.launched() > 1 and context.invoked_subcommand not in SHARED:
         raise ValueError(
@@ -118,7 +125,7 @@ def inspect(
     max_memory: MaxMemory = None,
     device: Device = "cpu",
     trust_remote_code: Trust = False,
-):
+) -> None:
     """Lists a model's feed-forward blocks; with data, how linear each is and what collapsing it alone costs."""
     check_files(plot=plot, json=json_file)
     if data is None and plot is not None:
@@ -148,7 +155,7 @@ _COLUMNS: tuple[str, ...] = ("name", "index", "kind", "state", "in_features", "h
 _COLUMNS += ("rank", "parameters", "macs")
 
 
-def _blocks_table(model):
+def _blocks_table(model: nn.Module) -> str:
     """What blocks a model has, as text."""
     found = find_feed_forward_blocks(model)
     collapsed = any(block.state == "collapsed" for block in found)
@@ -215,11 +222,9 @@ def collapse(
     max_memory: MaxMemory = None,
     device: Device = "cpu",
     trust_remote_code: Trust = False,
-):
+) -> None:
     """Collapses a model under a budget, with no training or a short one without labels, and saves it."""
-    _check_budget_or_plan(budget, plan, blocks, uniform_width, multiple_of, save_plan)
-    if recovery_steps and processes.launched() > 1:
-        raise ValueError("--recovery-steps trains in one process: leave it out, or launch one.")
+    _check_together(budget, plan, blocks, uniform_width, multiple_of, save_plan, recovery_steps)
     wanted = parse_budget(budget, "--budget") if budget is not None else {}
     MemoryBudget(max_memory)
     check_files(save_plan=save_plan, plot=plot, json=json_file)
@@ -227,11 +232,7 @@ def collapse(
     made = CollapsePlan.load(plan) if plan is not None else None
     with new_folder(output) as folder:
         with processes.together():
-            live = load_model(model, trust_remote_code).to(on)
-            processor = load_processor(live, model, options, trust_remote_code)
-            everything = read_data(live, processor, data, options)
-            out.say(f"data: {everything}")
-            read = everything.part(processes.rank(), processes.count())
+            live, processor, read = _model_and_data(model, data, options, on, out, trust_remote_code)
             out.say(_estimate(live, read, made is None, recovery_steps))
         if made is None:
             shape: dict[str, Any] = {**wanted, "uniform_width": uniform_width, "multiple_of": multiple_of}
@@ -245,8 +246,29 @@ def collapse(
     out.write({**_results(made, report, recovery, output), "seconds": time.perf_counter() - started})
 
 
-def _check_budget_or_plan(budget, plan, blocks, uniform_width, multiple_of, save_plan):
-    """Raises unless there is one of both; beside a plan that was made before, also for what makes one."""
+def _model_and_data(
+    model: str, data: str, options: DataOptions, device: torch.device, out: Output, trust_remote_code: bool
+) -> tuple[PreTrainedModel, Any, CalibrationData]:
+    """`(the model, its processor, this process's part of the data)`, as the command line names them."""
+    live = load_model(model, trust_remote_code).to(device)
+    processor = load_processor(live, model, options, trust_remote_code)
+    everything = read_data(live, processor, data, options)
+    out.say(f"data: {everything}")
+    return live, processor, everything.part(processes.rank(), processes.count())
+
+
+def _check_together(
+    budget: str | None,
+    plan: Path | None,
+    blocks: str | None,
+    uniform_width: bool,
+    multiple_of: int,
+    save_plan: Path | None,
+    recovery_steps: int,
+) -> None:
+    """Raises unless there is a budget or a plan; beside a plan that was made before, also for what makes one."""
+    if recovery_steps and processes.launched() > 1:
+        raise ValueError("--recovery-steps trains in one process: leave it out, or launch one.")
     if (budget is None) == (plan is None):
         raise ValueError("Pass either --budget or --plan.")
     if plan is not None and (blocks is not None or uniform_width or multiple_of != 1 or save_plan is not None):
@@ -254,7 +276,7 @@ def _check_budget_or_plan(budget, plan, blocks, uniform_width, multiple_of, save
                          "--multiple-of and --save-plan.")  # fmt: skip
 
 
-def _show_plan(plan, out, save_plan, plot):
+def _show_plan(plan: CollapsePlan, out: Output, save_plan: Path | None, plot: Path | None) -> None:
     """Says a plan, writes it and plots it where that was asked for; raises if it collapses nothing."""
     out.say(f"{plan}\n")
     first = processes.rank() == 0
@@ -268,7 +290,13 @@ def _show_plan(plan, out, save_plan, plot):
         raise ValueError("No block can collapse within this budget; nothing was saved.")
 
 
-def _collapsed_and_recovered(model, plan, batches, recovery_steps, max_memory):
+def _collapsed_and_recovered(
+    model: nn.Module,
+    plan: CollapsePlan,
+    batches: Any,
+    recovery_steps: int,
+    max_memory: int | str | dict[Any, Any] | None,
+) -> "tuple[CollapseReport, RecoveryReport | None]":
     """Collapses a model in place, and trains it if that is to follow: `(CollapseReport, RecoveryReport or None)`."""
     teacher = copy.deepcopy(model) if recovery_steps else None
     report = collapse_model(model, plan=plan, calibration_data=batches, max_memory=max_memory)
@@ -277,7 +305,7 @@ def _collapsed_and_recovered(model, plan, batches, recovery_steps, max_memory):
     return report, recover_model(model, teacher, batches, max_steps=recovery_steps)
 
 
-def _save_collapsed(model, processor, report, folder, name, source):
+def _save_collapsed(model: Any, processor: Any, report: "CollapseReport", folder: Any, name: str, source: str) -> None:
     """Writes a collapsed model with its card, its processor, and what sentence-transformers needs of its source; where
     a folder was made for that."""
     if folder is None:
@@ -289,7 +317,9 @@ def _save_collapsed(model, processor, report, folder, name, source):
     copy_sentence_files(source, folder)
 
 
-def _say_collapsed(out, model, report, recovery, output):
+def _say_collapsed(
+    out: Output, model: Any, report: "CollapseReport", recovery: RecoveryReport | None, output: Path
+) -> None:
     out.say(report)
     if recovery is not None:
         out.say(f"\n{recovery}")
@@ -301,7 +331,9 @@ def _say_collapsed(out, model, report, recovery, output):
     )
 
 
-def _results(plan, report, recovery, output):
+def _results(
+    plan: CollapsePlan, report: "CollapseReport", recovery: RecoveryReport | None, output: Path
+) -> dict[str, Any]:
     """What a collapse gave, as plain data."""
     return {
         "output": str(output),
@@ -311,7 +343,7 @@ def _results(plan, report, recovery, output):
     }
 
 
-def _estimate(model, batches, planned, recovery_steps):
+def _estimate(model: nn.Module, batches: Any, planned: bool, recovery_steps: int) -> str:
     """How long it is going to take, from the time of one batch."""
     batch = inputs_of(next(iter(batches)), device_of(model))
     with torch.no_grad():
@@ -339,12 +371,12 @@ def compare(
     card: Annotated[Path | None, typer.Option(help="Write a model card of COLLAPSED with these numbers.")] = None,
     device: Device = "cpu",
     trust_remote_code: Trust = False,
-):
+) -> None:
     """Compares two models on the same data: accuracy or perplexity, size and latency, side by side."""
     check_files(json=json_file, card=card)
     on, out = usable_device(device), Output(json_file)
-    names = {"dense": dense, "control": control, "collapsed": collapsed}
-    names = {name: folder for name, folder in names.items() if folder is not None}
+    given = {"dense": dense, "control": control, "collapsed": collapsed}
+    names = {name: folder for name, folder in given.items() if folder is not None}
     models = {name: load_model(folder, trust_remote_code).to(on) for name, folder in names.items()}
     _check_alike(models)
     processor = load_processor(models["dense"], dense, options, trust_remote_code)
@@ -396,7 +428,7 @@ def export(
     processor: Processor = None,
     json_file: JsonFile = None,
     trust_remote_code: Trust = False,
-):
+) -> None:
     """Exports a dense, patched or collapsed model, compared with the PyTorch model in the runtime itself."""
     from .exporting import check_format, export_model
 
@@ -423,7 +455,9 @@ def export(
     out.write({**report.to_dict(), "latency": {name: _numbers(latency) for name, latency in times.items()}})
 
 
-def _time_exports(names, dense, live, inputs, report, cache):
+def _time_exports(
+    names: Any, dense: Any, live: Any, inputs: Mapping[str, Any], report: Any, cache: bool | None
+) -> Any:
     """Times a dense model, exported to the same format, and the export of this report in turn, under these names."""
     from .exporting import decoder_step, export_model, load_exported
 
@@ -435,7 +469,7 @@ def _time_exports(names, dense, live, inputs, report, cache):
         return compare_latency(dict(zip(names, (dense, load_exported(report.folder)), strict=True)), batch)
 
 
-def _latency_table(times):
+def _latency_table(times: Any) -> str:
     rows = [["", "latency", "relative", "quartiles"]]
     for name, latency in times.items():
         low, high = latency.ratio_quartiles
@@ -457,7 +491,7 @@ def latency(
     json_file: JsonFile = None,
     device: Device = "cpu",
     trust_remote_code: Trust = False,
-):
+) -> None:
     """Times two models in turn, against what their MACs promise, and says where that cannot show."""
     check_files(json=json_file)
     on, out = usable_device(device), Output(json_file)
@@ -484,7 +518,7 @@ def latency(
     )
 
 
-def _numbers(latency):
+def _numbers(latency: Latency) -> dict[str, Any]:
     return {
         "seconds": latency.median,
         "quartiles": latency.quartiles,
@@ -493,7 +527,7 @@ def _numbers(latency):
     }
 
 
-def example_inputs(model, processor, rows, length, usual):
+def example_inputs(model: Any, processor: Any, rows: int, length: int | None, usual: Any) -> Any:
     """A batch of random tokens or images, as the processor would give them to this model.
 
     Args:
@@ -517,7 +551,8 @@ def example_inputs(model, processor, rows, length, usual):
     return inputs
 
 
-def load_model(name, trust_remote_code=False):
+# A `PreTrainedModel`; its `to` is wrapped in a way that mypy takes for another function.
+def load_model(name: str, trust_remote_code: bool = False) -> Any:
     """The model that a folder or a Hub name holds, in the class that was saved.
 
     Raises:
@@ -544,7 +579,7 @@ def load_model(name, trust_remote_code=False):
 _SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_*_config.json", "[0-9]_*/*")
 
 
-def copy_sentence_files(name, folder):
+def copy_sentence_files(name: str, folder: Any) -> None:
     """Makes a saved folder one of sentence-transformers, with the same pooling, if the model's was one."""
     source = Path(name).expanduser()
     if not source.is_dir():
@@ -557,7 +592,7 @@ def copy_sentence_files(name, folder):
         shutil.copyfile(path, target)
 
 
-def _check_alike(models):
+def _check_alike(models: Any) -> None:
     """Refuses models that cannot be given the same inputs, or do not predict the same kind of thing.
 
     Raises:
@@ -576,12 +611,12 @@ def _check_alike(models):
             )
 
 
-def load_processor(model, name, options, trust_remote_code):
+def load_processor(model: Any, name: str, options: Any, trust_remote_code: bool) -> Any:
     """The tokenizer or processor that makes this model's inputs."""
     return _processor_of(model, options.processor or name, trust_remote_code)
 
 
-def _processor_of(model, name, trust_remote_code):
+def _processor_of(model: Any, name: str, trust_remote_code: bool) -> Any:
     what = {"pixel_values": "image processor", "input_ids": "tokenizer"}.get(model.main_input_name, "processor")
     lacking = f"{name} has no {what} that can be read: say where one is with --processor."
     # Of some families transformers makes a tokenizer without words where a folder has none.
@@ -604,7 +639,7 @@ _WORDS = (
 )
 
 
-def read_data(model, processor, data, options: DataOptions) -> CalibrationData:
+def read_data(model: Any, processor: Any, data: str, options: DataOptions) -> CalibrationData:
     """Batches of model inputs from a file, a folder or a data set.
 
     Raises:
@@ -627,7 +662,7 @@ def read_data(model, processor, data, options: DataOptions) -> CalibrationData:
         raise ValueError(f"--data {data}: {error}") from error
 
 
-def main():
+def main() -> None:
     """Console entry point: errors that the user can mend are one line."""
     try:
         app()

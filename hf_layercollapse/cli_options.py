@@ -4,10 +4,11 @@ where their results go."""
 import contextlib
 import json
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 
@@ -94,13 +95,13 @@ class TestDataOptions(DataOptions):
     samples: TestSamples = 10_000
 
 
-def with_options(command):
+def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Gives a command, in place of its parameter `options`, an option for each field of that parameter's class."""
     parameters = signature(command).parameters
     kind = parameters["options"].annotation
     names = [option.name for option in fields(kind)]
 
-    def run(**values):
+    def command_of(**values: Any) -> Any:
         chosen = kind(**{name: values.pop(name) for name in names})
         return command(**values, options=chosen)
 
@@ -110,13 +111,14 @@ def with_options(command):
         for option in fields(kind)
     ]
     listed = [parameter for parameter in own if parameter.name != "options"] + added
+    run: Any = command_of
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     run.__signature__ = signature(command).replace(parameters=listed)
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in listed}
     return run
 
 
-def usable_device(name) -> torch.device:
+def usable_device(name: str) -> torch.device:
     """The device of this name. Processes that were launched together join here: each has a device of its own.
 
     Raises:
@@ -136,7 +138,7 @@ def usable_device(name) -> torch.device:
     return device
 
 
-def check_files(**paths):
+def check_files(**paths: Path | None) -> None:
     """Refuses files that could not be written in the end, and plots of a format that is not known; option -> path.
 
     Raises:
@@ -158,7 +160,7 @@ def check_files(**paths):
                 raise ValueError('--plot needs matplotlib: pip install "hf_layercollapse[plot]".') from None
 
 
-def _check_parent(option, path):
+def _check_parent(option: str, path: Path) -> None:
     parent = path.absolute().parent
     if not parent.is_dir():
         raise ValueError(f"{option} {path}: there is no folder {parent}. Make it first.")
@@ -167,7 +169,7 @@ def _check_parent(option, path):
 
 
 @contextlib.contextmanager
-def new_folder(path):
+def new_folder(path: Path) -> Iterator[Any]:
     """A folder that becomes `--output` once all that is done in it has succeeded; else nothing is left of it.
 
     It is made at once, beside the other, so that a place that cannot be written is refused before the work.
@@ -185,7 +187,7 @@ def new_folder(path):
             stack.pop_all().close()
 
 
-def _beside(path, stack):
+def _beside(path: Path, stack: contextlib.ExitStack) -> Path:
     check_new_folder(path)
     try:
         beside = stack.enter_context(written_beside(path))
@@ -195,7 +197,7 @@ def _beside(path, stack):
     return beside
 
 
-def check_new_folder(path):
+def check_new_folder(path: Path) -> None:
     """Refuses an `--output` that cannot be made.
 
     Raises:
@@ -213,16 +215,16 @@ class Output:
         json_file (`Path`, *optional*): For the JSON; `-` is stdout, and the words then go to stderr.
     """
 
-    def __init__(self, json_file):
+    def __init__(self, json_file: Path | None) -> None:
         self.json_file = json_file
         self.to_stdout = str(json_file) == "-"
 
-    def say(self, text):
+    def say(self, text: object) -> None:
         """Words for the reader."""
         if processes.rank() == 0:
             typer.echo(str(text), err=self.to_stdout)
 
-    def write(self, values):
+    def write(self, values: Any) -> None:
         """The result as plain data."""
         with processes.together():
             if self.json_file is None or processes.rank() > 0:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from .alpha_training import AlphaTraining
 from .budgeted_training import BudgetedTraining
@@ -19,6 +22,7 @@ from .trained_blocks import TrainedBlocks
 
 
 if TYPE_CHECKING:
+    from .config import LayerCollapseConfig
     from .trainer import LayerCollapseTrainerMixin
 
 
@@ -40,12 +44,14 @@ class CollapseAfterTraining:
         teaching: Teaching,
         progressive: ProgressiveCollapse,
         budgeted: BudgetedTraining,
-    ):
+    ) -> None:
         self._trainer: Any = trainer
         self._blocks, self._sharding = blocks, sharding
         self._alphas, self._teaching, self._progressive, self._budgeted = alphas, teaching, progressive, budgeted
 
-    def collapse(self, calibration_data=None, max_error=None, allow_none=False) -> CollapseReport:
+    def collapse(
+        self, calibration_data: Iterable[Any] | None = None, max_error: float | None = None, allow_none: bool = False
+    ) -> CollapseReport:
         """See [`LayerCollapseTrainerMixin.collapse`]."""
         trainer, reports = self._trainer, self._progressive.reports
         ended = trainer.state.global_step >= trainer.state.max_steps or trainer.control.should_training_stop
@@ -64,7 +70,7 @@ class CollapseAfterTraining:
         trainer.collapse_report = _joined([*reports, report])
         return trainer.collapse_report
 
-    def _options(self):
+    def _options(self) -> LayerCollapseConfig | None:
         """`None` for the model's own: its blocks are those that are patched, however it names them."""
         config = self._trainer.layer_collapse_config
         stored = layer_collapse_config_of(unwrap(self._trainer.model, sharded=True)[0])
@@ -72,7 +78,7 @@ class CollapseAfterTraining:
             return None
         return config
 
-    def _go_on_with(self, model):
+    def _go_on_with(self, model: nn.Module) -> None:
         trainer = self._trainer
         inner, wrappers = unwrap(model)
         if wrappers and not _has_adapters(inner) and is_transformers_model(model):
@@ -87,11 +93,11 @@ class CollapseAfterTraining:
         trainer.model = trainer.model_wrapped = trainer.callback_handler.model = model
 
 
-def _has_adapters(inner):
+def _has_adapters(inner: Any) -> bool:
     return any(type(module).__module__.startswith("peft.") for module in inner.modules())
 
 
-def _joined(reports):
+def _joined(reports: Sequence[CollapseReport]) -> CollapseReport:
     """One report of collapses that came one after the other."""
     if len(reports) == 1:
         return reports[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ class CollapsedEvaluation:
         blocks ([`TrainedBlocks`]): Of its model.
     """
 
-    def __init__(self, trainer: LayerCollapseTrainerMixin, blocks: TrainedBlocks):
+    def __init__(self, trainer: LayerCollapseTrainerMixin, blocks: TrainedBlocks) -> None:
         self._trainer: Any = trainer
         self._blocks = blocks
         self._names: dict[str, str] = {}  # metric -> its name with the ready blocks collapsed
@@ -41,8 +41,14 @@ class CollapsedEvaluation:
     # ---- Two passes ----
 
     def loop(
-        self, own_loop, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ):
+        self,
+        own_loop: Callable[..., Any],
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
         """What the Trainer's own `evaluation_loop` gives for the other arguments, with both kinds of metrics.
 
         What `compute_metrics` may write into a file is written last for the model as it is. Data without a length may
@@ -69,7 +75,7 @@ class CollapsedEvaluation:
         self._add(output.metrics, (collapsed or output).metrics, metric_key_prefix)
         return output
 
-    def _add(self, metrics, collapsed, prefix):
+    def _add(self, metrics: dict[str, Any], collapsed: Mapping[str, Any], prefix: str) -> None:
         for name, value in list(collapsed.items()):
             if name != f"{prefix}_model_preparation_time":
                 self._names[name] = f"{prefix}_collapsed_{name.removeprefix(f'{prefix}_')}"
@@ -79,28 +85,28 @@ class CollapsedEvaluation:
         if own_loss in metrics:
             metrics[own_loss] = metrics.pop(own_loss)
 
-    def _is_reported(self):
+    def _is_reported(self) -> bool:
         """While a block is patched, and, where it goes on or is asked for, when all have collapsed."""
         if self._trainer.layer_collapse_config is None:
             return False
         asked_for = "collapsed_" in (self._trainer.args.metric_for_best_model or "")
         return bool(asked_for or self._blocks.activations() or self._blocks.count_collapsed())
 
-    def _is_collapsed_already(self):
+    def _is_collapsed_already(self) -> bool:
         """Whether the model computes what it would after a collapse, so that nothing need be measured."""
         activations = self._blocks.activations().values()
         ready = [activation for activation in activations if self._blocks.is_ready(activation)]
         restores = self._trainer.layer_collapse_config.not_ready == "restore" and len(ready) < len(activations)
         return not ready or (all(bool((module.alpha == 1).all()) for module in ready) and not restores)
 
-    def _is_used_up(self, dataloader):
+    def _is_used_up(self, dataloader: Any) -> bool:
         """Whether data that were read have nothing more to give, on any process."""
         source: Any = dataloader.dataset if isinstance(dataloader, DataLoader) else dataloader
         nothing_left = all(False for _ in source)
         used_up = torch.tensor([nothing_left], dtype=torch.float32, device=self._trainer.args.device)
         return bool(self._trainer.accelerator.reduce(used_up, reduction="sum"))
 
-    def _loop_as_if_collapsed(self, loop):
+    def _loop_as_if_collapsed(self, loop: Callable[[], Any]) -> Any:
         trainer, callback_handler = self._trainer, self._trainer.callback_handler
         # Prediction steps must not be reported twice.
         trainer.callback_handler = CallbackHandler([DefaultFlowCallback], trainer.model, None, None, None)
@@ -111,7 +117,7 @@ class CollapsedEvaluation:
             trainer.callback_handler = callback_handler
 
     @contextlib.contextmanager
-    def _as_if_collapsed(self):
+    def _as_if_collapsed(self) -> Iterator[None]:
         """What `collapse` would make of the model, without the merging: alpha 1 where ready, native where restored."""
         activations = self._blocks.activations().values()
         before = [(module, module.alpha.detach().clone(), module.replacement) for module in activations]
@@ -133,7 +139,7 @@ class CollapsedEvaluation:
 
     # ---- What is made of the metrics ----
 
-    def is_best(self, is_best: Callable, metrics: dict[str, float], trial) -> bool:
+    def is_best(self, is_best: Callable, metrics: dict[str, float], trial: Any) -> bool:
         """Whether a checkpoint is the best one until now: of those with the most ready blocks, by the metric with
         these collapsed. `is_best` is the Trainer's own judgement, by the metric alone, which sets its state.
         """
@@ -154,7 +160,7 @@ class CollapsedEvaluation:
             state.best_global_step = state.global_step
         return best
 
-    def _logged_when_best(self, key, default):
+    def _logged_when_best(self, key: str, default: Any) -> Any:
         """From the log, since that survives a resume."""
         state = self._trainer.state
         at_best = (entry for entry in state.log_history if entry["step"] == state.best_global_step)

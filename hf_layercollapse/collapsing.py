@@ -1,9 +1,9 @@
 """Collapsing a model: what is to become of which block, all of it checked before anything is put in place."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import is_compiled_module
@@ -15,11 +15,11 @@ from .blocks import BoundBlock, bind_blocks, check_weights, confirm_wiring, surv
 from .calibration import RANGE_TOKENS, Calibration
 from .calibration_data import model_inputs
 from .config import LayerCollapseConfig
-from .families import FeedForwardBlock
 from .fitting import BlockFitting
 from .forward_passes import first_tensor, lean
 from .merging import (
     BlockChoice,
+    Merge,
     Trial,
     cost_of,
     effective_rank,
@@ -143,7 +143,7 @@ def collapse_model(
     )
 
 
-def _options_for(inner, config, plan):
+def _options_for(inner: Any, config: LayerCollapseConfig | None, plan: CollapsePlan | None) -> LayerCollapseConfig:
     """What says how blocks collapse: the config, or what the model was patched with; a plan says it of its blocks."""
     # What a model was collapsed with earlier says nothing of its other blocks.
     if config is None and collapsible_activations(inner):
@@ -152,7 +152,14 @@ def _options_for(inner, config, plan):
     return options if plan is None else replace(options, constant_term=plan.constant_term)
 
 
-def _put_for_good(trial, merges, restored, inner, wrappers, options):
+def _put_for_good(
+    trial: Trial,
+    merges: Sequence[Merge],
+    restored: Iterable[BoundBlock],
+    inner: Any,
+    wrappers: Iterable[nn.Module],
+    options: LayerCollapseConfig,
+) -> None:
     """Puts merges in place and restores blocks, and writes it into the model's config."""
     was_patched = bool(collapsible_activations(inner))
     for merge in merges:
@@ -166,7 +173,7 @@ def _put_for_good(trial, merges, restored, inner, wrappers, options):
     trial.keep()
 
 
-def _check_arguments(config, plan, max_error):
+def _check_arguments(config: Any, plan: Any, max_error: Any) -> None:
     if config is not None and not isinstance(config, LayerCollapseConfig):
         raise TypeError(f"`config` must be a LayerCollapseConfig, got {type(config).__name__}.")
     refuse_budget_in(config)
@@ -193,7 +200,7 @@ def collapse_as(model: nn.Module, names: Any) -> None:
 
 
 @contextlib.contextmanager
-def _adapters_merged(model, inner, options, allow_none):
+def _adapters_merged(model: Any, inner: Any, options: LayerCollapseConfig, allow_none: bool) -> Iterator[None]:
     """The model with adapters merged into its weights, if there are any on its blocks or alphas; if what is done
     inside raises, as it was.
     """
@@ -246,7 +253,14 @@ class _Chosen:
     waiting: list[BoundBlock]
 
 
-def _choose(inner, config, options, plan, with_data, allow_none):
+def _choose(
+    inner: Any,
+    config: LayerCollapseConfig | None,
+    options: LayerCollapseConfig,
+    plan: CollapsePlan | None,
+    with_data: bool,
+    allow_none: bool,
+) -> _Chosen:
     """The [`_Chosen`] of a model, checked; `options` are those of the config, or where there is none the model's."""
     blocks, refused = survey(inner)
     patched = [block for block in blocks if block.state == "patched"]
@@ -255,7 +269,8 @@ def _choose(inner, config, options, plan, with_data, allow_none):
             "The model is dense: pass `calibration_data` (batches of model inputs) to fit each block's linear map, or "
             "patch it with `apply_layer_collapse` and train until its blocks are ready."
         )
-    waiting, choices = [], None
+    waiting: list[BoundBlock] = []
+    choices = None
     if plan is not None:
         choices = plan.choices_for(inner, blocks)
         if patched:
@@ -279,7 +294,9 @@ def _choose(inner, config, options, plan, with_data, allow_none):
     return _Chosen(ready, choices, waiting)
 
 
-def _chosen_of(patched, chosen, config):
+def _chosen_of(
+    patched: Sequence[BoundBlock], chosen: Sequence[BoundBlock], config: LayerCollapseConfig
+) -> list[BoundBlock]:
     names = {block.name for block in chosen}
     both = [block for block in patched if block.name in names]
     if not both:
@@ -290,7 +307,9 @@ def _chosen_of(patched, chosen, config):
     return both
 
 
-def _split_ready(patched, options, allow_none):
+def _split_ready(
+    patched: Sequence[BoundBlock], options: LayerCollapseConfig, allow_none: bool
+) -> tuple[list[BoundBlock], list[BoundBlock]]:
     alphas = {block.name: block.activation.alpha.detach() for block in patched}
     on_meta = [name for name, alpha in alphas.items() if alpha.is_meta]
     if on_meta:
@@ -308,7 +327,7 @@ def _split_ready(patched, options, allow_none):
     return ready, [block for block in patched if block not in ready]
 
 
-def _partly_ready(block, options):
+def _partly_ready(block: BoundBlock, options: LayerCollapseConfig) -> bool:
     """Whether merging the neurons that are ready makes a block with one alpha per neuron smaller."""
     if block.activation.granularity != "neuron":
         return False
@@ -316,7 +335,7 @@ def _partly_ready(block, options):
     return cost_of(block, choice.rank, choice.count) < block.macs
 
 
-def _choice(block, options):
+def _choice(block: BoundBlock, options: LayerCollapseConfig) -> BlockChoice:
     """What the options make of a block."""
     if block.state == "patched" and block.activation.granularity == "neuron":
         waiting = ~ready_neurons(block.activation.alpha, options.collapse_threshold)
@@ -324,7 +343,7 @@ def _choice(block, options):
     return BlockChoice(options.rank, options.keep_neurons)
 
 
-def check_choices(blocks: Sequence[FeedForwardBlock], choices: Mapping[str, BlockChoice]) -> None:
+def check_choices(blocks: Sequence[BoundBlock], choices: Mapping[str, BlockChoice]) -> None:
     """Raises if a block cannot become what is asked of it.
 
     Raises:
@@ -347,13 +366,13 @@ def check_choices(blocks: Sequence[FeedForwardBlock], choices: Mapping[str, Bloc
             )
 
 
-def _refuse_none_ready(alphas, options):
+def _refuse_none_ready(alphas: Mapping[str, torch.Tensor], options: LayerCollapseConfig) -> None:
     """Raises if no block has reached the threshold (name -> alpha)."""
     if not any(is_ready(alpha, options.collapse_threshold) for alpha in alphas.values()):
         _raise_none_ready(alphas, options)
 
 
-def _raise_none_ready(alphas, options):
+def _raise_none_ready(alphas: Mapping[str, torch.Tensor], options: LayerCollapseConfig) -> NoReturn:
     listed = "".join(f"\n  {name}: alpha {float(alpha.detach().min()):.4f}" for name, alpha in alphas.items())
     raise ValueError(
         f"No block is ready: none has 1 - alpha <= {options.collapse_threshold}. Train longer, with a larger "
@@ -366,14 +385,14 @@ def _raise_none_ready(alphas, options):
 # ----------------------------------------------------------------------------------------------------
 
 
-def _exactly_linear(block, choices):
+def _exactly_linear(block: BoundBlock, choices: Mapping[str, BlockChoice]) -> bool:
     """Whether a block is one line at alpha 1, which no data can fit better."""
     choice = choices[block.name]
     whole = not choice.count and effective_rank(block, choice.rank) is None
     return whole and block.state == "patched" and float(block.activation.alpha.detach().min()) == 1
 
 
-def _merges_of(chosen, engine, options):
+def _merges_of(chosen: _Chosen, engine: Calibration | None, options: LayerCollapseConfig) -> list[Merge]:
     """What the chosen blocks become, each fitted to the data if there are any and it is not one line already."""
     ready, choices, threshold = chosen.ready, chosen.choices, options.collapse_threshold
     if engine is None:
@@ -391,9 +410,11 @@ def _merges_of(chosen, engine, options):
     return merges
 
 
-def _merge_in_turn(fitting, ready, refit, collapse_threshold):
+def _merge_in_turn(
+    fitting: BlockFitting, ready: Sequence[BoundBlock], refit: Sequence[BoundBlock], collapse_threshold: float
+) -> list[Merge]:
     """The merges, each fitted with those before it in place; the model is left as it was."""
-    merges = []
+    merges: list[Merge] = []
     with Trial() as trial:
         for block in ready:
             bound = _after(block, merges)
@@ -403,7 +424,7 @@ def _merge_in_turn(fitting, ready, refit, collapse_threshold):
     return merges
 
 
-def _refuse_fitted_chains(ready, refit):
+def _refuse_fitted_chains(ready: Sequence[BoundBlock], refit: Sequence[BoundBlock]) -> None:
     """Raises where a linear ends one block and begins another that is fitted to data.
 
     Raises:
@@ -418,10 +439,10 @@ def _refuse_fitted_chains(ready, refit):
             )
 
 
-def _merge_all(ready, fitted, collapse_threshold):
+def _merge_all(ready: Sequence[BoundBlock], fitted: Mapping[str, Merge], collapse_threshold: float) -> list[Merge]:
     """The merges in forward order, of the weights alone where none was fitted; where a linear ends one block and
     begins the next, that takes the merged one."""
-    merges = []
+    merges: list[Merge] = []
     for block in ready:
         if block.name in fitted:
             merges.append(fitted[block.name])
@@ -433,13 +454,13 @@ def _merge_all(ready, fitted, collapse_threshold):
     return merges
 
 
-def _after(block, merges):
+def _after(block: BoundBlock, merges: Sequence[Merge]) -> BoundBlock:
     """The block as it is with these merges in place: one may end with the linear that it begins with."""
     before = next((merge for merge in merges if merge.block.down is block.up), None)
     return block if before is None else replace(block, up=before.linears[before.block.layout.down])
 
 
-def _confirm_cuts(inner, merges):
+def _confirm_cuts(inner: Any, merges: Sequence[Merge]) -> None:
     """Raises if native code does not run with the linears that it is to get."""
     cut = [merge for merge in merges if is_cut(merge.block, merge.fit.rank)]
     with Trial() as trial:
@@ -449,7 +470,7 @@ def _confirm_cuts(inner, merges):
 
 
 @torch.no_grad()
-def _largest_difference(engine, merges, restored):
+def _largest_difference(engine: Calibration, merges: Sequence[Merge], restored: Iterable[BoundBlock]) -> float:
     """The largest difference of the model's first output, as it is and with these merges in place and these blocks
     restored, over some rows of the data; one batch of outputs is held at a time."""
     model, inner = engine.model, engine.inner
@@ -472,14 +493,15 @@ def _largest_difference(engine, merges, restored):
     return largest
 
 
-def _by_rows(output):
+def _by_rows(output: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return output.reshape(-1, output.shape[-1]).split(COMPARED_TOKENS)
 
 
-def _refuse_errors(merges, max_error):
+def _refuse_errors(merges: Sequence[Merge], max_error: float | None) -> None:
     if max_error is None:
         return
-    above = [merge.report for merge in merges if not merge.report.measured_error <= max_error]
+    # One that is not a number is above any.
+    above = [merge.report for merge in merges if not merge.error <= max_error]
     if above:
         listed = "".join(f"\n  {report.name}: {report.measured_error:.3e}" for report in above)
         raise ValueError(
@@ -488,13 +510,15 @@ def _refuse_errors(merges, max_error):
         )
 
 
-def _block_reports(merges, waiting, options):
+def _block_reports(
+    merges: Sequence[Merge], waiting: Sequence[BoundBlock], options: LayerCollapseConfig
+) -> list[BlockReport]:
     """What became of every block that was looked at, in forward order."""
     reports = [merge.report for merge in merges] + [_waiting_report(block, options) for block in waiting]
     return sorted(reports, key=lambda report: report.index)
 
 
-def _waiting_report(block, options):
+def _waiting_report(block: BoundBlock, options: LayerCollapseConfig) -> BlockReport:
     return BlockReport(
         name=block.name,
         index=block.index,

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from .intervals import (
 )
 from .models import device_of, evaluating, inputs_of, outputs_of, unwrap
 from .predictions import predictions_of
-from .profiling import compare_latency, count_macs, count_parameters, describe_hardware, weights_size
+from .profiling import Latency, compare_latency, count_macs, count_parameters, describe_hardware, weights_size
 from .rows import IGNORED
 from .scoring import SECRET
 from .sentence_models import sentence_model
@@ -100,7 +100,7 @@ class Comparison:
     split: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
-    def __getitem__(self, name) -> MeasuredModel:
+    def __getitem__(self, name: str) -> MeasuredModel:
         """The model of this name.
 
         Raises:
@@ -167,7 +167,7 @@ class Comparison:
         rows.append(["  quartiles", *(f"{low:.3f} to {high:.3f}" for low, high in low_high)])
         return rows
 
-    def __str__(self):
+    def __str__(self) -> str:
         where = " ".join(str(part) for part in (self.data, self.data_config, self.split) if part is not None)
         measured = f"{self.metric}: {self.examples:,} examples" + (f" of {where}" if where else "")
         timed = f"latency: median of {self.rounds} calls with {self.call}, in turn, on {self.hardware}"
@@ -178,18 +178,18 @@ class Comparison:
 _DIGITS = {"perplexity": 3, "divergence": 5}
 
 
-def _text(metric, value):
+def _text(metric: str, value: float) -> str:
     return f"{100 * value:.2f} %" if metric == "accuracy" else f"{value:.{_DIGITS[metric]}f}"
 
 
-def _range(metric, interval):
+def _range(metric: str, interval: tuple[float, float]) -> str:
     low, high = interval
     if metric == "accuracy":
         return f"{100 * low:.2f} to {100 * high:.2f}"
     return f"{_text(metric, low)} to {_text(metric, high)}"
 
 
-def _difference(metric, numbers):
+def _difference(metric: str, numbers: tuple[float, float, float] | None) -> tuple[str, str]:
     if numbers is None:
         return "", ""
     value, low, high = numbers
@@ -265,7 +265,7 @@ def compare_models(
     )
 
 
-def _timed_call(batches, device):
+def _timed_call(batches: Sequence[Mapping[str, Any]], device: torch.device) -> tuple[dict[str, Any], str, str]:
     """`(inputs, unit, words)`: the largest batch, without labels, what MACs are counted for, and how it is called."""
     timed = max(batches, key=_count)
     timed = inputs_of({name: value for name, value in timed.items() if name != "labels"}, device)
@@ -274,9 +274,9 @@ def _timed_call(batches, device):
     return timed, "image" if images else "token", f"a batch of {shape} {'pixels' if images else 'tokens'}"
 
 
-def _qualities(metric, scores):
+def _qualities(metric: str, scores: Mapping[str, tuple[np.ndarray, ...]]) -> dict[str, dict[str, Any]]:
     """Of each model its quality, the interval of that, and the differences from all models before it."""
-    qualities = {}
+    qualities: dict[str, dict[str, Any]] = {}
     for name, score in scores.items():
         quality, interval = _quality(metric, score)
         differences = {other: _paired(metric, score, scores[other]) for other in qualities}
@@ -284,7 +284,9 @@ def _qualities(metric, scores):
     return qualities
 
 
-def _sizes(model, name, timed, unit, folders):
+def _sizes(
+    model: nn.Module, name: str, timed: Mapping[str, Any], unit: str, folders: Mapping[str, str] | None
+) -> dict[str, Any]:
     """Parameters, MACs per token or image, and bytes of one model."""
     units = timed["pixel_values"].shape[0] if unit == "image" else timed["input_ids"].numel()
     return {
@@ -294,7 +296,7 @@ def _sizes(model, name, timed, unit, folders):
     }
 
 
-def _measured(name, quality, size, latency):
+def _measured(name: str, quality: dict[str, Any], size: dict[str, Any], latency: Latency) -> MeasuredModel:
     return MeasuredModel(
         name=name,
         **quality,
@@ -306,7 +308,7 @@ def _measured(name, quality, size, latency):
     )
 
 
-def _versions():
+def _versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -315,11 +317,11 @@ def _versions():
     }
 
 
-def _count(batch):
+def _count(batch: Mapping[str, Any]) -> int:
     return max((value.numel() for value in batch.values() if isinstance(value, torch.Tensor)), default=0)
 
 
-def _metric_of(models, batches):
+def _metric_of(models: Mapping[str, nn.Module], batches: Sequence[Mapping[str, Any]]) -> str:
     inner = [unwrap(model)[0] for model in models.values()]
     of_sentences = {type(sentence_model(model)).__name__ for model in models.values()}
     if len(of_sentences) > 1:
@@ -329,9 +331,7 @@ def _metric_of(models, batches):
         )
     if of_sentences == {"NoneType"} and all(is_causal_language_model(model) for model in inner):
         return "perplexity"
-    labels = [batch.get("labels") for batch in batches]
-    of_classes = all(isinstance(value, torch.Tensor) and value.dim() == 1 for value in labels)
-    if of_classes and not any(value.is_floating_point() for value in labels) and all(map(_has_classes, inner)):
+    if all(_is_of_classes(batch.get("labels")) for batch in batches) and all(map(_has_classes, inner)):
         return "accuracy"
     if of_sentences != {"NoneType"}:
         return "divergence"
@@ -342,26 +342,34 @@ def _metric_of(models, batches):
     )
 
 
-def _has_classes(model):
+def _is_of_classes(labels: Any) -> bool:
+    """Whether labels are one class for each input, as far as their shape tells."""
+    return isinstance(labels, torch.Tensor) and labels.dim() == 1 and not labels.is_floating_point()
+
+
+def _has_classes(model: Any) -> bool:
     """Whether a model's head gives one of several classes, as its config says; others are told by their outputs."""
     if not isinstance(model, PreTrainedModel):
         return True
-    return model.config.num_labels > 1 and model.config.problem_type in (None, "single_label_classification")
+    return (model.config.num_labels or 0) > 1 and model.config.problem_type in (None, "single_label_classification")
 
 
-def _described(model):
+def _described(model: Any) -> str:
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel) or _has_classes(model):
         return name
     return f"{name} ({model.config.problem_type or 'regression'}, {model.config.num_labels} labels)"
 
 
-def _score(model, batches, metric, name, progress, first):
+def _score(
+    model: Any, batches: Sequence[Mapping[str, Any]], metric: str, name: str, progress: bool, first: nn.Module
+) -> tuple[np.ndarray, ...]:
     """Whether each example is right, each sequence's summed loss and its tokens, or how far each prediction is from
     the first model's: a tuple of arrays."""
     if metric == "divergence":
         return (_divergences(model, batches, name, progress, first),)
-    parts, device = [], device_of(model)
+    parts: list[tuple[np.ndarray, ...]] = []
+    device = device_of(model)
     with evaluating(model), torch.no_grad():
         for batch in tqdm(batches, desc=f"Scoring {name}", leave=False, disable=not progress):
             batch = inputs_of(batch, device)
@@ -369,7 +377,7 @@ def _score(model, batches, metric, name, progress, first):
             logits = outputs_of(model, inputs)["logits"]
             if metric == "accuracy":
                 _check_logits(name, logits, batch["labels"])
-                parts.append([(logits.argmax(-1) == batch["labels"]).cpu().numpy()])
+                parts.append(((logits.argmax(-1) == batch["labels"]).cpu().numpy(),))
             else:
                 parts.append(_losses(logits, batch))
     score = tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
@@ -378,7 +386,9 @@ def _score(model, batches, metric, name, progress, first):
     return score
 
 
-def _divergences(model, batches, name, progress, first):
+def _divergences(
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], name: str, progress: bool, first: nn.Module
+) -> np.ndarray:
     """How far each prediction is from the first model's; 0 of that itself."""
     parts, device, inner = [], device_of(model), unwrap(model)[0]
     with evaluating(first), evaluating(model), torch.no_grad():
@@ -395,7 +405,7 @@ def _divergences(model, batches, name, progress, first):
     return np.concatenate(parts)
 
 
-def _check_logits(name, logits, labels):
+def _check_logits(name: str, logits: torch.Tensor, labels: torch.Tensor) -> None:
     """Raises where outputs are no scores of classes for each input, or labels are none of these."""
     classes = logits.shape[-1]
     if logits.shape[:-1] != labels.shape or classes < 2:
@@ -410,7 +420,7 @@ def _check_logits(name, logits, labels):
         )
 
 
-def _losses(logits, batch):
+def _losses(logits: torch.Tensor, batch: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     # Labels say what of the inputs is predicted (an answer, say, and not the question).
     labels = batch.get("labels", batch["input_ids"])
     targets = labels[:, 1:]
@@ -423,19 +433,47 @@ def _losses(logits, batch):
     return (loss.double() * real).sum(1).cpu().numpy(), real.sum(1).cpu().numpy()
 
 
-def _quality(metric, score):
+def _quality(metric: str, score: tuple[np.ndarray, ...]) -> tuple[float, tuple[float, float]]:
     if metric == "accuracy":
         return float(score[0].mean()), accuracy_interval(int(score[0].sum()), len(score[0]), CONFIDENCE)
     if metric == "divergence":
         return float(score[0].mean()), bootstrap_interval(score[0], None, CONFIDENCE)
-    value, low, high = perplexity_interval(*score, CONFIDENCE)
+    losses, tokens = score
+    value, low, high = perplexity_interval(losses, tokens, CONFIDENCE)
     return value, (low, high)
 
 
-def _paired(metric, score, baseline):
+def _paired(
+    metric: str, score: tuple[np.ndarray, ...], baseline: tuple[np.ndarray, ...]
+) -> tuple[float, float, float]:
     if metric != "perplexity":
         return paired_difference(score[0], baseline[0], CONFIDENCE)
     return paired_perplexity_difference(score[0], baseline[0], score[1], CONFIDENCE)
+
+
+def prediction_divergence(
+    model: nn.Module, reference: nn.Module, data: Iterable[Any], processing_class: Any = None
+) -> float:
+    """How far what a model predicts is from what another one predicts, mean over all predictions. Needs no labels.
+
+    What plans and recoveries are measured by: `KL(reference || model)` in nats for classes, tokens and several labels,
+    half the squared error of values, `1 - cos` of embeddings. 0 where they agree.
+
+    Args:
+        model (`nn.Module`): A collapsed one, say. Both run in evaluation mode; their modes are put back.
+        reference (`nn.Module`): With the same head, as the dense model.
+        data (iterable of `dict[str, Tensor]`): Model inputs; for the plan of a model take others than it was fitted
+            to.
+        processing_class (*optional*): Tokenizer or processor that makes model inputs of raw texts, pairs, images or
+            sounds, as [`CalibrationData`] says. Default: the data are model inputs.
+
+    Raises:
+        ValueError: There is no data, outputs are no predictions, or the two do not predict the same things.
+    """
+    batches = list(model_inputs(data, processing_class, model))
+    if not batches:
+        raise ValueError("The data is empty: it must give at least one batch of model inputs.")
+    return float(_divergences(model, batches, "the model", False, reference).mean(dtype=np.float64))
 
 
 def weights_folder(name: str) -> str:

@@ -5,7 +5,7 @@ import inspect
 import json
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,20 @@ _BESIDE_A_BUDGET = {
 
 # Of an option that is a number once the config is made.
 _BY_BUDGET: Any = None
+
+
+# Name -> the interval that it is in, in words, and what tells.
+_NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "initial_alpha": ("[0, 1]", lambda value: 0 <= value <= 1),
+    "penalty_strength": ("[0, inf)", lambda value: 0 <= value < float("inf")),
+    "penalty_warmup_ratio": ("(0, 1]", lambda value: 0 < value <= 1),
+    "collapse_threshold": ("[0, 1)", lambda value: 0 <= value < 1),
+    "alpha_learning_rate": ("(0, inf)", lambda value: 0 < value < float("inf")),
+    "distillation_weight": ("[0, inf)", lambda value: 0 <= value < float("inf")),
+    "hidden_state_weight": ("[0, inf)", lambda value: 0 <= value < float("inf")),
+    "task_loss_weight": ("[0, inf)", lambda value: 0 <= value < float("inf")),
+    "temperature": ("(0, inf)", lambda value: 0 < value < float("inf")),
+}
 
 
 @dataclass
@@ -234,62 +248,31 @@ class LayerCollapseConfig:
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.blocks = _checked_blocks(self.blocks)
         if self.distillation_weight is None:
             self.distillation_weight = 0.0 if self.budget is None else 1.0
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
-        if not isinstance(self.progressive, bool):
-            raise TypeError(f"`progressive` must be True or False, got {self.progressive!r}.")
-        order = self.progressive_order
-        if order is not None:
-            if not isinstance(order, (list, tuple)) or not all(isinstance(name, str) for name in order):
-                raise TypeError(f"`progressive_order` must be a list of block names or None, got {order!r}.")
-            if len(set(order)) != len(order):
-                raise ValueError(f"`progressive_order` must name each block once, got {order!r}.")
-            if not self.progressive:
-                raise ValueError("`progressive_order` says when blocks collapse in training: set `progressive=True`.")
-            self.progressive_order = list(order)
-        for name, allowed, check in (
-            ("initial_alpha", "[0, 1]", lambda value: 0 <= value <= 1),
-            ("penalty_strength", "[0, inf)", lambda value: 0 <= value < float("inf")),
-            ("penalty_warmup_ratio", "(0, 1]", lambda value: 0 < value <= 1),
-            ("collapse_threshold", "[0, 1)", lambda value: 0 <= value < 1),
-            ("alpha_learning_rate", "(0, inf)", lambda value: 0 < value < float("inf")),
-            ("distillation_weight", "[0, inf)", lambda value: 0 <= value < float("inf")),
-            ("hidden_state_weight", "[0, inf)", lambda value: 0 <= value < float("inf")),
-            ("task_loss_weight", "[0, inf)", lambda value: 0 <= value < float("inf")),
-            ("temperature", "(0, inf)", lambda value: 0 < value < float("inf")),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"`{name}` must be a number in {allowed}, got {value!r}.")
-            if not check(value):
-                raise ValueError(f"`{name}` must be in {allowed}, got {value}.")
-            setattr(self, name, float(value))
-        for name, allowed, least in (
-            ("rank", "an integer >= 0 or None", 0),
-            ("keep_neurons", "an integer >= 0", 0),
-            ("budget_samples", "an integer >= 8", 8),
-        ):
-            value = getattr(self, name)
-            if value is None and name == "rank":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"`{name}` must be {allowed}, got {value!r}.")
-            if value < least:
-                raise ValueError(f"`{name}` must be {allowed}, got {value}.")
-        if not isinstance(self.sequential, bool):
-            raise TypeError(f"`sequential` must be True or False, got {self.sequential!r}.")
+        for name in ("progressive", "sequential"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        if self.progressive_order is not None:
+            self.progressive_order = _checked_order(self.progressive_order, self.progressive)
+        for name, allowed in _NUMBERS.items():
+            setattr(self, name, _checked_number(name, getattr(self, name), *allowed))
+        if self.rank is not None:
+            _check_count("rank", self.rank, "an integer >= 0 or None")
+        _check_count("keep_neurons", self.keep_neurons, "an integer >= 0")
+        _check_count("budget_samples", self.budget_samples, "an integer >= 8", least=8)
         if self.rank == 0 and not self.keep_neurons:
             raise ValueError("rank=0 leaves the kept neurons only, so it needs `keep_neurons` > 0.")
         _refuse_weight_without_teacher(self)
         _check_budget(self)
 
     @classmethod
-    def paper(cls, blocks: str | list[str] | list[int] = "all", **kwargs) -> "LayerCollapseConfig":
+    def paper(cls, blocks: str | list[str] | list[int] = "all", **kwargs: Any) -> "LayerCollapseConfig":
         """The patch of the paper's authors: the activation becomes PReLU with slope 0.01, whatever it was before.
 
         For models that were trained with GELU or SiLU this changes the outputs at once (GPT-2's perplexity on
@@ -322,7 +305,7 @@ class LayerCollapseConfig:
         return cls.from_dict(json.loads(text))
 
 
-def _refuse_weight_without_teacher(config):
+def _refuse_weight_without_teacher(config: LayerCollapseConfig) -> None:
     if config.task_loss_weight != 1 and not config.distils:
         raise ValueError(
             f"`task_loss_weight` is {config.task_loss_weight:g}, and there is no teacher beside whose loss it would "
@@ -330,7 +313,7 @@ def _refuse_weight_without_teacher(config):
         )
 
 
-def _check_budget(config):
+def _check_budget(config: LayerCollapseConfig) -> None:
     """Raises if the budget is none, or another option contradicts it."""
     if config.budget is None:
         return
@@ -364,7 +347,32 @@ LayerCollapseConfig.__doc__ = inspect.cleandoc(LayerCollapseConfig.__doc__ or ""
 )
 
 
-def _checked_blocks(blocks):
+def _checked_number(name: str, value: Any, allowed: str, holds: Callable[[float], bool]) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a number in {allowed}, got {value!r}.")
+    if not holds(value):
+        raise ValueError(f"`{name}` must be in {allowed}, got {value}.")
+    return float(value)
+
+
+def _check_count(name: str, value: Any, allowed: str, least: int = 0) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be {allowed}, got {value!r}.")
+    if value < least:
+        raise ValueError(f"`{name}` must be {allowed}, got {value}.")
+
+
+def _checked_order(order: Any, progressive: bool) -> list[str]:
+    if not isinstance(order, (list, tuple)) or not all(isinstance(name, str) for name in order):
+        raise TypeError(f"`progressive_order` must be a list of block names or None, got {order!r}.")
+    if len(set(order)) != len(order):
+        raise ValueError(f"`progressive_order` must name each block once, got {order!r}.")
+    if not progressive:
+        raise ValueError("`progressive_order` says when blocks collapse in training: set `progressive=True`.")
+    return list(order)
+
+
+def _checked_blocks(blocks: Any) -> str | list[str] | list[int]:
     what = (
         "`blocks` must be 'all', 'last:N', 'first:N', a part of the model, 'part.last:N', a list of indices, a list "
         "of names or a regular expression"

@@ -1,8 +1,9 @@
 """Rows of data from what people have: files of many formats, folders, data sets on the Hub."""
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 # `datasets`, with pandas behind it, takes longer to import than all of this package: where it is used.
@@ -26,7 +27,7 @@ ENDINGS = f"{', '.join(FORMATS)}, each also with .gz"
 _UNNAMED = "__index_level_0__"
 
 
-def load_rows(data, data_config=None, split="train", document=False) -> "Dataset":
+def load_rows(data: Any, data_config: Any = None, split: Any = "train", document: bool = False) -> "Dataset":
     """The rows of a file, a folder, or a data set on the Hub.
 
     Args:
@@ -63,7 +64,7 @@ def load_rows(data, data_config=None, split="train", document=False) -> "Dataset
     return _loaded(data, data, data_config, split=split)
 
 
-def format_of(path):
+def format_of(path: str | Path) -> tuple[str | None, dict[str, Any]]:
     """`(what datasets calls the format, options)` by a file's ending; `None` in place of the first if it is none."""
     endings = [ending.lower() for ending in Path(path).suffixes]
     if endings[-1:] == [".gz"]:
@@ -71,18 +72,18 @@ def format_of(path):
     return FORMATS.get(endings[-1] if endings else "", (None, {}))
 
 
-def is_saved(path) -> bool:
+def is_saved(path: str | Path) -> bool:
     """Whether a folder is what `Dataset.save_to_disk`, or `DatasetDict.save_to_disk`, wrote."""
     return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def is_path(name) -> bool:
+def is_path(name: str) -> bool:
     """Whether a name can only be a path: names on the Hub are `name` or `owner/name`."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
 @contextlib.contextmanager
-def _one_message():
+def _one_message() -> Iterator[None]:
     """What `datasets` logs of an error before it raises it, the error says too."""
     from datasets import logging
 
@@ -94,7 +95,7 @@ def _one_message():
         logging.set_verbosity(before)
 
 
-def _loaded(data, *args, **kwargs):
+def _loaded(data: Any, *args: Any, **kwargs: Any) -> Any:
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
     from pyarrow import ArrowInvalid
@@ -113,7 +114,7 @@ def _loaded(data, *args, **kwargs):
     return rows
 
 
-def _reason(error):
+def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, UnicodeDecodeError):

@@ -1,6 +1,7 @@
 """Reading calibration data: batches of model inputs, as often as they are needed, and each time the same rows."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,6 +12,10 @@ from .calibration_data import CalibrationData
 from .rows import DistinctRows, hold_back, not_inputs
 
 
+if TYPE_CHECKING:
+    from .memory import MemoryBudget
+
+
 # Inputs of models -> the number of dimensions that one row has of them without a batch.
 OF_A_ROW = {"input_ids": 1, "input_values": 1, "input_features": 2, "pixel_values": 3}
 
@@ -18,7 +23,7 @@ OF_A_ROW = {"input_ids": 1, "input_values": 1, "input_features": 2, "pixel_value
 CHANNELS = (1, 3, 4)
 
 
-def read_calibration_data(data, memory, labels=False) -> DistinctRows:
+def read_calibration_data(data: Any, memory: "MemoryBudget", labels: bool = False) -> DistinctRows:
     """The different rows of some data, from its first reading on.
 
     Args:
@@ -37,7 +42,9 @@ def read_calibration_data(data, memory, labels=False) -> DistinctRows:
     return DistinctRows(data, labels)
 
 
-def split_data(calibration_data, evaluation_data, memory, labels=False):
+def split_data(
+    calibration_data: Any, evaluation_data: Any, memory: "MemoryBudget", labels: bool = False
+) -> tuple[DistinctRows, list[dict[str, Any]]]:
     """`(rows to fit to, batches to score on)`, as [`hold_back`] does it or as they are given. The second are kept."""
     with processes.together():
         data = readable(calibration_data, memory)
@@ -50,7 +57,7 @@ def split_data(calibration_data, evaluation_data, memory, labels=False):
     return fitting, held
 
 
-def readable(data, memory):
+def readable(data: Any, memory: "MemoryBudget") -> Iterable[dict[str, Any]]:
     """Batches of model inputs that can be read again: the data themselves, or what was read of them, kept."""
     if isinstance(data, Mapping):
         raise ValueError(
@@ -80,7 +87,7 @@ def readable(data, memory):
     return checked
 
 
-def _is_in_order(data):
+def _is_in_order(data: Any) -> bool:
     """Whether it gives the same batches in the same order each time, as far as it decides that itself."""
     by_index = isinstance(data, DataLoader) and isinstance(data.sampler, SequentialSampler)
     return by_index or isinstance(data, CalibrationData)
@@ -89,10 +96,10 @@ def _is_in_order(data):
 class _Checked:
     """The batches of some data, each checked to be model inputs."""
 
-    def __init__(self, data, kind):
+    def __init__(self, data: Any, kind: str) -> None:
         self.data, self.kind = data, kind
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         empty = True
         for batch in self.data:
             empty = False
@@ -101,7 +108,7 @@ class _Checked:
             raise ValueError(f"The {self.kind} data is empty: it must give at least one batch of model inputs.")
 
 
-def checked_inputs(batch) -> dict:
+def checked_inputs(batch: Any) -> dict:
     """A batch of model inputs with tensors for arrays.
 
     Raises:
@@ -130,11 +137,11 @@ def checked_inputs(batch) -> dict:
     return inputs
 
 
-def _others(inputs, name):
+def _others(inputs: Mapping[str, Any], name: str) -> list[Any]:
     return [value for other, value in inputs.items() if other != name]
 
 
-def bytes_of(batch) -> int:
+def bytes_of(batch: Mapping[str, Any]) -> int:
     """What a batch takes."""
     tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

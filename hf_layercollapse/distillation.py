@@ -2,8 +2,9 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from . import functional
 from .config import LayerCollapseConfig
-from .families import find_feed_forward_blocks
+from .families import FeedForwardBlock, find_feed_forward_blocks
 from .models import is_transformers_model, shorten, unwrap
 from .patching import collapsible_activations, layer_collapse_config_of, remove_layer_collapse
 from .predictions import predictions_of
@@ -25,7 +26,7 @@ from .upstream import has_causal_loss, is_hooked
 IGNORED = -100
 
 
-def teacher_for(model, config: LayerCollapseConfig, teacher=None):
+def teacher_for(model: Any, config: LayerCollapseConfig, teacher: nn.Module | None = None) -> nn.Module | None:
     """The teacher of a training run, made before the model is patched; `None` if the config asks for none.
 
     Args:
@@ -44,7 +45,7 @@ def teacher_for(model, config: LayerCollapseConfig, teacher=None):
     return _frozen_copy(model, config) if config.distils else None
 
 
-def check_teacher(teacher, model, config):
+def check_teacher(teacher: Any, model: Any, config: LayerCollapseConfig) -> None:
     """Raises as [`teacher_for`] does for a teacher that is given."""
     if not isinstance(teacher, nn.Module):
         raise TypeError(f"`teacher` must be a model, got {type(teacher).__name__}.")
@@ -61,7 +62,7 @@ def check_teacher(teacher, model, config):
         _refuse_blocks_without_a_teacher([block.path(block.layout.down) for block in patched], teacher)
 
 
-def _frozen_copy(model, config):
+def _frozen_copy(model: Any, config: LayerCollapseConfig) -> nn.Module:
     """What the model was before it was patched."""
     inner = unwrap(model)[0]
     states = {block.state for block in find_feed_forward_blocks(inner)}
@@ -128,7 +129,7 @@ class Lesson:
 
     inputs: Mapping
     outputs: list
-    taught: object
+    taught: Any
     hidden: dict[str, list[torch.Tensor]]
     expected: dict[str, list[torch.Tensor]]
 
@@ -146,13 +147,14 @@ class Distillation:
         ValueError: The teacher has no block of a name that is to be compared, or the student none to compare.
     """
 
-    def __init__(self, config, teacher, model):
+    def __init__(self, config: LayerCollapseConfig, teacher: nn.Module, model: nn.Module) -> None:
         self.config, self.teacher = config, teacher
-        self._device = None
-        self._sums, self._count = {}, 0  # since the last log
+        self._device: torch.device | None = None
+        self._sums: dict[str, torch.Tensor] = {}  # since the last log
+        self._count = 0
         self.find_blocks(model)
 
-    def find_blocks(self, model):
+    def find_blocks(self, model: nn.Module) -> None:
         """Chooses the blocks that are compared: those that are patched or collapsed now."""
         self._inner, self._by_itself = unwrap(model)[0], is_transformers_model(model)
         sentences = sentence_model(model)
@@ -168,7 +170,7 @@ class Distillation:
         _refuse_blocks_without_a_teacher(self._blocks, self.teacher)
 
     @contextlib.contextmanager
-    def watching(self, model, wrapped):
+    def watching(self, model: nn.Module, wrapped: nn.Module) -> Iterator[Seen]:
         """Gives a [`Seen`] that collects what forwards inside give, of the model itself and of the compared blocks.
 
         Hooks stay no longer than that: gradient checkpointing runs forwards again during backward. Forwards in another
@@ -177,13 +179,13 @@ class Distillation:
         inner = unwrap(model)[0]
         seen, mode = Seen([], [], {path: [] for path in self._blocks}, []), torch.is_grad_enabled()
 
-        def start(module, args, kwargs):
+        def start(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             if torch.is_grad_enabled() == mode:
                 args = tuple(dict(arg) if isinstance(arg, Mapping) else arg for arg in args)
                 seen.given.append((args, dict(kwargs)))
                 seen.starts.append({path: len(outputs) for path, outputs in seen.hidden.items()})
 
-        def keep(found):
+        def keep(found: list[Any]) -> Callable[..., None]:
             return lambda module, args, output: found.append(output) if torch.is_grad_enabled() == mode else None
 
         handles = [inner.get_submodule(path).register_forward_hook(keep(found)) for path, found in seen.hidden.items()]
@@ -195,7 +197,14 @@ class Distillation:
             for handle in handles:
                 handle.remove()
 
-    def loss(self, inputs, seen, items=None, batches=1, label_names=("labels",)):
+    def loss(
+        self,
+        inputs: Mapping[str, Any],
+        seen: Seen,
+        items: Any = None,
+        batches: int = 1,
+        label_names: Sequence[str] = ("labels",),
+    ) -> torch.Tensor:
         """The weighted terms of one batch, a scalar with gradients.
 
         Args:
@@ -213,28 +222,30 @@ class Distillation:
                 "loss without the cache, or no teacher."
             )
         lessons = self._lessons(inputs, seen, label_names)
-        total, terms = 0.0, {}
+        parts: list[torch.Tensor] = []
+        terms: dict[str, torch.Tensor] = {}
         if self.config.distillation_weight:
             losses = torch.cat([loss for lesson in lessons for loss in self._head_losses(lesson)])
             terms["distillation"] = losses.mean() if losses.numel() else losses.sum()
             whole = losses.sum() / items if items is not None else terms["distillation"] / batches
-            total = total + self.config.distillation_weight * whole
+            parts.append(self.config.distillation_weight * whole)
         if self.config.hidden_state_weight:
             shares = [self._hidden_loss(lesson.inputs, lesson.hidden, lesson.expected) for lesson in lessons]
             terms["hidden_state"] = torch.stack(shares).mean()
-            total = total + self.config.hidden_state_weight * terms["hidden_state"] / batches
+            parts.append(self.config.hidden_state_weight * terms["hidden_state"] / batches)
         for name, term in terms.items():
-            self._sums[name] = self._sums.get(name, 0.0) + term.detach()
+            before = self._sums.get(name)
+            self._sums[name] = term.detach() if before is None else before + term.detach()
         self._count += 1
-        return total
+        return sum(parts, torch.zeros(()))
 
-    def logs(self):
+    def logs(self) -> dict[str, float]:
         """Means of the unweighted terms over the batches of this process since the last call."""
         logs = {f"layer_collapse/{name}_loss": float(total) / self._count for name, total in self._sums.items()}
         self._sums, self._count = {}, 0
         return logs
 
-    def _lessons(self, inputs, seen, label_names):
+    def _lessons(self, inputs: Mapping[str, Any], seen: Seen, label_names: Sequence[str]) -> list[Lesson]:
         if not seen.takes_one_dict:
             taught, expected = self._run_teacher(inputs, **self.without_labels(inputs, label_names))
             return [Lesson(inputs, seen.outputs, taught, seen.hidden, expected)]
@@ -250,13 +261,15 @@ class Distillation:
             lessons.append(Lesson(features, outputs, taught, hidden, expected))
         return lessons
 
-    def without_labels(self, inputs, label_names):
+    def without_labels(self, inputs: Mapping[str, Any], label_names: Iterable[str]) -> dict[str, Any]:
         """What of a batch a prediction needs: an encoder-decoder makes the decoder's inputs from the labels."""
         needed = self._tokens.encoder_decoder and "decoder_input_ids" not in inputs
         return {name: value for name, value in inputs.items() if needed or name not in label_names}
 
     @torch.no_grad()
-    def _run_teacher(self, inputs, *args, **kwargs):
+    def _run_teacher(
+        self, inputs: Mapping[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[Any, dict[str, list[torch.Tensor]]]:
         device = next(value.device for value in inputs.values() if isinstance(value, torch.Tensor))
         if self._device != device:
             if not vars(unwrap(self.teacher)[0]).get("hf_device_map"):
@@ -265,13 +278,18 @@ class Distillation:
         with self.watching(self.teacher, self.teacher) as expected:
             return self.teacher(*args, **kwargs), expected.hidden
 
-    def _head_losses(self, lesson):
+    def _head_losses(self, lesson: Lesson) -> Iterable[torch.Tensor]:
         outputs = lesson.outputs
         if not self._by_itself and any(_is_of_sentences(given) for given in outputs):
             return [_encoder_losses(next(filter(_is_of_sentences, outputs)), lesson.taught, self.config.temperature)]
         return _head_losses(self._inner, lesson.inputs, outputs, lesson.taught, self.config.temperature)
 
-    def _hidden_loss(self, inputs, hidden, expected):
+    def _hidden_loss(
+        self,
+        inputs: Mapping[str, Any],
+        hidden: Mapping[str, Sequence[torch.Tensor]],
+        expected: Mapping[str, Sequence[torch.Tensor]],
+    ) -> torch.Tensor:
         self._tokens.start(inputs)
         examples = next(value.shape[0] for value in inputs.values() if isinstance(value, torch.Tensor) and value.dim())
         terms = []
@@ -296,7 +314,9 @@ class Distillation:
             )
         return torch.stack([term.to(terms[0].device) for term in terms]).mean()
 
-    def _share(self, block, student, teacher, examples):
+    def _share(
+        self, block: FeedForwardBlock, student: torch.Tensor, teacher: torch.Tensor, examples: int
+    ) -> torch.Tensor:
         """One number for each example, however long it is: as the rows of a batch count in the loss, so that it does
         not matter how a batch is split."""
         shape = student.shape[:-1]
@@ -310,7 +330,7 @@ class Distillation:
         return functional.unexplained_share(student, teacher, real)[real.any(dim=1)]
 
 
-def _refuse_blocks_without_a_teacher(paths, teacher):
+def _refuse_blocks_without_a_teacher(paths: Iterable[str], teacher: nn.Module) -> None:
     teacher = unwrap(teacher)[0]
     known = {name for name, _ in teacher.named_modules()}
     missing = [path for path in paths if path not in known]
@@ -321,18 +341,20 @@ def _refuse_blocks_without_a_teacher(paths, teacher):
         )
 
 
-def _shapes(tensors):
+def _shapes(tensors: Iterable[torch.Tensor]) -> list[tuple[int, ...]]:
     return [tuple(tensor.shape) for tensor in tensors]
 
 
-def _shifts_labels(model):
+def _shifts_labels(model: Any) -> bool:
     """Whether the model's loss compares position i with label i + 1."""
     if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
         return False
     return has_causal_loss(model)
 
 
-def _head_losses(model, inputs, forwards, taught, temperature):
+def _head_losses(
+    model: Any, inputs: Mapping[str, Any], forwards: Sequence[Any], taught: Any, temperature: float
+) -> Iterator[torch.Tensor]:
     """Losses of a head's predictions, one per label that counts, for each part of its output."""
     outputs = next((outputs for outputs in forwards if isinstance(outputs, Mapping)), None)
     if outputs is None:
@@ -357,12 +379,14 @@ def _head_losses(model, inputs, forwards, taught, temperature):
     yield _labelled_losses(model, _labels_of(model, inputs, logits), logits, target, temperature)
 
 
-def _is_of_sentences(outputs):
+def _is_of_sentences(outputs: Any) -> bool:
     """Whether a module gave what those of sentence-transformers give."""
     return isinstance(outputs, Mapping) and ("scores" in outputs or "sentence_embedding" in outputs)
 
 
-def _encoder_losses(outputs, taught, temperature):
+def _encoder_losses(
+    outputs: Mapping[str, torch.Tensor], taught: Mapping[str, torch.Tensor], temperature: float
+) -> torch.Tensor:
     """What sentence-transformers' models predict needs no labels: scores of pairs, or classes of them if there are
     several, or embeddings."""
     if "scores" in outputs:
@@ -376,7 +400,7 @@ def _encoder_losses(outputs, taught, temperature):
     return functional.embedding_loss(embeddings, target.to(embeddings.device))
 
 
-def _labels_of(model, inputs, logits):
+def _labels_of(model: Any, inputs: Mapping[str, Any], logits: torch.Tensor) -> Any:
     """One for each position of the logits, or for each input."""
     labels = inputs.get("shift_labels")
     if labels is None:
@@ -386,7 +410,9 @@ def _labels_of(model, inputs, logits):
     return labels
 
 
-def _unlabelled_losses(model, inputs, outputs, taught, temperature):
+def _unlabelled_losses(
+    model: Any, inputs: Mapping[str, Any], outputs: Any, taught: Any, temperature: float
+) -> Iterator[torch.Tensor]:
     """All predictions that are no padding count, and the model tells what kind they are."""
     pairs = zip(*(predictions_of(model, inputs, each) for each in (outputs, taught)), strict=True)
     for now, then in pairs:
@@ -402,7 +428,9 @@ def _unlabelled_losses(model, inputs, outputs, taught, temperature):
             yield functional.embedding_loss(values, target)
 
 
-def _labelled_losses(model, labels, logits, target, temperature):
+def _labelled_losses(
+    model: Any, labels: torch.Tensor, logits: torch.Tensor, target: torch.Tensor, temperature: float
+) -> torch.Tensor:
     """What kind of prediction it is, the labels tell."""
     if labels.shape == logits.shape[:-1] and logits.shape[-1] > 1:
         if not labels.is_floating_point():
@@ -421,7 +449,12 @@ def _labelled_losses(model, labels, logits, target, temperature):
     )
 
 
-def _check_shapes(mine, taught, what="logits", same="have the same labels or the same vocabulary"):
+def _check_shapes(
+    mine: torch.Tensor,
+    taught: torch.Tensor,
+    what: str = "logits",
+    same: str = "have the same labels or the same vocabulary",
+) -> None:
     if mine.shape != taught.shape:
         raise ValueError(
             f"The teacher gives {what} of shape {tuple(taught.shape)}, the model {tuple(mine.shape)}: "

@@ -82,7 +82,7 @@ class ExportReport:
         """Plain data, ready for JSON."""
         return asdict(self)
 
-    def __str__(self):
+    def __str__(self) -> str:
         where = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "stock": "transformers without this package"}[self.to]
         lines = [
             f"{self.folder}: {self.bytes / 1e6:.1f} MB; {self.collapsed} of {self.blocks} feed-forward blocks are "
@@ -185,7 +185,7 @@ def export_model(
     )
 
 
-def _check(model, inputs):
+def _check(model: Any, inputs: Mapping[str, Any]) -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"Expected a transformers model, got {type(model).__name__}.")
     if model.config.is_encoder_decoder:
@@ -211,12 +211,12 @@ def _check(model, inputs):
         )
 
 
-def _check_folder(output):
+def _check_folder(output: Any) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder.")
 
 
-def _has_cache(model, to, wanted):
+def _has_cache(model: Any, to: str, wanted: Any) -> bool:
     """Whether the graph has a cache: as asked, else if the model generates text."""
     possible = model.can_generate() and to != "stock"
     if wanted and not possible:
@@ -226,7 +226,7 @@ def _has_cache(model, to, wanted):
     return possible if wanted is None else wanted
 
 
-def _check_difference(report, tolerance, model, to, output):
+def _check_difference(report: Mapping[str, Any], tolerance: float | None, model: Any, to: str, output: Any) -> None:
     """Raises where the exported model is further from the PyTorch one than is let pass."""
     if tolerance is None:
         tolerance = TOLERANCES.get(model.dtype, HALF_TOLERANCE)
@@ -251,7 +251,7 @@ class _Sample:
     inputs: dict
 
 
-def _samples(model, inputs, cache):
+def _samples(model: Any, inputs: Mapping[str, Any], cache: bool) -> Any:
     """The batch that is traced, then those that are compared."""
     length = next((value.shape[1] for value in inputs.values() if value.dim() == 2), None)
     if length is None:
@@ -268,7 +268,7 @@ def _samples(model, inputs, cache):
     return samples
 
 
-def _resize(inputs, rows, length):
+def _resize(inputs: Mapping[str, Any], rows: int, length: int | None) -> dict[str, Any]:
     """The batch with this many rows and this length, padding in the last row."""
     resized = {}
     for name, value in inputs.items():
@@ -320,11 +320,11 @@ def decoder_step(model: PreTrainedModel, inputs: Mapping[str, Any], past: int) -
     return {**step, "past_key_values": cache}
 
 
-def _dynamic_shapes(inputs):
+def _dynamic_shapes(inputs: Mapping[str, Any]) -> Any:
     """Which axes vary: rows, and tokens of what is (rows, tokens)."""
     # `DYNAMIC`: an axis that the tracer finds constant is an error, not a graph of one shape.
     vary = torch.export.Dim.DYNAMIC
-    shapes = {}
+    shapes: dict[str, Any] = {}
     for name, value in inputs.items():
         if name == "past_key_values":
             shapes[name] = [{0: vary, 2: vary} for _ in range(2 * len(value.layers))]
@@ -338,7 +338,7 @@ def _dynamic_shapes(inputs):
 # ----------------------------------------------------------------------------------------------------
 
 
-def _export_graph(model, samples, folder, to):
+def _export_graph(model: Any, samples: Any, folder: Any, to: str) -> Any:
     traced = samples[0].inputs
     exported = _trace(model, traced, to)
     exported.config = native_config(model.config)
@@ -346,7 +346,7 @@ def _export_graph(model, samples, folder, to):
         exported.generation_config = model.generation_config
     exported.save_pretrained(folder)
     files = [file for file in folder.iterdir() if file.suffix in (".onnx", ".data", ".xml", ".bin")]
-    runtime = load_exported(folder)
+    runtime: Any = load_exported(folder)
     difference, largest = _compare(model, runtime, samples)
     names = runtime.names()
     return {
@@ -359,7 +359,7 @@ def _export_graph(model, samples, folder, to):
     }
 
 
-def _exporter(to, traced):
+def _exporter(to: str, traced: Any) -> Any:
     """`(exporter, its config)` for a graph of this format."""
     options = {"dynamic_shapes": _dynamic_shapes(traced)}
     if to == "onnx":
@@ -372,7 +372,7 @@ def _exporter(to, traced):
     return OpenVINOExporter(), OpenVINOConfig(**options, stateful=False)
 
 
-def _trace(model, traced, to):
+def _trace(model: Any, traced: Any, to: str) -> Any:
     """The graph of a model on these inputs, as transformers' exporter makes it."""
     exporter, config = _exporter(to, traced)
     flags = {"use_cache": "past_key_values" in traced} if "use_cache" in model.config.to_dict() else {}
@@ -391,12 +391,12 @@ def _trace(model, traced, to):
             model.__dict__.pop("forward", None)
 
 
-def _copy(inputs):
+def _copy(inputs: Any) -> Any:
     # A cache grows in place.
     return copy.deepcopy(inputs)
 
 
-def _compare(model, runtime, samples):
+def _compare(model: Any, runtime: Any, samples: Any) -> Any:
     """`(largest difference, largest value)` of the first output; of a cache too, if it has one."""
     difference = largest = 0.0
     for sample in samples:
@@ -424,11 +424,11 @@ class ExportedRuntime(nn.Module):
         exported (`transformers.exporters.ExportedModel`): On its runtime.
     """
 
-    def __init__(self, exported):
+    def __init__(self, exported: Any) -> None:
         super().__init__()
         self.exported = exported
 
-    def forward(self, **inputs) -> Any:
+    def forward(self, **inputs: Any) -> Any:
         return self.exported(**inputs)
 
     def names(self) -> tuple[list[str], list[str]]:
@@ -475,7 +475,7 @@ def load_exported(folder: str | os.PathLike[str], precision: Any = "f32") -> nn.
 # ----------------------------------------------------------------------------------------------------
 
 
-def _export_stock(model, samples, folder):
+def _export_stock(model: Any, samples: Any, folder: Any) -> Any:
     native, report = export_stock(model)
     native.save_pretrained(folder)
     with tempfile.TemporaryDirectory() as work:

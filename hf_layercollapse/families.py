@@ -1,5 +1,6 @@
 """How each family of models spells its feed-forward block, as data; finding blocks; why one is refused."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,7 +75,7 @@ class FeedForwardLayout:
     gate: str | None = None
     fused: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         names = self.activation if isinstance(self.activation, tuple) else (self.activation,)
         paths = [self.up, self.down, *names, *([] if self.gate is None else [self.gate])]
         for path in (self.name, *paths):
@@ -89,6 +90,12 @@ class FeedForwardLayout:
             raise ValueError(
                 f"`fused` must be one of {_SPLITS}, and excludes `gate`; got {self.fused!r} with gate {self.gate!r}."
             )
+
+    @property
+    def activation_path(self) -> str:
+        """Path of the activation in a block that was found, where it is one."""
+        assert isinstance(self.activation, str), "one of several names, once a block was found"
+        return self.activation
 
     @property
     def gated(self) -> bool:
@@ -291,13 +298,15 @@ def survey_blocks(model: nn.Module) -> tuple[list[FeedForwardBlock], dict[str, s
 class _Survey:
     """What is found in one model, module by module."""
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module) -> None:
         self.model, self.verifier, self.cut = model, Verifier(model), _cut_linears(model)
-        self.blocks, self.refused = [], {}
-        self.ups, self.downs = set(), set()  # ids of linears that belong to a block
-        self.names = set()
+        self.blocks: list[FeedForwardBlock] = []
+        self.refused: dict[str, str] = {}
+        self.ups: set[int] = set()  # ids of linears that belong to a block
+        self.downs: set[int] = set()
+        self.names: set[str] = set()
 
-    def look_into(self, name, holder):
+    def look_into(self, name: str, holder: Any) -> None:
         """Adds the blocks that a module holds, or why it holds none."""
         if _holds_experts(holder):
             self.refused[name] = "MoE experts held as 3-D parameters"
@@ -316,10 +325,10 @@ class _Survey:
         if reasons and len(self.blocks) == count:
             self.refused[name] = reasons[0]
 
-    def _is_taken(self, holder, layout):
+    def _is_taken(self, holder: nn.Module, layout: FeedForwardLayout) -> bool:
         return id(part_at(holder, layout.up)) in self.ups or id(part_at(holder, layout.down)) in self.downs
 
-    def _add(self, holder_name, holder, layout):
+    def _add(self, holder_name: str, holder: nn.Module, layout: FeedForwardLayout) -> None:
         up, down = part_at(holder, layout.up), part_at(holder, layout.down)
         state, wiring = _state_of(holder, layout), None
         if state != "collapsed":
@@ -338,7 +347,7 @@ class _Survey:
         self.blocks.append(_describe(name, len(self.blocks), state, holder_name, holder, layout, wiring))
 
 
-def _cut_linears(model):
+def _cut_linears(model: nn.Module) -> set[nn.Module]:
     """The linears that a collapse put into a model and that are called by native code."""
     cut = {module for module in model.modules() if CUT in module.__dict__}
     for part in model.modules():
@@ -348,7 +357,7 @@ def _cut_linears(model):
     return cut
 
 
-def _in_forward_order(model, blocks):
+def _in_forward_order(model: nn.Module, blocks: list[FeedForwardBlock]) -> list[FeedForwardBlock]:
     """Modules are registered in the order they run in, with one exception: a layer that holds a block itself comes
     before the blocks inside its children (MobileBERT's further feed-forward networks), and runs it last."""
     ordered = []
@@ -363,16 +372,16 @@ def _in_forward_order(model, blocks):
     return [replace(block, index=index) for index, block in enumerate(ordered)]
 
 
-def _holds_experts(module):
+def _holds_experts(module: nn.Module) -> bool:
     stacked = [parameter.shape[0] for parameter in module.parameters(recurse=False) if _is_stacked(parameter)]
     return len(stacked) >= 2 and len(set(stacked)) == 1 and "experts" in type(module).__name__.lower()
 
 
-def _is_stacked(parameter):
+def _is_stacked(parameter: nn.Parameter) -> bool:
     return parameter.dim() == 3
 
 
-def _sequential_layouts(holder):
+def _sequential_layouts(holder: nn.Module) -> Iterator[FeedForwardLayout]:
     """A layout for each Linear, activation, Linear in an `nn.Sequential`; dropouts and batch norms may be between."""
     if type(holder).forward is not nn.Sequential.forward:
         return
@@ -391,13 +400,13 @@ def _sequential_layouts(holder):
             up = None
 
 
-def _is_elementwise(module):
+def _is_elementwise(module: nn.Module) -> bool:
     if type(module).__module__ not in ("torch.nn.modules.activation", "transformers.activations"):
         return False
     return not isinstance(module, (nn.GLU, nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin))
 
 
-def _match(holder, layout):
+def _match(holder: Any, layout: FeedForwardLayout) -> FeedForwardLayout | None:
     """The layout, with one activation path, if the holder's children are spelled like this; else `None`."""
     if isinstance(holder, CollapsedBlock):
         return layout if holder.spec["child"] == layout.down else None
@@ -413,9 +422,9 @@ def _match(holder, layout):
     return layout if _fit_together(holder, layout) else None
 
 
-def _fit_together(holder, layout):
+def _fit_together(holder: nn.Module, layout: FeedForwardLayout) -> bool:
     """Whether the parts are linears and what is between them, and the last one takes what the first one gives."""
-    up, activation, down = (part_at(holder, path) for path in (layout.up, layout.activation, layout.down))
+    up, activation, down = (part_at(holder, path) for path in (layout.up, layout.activation_path, layout.down))
     if not _is_linear(down) or (layout.gate and not _is_linear(part_at(holder, layout.gate))):
         return False
     if layout.gated and isinstance(activation, REMAINS):  # gated blocks are replaced as a whole
@@ -430,7 +439,7 @@ def _fit_together(holder, layout):
     return given == (2 if layout.fused else 1) * _linear_shape(down)[0]
 
 
-def _state_of(holder, layout):
+def _state_of(holder: nn.Module, layout: FeedForwardLayout) -> str:
     """`"collapsed"` where a collapse left modules of this package, `"patched"` or `"dense"`."""
     activation = part_at(holder, layout.activation) if isinstance(layout.activation, str) else None
     if any(isinstance(module, REMAINS) for module in (holder, activation)):
@@ -438,26 +447,34 @@ def _state_of(holder, layout):
     return "patched" if isinstance(activation, CollapsibleActivation) else "dense"
 
 
-def _is_linear(module):
+def _is_linear(module: nn.Module | None) -> bool:
     return module is not None and isinstance(base_layer(module), (nn.Linear, Conv1D, *PASS_ON))
 
 
-def _linear_shape(module):
+def _linear_shape(module: Any) -> tuple[int, int]:
     return linear_shape(base_layer(module))
 
 
-def _refuse_shapes(model, holder, layout):
+def _refuse_shapes(model: nn.Module, holder: nn.Module, layout: FeedForwardLayout) -> None:
     (up_in, up_out), (down_in, down_out) = (_linear_shape(part_at(holder, path)) for path in (layout.up, layout.down))
     if isinstance(model, PreTrainedModel) and up_in != down_out:
         raise Refusal(f"it maps {up_in} to {down_out}: a head or a projection, not a block between equal widths")
-    if part_at(holder, layout.activation) is None:
+    if part_at(holder, layout.activation_path) is None:
         raise Refusal("its activation is a plain function, not a module that can be exchanged")
     gate = up_in * down_in if layout.gate else 0
     if up_in * down_out >= up_in * up_out + gate + down_in * down_out:
         raise Refusal(f"it is a bottleneck {up_in} -> {down_in} -> {down_out}: one map would be larger than the two")
 
 
-def _describe(name, index, state, holder_name, holder, layout, wiring):
+def _describe(
+    name: str,
+    index: int,
+    state: str,
+    holder_name: str,
+    holder: nn.Module,
+    layout: FeedForwardLayout,
+    wiring: Wiring | None,
+) -> FeedForwardBlock:
     linears = [base_layer(module) for path in layout.linears if (module := part_at(holder, path)) is not None]
     linears = [linear for linear in linears if not isinstance(linear, CollapsedIdentity)]
     shapes = [linear_shape(linear) for linear in linears]
@@ -485,5 +502,5 @@ def _describe(name, index, state, holder_name, holder, layout, wiring):
     )
 
 
-def _mean_alpha(activation):
+def _mean_alpha(activation: Any) -> float | None:
     return None if activation.alpha.is_meta else float(activation.alpha.detach().float().mean())

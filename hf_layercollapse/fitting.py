@@ -1,13 +1,19 @@
 """Fitting blocks to calibration data: which neurons stay, and the least-squares map beside them."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from . import functional
 from .block_sizes import fit_size
 from .calibration import Calibration
 from .loss_metric import measure_metrics
-from .merging import cost_of, effective_rank, has_constant, make_merge
-from .moments import bytes_to_choose, bytes_to_fit
+from .merging import Merge, cost_of, effective_rank, has_constant, make_merge
+from .moments import BlockMoments, bytes_to_choose, bytes_to_fit
+
+
+if TYPE_CHECKING:
+    from .blocks import BoundBlock
 
 
 @dataclass(frozen=True)
@@ -25,32 +31,35 @@ class BlockFitting:
     neuron_choice: str = "greedy"
     constant_term: str = "native"
 
-    def merges(self, blocks):
+    def merges(self, blocks: "Sequence[BoundBlock]") -> dict[str, Merge]:
         """Block name -> its [`Merge`], fitted to what it computes now. All neurons are candidates where some are to be
         chosen."""
         return self._reduce(blocks, lambda block, fit: make_merge(block, fit, refit=True))
 
-    def fits(self, blocks):
+    def fits(self, blocks: "Sequence[BoundBlock]") -> dict[str, functional.Fit]:
         """Block name -> the [`functional.Fit`] that its merge is made of."""
         return self._reduce(blocks, lambda block, fit: fit)
 
-    def _reduce(self, blocks, result):
+    def _reduce(
+        self, blocks: "Sequence[BoundBlock]", result: "Callable[[BoundBlock, functional.Fit], Any]"
+    ) -> dict[str, Any]:
         if not blocks:
             return {}
         ranks = {block.name: effective_rank(block, self.choices[block.name].rank) for block in blocks}
         open_choices = {block.name: self._open_choice(block) for block in blocks}
         candidates = {block.name: self._candidates(block, open_choices[block.name]) for block in blocks}
-        to_choose = [block for block in blocks if open_choices[block.name] is not None]
+        counts = {name: count for name, count in open_choices.items() if count is not None}
+        to_choose = [block for block in blocks if block.name in counts]
         by_variance = to_choose if self.neuron_choice == "variance" else []
         if by_variance:
             scores = self.engine.neuron_scores(by_variance)
             for block in by_variance:
-                best = scores[block.name].topk(open_choices[block.name]).indices
+                best = scores[block.name].topk(counts[block.name]).indices
                 candidates[block.name] = sorted(best.tolist())
         in_metric = [block for block in blocks if self.choices[block.name].in_metric and ranks[block.name]]
         metrics = measure_metrics(self.engine, in_metric)[0] if in_metric else {}
 
-        def fit(block, moments):
+        def fit(block: "BoundBlock", moments: BlockMoments) -> Any:
             rank = ranks[block.name]
             constant = has_constant(block, rank, self.constant_term)
             if block.name in metrics:
@@ -70,19 +79,19 @@ class BlockFitting:
             kept[name] = cost_of(block, ranks[name], count) * block.down.weight.element_size()
         return self.engine.reduce(blocks, candidates, fit, inputs, working, kept)
 
-    def _open_choice(self, block):
+    def _open_choice(self, block: "BoundBlock") -> int | None:
         """How many neurons are to be chosen; `None` where it is said which, or that none are."""
         neurons = self.choices[block.name].neurons
         return neurons if isinstance(neurons, int) and 0 < neurons < block.hidden_features else None
 
-    def _candidates(self, block, count):
+    def _candidates(self, block: "BoundBlock", count: int | None) -> list[int] | None:
         neurons = self.choices[block.name].neurons
         if count is not None or neurons == block.hidden_features:
             return None
         return [] if neurons == 0 else neurons
 
 
-def best_fit(moments, rank, count=None):
+def best_fit(moments: BlockMoments, rank: int | None, count: int | None = None) -> functional.Fit:
     """The fit with the `count` neurons that explain most, chosen from those of the moments; `None`: all of them."""
     if count is not None and count < len(moments.neurons):
         cov_ff, cov_fo, width = moments.cov_ff, moments.cov_fo, moments.width

@@ -3,8 +3,11 @@
 import contextlib
 import inspect
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 
@@ -15,7 +18,20 @@ from .progress import Progress
 from .upstream import WRAPPERS
 
 
-def run_over(model, inner, data, observe, progress=None, tokens=None, gradients=False, outputs=None):
+if TYPE_CHECKING:
+    from .token_filter import TokenFilter
+
+
+def run_over(
+    model: nn.Module,
+    inner: Any,
+    data: Iterable[Mapping[str, Any]],
+    observe: Callable[[], Iterable[Any]],
+    progress: Progress | None = None,
+    tokens: "TokenFilter | None" = None,
+    gradients: bool = False,
+    outputs: Callable[[Any, Any], None] | None = None,
+) -> None:
     """Runs the model over the data in evaluation mode; removes the hooks whatever happens.
 
     Args:
@@ -67,47 +83,48 @@ class LayerOrder:
         model (`nn.Module`): What runs; `inner` is what it wraps.
     """
 
-    def __init__(self, model, inner):
+    def __init__(self, model: nn.Module, inner: Any) -> None:
         bound = any(name in module.__dict__ for module in model.modules() for name in WRAPPERS)
         self.model, self.inner = model, inner
-        self.forwards = None if not bound and isinstance(inner, PreTrainedModel) else []
+        self.forwards: list[list[nn.Module]] | None = None if not bound and isinstance(inner, PreTrainedModel) else []
 
-    def observe(self, blocks):
+    def observe(self, blocks: Iterable[Any]) -> Iterator[Any]:
         """Hooks for one pass: those that note the order, or the one that ends a forward behind these blocks."""
         if self.forwards is None:
-            self.forwards = []
+            forwards: list[list[nn.Module]] = []
+            self.forwards = forwards
             layers = [module for module in self.inner.modules() if isinstance(module, GradientCheckpointingLayer)]
-            yield self.model.register_forward_pre_hook(lambda *_: self.forwards.append([]))
+            yield self.model.register_forward_pre_hook(lambda *_: forwards.append([]))
             for layer in layers:
-                yield layer.register_forward_hook(lambda module, *_: self.forwards[-1].append(module))
+                yield layer.register_forward_hook(lambda module, *_: forwards[-1].append(module))
             return
         last = self.last_of(blocks)
         if last is not None:
             yield last.register_forward_hook(_enough)
 
-    def last_of(self, blocks):
+    def last_of(self, blocks: Iterable[Any]) -> nn.Module | None:
         """The layer behind which none of these blocks runs; `None` where that cannot be told."""
         order = self.forwards[0] if self.forwards else []
-        once = len(set(order)) == len(order) and all(other == order for other in self.forwards)
+        once = len(set(order)) == len(order) and all(other == order for other in self.forwards or ())
         inside = [{block.name for block in blocks if _holds(layer, block.down)} for layer in order]
-        if not once or set().union(*inside) != {block.name for block in blocks}:
+        if not once or {name for names in inside for name in names} != {block.name for block in blocks}:
             return None
         return next((layer for layer, found in zip(reversed(order), reversed(inside), strict=True) if found), None)
 
 
-def _holds(layer, module):
+def _holds(layer: nn.Module, module: nn.Module) -> bool:
     return any(part is module for part in layer.modules())
 
 
-def _enough(*_):
+def _enough(*_: Any) -> None:
     raise _Enough
 
 
-def lean(inner, inputs, outputs=True) -> dict:
+def lean(inner: Any, inputs: Mapping[str, Any], outputs: bool = True) -> dict[str, Any]:
     """Model inputs with which nothing is computed that nobody reads: no key-value cache and, unless the outputs are
     read, no loss and the logits of the last token only."""
     if not isinstance(inner, PreTrainedModel):
-        return inputs
+        return dict(inputs)
     taken = inspect.signature(inner.forward).parameters
     given = dict(inputs) if outputs else without_labels(inner, inputs)
     if "use_cache" in taken:
@@ -117,7 +134,7 @@ def lean(inner, inputs, outputs=True) -> dict:
     return given
 
 
-def first_tensor(output) -> torch.Tensor:
+def first_tensor(output: Any) -> torch.Tensor:
     """The first tensor that a model gives, without its graph."""
     if isinstance(output, torch.Tensor):
         return output.detach()

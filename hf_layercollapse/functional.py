@@ -27,6 +27,11 @@ REFINE = 2
 # Up to so many candidates neurons are chosen one by one, in float64.
 EXACT_CANDIDATES = 512
 
+# A token whose output is longer than this many times the median counts less, so that its squared error weighs as much
+# as one at that length. Ordinary models have none; in decoders the first token's output is hundreds of times longer
+# and would decide the fit alone.
+OUTLIER_LENGTH = 8.0
+
 # Rows that large matrices are worked on at a time.
 STRIP = 1024
 
@@ -81,7 +86,7 @@ def merge_gated(
     return merge_plain(up_weight_mi, up_bias_m, down_weight_om, down_bias_o, slope_m=gate_m)
 
 
-def _double(value):
+def _double(value: Any) -> Any:
     return value.double() if isinstance(value, torch.Tensor) else value
 
 
@@ -138,7 +143,7 @@ def second_moments_(
     return mean_f, mean_o, moments_ff, cross_fo, moments_oo
 
 
-def mirror_(matrix_ff):
+def mirror_(matrix_ff: torch.Tensor) -> None:
     """Copies the upper triangle of a square matrix onto the lower one, in place."""
     for rows in _strips(matrix_ff.shape[0], 128):  # what is on the diagonal is copied: little
         on_diagonal = matrix_ff[rows, rows]
@@ -161,11 +166,11 @@ def regress(cov_ff: torch.Tensor, cov_fo: torch.Tensor, ridge: float = RIDGE, re
 class _Solver:
     """Regressions on one set of features, whose moments are factorised once."""
 
-    def __init__(self, cov_ff, ridge, refine=REFINE):
+    def __init__(self, cov_ff: torch.Tensor, ridge: float, refine: int = REFINE) -> None:
         self.cov_ff, self.refine = cov_ff, refine
         self.scale, self.factor = _damped_factor(cov_ff, ridge)
 
-    def __call__(self, cov_fo):
+    def __call__(self, cov_fo: torch.Tensor) -> torch.Tensor:
         scale = self.scale[:, None]
         target = cov_fo.double() * scale
         solution = torch.cholesky_solve(target, self.factor)
@@ -175,11 +180,11 @@ class _Solver:
         return solution * scale
 
 
-def _strips(count, size=STRIP):
+def _strips(count: int, size: int = STRIP) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _product(matrix_ff, columns_fo):
+def _product(matrix_ff: torch.Tensor, columns_fo: torch.Tensor) -> torch.Tensor:
     """`matrix @ columns` in float64, without a copy of the matrix in float64."""
     if matrix_ff.dtype == torch.float64:
         return matrix_ff @ columns_fo
@@ -189,7 +194,7 @@ def _product(matrix_ff, columns_fo):
     return product_fo
 
 
-def _damped_factor(cov_ff, ridge):
+def _damped_factor(cov_ff: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
     """`(scale, factor)`: what scales a feature to unit variance (0 where it does not vary), and the Cholesky factor of
     the features' correlations with the ridge on their diagonal."""
     # Unit diagonal first: massive activations make features differ by many orders of magnitude.
@@ -203,13 +208,13 @@ def _damped_factor(cov_ff, ridge):
     return scale, factor
 
 
-def _to_unit_variance(cov_ff):
+def _to_unit_variance(cov_ff: torch.Tensor) -> torch.Tensor:
     variance = cov_ff.diagonal().double()
     varies = variance > 1e-12 * variance.max()
     return torch.where(varies, torch.where(varies, variance, 1.0).rsqrt(), 0.0)
 
 
-def _damped(cov_ff, scale, ridge):
+def _damped(cov_ff: torch.Tensor, scale: torch.Tensor, ridge: float) -> torch.Tensor:
     damped = cov_ff.to(torch.float64, copy=True).mul_(scale).mul_(scale[:, None])
     damped.diagonal().add_(ridge + (scale == 0).double())
     return damped
@@ -357,33 +362,50 @@ def greedy_neurons(
     chosen: list[int] = []
     gains: list[float] = []
     while len(chosen) < count:
-        diagonal = left_hh.diagonal()
-        score = torch.where(diagonal > floor, rest_ho.square().sum(1) / diagonal.clamp_min(_TINY), -1.0)
-        score = score.masked_fill(taken, -torch.inf)
-        candidates = score.topk(min(pool, hh.shape[0] - len(chosen))).indices
+        candidates = _most_promising(left_hh, rest_ho, floor, taken, min(pool, hh.shape[0] - len(chosen)))
         size = min(batch, count - len(chosen)) if len(candidates) < hh.shape[0] - len(chosen) else count - len(chosen)
-        picked, gained, factor_bh = _greedy_among(
+        places, gained, factor_bh = _greedy_among(
             left_hh[candidates[:, None], candidates], rest_ho[candidates], floor[candidates], size
         )
-        picked = candidates[picked]
+        picked = candidates[places]
         chosen += picked.tolist()
         gains += gained
         taken[picked] = True
         if len(chosen) < count:
-            # What the batch explains, out of all that is left: H -= U^T U and rest -= U^T V.
-            of_hb = torch.linalg.solve_triangular(factor_bh, left_hh[picked], upper=False)
-            of_ob = torch.linalg.solve_triangular(factor_bh, rest_ho[picked], upper=False)
-            left_hh.addmm_(of_hb.T, of_hb, alpha=-1)
-            rest_ho.addmm_(of_hb.T, of_ob, alpha=-1)
+            _take_out(left_hh, rest_ho, picked, factor_bh)
     explained = base + torch.cat([torch.zeros(1), torch.tensor(gains)]).double().cumsum(0)
     return chosen, explained
 
 
-def _without_given(cov_ff, cov_fo, width, given, ridge, dtype):
+def _most_promising(
+    left_hh: torch.Tensor, rest_ho: torch.Tensor, floor_h: torch.Tensor, taken_h: torch.Tensor, count: int
+) -> torch.Tensor:
+    """The candidates that each by itself explain most of what is left, in falling order; none that is taken."""
+    diagonal = left_hh.diagonal()
+    score = torch.where(diagonal > floor_h, rest_ho.square().sum(1) / diagonal.clamp_min(_TINY), -1.0)
+    return score.masked_fill(taken_h, -torch.inf).topk(count).indices
+
+
+def _take_out(left_hh: torch.Tensor, rest_ho: torch.Tensor, picked: torch.Tensor, factor_bh: torch.Tensor) -> None:
+    """Takes what these neurons explain out of all that is left, in place: H -= U^T U and rest -= U^T V."""
+    of_hb = torch.linalg.solve_triangular(factor_bh, left_hh[picked], upper=False)
+    of_ob = torch.linalg.solve_triangular(factor_bh, rest_ho[picked], upper=False)
+    left_hh.addmm_(of_hb.T, of_hb, alpha=-1)
+    rest_ho.addmm_(of_hb.T, of_ob, alpha=-1)
+
+
+def _without_given(
+    cov_ff: torch.Tensor,
+    cov_fo: torch.Tensor,
+    width: int,
+    given: torch.Tensor | None,
+    ridge: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, float]:
     """`(left_hh, rest_ho, base)`: what features that are there already leave of candidates and target, and how much of
     the target's variance they explain. For the arguments see [`greedy_neurons`]."""
 
-    def through_x(columns):
+    def through_x(columns: torch.Tensor) -> torch.Tensor:
         return columns.double() if given is None else given @ columns.double()
 
     xx, xh, xo = cov_ff[:width, :width], cov_ff[:width, width:], through_x(cov_fo[:width])
@@ -402,7 +424,9 @@ def _without_given(cov_ff, cov_fo, width, given, ridge, dtype):
     return left_hh, rest_ho.to(dtype), float((of_o * xo).sum())
 
 
-def _greedy_among(left_cc, rest_co, floor_c, count):
+def _greedy_among(
+    left_cc: torch.Tensor, rest_co: torch.Tensor, floor_c: torch.Tensor, count: int
+) -> tuple[torch.Tensor, list[float], torch.Tensor]:
     """`(picked, gains, L)`: greedy choice one by one, what each explains, and the Cholesky factor of the picked ones'
     moments, in order. Below `floor` a candidate is a combination of what is there; noise would choose it.
 
@@ -415,7 +439,7 @@ def _greedy_among(left_cc, rest_co, floor_c, count):
     columns, crossed = left_cc.new_zeros(count, len(left)), left_cc.new_zeros(count, len(left))
     gains = left_cc.new_zeros(count)
     taken = torch.zeros_like(left, dtype=torch.bool)
-    picked, explained = [], []
+    picked, explained = torch.zeros(count, dtype=torch.long, device=left.device), []
     for step in range(count):
         score = torch.where(left > floor_c, squares / left.clamp_min(_TINY), -1.0)
         best = int(score.masked_fill(taken, -torch.inf).argmax())
@@ -433,8 +457,7 @@ def _greedy_among(left_cc, rest_co, floor_c, count):
         squares += column.square() * gain - 2 * column * cross
         left -= column.square()
         taken[best] = True
-        picked.append(best)
-    picked = torch.tensor(picked, device=left.device)
+        picked[step] = best
     return picked, explained, columns[:, picked].T.tril().to(dtype)
 
 
@@ -466,10 +489,33 @@ class Fit:
         """Channels of the linear part, `None` at full rank."""
         return None if self.left_or is None else self.left_or.shape[1]
 
-    def shapes(self):
+    @property
+    def linear_or(self) -> torch.Tensor:
+        """What the last linear holds of the linear part: `W`, or `P`."""
+        linear = self.weight_oi if self.left_or is None else self.left_or
+        assert linear is not None, "one of both"
+        return linear
+
+    @property
+    def features(self) -> int:
+        """Width of the input."""
+        first = self.weight_oi if self.right_ri is None else self.right_ri
+        assert first is not None, "one of both"
+        return first.shape[1]
+
+    def shapes(self) -> "Fit":
         """The same without its numbers: every tensor is on the meta device."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{name: value.to("meta") for name, value in tensors.items()})
+        tensors: dict[str, Any] = {
+            name: value.to("meta") for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **tensors)
+
+
+def outlier_factors(lengths_n: torch.Tensor, limit: float) -> torch.Tensor:
+    """What features and output of each token are multiplied by before they are fitted, in (0, 1]: with an output
+    longer than `limit` (of [`OUTLIER_LENGTH`] times the median) it counts as if it were as long as that. 0: all
+    count alike."""
+    return limit / lengths_n.clamp_min(limit) if limit > 0 else torch.ones_like(lengths_n)
 
 
 def about_origin(
@@ -523,19 +569,11 @@ def fit_block(
         solution = regress(cov_ff, cov_fo, ridge, refine)
         weight, down = solution[:width].T, solution[width:]
     else:
-        if right_ri is None:
-            left, right, down = reduced_rank(cov_ff, cov_fo, width, min(rank, width, cov_fo.shape[1]), ridge, refine)
-        else:
-            right = right_ri
-            reduced_ff, reduced_fo = _reduced(cov_ff, cov_fo, right)
-            found = regress(reduced_ff, reduced_fo, ridge, refine)
-            left, down = found[: len(right)].T, found[len(right) :]
+        left, right, down = _thin_parts(cov_ff, cov_fo, width, rank, right_ri, ridge, refine)
         solution = torch.cat([(left @ right).T, down])
         left, right = balance(left, right)
     bias = mean_o - solution.T @ mean_f if constant else None
-    residual = inflation * unexplained(cov_ff, cov_fo, var_o, solution)
-    total, squared_mean = float(var_o.sum()), float(mean_o.square().sum())
-    variance, squares = (total, total + squared_mean) if constant else (max(0.0, total - squared_mean), total)
+    r2, error = _quality(inflation * unexplained(cov_ff, cov_fo, var_o, solution), mean_o, var_o, constant)
     order = sorted(range(len(neurons)), key=lambda index: neurons[index])
     return Fit(
         weight_oi=None if weight is None else weight.contiguous(),
@@ -544,12 +582,36 @@ def fit_block(
         down_ok=down[order].T.contiguous(),
         bias_o=bias,
         neurons=[int(neurons[index]) for index in order],
-        r2=1 - residual / variance if variance > 0 else 1.0,
-        error=math.sqrt(residual / squares) if squares > 0 else 0.0,
+        r2=r2,
+        error=error,
     )
 
 
-def _reduced(cov_ff, cov_fo, right_ri):
+def _quality(residual: float, mean_o: torch.Tensor, var_o: torch.Tensor, constant: bool) -> tuple[float, float]:
+    """`(r2, error)` of a [`Fit`] from what it leaves of the output's squares."""
+    total, squared_mean = float(var_o.sum()), float(mean_o.square().sum())
+    variance, squares = (total, total + squared_mean) if constant else (max(0.0, total - squared_mean), total)
+    r2 = 1 - residual / variance if variance > 0 else 1.0
+    return r2, math.sqrt(residual / squares) if squares > 0 else 0.0
+
+
+def _thin_parts(
+    cov_ff: torch.Tensor,
+    cov_fo: torch.Tensor,
+    width: int,
+    rank: int,
+    right_ri: torch.Tensor | None,
+    ridge: float,
+    refine: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`(P, V, D^T)` of least squares with a linear part `P V` of this rank; `V` is the best, or the given one."""
+    if right_ri is None:
+        return reduced_rank(cov_ff, cov_fo, width, min(rank, width, cov_fo.shape[1]), ridge, refine)
+    solution = regress(*_reduced(cov_ff, cov_fo, right_ri), ridge, refine)
+    return solution[: len(right_ri)].T, right_ri, solution[len(right_ri) :]
+
+
+def _reduced(cov_ff: torch.Tensor, cov_fo: torch.Tensor, right_ri: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Moments of the features `[V x, h]` from those of `[x, h]`: `(cov_ff, cov_fo)`."""
     rank, width = right_ri.shape
     through_x = right_ri @ cov_ff[:width].double()
@@ -635,7 +697,8 @@ def allocate(options: Any, budgets: Sequence[float], bins: int = 20_000) -> list
     ]
 
 
-def _traced_back(best, chosen, place):
+def _traced_back(best: torch.Tensor, chosen: Sequence[tuple[list[int], torch.Tensor]], place: int) -> list[int] | None:
+    """The choice of each block that leads to the best place up to this one; `None` if there is none."""
     place = int(best[: place + 1].argmin())
     if not math.isfinite(float(best[place])):
         return None

@@ -152,7 +152,7 @@ def paired_perplexity_difference(
         raise ValueError("There is no predicted token.")
     _z(confidence)
 
-    def value(counts):
+    def value(counts: np.ndarray) -> np.ndarray:
         total = counts @ tokens
         found = np.exp(counts @ losses / total)
         return found if baseline is None else found - np.exp(counts @ baseline / total)
@@ -167,7 +167,7 @@ def paired_perplexity_difference(
     return float(value(np.ones(count))), float(low), float(high)
 
 
-def _z(confidence):
+def _z(confidence: float) -> float:
     if not 0 < confidence < 1:
         raise ValueError(f"`confidence` must be in (0, 1), got {confidence}.")
     return NormalDist().inv_cdf((1 + confidence) / 2)

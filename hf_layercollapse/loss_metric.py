@@ -2,18 +2,29 @@
 
 import contextlib
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import functional
 from .forward_passes import run_over
 from .models import device_of
-from .predictions import predictions_of
+from .predictions import Predictions, predictions_of
 from .rows import row_count, take
 from .token_filter import TokenFilter
 from .upstream import layers_checkpointed
+
+
+if TYPE_CHECKING:
+    from .blocks import BoundBlock
+    from .calibration import Calibration
+    from .progress import Progress
 
 
 @dataclass(frozen=True)
@@ -37,11 +48,11 @@ class LossMetric:
     tokens: int
     predictions: int
 
-    def shrunk(self):
+    def shrunk(self) -> torch.Tensor:
         """`G`, as far as so few tokens tell."""
         return functional.shrunk(self.matrix, self.shrinkage)
 
-    def root(self):
+    def root(self) -> torch.Tensor:
         """The symmetric `S` with `S S = G`: what outputs are multiplied by to be measured in the metric."""
         return functional.psd_root(self.shrunk())
 
@@ -68,7 +79,7 @@ class MetricReport:
     tokens: int = 0
     checkpointed: bool = False
 
-    def __str__(self):
+    def __str__(self) -> str:
         if self.kind != "loss":
             return f"chosen by output variance, not by the metric of the loss: {self.reason}"
         twice = ", layers run twice" if self.checkpointed else ""
@@ -78,7 +89,9 @@ class MetricReport:
         )
 
 
-def measure_metrics(engine, blocks):
+def measure_metrics(
+    engine: "Calibration", blocks: "Sequence[BoundBlock]"
+) -> tuple[dict[str, LossMetric], MetricReport]:
     """`(metrics, report)`: the [`LossMetric`] of every block from a sample of the data, within the memory; none where
     no backward pass is possible, as the report says.
 
@@ -112,8 +125,9 @@ def measure_metrics(engine, blocks):
         needed = outside + needed // len(layers) if layers else needed
     parts = [part for batch in batches for part in _parts_of(batch, max(1, room // max(needed, 1)))]
     engine.progress.expect(len(parts))
-    how = {"token_mask_fn": mask, "checkpointed": layers, "progress": engine.progress}
-    metrics = loss_metrics(model, inner, blocks, parts, **how)
+    metrics = loss_metrics(
+        model, inner, blocks, parts, token_mask_fn=mask, checkpointed=layers, progress=engine.progress
+    )
     rows = [row_count(part) or 1 for part in parts]
     report = MetricReport(
         kind="loss",
@@ -126,7 +140,7 @@ def measure_metrics(engine, blocks):
     return metrics, report
 
 
-def why_no_gradients(inner) -> str | None:
+def why_no_gradients(inner: Any) -> str | None:
     """Why no gradient can be had of the activations of a model; `None` if it can."""
     if any(parameter.is_meta for parameter in inner.parameters()):
         return "some weights are offloaded, and a backward pass would bring all of them into memory at once"
@@ -136,9 +150,9 @@ def why_no_gradients(inner) -> str | None:
     return None
 
 
-def _largest_rows(batches):
+def _largest_rows(batches: Iterable[Mapping[str, Any]]) -> list[Any]:
     """The largest row of each kind of batch: a model may send texts, images, queries or documents different ways."""
-    largest = {}
+    largest: dict[str, tuple[float, Any]] = {}
     for batch in batches:
         kind = repr([(n, None if isinstance(value, torch.Tensor) else value) for n, value in sorted(batch.items())])
         size = _numbers_of(batch) / (row_count(batch) or 1)
@@ -147,11 +161,11 @@ def _largest_rows(batches):
     return [take(batch, [0]) for _, batch in largest.values()]
 
 
-def _numbers_of(batch):
+def _numbers_of(batch: Mapping[str, Any]) -> int:
     return sum(value.numel() for value in batch.values() if isinstance(value, torch.Tensor))
 
 
-def _parts_of(batch, rows):
+def _parts_of(batch: Mapping[str, Any], rows: int) -> list[Any]:
     """The batch in parts of so many rows at most, or whole where it has none."""
     count = row_count(batch)
     if count is None or count <= rows:
@@ -159,7 +173,14 @@ def _parts_of(batch, rows):
     return [take(batch, range(start, min(start + rows, count))) for start in range(0, count, rows)]
 
 
-def _graph_of(model, inner, blocks, batch, token_mask_fn, layers=()):
+def _graph_of(
+    model: nn.Module,
+    inner: Any,
+    blocks: "Sequence[BoundBlock]",
+    batch: Mapping[str, Any],
+    token_mask_fn: Callable[..., Any] | None,
+    layers: Sequence[nn.Module] = (),
+) -> tuple[int, dict[str, LossMetric]]:
     """`(bytes that autograd keeps of a forward pass over a batch, the metrics of the blocks that it reaches)`;
     parameters, which are there anyway, do not count."""
     # Quantized weights are tensors of other classes, without a storage of their own.
@@ -167,7 +188,7 @@ def _graph_of(model, inner, blocks, batch, token_mask_fn, layers=()):
     known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters() if type(parameter) in plain}
     seen = {}
 
-    def pack(tensor):
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
         if type(tensor) in plain:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in known:
@@ -175,12 +196,12 @@ def _graph_of(model, inner, blocks, batch, token_mask_fn, layers=()):
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        sums, predictions = _gradients(model, inner, blocks, [batch], token_mask_fn=token_mask_fn, checkpointed=layers)
-    reached = [block for block in blocks if sums[block.name].rows]
-    return sum(seen.values()), {block.name: sums[block.name].finish(block, predictions, 1) for block in reached}
+        outcomes = _Outcomes(inner, blocks, TokenFilter(inner, token_mask_fn))
+        outcomes.run(model, [batch], layers)
+    return sum(seen.values()), outcomes.metrics(block for block in blocks if outcomes.sums[block.name].rows)
 
 
-def _same(metrics, others):
+def _same(metrics: Mapping[str, LossMetric], others: Mapping[str, LossMetric]) -> bool:
     pairs = [(metric.matrix, others[name].matrix) for name, metric in metrics.items()]
     return all(functional.relative_error(*pair) < 1e-3 for pair in pairs)
 
@@ -189,7 +210,17 @@ def _same(metrics, others):
 MOST_ROWS, MOST_TOKENS = 512, 32_768
 
 
-def loss_metrics(model, inner, blocks, data, draws=1, **how):
+def loss_metrics(
+    model: nn.Module,
+    inner: Any,
+    blocks: "Sequence[BoundBlock]",
+    data: Iterable[Mapping[str, Any]],
+    draws: int = 1,
+    seed: int = 0,
+    token_mask_fn: Callable[..., Any] | None = None,
+    checkpointed: Sequence[nn.Module] = (),
+    progress: "Progress | None" = None,
+) -> dict[str, LossMetric]:
     """The [`LossMetric`] of every block, from `draws` backward passes over the data. Needs no labels.
 
     Only gradients of activations are computed, from the first block's output on; parameters get none, and are as
@@ -200,8 +231,7 @@ def loss_metrics(model, inner, blocks, data, draws=1, **how):
         blocks (`list[BoundBlock]`): Dense or patched.
         data (iterable of `dict[str, Tensor]`): Model inputs.
         draws (`int`): How often outcomes are drawn for each prediction, at least 1.
-        how: Any of:
-        seed (`int`): Of what is drawn. No other random generator is used. Default: 0.
+        seed (`int`): Of what is drawn. No other random generator is used.
         token_mask_fn (`Callable`, *optional*): See [`TokenFilter`].
         checkpointed (`Sequence[GradientCheckpointingLayer]`): Layers that keep their inputs only, and run again in the
             backward pass.
@@ -214,74 +244,90 @@ def loss_metrics(model, inner, blocks, data, draws=1, **how):
         ValueError: The model's outputs are no predictions, no gradient reaches a block, or predictions or gradients
             are not finite.
     """
-    sums, predictions = _gradients(model, inner, blocks, data, draws, **how)
-    return {block.name: sums[block.name].finish(block, predictions, draws) for block in blocks}
+    outcomes = _Outcomes(inner, blocks, TokenFilter(inner, token_mask_fn), draws, seed)
+    outcomes.run(model, data, checkpointed, progress)
+    return outcomes.metrics(blocks)
 
 
-def _gradients(model, inner, blocks, data, draws=1, seed=0, token_mask_fn=None, checkpointed=(), progress=None):
-    """`(block name -> sums of its gradients, predictions)`; see [`loss_metrics`]."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = TokenFilter(inner, token_mask_fn)
-    sums = {block.name: _GradientSums() for block in blocks}
-    calls = []  # (block, mask of its tokens, output) of one forward
-    backward = False  # where layers may run again
+class _Outcomes:
+    """Draws outcomes of what a model predicts in a forward pass, and sends the gradients of their logarithms back to
+    the blocks' outputs."""
 
-    def observe(block):
-        # An own module multiplies its output by this, and it is that product which is fitted.
-        factor = block.scales[2]
+    def __init__(
+        self, inner: Any, blocks: "Sequence[BoundBlock]", tokens: TokenFilter, draws: int = 1, seed: int = 0
+    ) -> None:
+        self.inner, self.blocks, self.tokens, self.draws = inner, blocks, tokens, draws
+        self.generator = torch.Generator().manual_seed(seed)
+        self.sums = {block.name: _GradientSums() for block in blocks}
+        self.predictions = 0
+        # The block, a mask of its tokens, and its output, of one forward.
+        self._calls: list[tuple[BoundBlock, torch.Tensor | None, torch.Tensor]] = []
+        self._backward = False  # where layers may run again
 
-        def hook(module, args, output):
+    def run(
+        self,
+        model: nn.Module,
+        data: Iterable[Mapping[str, Any]],
+        checkpointed: Sequence[nn.Module] = (),
+        progress: "Progress | None" = None,
+    ) -> None:
+        """Runs the model over the data, forward and back."""
+        with _frozen(model), layers_checkpointed(self.inner, checkpointed):
+            hooks, read = partial(map, self._keep_output, self.blocks), self._send_back
+            run_over(model, self.inner, data, hooks, progress, self.tokens, gradients=True, outputs=read)
+
+    def metrics(self, blocks: "Iterable[BoundBlock]") -> dict[str, LossMetric]:
+        """Block name -> its [`LossMetric`]."""
+        return {block.name: self.sums[block.name].finish(block, self.predictions, self.draws) for block in blocks}
+
+    def _keep_output(self, block: "BoundBlock") -> RemovableHandle:
+        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
             # The first block is where the graph begins. A clone goes on: code that adds in place may follow.
             start = output if output.requires_grad else output.detach().requires_grad_()
-            if not backward:
-                calls.append((block, factor, tokens.mask(block, output.shape[:-1]), start))
+            if not self._backward:
+                self._calls.append((block, self.tokens.mask(block, output.shape[:-1]), start))
             return start.clone()
 
         return block.down.register_forward_hook(hook)
 
-    predictions = 0
-
-    def finish(inputs, output):
-        nonlocal predictions, backward
-        found = predictions_of(inner, inputs, output)
+    def _send_back(self, inputs: Mapping[str, Any], output: Any) -> None:
+        found = predictions_of(self.inner, inputs, output)
         if not all(torch.isfinite(part.values).all() for part in found):
-            raise ValueError(f"What this {type(inner).__name__} predicts for the calibration data is not finite.")
-        predictions += max(part.values.shape[0] for part in found)
+            raise ValueError(f"What this {type(self.inner).__name__} predicts for the calibration data is not finite.")
+        self.predictions += max(part.values.shape[0] for part in found)
         reached = [part for part in found if part.values.requires_grad]
-        for draw in range(draws if reached and calls else 0):
-            total = sum(part.sampled_score(generator) for part in reached)
-            outputs = [output for *_, output in calls]
-            last = draw == draws - 1
-            backward = True
-            grads = torch.autograd.grad(total, outputs, retain_graph=not last, allow_unused=True)
-            backward = False
-            for (block, factor, mask, _), grad in zip(calls, grads, strict=True):
-                if grad is not None:
-                    sums[block.name].add(grad / factor if factor != 1 else grad, mask)
-        calls.clear()
+        for draw in range(self.draws if reached and self._calls else 0):
+            self._add_gradients(reached, last=draw == self.draws - 1)
+        self._calls.clear()
 
-    def observers():
-        return map(observe, blocks)
-
-    with _frozen(model), layers_checkpointed(inner, checkpointed):
-        run_over(model, inner, data, observers, progress, tokens, gradients=True, outputs=finish)
-    return sums, predictions
+    def _add_gradients(self, predictions: Sequence[Predictions], last: bool) -> None:
+        """One draw of an outcome for each prediction."""
+        total = torch.stack([part.sampled_score(self.generator) for part in predictions]).sum()
+        outputs = [output for *_, output in self._calls]
+        self._backward = True
+        grads = torch.autograd.grad(total, outputs, retain_graph=not last, allow_unused=True)
+        self._backward = False
+        for (block, mask, _), grad in zip(self._calls, grads, strict=True):
+            if grad is not None:
+                # An own module multiplies its output by this, and it is that product which is fitted.
+                factor = block.scales[2]
+                self.sums[block.name].add(grad / factor if factor != 1 else grad, mask)
 
 
 class _GradientSums:
-    def __init__(self):
-        self.matrix, self.fourth, self.rows = 0.0, 0.0, 0
+    def __init__(self) -> None:
+        self.matrix, self.fourth, self.rows = torch.zeros((), dtype=torch.float64), 0.0, 0
 
-    def add(self, grad, mask):
+    def add(self, grad: torch.Tensor, mask: torch.Tensor | None) -> None:
         rows = grad.reshape(-1, grad.shape[-1])
         if mask is not None:
             rows = rows[mask.to(rows.device).reshape(-1) > 0]
         rows = rows.float()
-        self.matrix = self.matrix + (rows.T @ rows).double()
+        self.matrix = self.matrix.to(rows.device) + (rows.T @ rows).double()
         self.fourth += float(rows.square().sum(1).double().square().sum())
         self.rows += rows.shape[0]
 
-    def finish(self, block, predictions, draws):
+    def finish(self, block: "BoundBlock", predictions: int, draws: int) -> LossMetric:
         if not self.rows:
             raise ValueError(
                 f"No gradient reaches block {block.name}: what the model predicts does not depend on it, or its code "
@@ -294,7 +340,7 @@ class _GradientSums:
 
 
 @contextlib.contextmanager
-def _frozen(model):
+def _frozen(model: nn.Module) -> Iterator[None]:
     """No parameter wants a gradient inside: none is computed, and nothing is kept for it."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:

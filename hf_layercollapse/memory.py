@@ -1,5 +1,7 @@
 """How much memory a calibration may take, and what of it is taken."""
 
+from typing import Any
+
 import psutil
 import torch
 from accelerate.utils import convert_file_size_to_int
@@ -24,18 +26,18 @@ class MemoryBudget:
         TypeError, ValueError: It is none of these, not positive, or names a device that there is not.
     """
 
-    def __init__(self, max_memory=None):
-        self._limits = {}
+    def __init__(self, max_memory: Any = None) -> None:
+        self._limits: dict[torch.device, int] = {}
+        self._total: int | None = None
         if isinstance(max_memory, dict):
             # What accelerate may put on disk is not held.
             given = {key: value for key, value in max_memory.items() if key != "disk"}
             self._limits = {_device_of(key): _bytes_of(value) for key, value in given.items()}
-            self._total = None
-        else:
-            self._total = None if max_memory is None else _bytes_of(max_memory)
-        self._held = {}
+        elif max_memory is not None:
+            self._total = _bytes_of(max_memory)
+        self._held: dict[torch.device, int] = {}
 
-    def room(self, device="cpu") -> int:
+    def room(self, device: torch.device | str = "cpu") -> int:
         """Bytes that are left on a device."""
         device = _without_index(torch.device(device))
         if self._total is not None:
@@ -44,13 +46,13 @@ class MemoryBudget:
             self._limits[device] = int(FREE_SHARE * _free(device))
         return self._limits[device] - self._held.get(device, 0)
 
-    def hold(self, count, device="cpu"):
+    def hold(self, count: int, device: torch.device | str = "cpu") -> None:
         """Takes bytes of the budget, or gives them back where the count is negative."""
         device = _without_index(torch.device(device))
         self._held[device] = self._held.get(device, 0) + count
 
 
-def _bytes_of(value) -> int:
+def _bytes_of(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise TypeError(f'`max_memory` must be bytes, or a size such as "2GB", got {value!r}.')
     try:
@@ -62,7 +64,7 @@ def _bytes_of(value) -> int:
     return count
 
 
-def _device_of(key):
+def _device_of(key: Any) -> torch.device:
     try:
         device = torch.device(key)
     except (RuntimeError, TypeError):
@@ -72,20 +74,21 @@ def _device_of(key):
     return _without_index(device)
 
 
-def _exists(device):
+def _exists(device: torch.device) -> bool:
     if device.type == "cpu":
         return True
-    if not torch.accelerator.is_available() or torch.accelerator.current_accelerator().type != device.type:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or accelerator.type != device.type:
         return False
     return device.index is None or device.index < torch.accelerator.device_count()
 
 
-def _without_index(device):
+def _without_index(device: torch.device) -> torch.device:
     """A CPU, and the one device of its kind, by one name."""
     return torch.device(device.type) if device.type in ("cpu", "mps") else device
 
 
-def _free(device) -> int:
+def _free(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     # Processes of one host share it.

@@ -1,13 +1,15 @@
 """What one block becomes: its new linears from a fit or from its own weights, and their place in the model."""
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from . import functional
-from .blocks import BoundBlock, weight_and_bias
+from .blocks import BoundBlock, Exchange, weight_and_bias
 from .modeling_layercollapse import (
     CollapsedBlock,
     CollapsedIdentity,
@@ -21,6 +23,10 @@ from .modeling_layercollapse import (
 )
 from .models import CUT, device_of
 from .reports import BlockReport
+
+
+if TYPE_CHECKING:
+    from .families import FeedForwardBlock
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,10 @@ class BlockChoice:
         return self.neurons if isinstance(self.neurons, int) else len(self.neurons)
 
 
+# What a merge makes, of the class that the native code has there.
+LinearLayer = nn.Linear | Conv1D
+
+
 @dataclass(frozen=True)
 class Merge:
     """What a block becomes, not yet in the model.
@@ -57,25 +67,32 @@ class Merge:
     """
 
     block: BoundBlock
-    linears: dict[str, nn.Module]
+    linears: dict[str, LinearLayer]
     fit: functional.Fit
     report: BlockReport
 
+    @property
+    def error(self) -> float:
+        """The relative error, as [`BlockReport.measured_error`] has it."""
+        error = self.report.measured_error
+        assert error is not None, "every merge is measured"
+        return error
 
-def effective_rank(block, rank):
+
+def effective_rank(block: "FeedForwardBlock", rank: int | None) -> int | None:
     """The rank of the two thin matrices, or `None` where one full matrix is no larger."""
     if rank is None or rank * (block.in_features + block.out_features) >= block.in_features * block.out_features:
         return None
     return rank
 
 
-def stored_neurons(rank, neurons) -> int:
+def stored_neurons(rank: int | None, neurons: int) -> int:
     """How many neurons a block has with this choice: a dropped one, of which nothing is left, has one of zeros, as a
     linear without any weight is none."""
     return 1 if rank == 0 and neurons == 0 else neurons
 
 
-def cost_of(block, rank, neurons) -> int:
+def cost_of(block: "FeedForwardBlock", rank: int | None, neurons: int) -> int:
     """Weights (biases left out), which are also the MACs per token, of what a block becomes; linear in the neurons, so
     that the one of zeros that a dropped block has is for the caller to count (see [`stored_neurons`])."""
     rank = effective_rank(block, rank)
@@ -84,23 +101,23 @@ def cost_of(block, rank, neurons) -> int:
     return linear + neurons * (width * (2 if block.kind == "gated" else 1) + out)
 
 
-def is_cut(block, rank) -> bool:
+def is_cut(block: BoundBlock, rank: int | None) -> bool:
     """Whether a block with a linear map of this rank is the native module with narrower linears: neurons only, of
     which nothing between the linears knows how many there are."""
     return rank == 0 and not block.before and not block.between and native_activation(block)[1] == "native"
 
 
-def is_possible(block, rank, neurons) -> bool:
+def is_possible(block: BoundBlock, rank: int | None, neurons: int) -> bool:
     """Whether a block can become a linear map of this rank with so many neurons: not where its own code scales what
     goes into its activation or its last linear, or its parts lie in modules of their own, unless it is native then or
     one map."""
     if is_cut(block, rank) or (rank is None and not neurons):
         return True
-    nested = any("." in path for path in (*block.layout.linears, block.layout.activation))
-    return block.wiring.scales[:2] == (1.0, 1.0) and not (block.wiring.own_module and nested)
+    nested = any("." in path for path in (*block.layout.linears, block.layout.activation_path))
+    return block.code.scales[:2] == (1.0, 1.0) and not (block.code.own_module and nested)
 
 
-def has_constant(block, rank, constant_term) -> bool:
+def has_constant(block: BoundBlock, rank: int | None, constant_term: str) -> bool:
     """Whether what is fitted in the place of a block has a constant term.
 
     By `constant_term="native"` where the last linear of the native class has a bias, and where the result is a module
@@ -110,7 +127,7 @@ def has_constant(block, rank, constant_term) -> bool:
     return constant_term == "always" or block.down.bias is not None or bool(ours)
 
 
-def parameters_of(block, rank, neurons, constant_term) -> int:
+def parameters_of(block: BoundBlock, rank: int | None, neurons: int, constant_term: str) -> int:
     """Weights and biases of what a block becomes."""
     rank = effective_rank(block, rank)
     narrow, biases = bool(rank is not None or neurons), 0
@@ -119,18 +136,18 @@ def parameters_of(block, rank, neurons, constant_term) -> int:
         biases += neurons * len(before) * (2 if block.layout.fused else 1)
         biases += (rank or 0) if block.up.bias is not None else 0
     # A `NarrowFeedForward` has a bias at its end.
-    ours = narrow and block.wiring.own_module and not is_cut(block, rank)
+    ours = narrow and block.code.own_module and not is_cut(block, rank)
     if ours or has_constant(block, rank, constant_term):
         biases += block.out_features
     return cost_of(block, rank, neurons) + biases
 
 
-def is_ready(alpha, collapse_threshold) -> bool:
+def is_ready(alpha: torch.Tensor, collapse_threshold: float) -> bool:
     """Whether a block with these alphas (tensor of shape `(1,)` or `(hidden,)`) may collapse. Never if one is NaN."""
     return bool(ready_neurons(alpha, collapse_threshold).all())
 
 
-def ready_neurons(alpha, collapse_threshold):
+def ready_neurons(alpha: torch.Tensor, collapse_threshold: float) -> torch.Tensor:
     """Which alphas have reached the threshold: a tensor of `bool`."""
     # In alpha's own precision: an alpha of 0.95 has reached a threshold of 0.05.
     return alpha.detach() >= torch.tensor(1 - collapse_threshold, dtype=alpha.dtype)
@@ -139,39 +156,39 @@ def ready_neurons(alpha, collapse_threshold):
 class Trial:
     """Blocks replaced for a while: everything returns to its place on exit."""
 
-    def __init__(self):
-        self.exchanges = []
+    def __init__(self) -> None:
+        self.exchanges: list[Exchange] = []
 
-    def __enter__(self):
+    def __enter__(self) -> "Trial":
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> None:
         self.undo()
 
-    def keep(self):
+    def keep(self) -> None:
         """Everything stays as it is now."""
         self.exchanges = []
 
-    def put(self, merge):
+    def put(self, merge: Merge) -> list[Exchange]:
         """Puts what a block becomes in its place; returns the new exchanges."""
         count = len(self.exchanges)
         put_in_place(merge, self.exchanges)
         return self.exchanges[count:]
 
-    def restore(self, blocks):
+    def restore(self, blocks: Iterable[BoundBlock]) -> None:
         """Puts the native activations back into patched blocks."""
         for block in blocks:
             native = block.activation.native.train(block.activation.training)
-            self.exchanges.append(block.exchange(block.layout.activation, native))
+            self.exchanges.append(block.exchange(block.layout.activation_path, native))
 
-    def undo(self, count=0):
+    def undo(self, count: int = 0) -> None:
         """Takes back all exchanges but the first `count` (of `len(self.exchanges)`)."""
         while len(self.exchanges) > count:
             self.exchanges.pop().undo()
 
 
 @torch.no_grad()
-def make_merge(block, fit, refit):
+def make_merge(block: BoundBlock, fit: functional.Fit, refit: bool) -> Merge:
     """The [`Merge`] that a fit makes of a block."""
     dropped = fit.rank == 0 and not fit.neurons
     if dropped:
@@ -180,7 +197,7 @@ def make_merge(block, fit, refit):
     with block.weights_present():
         linears = _linears_of(block, fit)
     # Not the block's own width, where the first linear is what another block of a chain became.
-    width = (fit.weight_oi if fit.right_ri is None else fit.right_ri).shape[1]
+    width = fit.features
     x = functional.gaussian_inputs(width).to(device_of(block.down), block.down.weight.dtype)
     error = functional.relative_error(block.forward(x), _compute(block, linears, fit, x))
     report = BlockReport(
@@ -202,12 +219,12 @@ def make_merge(block, fit, refit):
     return Merge(block, linears, fit.shapes(), report)
 
 
-def computed(merge):
+def computed(merge: Merge) -> Callable[[torch.Tensor], torch.Tensor]:
     """The function of its input that a block is going to be."""
     return lambda x: _compute(merge.block, merge.linears, merge.fit, x)
 
 
-def fit_of_weights(block, collapse_threshold):
+def fit_of_weights(block: BoundBlock, collapse_threshold: float) -> functional.Fit:
     """The fit that the weights alone give: ready neurons as if at alpha 1, the others exactly as they are."""
     slope, offset = block.activation.line
     alpha = block.activation.alpha.detach()
@@ -227,13 +244,13 @@ def fit_of_weights(block, collapse_threshold):
     return functional.Fit(weight, None, None, kept, bias, neurons)
 
 
-def _linears_of(block, fit):
+def _linears_of(block: BoundBlock, fit: functional.Fit) -> dict[str, LinearLayer]:
     """Path in the block -> linear, for what the fit leaves of a block's linears, in the order they are called."""
     layout, neurons = block.layout, fit.neurons
     if is_cut(block, fit.rank):
         return _cut_linears(block, fit)
-    linear = fit.weight_oi if fit.left_or is None else fit.left_or
-    linears = {}
+    linear = fit.linear_or
+    linears: dict[str, LinearLayer] = {}
     if neurons or fit.right_ri is not None:
         up, up_bias = block.up_affine()
         rows = [up[neurons].double()]
@@ -244,36 +261,34 @@ def _linears_of(block, fit):
         if layout.gated and neurons:
             gate, gate_bias = block.gate_affine()
             gate, gate_bias = gate[neurons].double(), None if gate_bias is None else gate_bias[neurons].double()
-            if layout.fused:
+            if layout.gate is None:
                 rows.insert(0, gate)
                 biases.insert(0, gate_bias)
             else:
                 linears[layout.gate] = _make_linear(block.gate, gate, gate_bias)
         linears[layout.up] = _make_linear(block.up, torch.cat(rows), _stack_biases(rows, biases))
     bias = fit.bias_o
-    if bias is None and linears and block.wiring.own_module:
+    if bias is None and linears and block.code.own_module:
         bias = linear.new_zeros(linear.shape[0])  # a `NarrowFeedForward` has one
     linears[layout.down] = _make_linear(block.down, torch.cat([linear, fit.down_ok], dim=1), bias)
     return linears
 
 
-def _cut_linears(block, fit):
+def _cut_linears(block: BoundBlock, fit: functional.Fit) -> dict[str, LinearLayer]:
     """The native linears with the kept neurons only; what the last one gives is fitted."""
-    layout, linears = block.layout, {}
+    layout = block.layout
+    linears: dict[str, LinearLayer] = {}
 
-    def rows(tensor):
-        return None if tensor is None else tensor[fit.neurons].double()
+    def kept(tensor: torch.Tensor) -> torch.Tensor:
+        if not layout.fused:
+            return tensor[fit.neurons].double()
+        gate, up = layout.split(tensor, 0)
+        return layout.join(gate[fit.neurons].double(), up[fit.neurons].double(), 0)
 
-    up = weight_and_bias(block.up)
-    if layout.gate is not None:
-        gate = weight_and_bias(block.gate)
-        linears[layout.gate] = _make_linear(block.gate, *map(rows, gate))
-    if layout.fused:
-        halves = [None if tensor is None else layout.split(tensor, 0) for tensor in up]
-        up = [None if pair is None else layout.join(*map(rows, pair), 0) for pair in halves]
-        linears[layout.up] = _make_linear(block.up, *up)
-    else:
-        linears[layout.up] = _make_linear(block.up, *map(rows, up))
+    parts = {layout.up: block.up} if layout.gate is None else {layout.gate: block.gate, layout.up: block.up}
+    for path, linear in parts.items():
+        weight, bias = weight_and_bias(linear)
+        linears[path] = _make_linear(linear, kept(weight), None if bias is None else kept(bias))
     # The block's code goes on to multiply by its constants.
     _, leaves, returned = block.scales
     bias = None if fit.bias_o is None else fit.bias_o / returned
@@ -281,7 +296,7 @@ def _cut_linears(block, fit):
     return linears
 
 
-def _stack_biases(rows, biases):
+def _stack_biases(rows: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     if all(bias is None for bias in biases):
         return None
     return torch.cat(
@@ -289,7 +304,7 @@ def _stack_biases(rows, biases):
     )
 
 
-def native_activation(block):
+def native_activation(block: BoundBlock) -> tuple[nn.Module, str, nn.Module]:
     """`(the activation that stood there, the name in a table of the one that kept neurons have, that one)`."""
     activation = block.activation
     if isinstance(activation, CollapsibleActivation):
@@ -297,11 +312,14 @@ def native_activation(block):
     return activation, "native", activation
 
 
-def _compute(block, linears, fit, x):
+def _compute(
+    block: BoundBlock, linears: Mapping[str, LinearLayer], fit: functional.Fit, x: torch.Tensor
+) -> torch.Tensor:
     """What the block is going to compute."""
     layout = block.layout
     if is_cut(block, fit.rank):
-        cut = {"up": linears[layout.up], "gate": linears.get(layout.gate), "down": linears[layout.down]}
+        gate = None if layout.gate is None else linears[layout.gate]
+        cut: dict[str, Any] = {"up": linears[layout.up], "gate": gate, "down": linears[layout.down]}
         return replace(block, **cut, activation=native_activation(block)[0]).forward(x)
     if fit.right_ri is None and not fit.neurons:
         return linears[layout.down](x)
@@ -317,10 +335,11 @@ def _compute(block, linears, fit, x):
 
 
 @torch.no_grad()
-def _make_linear(like, weight, bias):
+def _make_linear(like: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> LinearLayer:
     """A layer of the same kind, device and dtype as `like` that holds these weights."""
     out_features, in_features = weight.shape
     with torch.device("meta"):  # neither time nor random numbers go into first values
+        linear: LinearLayer
         if isinstance(like, Conv1D):
             linear, weight = Conv1D(out_features, in_features), weight.T
         else:
@@ -334,7 +353,7 @@ def _make_linear(like, weight, bias):
     return linear.train(like.training)
 
 
-def put_in_place(merge, exchanges=None):
+def put_in_place(merge: Merge, exchanges: list[Exchange] | None = None) -> list[Exchange]:
     """Puts what a block becomes where it was.
 
     Args:
@@ -351,38 +370,39 @@ def put_in_place(merge, exchanges=None):
     return exchanges
 
 
-def _replacements(merge):
+def _replacements(merge: Merge) -> dict[str, nn.Module]:
     """Path in the block -> what will stand there, `""` for the module that holds it; in the order of exchange."""
     block, layout, linears, fit = merge.block, merge.block.layout, merge.linears, merge.fit
     if is_cut(block, fit.rank):
         linears[layout.down].__dict__[CUT] = True
         # Where an alpha was, the native activation stands again.
-        native = {layout.activation: native_activation(block)[0]} if block.state == "patched" else {}
+        native = {layout.activation_path: native_activation(block)[0]} if block.state == "patched" else {}
         return {**linears, **native}
-    if not block.wiring.own_module:
+    if not block.code.own_module:
         return _parts_of(merge)
-    then = {name: children_of(block.module)[name] for name in block.wiring.then}
+    then = {name: children_of(block.module)[name] for name in block.code.then}
     if not _is_narrow(fit):
-        down = {layout.down: linears[layout.down]}
+        down: dict[str, nn.Module] = {layout.down: linears[layout.down]}
         return {**down, "": CollapsedBlock({**down, **then})}
     return {"": _narrow_module(merge, then)}
 
 
-def _is_narrow(fit):
+def _is_narrow(fit: functional.Fit) -> bool:
     """Whether there is more than one full linear map."""
     return fit.right_ri is not None or bool(fit.neurons)
 
 
-def _linear_channels(merge):
+def _linear_channels(merge: Merge) -> int:
     """Channels that skip the activation."""
-    return merge.block.in_features if merge.fit.right_ri is None else merge.fit.rank
+    return merge.block.in_features if merge.fit.right_ri is None else len(merge.fit.right_ri)
 
 
-def _parts_of(merge):
+def _parts_of(merge: Merge) -> dict[str, nn.Module]:
     """What will stand in the places of a block whose own code goes on to run around them."""
     block, layout, linears, fit = merge.block, merge.block.layout, merge.linears, merge.fit
-    idle = (layout.up, layout.activation, *block.wiring.before, *block.wiring.between)
-    modules = {layout.down: linears[layout.down], **{path: CollapsedIdentity() for path in idle}}
+    idle = (layout.up, layout.activation_path, *block.code.before, *block.code.between)
+    modules: dict[str, nn.Module] = {layout.down: linears[layout.down]}
+    modules |= {path: CollapsedIdentity() for path in idle}
     if layout.up in linears:
         modules[layout.up] = _pass_on(linears[layout.up]) if fit.right_ri is None else linears[layout.up]
     if fit.neurons:
@@ -390,11 +410,11 @@ def _parts_of(merge):
         narrow = NarrowActivation(native, _linear_channels(merge), len(fit.neurons), name)
         if name != "native":
             narrow.replacement = act  # with what it learned
-        modules[layout.activation] = narrow
+        modules[layout.activation_path] = narrow
     return modules
 
 
-def _pass_on(linear):
+def _pass_on(linear: nn.Module) -> nn.Module:
     """The same weights in a layer that passes its input on."""
     # Built like any other and not converted: a module must be of the class that the table will make.
     kind = PassOnConv1D if isinstance(linear, Conv1D) else PassOnLinear
@@ -403,14 +423,14 @@ def _pass_on(linear):
     return passing
 
 
-def _narrow_module(merge, then):
+def _narrow_module(merge: Merge, then: Mapping[str, nn.Module]) -> NarrowFeedForward:
     """A narrow block in place of an own module, with what runs after it there."""
     block, layout, fit = merge.block, merge.block.layout, merge.fit
     _, act_name, act = native_activation(block)
-    names = {"up": layout.up, "activation": layout.activation, "down": layout.down}
+    names = {"up": layout.up, "activation": layout.activation_path, "down": layout.down}
     if layout.gate is not None:
         names = {"gate": layout.gate, **names}
-    standing = {**merge.linears, layout.activation: act}
-    children = {name: standing[name] for name in names.values() if name in standing} | then
+    standing: dict[str, nn.Module] = {**merge.linears, layout.activation_path: act}
+    children = {**{name: standing[name] for name in names.values() if name in standing}, **then}
     channels, count = _linear_channels(merge), len(fit.neurons)
     return NarrowFeedForward(children, names, block.in_features, channels, count, layout.gated, act_name)

@@ -4,6 +4,8 @@
 work offline, with `compute`, `add_batch`, `evaluate.combine` and `evaluate.evaluator`.
 """
 
+from typing import Any
+
 import datasets
 import evaluate
 import numpy as np
@@ -18,7 +20,7 @@ from .intervals import perplexity_interval as perplexity_interval
 class _OfflineMetric(evaluate.Metric):
     """Keeps what is added in memory: a metric that needs no Hub needs no cache folder either."""
 
-    def __init__(self, keep_in_memory=True, **kwargs):
+    def __init__(self, keep_in_memory: bool = True, **kwargs: Any) -> None:
         super().__init__(keep_in_memory=keep_in_memory, **kwargs)
 
 
@@ -35,7 +37,7 @@ class Accuracy(_OfflineMetric):
     ```
     """
 
-    def _info(self):
+    def _info(self) -> Any:
         return evaluate.MetricInfo(
             description="Share of predictions that equal the reference.",
             citation="",
@@ -45,7 +47,7 @@ class Accuracy(_OfflineMetric):
             ),
         )
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
 
 
@@ -61,7 +63,7 @@ class Perplexity(_OfflineMetric):
         references (`Sequence[int]`): How many tokens were predicted in each.
     """
 
-    def _info(self):
+    def _info(self) -> Any:
         return evaluate.MetricInfo(
             description="exp(total negative log-likelihood / number of tokens).",
             citation="",
@@ -71,5 +73,5 @@ class Perplexity(_OfflineMetric):
             ),
         )
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         return {"perplexity": float(np.exp(np.sum(predictions) / np.sum(references)))}

@@ -1,23 +1,28 @@
 """A model card made from what was measured; what was not is left out."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
 
 from ._version import __version__
 from .comparison import Comparison
-from .families import find_feed_forward_blocks
+from .families import FeedForwardBlock, find_feed_forward_blocks
 from .modeling_layercollapse import FORMAT_VERSION
 from .models import unwrap
 from .patching import layer_collapse_config_of
 from .reports import CollapseReport
 from .tables import markdown
 from .upstream import model_mapping
+
+
+if TYPE_CHECKING:
+    from .config import LayerCollapseConfig
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -100,7 +105,7 @@ def create_model_card(
     )
 
 
-def _check(report, comparison, compared_as):
+def _check(report: Any, comparison: Any, compared_as: Any) -> None:
     if report is not None and not isinstance(report, CollapseReport):
         raise TypeError(f"`report` must be a CollapseReport, got {type(report).__name__}.")
     if comparison is None:
@@ -112,7 +117,15 @@ def _check(report, comparison, compared_as):
         raise ValueError(f"The comparison has no model called {compared_as!r}, it has {names}: say `compared_as`.")
 
 
-def _metadata(model, comparison, compared_as, *, datasets, tags, **known):
+def _metadata(
+    model: PreTrainedModel,
+    comparison: Comparison | None,
+    compared_as: str | None,
+    *,
+    datasets: Any,
+    tags: Any,
+    **known: Any,
+) -> Any:
     """The head of the card, which the Hub reads."""
     from transformers.modelcard import TASK_MAPPING  # with the Trainer's arguments, and peft, behind it
 
@@ -130,7 +143,9 @@ def _metadata(model, comparison, compared_as, *, datasets, tags, **known):
     )
 
 
-def _of_model(model, blocks, report):
+def _of_model(
+    model: PreTrainedModel, blocks: Sequence[FeedForwardBlock], report: CollapseReport | None
+) -> dict[str, Any]:
     """What the template says of the model and its blocks."""
     return {
         "block_count": len(blocks),
@@ -145,7 +160,7 @@ def _of_model(model, blocks, report):
     }
 
 
-def _of_comparison(comparison):
+def _of_comparison(comparison: Comparison | None) -> dict[str, Any]:
     """What the template says of the model beside others."""
     return {
         "comparison": comparison,
@@ -154,13 +169,13 @@ def _of_comparison(comparison):
     }
 
 
-def _listed(value):
+def _listed(value: Any) -> Any:
     return [] if value is None else [value] if isinstance(value, str) else list(value)
 
 
-def _results(comparison, compared_as, task):
+def _results(comparison: Comparison | None, compared_as: str | None, task: Any) -> Any:
     """Entries of the `model-index`: only what names its data set and task."""
-    if comparison is None or comparison.data is None or task is None:
+    if comparison is None or compared_as is None or comparison.data is None or task is None:
         return None
     found = comparison[compared_as]
     return [
@@ -177,18 +192,18 @@ def _results(comparison, compared_as, task):
     ]
 
 
-def _data_name(data):
+def _data_name(data: Any) -> Any:
     """A name on the Hub as it is, of a local file its name alone."""
     return os.path.basename(os.path.normpath(data)) if os.path.exists(data) else data
 
 
-def _where(comparison):
+def _where(comparison: Comparison) -> str:
     parts = [_data_name(comparison.data)] if comparison.data is not None else []
     parts += [part for part in (comparison.data_config, comparison.split) if part is not None]
     return " ".join(parts)
 
 
-def _methods(report, config):
+def _methods(report: CollapseReport | None, config: "LayerCollapseConfig | None") -> Any:
     """Sentences on how blocks became what they are."""
     found = {block.method for block in report.blocks if block.outcome == "collapsed"} if report is not None else set()
     sentences = []
@@ -224,7 +239,7 @@ def _methods(report, config):
     return sentences
 
 
-def _block_rows(blocks, report):
+def _block_rows(blocks: Sequence[FeedForwardBlock], report: CollapseReport | None) -> list[Any]:
     reported = {} if report is None else {block.name: block for block in report.blocks}
     columns = ["block", "kind", "now", "parameters"]
     measured = {
@@ -251,11 +266,11 @@ def _block_rows(blocks, report):
     return rows
 
 
-def _scientific(value):
+def _scientific(value: float | None) -> str | None:
     return None if value is None else f"{value:.1e}"
 
 
-def _form(block, entry):
+def _form(block: FeedForwardBlock, entry: Any) -> str:
     if block.state != "collapsed":
         return block.state
     if block.can_collapse:

@@ -847,11 +847,7 @@ def validate_layer_collapse(layer_collapse):
 
 def _validate_entry(path, spec):
     entry = f"`layer_collapse.modules[{path!r}]`"
-    parts = path.split(".")
-    if len(parts) > MAX_DEPTH or not all(part.isidentifier() or part.isdigit() for part in parts):
-        raise ValueError(f"{entry}: this is not the path of a module.")
-    if any(part.startswith("_") for part in parts):
-        raise ValueError(f"{entry}: a path may not go through private attributes.")
+    _validate_path(entry, path)
     if not isinstance(spec, dict):
         raise ValueError(f"{entry}: expected an object, got {type(spec).__name__}.")
     kind = spec.get("type")
@@ -874,16 +870,29 @@ def _validate_entry(path, spec):
     if kind == "activation" and spec["alpha_shape"] not in ([1], [spec["width"]]):
         raise ValueError(f"{entry}: `alpha_shape` must be [1] or [{spec['width']}], got {spec['alpha_shape']}.")
     if kind == "narrow_ffn":
-        channels, width = spec["linear_channels"], spec.get("in_features", MAX_WIDTH)
-        if channels + spec["neurons"] < 1 or channels > width:
-            raise ValueError(
-                f"{entry}: `linear_channels` and `neurons` must not both be 0, and `linear_channels` is at most the "
-                f"input width; got {channels} and {spec['neurons']}."
-            )
-        if spec["part"] != "block" and spec["gated"]:
-            raise ValueError(f"{entry}: a gated block is replaced as a whole, by a 'block' part.")
-        if spec["part"] == "up" and channels != width:
-            raise ValueError(f"{entry}: an 'up' part passes its input on, so `linear_channels` must be {width}.")
+        _validate_narrow(entry, spec)
+
+
+def _validate_path(entry, path):
+    parts = path.split(".")
+    if len(parts) > MAX_DEPTH or not all(part.isidentifier() or part.isdigit() for part in parts):
+        raise ValueError(f"{entry}: this is not the path of a module.")
+    if any(part.startswith("_") for part in parts):
+        raise ValueError(f"{entry}: a path may not go through private attributes.")
+
+
+def _validate_narrow(entry, spec):
+    """What must hold of the values of a narrow_ffn together."""
+    channels, width = spec["linear_channels"], spec.get("in_features", MAX_WIDTH)
+    if channels + spec["neurons"] < 1 or channels > width:
+        raise ValueError(
+            f"{entry}: `linear_channels` and `neurons` must not both be 0, and `linear_channels` is at most the "
+            f"input width; got {channels} and {spec['neurons']}."
+        )
+    if spec["part"] != "block" and spec["gated"]:
+        raise ValueError(f"{entry}: a gated block is replaced as a whole, by a 'block' part.")
+    if spec["part"] == "up" and channels != width:
+        raise ValueError(f"{entry}: an 'up' part passes its input on, so `linear_channels` must be {width}.")
 
 
 def _child(module, name):
@@ -1008,20 +1017,28 @@ def _children_named(module, names, entry):
 
 
 def _build_narrow(entry, native, spec):
-    channels, neurons, gated = spec["linear_channels"], spec["neurons"], spec["gated"]
     if spec["part"] == "activation":
-        return NarrowActivation(native, channels, neurons, spec["act"])
+        return NarrowActivation(native, spec["linear_channels"], spec["neurons"], spec["act"])
     if spec["part"] == "up":
-        native_in, native_out = linear_shape(native, entry)
-        if spec["in_features"] != native_in or neurons > native_out:
-            raise ValueError(
-                f"{entry}: {neurons} neurons on {spec['in_features']} inputs do not fit in place of {native_in} -> "
-                f"{native_out}."
-            )
-        if isinstance(native, Conv1D):
-            return PassOnConv1D(neurons, native_in)
-        return PassOnLinear(native_in, neurons, bias=spec["bias"])
+        return _build_narrow_up(entry, native, spec)
+    return _build_narrow_block(entry, native, spec)
 
+
+def _build_narrow_up(entry, native, spec):
+    neurons = spec["neurons"]
+    native_in, native_out = linear_shape(native, entry)
+    if spec["in_features"] != native_in or neurons > native_out:
+        raise ValueError(
+            f"{entry}: {neurons} neurons on {spec['in_features']} inputs do not fit in place of {native_in} -> "
+            f"{native_out}."
+        )
+    if isinstance(native, Conv1D):
+        return PassOnConv1D(neurons, native_in)
+    return PassOnLinear(native_in, neurons, bias=spec["bias"])
+
+
+def _build_narrow_block(entry, native, spec):
+    channels, neurons, gated = spec["linear_channels"], spec["neurons"], spec["gated"]
     names = {part: spec[part] for part in ("gate", "up", "activation", "down") if spec[part] is not None}
     modules = _children_named(native, [*names.values(), *spec["then"]], entry)
     width, out = spec["in_features"], spec["out_features"]

@@ -61,7 +61,7 @@ def unwrap(model: Any, sharded: bool = False) -> tuple[Any, list[Any]]:
             model = held
 
 
-def _model_held(model):
+def _model_held(model: Any) -> Any:
     """The one transformers model that an object of sentence-transformers holds, with what wraps it there; `None` for
     anything else. Where there are several (behind a `Router`), their paths in the object tell them apart."""
     sentences = sentence_model(model)
@@ -101,7 +101,7 @@ def outputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
     return model(**inputs) if sentences is None else predicted(sentences, model, inputs)
 
 
-def _refuse_wrapped(module, which):
+def _refuse_wrapped(module: nn.Module, which: str) -> None:
     """Raises if the model, or a model inside of it, is wrapped in a way that it cannot be changed under."""
     kind = type(module)
     by_class = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -184,7 +184,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextlib.contextmanager
-def weights_present(modules):
+def weights_present(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Weights that accelerate's hooks keep elsewhere are in memory for a while, where these modules run. They are to
     be read, not changed."""
     with contextlib.ExitStack() as present:

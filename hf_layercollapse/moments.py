@@ -1,22 +1,22 @@
 """Sums over a block's tokens, never the tokens themselves, and the second moments that fits are made from."""
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import functional, processes
 
 
+if TYPE_CHECKING:
+    from .blocks import BoundBlock
+
+
 # Up to this many features float64 products cost next to nothing beside the model, and are used.
 NARROW_FEATURES = 256
-
-# A token whose output is longer than this many times the median counts less, so that its squared error weighs as much
-# as one at that length. Ordinary models have none; in decoders the first token's output is hundreds of times longer
-# and would decide the fit alone.
-OUTLIER_LENGTH = 8.0
 
 # Calibration tokens for each dimension that they span. Below the first a fit is one of noise (MiniLM with 1.14 of them
 # has an error of 1.2 on other text); from the second on, how many dimensions there are hardly matters.
@@ -53,22 +53,24 @@ class TokenRange:
 class RangeSums:
     """Collects the [`TokenRange`] of a block."""
 
-    def __init__(self):
-        self.tokens, self.sums, self.lengths = 0, None, []
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.sums: list[torch.Tensor | None] | None = None
+        self.lengths: list[torch.Tensor] = []
 
-    def add(self, x, y, h=None, factor=1.0):
+    def add(self, x: torch.Tensor, y: torch.Tensor, h: torch.Tensor | None = None, factor: float = 1.0) -> None:
         """Tokens of one call: input, output and all hidden neurons, shapes `(tokens, width)`."""
         if not x.shape[0]:
             return
         y = y.float() * factor
         sums = [None if part is None else part.float().sum(0) for part in (x, h, y)]
         if self.sums is not None:
-            sums = [None if a is None else a + b for a, b in zip(sums, self.sums, strict=True)]
+            sums = [None if a is None or b is None else a + b for a, b in zip(sums, self.sums, strict=True)]
         self.sums = sums
         self.lengths.append(torch.linalg.vector_norm(y, dim=1))
         self.tokens += x.shape[0]
 
-    def of_all_processes(self):
+    def of_all_processes(self) -> "RangeSums":
         """The sums over all processes."""
         whole, found = RangeSums(), processes.gathered((self.tokens, self.sums, self.lengths))
         for tokens, sums, lengths in found:
@@ -80,11 +82,11 @@ class RangeSums:
 
     def finish(self) -> TokenRange:
         """What was found."""
-        limit = OUTLIER_LENGTH * float(torch.cat(self.lengths).median())
+        limit = functional.OUTLIER_LENGTH * float(torch.cat(self.lengths).median())
         # Of tokens that are not finite the sums will tell.
         means: list[Any] = [
             None if total is None else torch.nan_to_num(total / self.tokens, posinf=0.0, neginf=0.0)
-            for total in self.sums
+            for total in self.sums or ()
         ]
         return TokenRange(limit if math.isfinite(limit) else 0.0, *means)
 
@@ -120,7 +122,7 @@ class BlockMoments:
     ridge: float = functional.RIDGE
 
     @property
-    def var_o(self):
+    def var_o(self) -> torch.Tensor:
         """Variance of each output, or without a constant term its mean square."""
         return self.cov_oo.diagonal().clamp_min(0)
 
@@ -137,7 +139,7 @@ class BlockMoments:
             cov = cov.addr(mean.to(cov), mean.to(cov), alpha=-1)
         return functional.effective_rank(cov) + (0 if exact else len(self.neurons))
 
-    def without_constant(self, in_place=False):
+    def without_constant(self, in_place: bool = False) -> "BlockMoments":
         """The same for fits that have no constant term: least squares through the origin.
 
         Args:
@@ -147,7 +149,7 @@ class BlockMoments:
         cov_ff, cov_fo, cov_oo = functional.about_origin(*moments, in_place=in_place)
         return replace(self, cov_ff=cov_ff, cov_fo=cov_fo, cov_oo=cov_oo, constant=False)
 
-    def restricted(self, positions, inputs=True):
+    def restricted(self, positions: Iterable[int], inputs: bool = True) -> "BlockMoments":
         """The same for the neurons at these positions of `neurons` only.
 
         Args:
@@ -167,7 +169,7 @@ class BlockMoments:
             cov_fo=self.cov_fo[keep],
         )
 
-    def coefficients(self, rank=None, neurons=None):
+    def coefficients(self, rank: int | None = None, neurons: int | None = None) -> float:
         """How many a fit has for each output: what it explains of its own data by chance grows with them.
 
         Args:
@@ -180,7 +182,7 @@ class BlockMoments:
             of_x = rank * (1 + (of_x - rank) / self.mean_o.shape[0])
         return int(self.constant) + min(of_x + neurons, self.dimensions)
 
-    def refuse_too_few(self):
+    def refuse_too_few(self) -> None:
         """Raises if the tokens do not determine a fit to all features.
 
         Raises:
@@ -200,7 +202,9 @@ class BlockMoments:
             "are needed, and several times that is better; rows that repeat others do not count."
         )
 
-    def fit(self, rank=None, refine=functional.REFINE, right_ri=None):
+    def fit(
+        self, rank: int | None = None, refine: int = functional.REFINE, right_ri: torch.Tensor | None = None
+    ) -> functional.Fit:
         """The least-squares [`functional.Fit`] on all features; its quality is that to expect on other data.
 
         Args:
@@ -238,14 +242,15 @@ class MomentSums:
         inputs (`bool`): Whether the block's input is among the features.
     """
 
-    def __init__(self, token_range, neurons, inputs=True):
+    def __init__(self, token_range: TokenRange, neurons: Sequence[int], inputs: bool = True) -> None:
         self.range, self.neurons, self.inputs = token_range, neurons, inputs
         self.tokens, self.total = 0, 0.0
-        self.everyone = bool(neurons) and neurons == list(range(len(token_range.origin_h)))
+        origin_h = token_range.origin_o[:0] if token_range.origin_h is None else token_range.origin_h
+        self.everyone = bool(neurons) and neurons == list(range(len(origin_h)))
         device = token_range.origin_o.device
         self.index = torch.as_tensor(neurons, dtype=torch.long, device=device)
         origins = [token_range.origin_x] if inputs else []
-        origins += [token_range.origin_h[self.index]] if neurons else []
+        origins += [origin_h[self.index]] if neurons else []
         features, outputs = sum(map(len, origins)), len(token_range.origin_o)
         dtype = torch.float64 if features <= NARROW_FEATURES else torch.float32
         self.origin_f = torch.cat([token_range.origin_o[:0], *origins]).to(dtype)
@@ -253,24 +258,23 @@ class MomentSums:
         sizes = [(features,), (outputs,), (features, features), (features, outputs), (outputs, outputs)]
         self.sums = [self.origin_f.new_zeros(size) for size in sizes]
 
-    def add(self, x, y, h=None, factor=1.0):
+    def add(self, x: torch.Tensor, y: torch.Tensor, h: torch.Tensor | None = None, factor: float = 1.0) -> None:
         """Tokens of one call: input, output and hidden neurons (all of them), shapes `(tokens, width)`."""
         step = CHUNK // max(1, len(self.origin_f))
         for start in range(0, x.shape[0], step):
             part = slice(start, start + step)
             self._add(x[part], y[part], None if h is None else h[part], factor)
 
-    def _add(self, x, y, h, factor):
+    def _add(self, x: torch.Tensor, y: torch.Tensor, h: torch.Tensor | None, factor: float) -> None:
         f, width = self.origin_f.new_empty(len(x), len(self.origin_f)), x.shape[1] if self.inputs else 0
         if self.inputs:
             torch.sub(x, self.origin_f[:width], out=f[:, :width])
-        if self.neurons:
+        if h is not None and self.neurons:
             chosen = h if self.everyone else h.index_select(1, self.index)
             torch.sub(chosen, self.origin_f[width:], out=f[:, width:])
         y = y.to(f.dtype) * factor
         lengths = torch.linalg.vector_norm(y, dim=1)
-        limit = self.range.limit
-        weights = limit / lengths.clamp_min(limit) if limit > 0 else torch.ones_like(lengths)
+        weights = functional.outlier_factors(lengths, self.range.limit)
         y -= self.origin_o
         if bool((weights < 1).any()):
             f *= weights[:, None]
@@ -284,7 +288,7 @@ class MomentSums:
         sum_f.addmv_(f.T, weights)
         sum_o.addmv_(y.T, weights)
 
-    def finish(self, block, rows) -> BlockMoments:
+    def finish(self, block: "BoundBlock", rows: int) -> BlockMoments:
         """The moments of a block over so many different rows, of all processes. The sums are used up.
 
         Raises:
@@ -299,7 +303,7 @@ class MomentSums:
         # No product is larger than the squares on the diagonals.
         if not all(torch.isfinite(tensor.diagonal()).all() for tensor in (sums[2], sums[4])):
             raise ValueError(not_finite(block))
-        self.sums = None
+        del self.sums
         mean_f, mean_o, cov_ff, cov_fo, cov_oo = functional.second_moments_(self.total, *sums)
         return BlockMoments(
             block.name,
@@ -317,7 +321,7 @@ class MomentSums:
         )
 
 
-def _add_products(total, rows):
+def _add_products(total: torch.Tensor, rows: torch.Tensor) -> None:
     """Adds `rows^T rows` to the upper triangle of a matrix, in strips: the rest is its mirror image."""
     strip = max(1, -(-rows.shape[1] // STRIPS))
     for start in range(0, rows.shape[1], strip):
@@ -325,18 +329,18 @@ def _add_products(total, rows):
         total[part, start:].addmm_(rows[:, part].T, rows[:, start:])
 
 
-def not_finite(block) -> str:
+def not_finite(block: "BoundBlock") -> str:
     """What to say of a block that is given such inputs."""
     return f"The calibration data gives inputs to block {block.name} that are not finite."
 
 
-def bytes_of_sums(block, candidates, inputs=True) -> int:
+def bytes_of_sums(block: "BoundBlock", candidates: int, inputs: bool = True) -> int:
     """Memory of one block's sums: `f^2 + f o + o^2` numbers, of `f` features."""
     features, outputs = (block.in_features if inputs else 0) + candidates, block.out_features
     return (8 if features <= NARROW_FEATURES else 4) * (features * (features + outputs) + outputs**2)
 
 
-def bytes_to_choose(block, candidates, inputs=True) -> int:
+def bytes_to_choose(block: "BoundBlock", candidates: int, inputs: bool = True) -> int:
     """Memory that choosing among so many neurons takes beside the sums, see [`functional.greedy_neurons`]."""
     width, outputs = block.in_features if inputs else 0, block.out_features
     strip = min(functional.STRIP, candidates)
@@ -345,7 +349,7 @@ def bytes_to_choose(block, candidates, inputs=True) -> int:
     return of_neurons + 8 * width * (3 * width + 3 * outputs + 6 * strip)
 
 
-def bytes_to_fit(block, neurons, inputs=True, low_rank=False) -> int:
+def bytes_to_fit(block: "BoundBlock", neurons: int, inputs: bool = True, low_rank: bool = False) -> int:
     """Memory that a fit with so many neurons takes beside the sums, see [`functional.fit_block`]."""
     features, outputs = (block.in_features if inputs else 0) + neurons, block.out_features
     solved = 8 * features * (2 * outputs + 5 * min(functional.STRIP, outputs)) + 16 * outputs**2

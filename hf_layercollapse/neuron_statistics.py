@@ -1,10 +1,20 @@
 """What single hidden neurons do, in one light pass: the lines of affine targets, and neurons by what a line leaves."""
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from . import functional, processes
-from .modeling_layercollapse import is_inplace
+from .modeling_layercollapse import CollapsibleActivation, is_inplace
 from .moments import not_finite
+
+
+if TYPE_CHECKING:
+    from .blocks import BoundBlock
+    from .calibration import Calibration
 
 
 # Tokens that the lines of affine targets need, five for each of two numbers. With 3 a block of MiniLM is off by 0.75
@@ -12,7 +22,9 @@ from .moments import not_finite
 LINE_TOKENS = 10
 
 
-def calibrate_affine_targets(engine, blocks, activations):
+def calibrate_affine_targets(
+    engine: "Calibration", blocks: "Sequence[BoundBlock]", activations: Mapping[str, CollapsibleActivation]
+) -> None:
     """Fits the line of each block's new activation (not yet in the model) to what the native one does.
 
     Args:
@@ -26,14 +38,14 @@ def calibrate_affine_targets(engine, blocks, activations):
 
     turns = Turns()
 
-    def observe(block, add):
+    def observe(block: "BoundBlock", add: Callable[..., None]) -> list[RemovableHandle]:
         # Not through `activation.act`: the native module would call this hook again.
         replacement = activations[block.name].replacement
 
         return around_activation(block, turns, add, replacement)
 
     sums = _neuron_sums(engine, blocks, observe)
-    fitted = {}
+    fitted: dict[str, tuple[torch.Tensor | None, torch.Tensor]] = {}
     for block in blocks:
         count, (z, zz, a, _, za) = sums[block.name]
         if count < LINE_TOKENS:
@@ -51,7 +63,7 @@ def calibrate_affine_targets(engine, blocks, activations):
         activations[name].offset.copy_(offset)
 
 
-def score_neurons(engine, blocks):
+def score_neurons(engine: "Calibration", blocks: "Sequence[BoundBlock]") -> dict[str, torch.Tensor]:
     """How much each hidden neuron does that a linear map cannot do for it, in one light pass.
 
     For a plain block the variance that a line through the neuron's pre-activation leaves unexplained, for a gated one
@@ -63,7 +75,7 @@ def score_neurons(engine, blocks):
 
     turns = Turns()
 
-    def observe(block, add):
+    def observe(block: "BoundBlock", add: Callable[..., None]) -> list[RemovableHandle]:
         if block.kind == "gated":
             return [block.down.register_forward_pre_hook(lambda module, args: add(args[0], args[0]))]
         return around_activation(block, turns, add)
@@ -86,15 +98,16 @@ class Turns:
     """Whose call of an activation it is, where one activation module serves several blocks: that of the block whose
     first linear ran last."""
 
-    def __init__(self):
-        self.begun = {}  # activation -> names of blocks whose first linear ran and whose activation did not yet
+    def __init__(self) -> None:
+        # Activation -> names of blocks whose first linear ran and whose activation did not yet.
+        self.begun: dict[nn.Module, list[str]] = {}
 
-    def announce(self, block):
+    def announce(self, block: "BoundBlock") -> RemovableHandle:
         """A hook that notes when the block's first linear has run."""
         begun = self.begun.setdefault(block.activation, [])
         return block.first.register_forward_hook(lambda *_: begun.append(block.name))
 
-    def is_of(self, block, activation):
+    def is_of(self, block: "BoundBlock", activation: nn.Module) -> bool:
         """Whether the call that runs now belongs to the block.
 
         Raises:
@@ -108,19 +121,21 @@ class Turns:
             )
         return names == [block.name]
 
-    def done(self, activation):
+    def done(self, activation: nn.Module) -> None:
         self.begun[activation].clear()
 
 
-def around_activation(block, turns, add, replacement=None):
+def around_activation(
+    block: "BoundBlock", turns: Turns, add: Callable[..., None], replacement: nn.Module | None = None
+) -> list[RemovableHandle]:
     """Hooks that call `add(input, output)` for the block's own calls of its activation."""
     inputs = []
 
-    def before(module, args):
+    def before(module: nn.Module, args: Any) -> None:
         if turns.is_of(block, module):
             inputs.append(args[0].clone() if is_inplace(module) else args[0])
 
-    def after(module, args, output):
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
         if inputs:
             turns.done(module)
             z = inputs.pop()
@@ -133,15 +148,17 @@ def around_activation(block, turns, add, replacement=None):
     ]
 
 
-def _neuron_sums(engine, blocks, observe):
+def _neuron_sums(
+    engine: "Calibration", blocks: "Sequence[BoundBlock]", observe: Callable[..., Iterable[RemovableHandle]]
+) -> dict[str, tuple[int, torch.Tensor]]:
     """Block name -> `(tokens, sums of z, z^2, a, a^2 and z a per neuron)`, where `observe(block, add)` makes the
     hooks that call `add(z, a)`."""
-    sums = {}
+    sums: dict[str, tuple[int, torch.Tensor]] = {}
 
-    def adder(block):
-        def add(z, a):
+    def adder(block: "BoundBlock") -> Callable[..., None]:
+        def add(z: torch.Tensor, a: torch.Tensor) -> None:
             z, a = engine.tokens.select(block, z, a)
-            count, total = sums.get(block.name, (0, 0.0))
+            count, total = sums.get(block.name, (0, z.new_zeros(())))
             # In pieces that stay in a CPU's cache.
             rows = max(1, 2**16 // z.shape[-1]) if z.device.type == "cpu" else max(1, z.shape[0])
             for z_part, a_part in zip(z.split(rows), a.split(rows), strict=True):
@@ -154,7 +171,7 @@ def _neuron_sums(engine, blocks, observe):
 
     engine.progress.expect(engine.rows.batches)
 
-    def hooks():
+    def hooks() -> list[RemovableHandle]:
         return [handle for block in blocks for handle in observe(block, adder(block))]
 
     engine.run("looking at neurons", hooks, blocks=blocks)
@@ -170,6 +187,6 @@ def _neuron_sums(engine, blocks, observe):
     return sums
 
 
-def _wide(tensor):
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
     # MPS has no float64.
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,7 +90,7 @@ class AlphaSteps:
         config: LayerCollapseConfig,
         strength: Callable[[], float],
         scheduled: bool = False,
-    ):
+    ) -> None:
         self.optimizer, self.alphas, self.config, self.strength = optimizer, alphas, config, strength
         self.taken = 0
         # While the optimizer steps: alphas and their gradients.
@@ -101,7 +102,7 @@ class AlphaSteps:
         optimizer.param_groups[0].setdefault("initial_lr", optimizer.param_groups[0]["lr"])
         self._join(scheduled)
 
-    def _join(self, scheduled):
+    def _join(self, scheduled: bool) -> None:
         if scheduled:
             found = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
             self.optimizer.param_groups[-1]["params"].extend(a for a in self.alphas if id(a) not in found)
@@ -163,7 +164,7 @@ class AlphaSteps:
         initial = float(first["initial_lr"])
         return self.config.alpha_learning_rate * (float(first["lr"]) / initial if initial else 0.0)
 
-    def _hide(self, optimizer, args, kwargs):
+    def _hide(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         # Every optimizer passes over parameters without a gradient. The hooks run once more where a subclass's `step`
         # calls its parent's; by then nothing is left to hide.
         hidden = [(alpha, alpha.grad) for alpha in self.alphas if alpha.grad is not None]
@@ -172,7 +173,7 @@ class AlphaSteps:
         for alpha, _ in hidden:
             alpha.grad = None
 
-    def _show_and_step(self, optimizer, args, kwargs):
+    def _show_and_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if self._hidden is None:
             return
         hidden, self._hidden = self._hidden, None
@@ -181,7 +182,7 @@ class AlphaSteps:
         if not self._resting:
             self._step_all()
 
-    def _step_all(self):
+    def _step_all(self) -> None:
         driven = [alpha for alpha in self.alphas if alpha.requires_grad]
         if driven:
             with torch.enable_grad():
@@ -190,7 +191,7 @@ class AlphaSteps:
                 self._note(_step(alpha, gradient, self.learning_rate))
         self.taken += 1
 
-    def _note(self, not_finite):
+    def _note(self, not_finite: torch.Tensor) -> None:
         known = self._not_finite
         self._not_finite = not_finite if known is None else known | not_finite.to(known.device)
 
@@ -212,11 +213,17 @@ class AlphaStepsApart(AlphaSteps):
         optimizer, alphas, config, strength: As of [`AlphaSteps`].
     """
 
-    def __init__(self, optimizer, alphas, config, strength):
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        alphas: list[nn.Parameter],
+        config: LayerCollapseConfig,
+        strength: Callable[[], float],
+    ) -> None:
         super().__init__(optimizer, alphas, config, strength)
         self._values = [alpha.detach().clone() for alpha in alphas]
 
-    def _join(self, scheduled):
+    def _join(self, scheduled: bool) -> None:
         _take_out(self.optimizer, self.alphas)
 
     def restore(self) -> None:
@@ -232,7 +239,7 @@ class AlphaStepsApart(AlphaSteps):
 
 
 @torch.no_grad()
-def _step(alpha, gradient, learning_rate):
+def _step(alpha: torch.Tensor, gradient: torch.Tensor, learning_rate: float) -> torch.Tensor:
     """Takes one step in place, by the penalty's gradient and the task's, where that is finite.
 
     Returns:
@@ -245,14 +252,14 @@ def _step(alpha, gradient, learning_rate):
     return ~finite.all()
 
 
-def _take_out(optimizer, parameters):
+def _take_out(optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
     ours = {id(parameter) for parameter in parameters}
     for group in optimizer.param_groups:
         group["params"][:] = [parameter for parameter in group["params"] if id(parameter) not in ours]
 
 
 @contextlib.contextmanager
-def _groups_without(optimizer, parameters):
+def _groups_without(optimizer: Any, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """The optimizer without some of its parameters, and without groups that hold nothing else."""
     ours, groups = {id(parameter) for parameter in parameters}, optimizer.param_groups
     held = [[parameter for parameter in group["params"] if id(parameter) in ours] for group in groups]
@@ -355,15 +362,16 @@ def exchange_parameters(
             optimizer.state.pop(parameter, None)
 
 
-def _new_beside_trained(before, after, held):
+def _new_beside_trained(before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter], held: Any) -> list[Any]:
     """Parameters under names that are new, where the optimizer trains something of the module around them."""
 
-    def is_trained(name):
+    def is_trained(name: str) -> bool:
         while name:
             name = name.rpartition(".")[0]
             beside = [parameter for other, parameter in before.items() if other.startswith(f"{name}.") or not name]
             if beside:
                 return any(id(parameter) in held for parameter in beside)
+        return False
 
     return [p for name, p in after.items() if name not in before and p.requires_grad and is_trained(name)]
 
@@ -388,7 +396,8 @@ def replicate_alphas(alphas: Iterable[nn.Parameter]) -> list[RemovableHandle]:
     return [alpha.register_post_accumulate_grad_hook(_average_gradient) for alpha in alphas]
 
 
-def _average_gradient(alpha):
+def _average_gradient(alpha: nn.Parameter) -> None:
+    assert alpha.grad is not None, "the hook of a gradient that is there"
     dist.all_reduce(alpha.grad)  # gloo knows no mean
     alpha.grad /= dist.get_world_size()
 
@@ -396,7 +405,7 @@ def _average_gradient(alpha):
 class TaskParameters:
     """Stands in for a model where nothing but `parameters()` is asked for: all but the alphas."""
 
-    def __init__(self, model, alphas):
+    def __init__(self, model: nn.Module, alphas: list[nn.Parameter]) -> None:
         self._model, self._alphas = model, {id(alpha) for alpha in alphas}
 
     def parameters(self) -> Iterator[nn.Parameter]:

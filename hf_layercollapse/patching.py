@@ -1,6 +1,6 @@
 """Dense <-> patched: exchanging the activation module of a block, and nothing else."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -93,7 +93,7 @@ def apply_layer_collapse(
             calibrate_affine_targets(engine, chosen, activations)
 
     for block in chosen:
-        block.exchange(block.layout.activation, activations[block.name].train(block.module.training))
+        block.exchange(block.layout.activation_path, activations[block.name].train(block.module.training))
     refresh_layer_collapse(inner, replace(config, blocks=[block.name for block in chosen]), wrappers)
     return model
 
@@ -112,7 +112,7 @@ def refuse_budget_in(config: LayerCollapseConfig | None) -> None:
         )
 
 
-def _blocks_to_patch(chosen, config):
+def _blocks_to_patch(chosen: Sequence[BoundBlock], config: LayerCollapseConfig) -> list[BoundBlock]:
     """The chosen blocks that are not collapsed; raises where none is left, or one was asked for by name."""
     collapsed = [block.name for block in chosen if not block.can_collapse]
     if collapsed and config.blocks != "all":
@@ -123,7 +123,7 @@ def _blocks_to_patch(chosen, config):
     return remaining
 
 
-def _activation_for(block, config):
+def _activation_for(block: BoundBlock, config: LayerCollapseConfig) -> CollapsibleActivation:
     """The activation with an alpha that is to stand in a block."""
     activation = CollapsibleActivation(
         block.activation,
@@ -180,16 +180,18 @@ def patch_or_check(model: nn.Module, config: LayerCollapseConfig, calibration_da
     record_options(inner, config)
 
 
-def _patch_differences(blocks, activations, config):
+def _patch_differences(
+    blocks: Sequence[BoundBlock], activations: Collection[CollapsibleActivation], config: LayerCollapseConfig
+) -> list[str]:
     differences = []
     for option, found in (
         ("linear_target", {activation.linear_target for activation in activations}),
         ("granularity", {activation.granularity for activation in activations}),
         ("activation", {activation.act_name for activation in activations}),
     ):
-        wanted = getattr(config, option)
-        if found != {wanted}:
-            differences.append(f"`{option}`: {wanted!r} in the config, {' and '.join(map(repr, sorted(found)))} here")
+        asked = getattr(config, option)
+        if found != {asked}:
+            differences.append(f"`{option}`: {asked!r} in the config, {' and '.join(map(repr, sorted(found)))} here")
     ours = {id(activation) for activation in activations}
     remaining = [block for block in blocks if block.state != "collapsed"]
     patched = [block.name for block in remaining if any(id(module) in ours for module in block.activation.modules())]
@@ -227,7 +229,7 @@ def remove_layer_collapse(model: ModelT) -> ModelT:
 def restore_blocks(blocks: Iterable[Any]) -> None:
     """Puts the native activation back into patched blocks."""
     for block in blocks:
-        block.exchange(block.layout.activation, block.activation.native.train(block.activation.training))
+        block.exchange(block.layout.activation_path, block.activation.native.train(block.activation.training))
 
 
 def collapsible_activations(model: nn.Module) -> dict[str, CollapsibleActivation]:
@@ -300,10 +302,10 @@ def layer_collapse_config_of(model: nn.Module) -> LayerCollapseConfig | None:
     return LayerCollapseConfig.from_dict({**chosen, "blocks": names or "all"})
 
 
-def _options_of(config, carrier):
+def _options_of(config: LayerCollapseConfig, carrier: str) -> dict[str, Any]:
     """Options as a carrier of this name records them: its own blocks, by the names that they have in it."""
     prefix = f"{carrier}." if carrier else ""
-    names = [block.removeprefix(prefix) for block in config.blocks if block.startswith(prefix)]
+    names = [str(block).removeprefix(prefix) for block in config.blocks if str(block).startswith(prefix)]
     return {**config.to_dict(), "blocks": names}
 
 
@@ -336,12 +338,13 @@ def take_shapes(model: nn.Module, tables: dict[str, dict]) -> None:
             set_layer_collapse(carrier, layer_collapse, [*wrappers, *_adapters_around(carrier, inner)])
 
 
-def _take_shape(carrier, table):
+def _take_shape(carrier: PreTrainedModel, table: dict[str, Any]) -> None:
     known = {id(parameter) for parameter in carrier.parameters()}
     native = [(name, module) for _, name, module, _ in resolve_table(carrier, table)]
     apply_table(carrier, table)
     for name, before in native:
-        like, module = next(before.parameters(), None), carrier.get_submodule(name)
+        like: Any = next(before.parameters(), None)
+        module = carrier.get_submodule(name)
         for parameter in module.parameters():
             if id(parameter) not in known:
                 parameter.data = parameter.data.to(like)
@@ -391,56 +394,59 @@ def refresh_layer_collapse(
                     break
 
 
-def _adapters_around(carrier, inner):
+def _adapters_around(carrier: nn.Module, inner: Any) -> list[nn.Module]:
     """PeftModels inside a module that hold one of its carriers."""
     return [module for module in inner.modules() if is_peft_model(module) and carrier in module.modules()]
 
 
-def _table_in(layer_collapse):
+def _table_in(layer_collapse: dict[str, Any] | None) -> dict[str, Any] | None:
     return layer_collapse["modules"] if layer_collapse else None
 
 
-def _described(model, carrier, config, default, replaced):
+def _described(
+    model: PreTrainedModel,
+    carrier: str,
+    config: LayerCollapseConfig | None,
+    default: LayerCollapseConfig | None,
+    replaced: Sequence[tuple[str, dict[str, Any]]],
+) -> dict[str, Any] | None:
     """What the config of the carrier of this name has to say of its modules as they are now; `None` if it is dense."""
     stored = model.config.__dict__.get("layer_collapse") or {}
-    options = stored.get("options", {})
-    prefix = base_model_prefix_of(model)
     table = {path: spec for path, spec in stored.get("modules", {}).items() if spec["type"] != "activation"}
     if not isinstance(model, LayerCollapseModelMixin):
         table = standing(model, table)
-    from_parts = []
-    for name, part in model.named_modules():
-        if part is not model and isinstance(part, LayerCollapseModelMixin):
-            options = options or part.config.layer_collapse.get("options", {})
-            from_parts += [(f"{name}.{path}", spec) for path, spec in replaced_modules(part)]
-    if config is not None or (default is not None and not options):
-        options = _options_of(config or default, carrier)
-
-    def entry(name, spec):
-        return (name[len(prefix) :], spec) if name.startswith(prefix) else (name, {**spec, "scope": "model"})
-
-    def add(name, spec):
-        path, spec = entry(name, spec)
-        table[path] = spec
-
-    for name, spec in from_parts:
-        add(name, {key: value for key, value in spec.items() if key != "scope"})
-    for name, activation in collapsible_activations(model).items():
-        add(name, activation.spec)
+    inside = [
+        (name, part)
+        for name, part in model.named_modules()
+        if part is not model and isinstance(part, LayerCollapseModelMixin)
+    ]
+    options = stored.get("options", {})
+    for _, part in inside:
+        options = options or part.config.layer_collapse.get("options", {})
+    recorded = config or (None if options else default)
+    if recorded is not None:
+        options = _options_of(recorded, carrier)
+    of_parts = [(f"{name}.{path}", spec) for name, part in inside for path, spec in replaced_modules(part)]
+    added = [(name, {key: value for key, value in spec.items() if key != "scope"}) for name, spec in of_parts]
+    added += [(name, activation.spec) for name, activation in collapsible_activations(model).items()]
+    prefix = base_model_prefix_of(model)
+    table |= dict(_entry(prefix, name, spec) for name, spec in added)
     # What was narrowed before may lie inside what is replaced as a whole now.
-    gone = {entry(name, spec)[0] for name, spec in replaced}
-    for path in list(table):
-        if gone.intersection(_and_above(path)):
-            del table[path]
-    for name, spec in replaced:
-        add(name, spec)
+    gone = {_entry(prefix, name, spec)[0] for name, spec in replaced}
+    table = {path: spec for path, spec in table.items() if not gone.intersection(_and_above(path))}
+    table |= dict(_entry(prefix, name, spec) for name, spec in replaced)
     if not table:
         return None
     layer_collapse = {"version": FORMAT_VERSION, "options": options, "modules": table}
     return {**layer_collapse, "part": stored["part"]} if "part" in stored else layer_collapse
 
 
-def _and_above(path):
+def _entry(prefix: str, name: str, spec: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A module of a model as its table has it: by its path in the base model, or with the scope of the model."""
+    return (name[len(prefix) :], spec) if name.startswith(prefix) else (name, {**spec, "scope": "model"})
+
+
+def _and_above(path: str) -> list[str]:
     """A path and those of the modules around it."""
     parts = path.split(".")
     return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]

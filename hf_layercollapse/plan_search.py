@@ -3,26 +3,44 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import nn
 
 from . import functional, processes
-from .block_sizes import RANK_SHARES, alike, allocations, any_fit, fit_size, rank_of, sizes_of, worth_having
+from .block_sizes import (
+    RANK_SHARES,
+    BlockSize,
+    BlockSizes,
+    alike,
+    allocations,
+    any_fit,
+    fit_size,
+    rank_of,
+    sizes_of,
+    worth_having,
+)
 from .budgets import limit_of
 from .forward_passes import lean
-from .loss_metric import measure_metrics
-from .merging import Trial, cost_of, has_constant, is_possible, make_merge, parameters_of, stored_neurons
+from .loss_metric import LossMetric, MetricReport, measure_metrics
+from .merging import Merge, Trial, cost_of, has_constant, is_possible, make_merge, parameters_of, stored_neurons
 from .models import device_of, evaluating, inputs_of, outputs_of
-from .moments import bytes_of_sums, bytes_to_choose, bytes_to_fit
+from .moments import BlockMoments, bytes_of_sums, bytes_to_choose, bytes_to_fit
 from .plans import CollapsePlan, PlanPoint, key_of
 from .predictions import predictions_of, without_labels
-from .profiling import compare_latency
+from .profiling import Latency, compare_latency
 from .progress import Progress
 from .sentence_models import sentence_model
-from .shape_times import measure_shapes
+from .shape_times import ShapeTimes, measure_shapes
+
+
+if TYPE_CHECKING:
+    from .blocks import BoundBlock
+    from .calibration import Calibration
 
 
 # Shares of the feed-forward weights at which the curve of plans has a point, beside the budget's own.
@@ -50,6 +68,12 @@ class Candidate:
     name: str
     sizes: dict
     score: float | None = None
+
+    @property
+    def measured(self) -> float:
+        """The score of one that was measured."""
+        assert self.score is not None, "what is compared was measured"
+        return self.score
 
 
 class Score(NamedTuple):
@@ -83,7 +107,7 @@ class PlanOptions:
     points: Sequence[float] | None
     whole_curve: bool
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.uniform_width and self.rank_shares is not RANK_SHARES:
             raise ValueError("`uniform_width` leaves no linear part: leave `rank_shares` out.")
         object.__setattr__(self, "rank_shares", (0.0,) if self.uniform_width else tuple(self.rank_shares))
@@ -112,21 +136,30 @@ class Search:
         options ([`PlanOptions`]): What is asked for.
     """
 
-    def __init__(self, engine, blocks, whole, held, score, options):
+    def __init__(
+        self,
+        engine: "Calibration",
+        blocks: "Sequence[BoundBlock]",
+        whole: Mapping[str, int],
+        held: list[dict[str, Any]],
+        score: Score,
+        options: PlanOptions,
+    ) -> None:
         self.engine, self.model, self.inner, self.held = engine, engine.model, engine.inner, held
         self.blocks = {block.name: block for block in blocks}
         self.score, self.options = score, options
         self.of_model, self.fixed_macs = whole, whole["macs"] - sum(block.macs for block in blocks)
         # Of the loss; a block without an entry goes by its share left unexplained.
-        self.metrics, self.metric_report = {}, None
+        self.metrics: dict[str, LossMetric] = {}
+        self.metric_report: MetricReport | None = None
         # Without adapters and compilation, but with what an object of sentence-transformers does beside its model.
         sentences = sentence_model(engine.model)
         self.timed = engine.inner if sentences is None else sentences
-        self.sizes = {}
+        self.sizes: dict[str, BlockSizes] = {}
 
     # ---- What each size is expected to lose ----
 
-    def look(self):
+    def look(self) -> None:
         """Measures what outputs matter, then every size of every block: passes over the data, as many as the memory
         needs."""
         self.metrics, self.metric_report = measure_metrics(self.engine, list(self.blocks.values()))
@@ -135,7 +168,7 @@ class Search:
         with_inputs = any(share != 0 for share in options.rank_shares)
         blocks = list(self.blocks.values())
 
-        def sizes(block, moments):
+        def sizes(block: "BoundBlock", moments: BlockMoments) -> BlockSizes:
             return sizes_of(block, moments, self.metrics.get(block.name), *how)
 
         # Beside the choice there are the moments about the origin, and with outputs in the metric.
@@ -149,41 +182,41 @@ class Search:
 
     # ---- Plans ----
 
-    def dense(self):
+    def dense(self) -> Candidate:
         """The model as it is."""
         sizes = {name: found.dense for name, found in self.sizes.items()}
         return replace(Candidate(DENSE, sizes), score=self.score.of(self.inner, [[]], self.held)[0])
 
-    def curve(self, budget, best=()):
+    def curve(self, budget: Mapping[str, float], best: Iterable[tuple[float, Candidate]] = ()) -> list[Candidate]:
         """The best plans at evenly spaced shares of the blocks' weights and at the budget, from large to small.
 
         Args:
             best (`Sequence[tuple[float, Candidate]]`): What is best at further shares, measured before.
         """
         unit, whole = _unit(budget), self.whole(_unit(budget))
-        limits = {limit_of(part / EVEN_POINTS, whole) for part in range(1, EVEN_POINTS)}
+        wanted = {limit_of(part / EVEN_POINTS, whole) for part in range(1, EVEN_POINTS)}
         if room := self.room(budget):
-            limits.add(room)
+            wanted.add(room)
         known = {limit_of(share, whole): candidate for share, candidate in best}
-        limits = sorted(limits - known.keys(), reverse=True)
+        limits = sorted(wanted - known.keys(), reverse=True)
         choice = {name: found.worth_having for name, found in self.sizes.items()}
         for limit, sizes in zip(limits, allocations(choice, limits, unit), strict=True):
             if sizes is not None:
                 known[limit] = Candidate(PLANNED, sizes)
         return [known[limit] for limit in sorted(known, reverse=True)]
 
-    def whole(self, unit):
+    def whole(self, unit: str) -> int:
         """What the blocks have now, in `"macs"` or `"parameters"`."""
         return sum(found.dense.amount(unit) for found in self.sizes.values())
 
-    def room(self, budget):
+    def room(self, budget: Mapping[str, float]) -> int | None:
         """What the blocks may have of a budget of parameters or MACs; `None` for another budget."""
         ((unit, value),) = budget.items()
         if unit not in ("parameters", "macs"):
             return None
         return room_of(unit, value, self.of_model, self.blocks.values())
 
-    def candidates(self, room, unit):
+    def candidates(self, room: float, unit: str) -> list[Candidate]:
         """What is measured at one size: the plan, and what it has to beat.
 
         Args:
@@ -204,22 +237,22 @@ class Search:
             raise ValueError(f"{room:,.0f} {unit} for the chosen blocks cannot be met with sizes of these ranks.")
         return candidates
 
-    def best(self, candidates):
+    def best(self, candidates: Iterable[Candidate]) -> Candidate:
         """The candidate with the best score."""
-        return min(candidates, key=lambda candidate: self.score.sign * candidate.score)
+        return min(candidates, key=lambda candidate: self.score.sign * candidate.measured)
 
-    def of_widths(self, counts):
+    def of_widths(self, counts: "Mapping[BoundBlock, int]") -> Candidate:
         """A candidate in which blocks keep so many neurons, and no linear map (`dict[FeedForwardBlock, int]`)."""
         sizes = {name: found.dense for name, found in self.sizes.items()}
         return Candidate(ONE_WIDTH, {**sizes, **{b.name: self.sizes[b.name].at(0, n) for b, n in counts.items()}})
 
-    def largest_within(self, curve, budget):
+    def largest_within(self, curve: Sequence[Candidate], budget: Mapping[str, float]) -> Candidate:
         """The largest of these candidates that meets a budget of size."""
         room, unit = self.room(budget), _unit(budget)
         amounts = [sum(size.amount(unit) for size in candidate.sizes.values()) for candidate in curve]
         return max((pair for pair in zip(amounts, curve, strict=True) if pair[0] <= room), key=lambda pair: pair[0])[1]
 
-    def point(self, candidate):
+    def point(self, candidate: Candidate) -> PlanPoint:
         """A candidate as a point of a curve."""
         sizes = candidate.sizes
         choices = {name: (size.rank, size.count) for name, size in sizes.items() if not size.as_it_is}
@@ -235,7 +268,7 @@ class Search:
             candidate.name,
         )
 
-    def neurons(self):
+    def neurons(self) -> dict[str, dict[str, list[int]]]:
         """Block name -> rank (as text) -> neurons in the order of their use."""
         return {
             name: {key_of(rank): order for rank, order in found.neurons.items()} for name, found in self.sizes.items()
@@ -243,10 +276,10 @@ class Search:
 
     # ---- What they do ----
 
-    def measured(self, candidates):
+    def measured(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The candidates with their scores, each fitted and put in place for a while: as many at a time as fit half of
         the memory."""
-        scored = []
+        scored: list[Candidate] = []
         while len(scored) < len(candidates):
             part = self._next_of(candidates[len(scored) :])
             merges = self._merges([candidate.sizes for candidate in part])
@@ -255,10 +288,11 @@ class Search:
             scored += [replace(candidate, score=score) for candidate, score in zip(part, scores, strict=True)]
         return scored
 
-    def _next_of(self, candidates):
+    def _next_of(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The first of these candidates, at least one, whose new weights fit half of the memory."""
         device = device_of(next(iter(self.blocks.values())).down)
-        room, part = self.engine.room(device) // 2, []
+        room = self.engine.room(device) // 2
+        part: list[Candidate] = []
         for candidate in candidates:
             room -= sum(
                 size.parameters * self.blocks[name].down.weight.element_size()
@@ -270,14 +304,14 @@ class Search:
             part.append(candidate)
         return part
 
-    def all_measured(self, candidates):
+    def all_measured(self, candidates: Mapping[Any, Sequence[Candidate]]) -> dict[Any, list[Candidate]]:
         """The same for a dict of lists of them, in one pass over the data."""
         scored = iter(self.measured([candidate for found in candidates.values() for candidate in found]))
         return {key: [next(scored) for _ in found] for key, found in candidates.items()}
 
-    def _merges(self, plans):
+    def _merges(self, plans: Iterable[Mapping[str, BlockSize]]) -> dict[tuple[str, int | None, int], Merge]:
         """`(block name, rank, count)` -> what the block becomes, for all sizes in these plans."""
-        wanted = {}
+        wanted: dict[str, set[tuple[int | None, int]]] = {}
         for plan in plans:
             for name, rank, count in _keys(plan):
                 wanted.setdefault(name, set()).add((rank, count))
@@ -289,7 +323,7 @@ class Search:
             working[name] = max(bytes_to_fit(block, count, rank != 0, bool(rank)) for rank, count in sizes)
             kept[name] = sum(found.at(*size).parameters for size in sizes) * block.down.weight.element_size()
 
-        def merges(block, moments):
+        def merges(block: "BoundBlock", moments: BlockMoments) -> dict[tuple[str, int | None, int], Merge]:
             position = {neuron: index for index, neuron in enumerate(moments.neurons)}
             found = {}
             for rank, count in wanted[block.name]:
@@ -300,27 +334,24 @@ class Search:
             return found
 
         blocks = [self.blocks[name] for name in wanted]
-        found = self.engine.reduce(blocks, neurons, merges, inputs, working, kept)
-        return {key: merge for of_block in found.values() for key, merge in of_block.items()}
+        made = self.engine.reduce(blocks, neurons, merges, inputs, working, kept)
+        return {key: merge for of_block in made.values() for key, merge in of_block.items()}
 
     # ---- Time ----
 
-    def shape_times(self, batch):
+    def shape_times(self, batch: Mapping[str, Any]) -> ShapeTimes:
         """Seconds of every block at every size, on one batch."""
         how = self.options.rank_shares, self.options.multiple_of, self.options.constant_term
         return processes.of_the_first(measure_shapes(self.model, self.inner, list(self.blocks.values()), batch, *how))
 
-    def quickest(self, times, room):
+    def quickest(self, times: ShapeTimes, room: float) -> Candidate | None:
         """What is expected to lose least of all that takes no longer; `None` where nothing is so quick.
 
         Args:
             times ([`ShapeTimes`]): Of the blocks.
             room (`float`): Seconds that they may take together.
         """
-        rows = {
-            name: worth_having(found.choice, lambda size, name=name: times.of(name, size))
-            for name, found in self.sizes.items()
-        }
+        rows = {name: worth_having(found.choice, partial(times.of, name)) for name, found in self.sizes.items()}
         costs = [[(times.of(name, size), size.loss) for size in sizes] for name, sizes in rows.items()]
         (chosen,) = functional.allocate(costs, [room]) if room > 0 else [None]
         if chosen is None:
@@ -329,7 +360,9 @@ class Search:
             PLANNED, {name: sizes[index] for (name, sizes), index in zip(rows.items(), chosen, strict=True)}
         )
 
-    def latency_of(self, chosen, batch, dense):
+    def latency_of(
+        self, chosen: Mapping[str, BlockSize], batch: Mapping[str, Any], dense: nn.Module
+    ) -> dict[str, Latency]:
         """[`profiling.Latency`] of the model with these sizes, relative to `dense`, a copy of it as it is. What the
         weights are does not matter, so none are fitted."""
         changed = [(self.blocks[name], size) for name, size in chosen.items() if not size.as_it_is]
@@ -343,12 +376,18 @@ class Search:
         return processes.of_the_first(found)
 
 
-def _keys(sizes):
+def _keys(sizes: Mapping[str, BlockSize]) -> list[tuple[str, int | None, int]]:
     return [(name, size.rank, size.count) for name, size in sizes.items() if not size.as_it_is]
 
 
 @torch.no_grad()
-def divergences(model, inner, plans, data, progress=None):
+def divergences(
+    model: nn.Module,
+    inner: Any,
+    plans: Sequence[Sequence[Merge]],
+    data: Sequence[Mapping[str, Any]],
+    progress: Progress | None = None,
+) -> list[float]:
     """Mean divergence of the model's predictions from its own, for each of several plans put in place in turn.
 
     Every batch is run as it is and with each plan before the next one, so that one batch of outputs is held.
@@ -393,7 +432,14 @@ def divergences(model, inner, plans, data, progress=None):
     return [total / count for total in sums]
 
 
-def metric_scores(model, inner, plans, data, metric, progress=None):
+def metric_scores(
+    model: nn.Module,
+    inner: Any,
+    plans: Sequence[Sequence[Merge]],
+    data: Sequence[Mapping[str, Any]],
+    metric: Callable[[nn.Module], float],
+    progress: Progress | None = None,
+) -> list[float]:
     """`metric(model)` with each of several plans put in place in turn; what it is measured on, it knows itself."""
     scores = []
     for merges in plans:
@@ -406,17 +452,17 @@ def metric_scores(model, inner, plans, data, metric, progress=None):
     return scores
 
 
-def _unit(budget):
+def _unit(budget: Mapping[str, float]) -> str:
     return "parameters" if "parameters" in budget else "macs"
 
 
-def room_of(unit, value, whole, blocks):
+def room_of(unit: str, value: float, whole: Mapping[str, int], blocks: "Iterable[BoundBlock]") -> int:
     """What these blocks may have of a budget of parameters of the model, or of MACs of its feed-forward blocks."""
     ours = sum(block.parameters if unit == "parameters" else block.macs for block in blocks)
     return limit_of(value, whole[unit]) - (whole[unit] - ours)
 
 
-def refuse_unreachable(whole, blocks, options):
+def refuse_unreachable(whole: Mapping[str, int], blocks: "Sequence[BoundBlock]", options: PlanOptions) -> None:
     """Raises if even the smallest size of every block is above a budget; asks no data.
 
     Raises:
@@ -427,8 +473,8 @@ def refuse_unreachable(whole, blocks, options):
     ((unit, value),) = options.budget.items()
     smallest = 0
     for block in blocks:
-        ranks = {rank_of(block, share, options.multiple_of) for share in options.rank_shares}
-        ranks = [rank for rank in ranks if is_possible(block, rank, stored_neurons(rank, 0))] or [None]
+        wanted = {rank_of(block, share, options.multiple_of) for share in options.rank_shares}
+        ranks = [rank for rank in wanted if is_possible(block, rank, stored_neurons(rank, 0))] or [None]
         if unit == "macs":
             sizes = [cost_of(block, rank, stored_neurons(rank, 0)) for rank in ranks]
         else:
@@ -442,7 +488,9 @@ def refuse_unreachable(whole, blocks, options):
         )
 
 
-def within_latency(search, batch, share, widths=()):
+def within_latency(
+    search: Search, batch: Mapping[str, Any], share: float, widths: Sequence[Candidate] = ()
+) -> tuple[list[Candidate], float | None]:
     """`([the plan, measured], its share of the dense model's time)`: what is expected to lose least within the time
     that a table of shapes says, put in place and timed; if it is too slow after all, with less room.
 
@@ -458,7 +506,7 @@ def within_latency(search, batch, share, widths=()):
     as_it_is = {name: found.dense for name, found in search.sizes.items()}
     whole = search.latency_of(as_it_is, batch, dense)["dense"].median
 
-    def propose(room):
+    def propose(room: float) -> Candidate | None:
         if not widths:
             return search.quickest(times, room)
         return next((candidate for candidate in widths if times.all(candidate.sizes) <= room), None)
@@ -476,7 +524,14 @@ def within_latency(search, batch, share, widths=()):
     return search.measured([candidate]), measured
 
 
-def first_that_holds(propose, measure, share, room, whole, tries=LATENCY_TRIES):
+def first_that_holds(
+    propose: Callable[[float], Candidate | None],
+    measure: Callable[[Candidate], float],
+    share: float,
+    room: float,
+    whole: float,
+    tries: int = LATENCY_TRIES,
+) -> tuple[Candidate | None, float | None]:
     """`(candidate, what was measured)`: proposals with less and less room, until one takes no more than its share.
 
     Args:
@@ -498,20 +553,20 @@ def first_that_holds(propose, measure, share, room, whole, tries=LATENCY_TRIES):
     return None, measured
 
 
-def within_drop(search, curve, drop):
+def within_drop(search: Search, curve: Sequence[Candidate], drop: float) -> list[Candidate]:
     """The smallest plan of a curve that loses no more than the drop from its first point, measured, in a list."""
     seen = {0: curve[0]}
 
-    def too_much(index):
+    def too_much(index: int) -> bool:
         if index not in seen:
             (seen[index],) = search.measured([curve[index]])
-        return search.score.sign * (seen[index].score - curve[0].score) > drop
+        return search.score.sign * (seen[index].measured - curve[0].measured) > drop
 
     index = first_for_which(len(curve), too_much)
     return [seen[len(curve) - 1 if index is None else index - 1]]
 
 
-def first_for_which(count, holds):
+def first_for_which(count: int, holds: Callable[[int], bool]) -> int | None:
     """The first index below `count` for which `holds(index)`, where it does from some index on; `None` if for none.
 
     By bisection; the last index is always asked, and so is the one before the result.
@@ -528,7 +583,14 @@ def first_for_which(count, holds):
     return high
 
 
-def plan_of(search, curve, best, candidates, started, **fields):
+def plan_of(
+    search: Search,
+    curve: Iterable[Candidate],
+    best: Candidate,
+    candidates: Iterable[Candidate],
+    started: float,
+    **fields: Any,
+) -> CollapsePlan:
     """The [`CollapsePlan`] of a search: its curve, with the chosen candidate on it.
 
     Args:

@@ -2,22 +2,22 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
 from . import processes
 from .block_sizes import RANK_SHARES
-from .blocks import check_weights, survey
+from .blocks import BoundBlock, check_weights, survey
 from .budgets import limit_of, one_budget
 from .calibration import Calibration
 from .calibration_data import both_model_inputs
-from .merging import has_constant, make_merge
+from .merging import Merge, has_constant, make_merge
 from .models import count_parameters, unwrap
-from .moments import bytes_to_fit
+from .moments import BlockMoments, bytes_to_fit
 from .plan_search import (
     Candidate,
     PlanOptions,
@@ -37,6 +37,10 @@ from .selection import select_blocks
 from .tables import table
 from .uniform_plans import LEVELS, counts_of, widths_for
 from .widths import check_native, width_groups
+
+
+if TYPE_CHECKING:
+    from .reports import BlockReport
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class LinearityMap:
         """Plain data, ready for JSON."""
         return dataclasses.asdict(self)
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = [["block", "R^2", f"{self.score_name} change", "parameters", "MACs/token"]]
         for block in self.blocks:
             rows.append(
@@ -145,10 +149,10 @@ def linearity_map(
     return LinearityMap(before, score.name, found, read)
 
 
-def _linear_maps(engine, blocks):
+def _linear_maps(engine: Calibration, blocks: Sequence[BoundBlock]) -> dict[str, Merge]:
     """Block name -> its [`Merge`] to the linear map that fits it best."""
 
-    def as_one_map(block, moments):
+    def as_one_map(block: BoundBlock, moments: BlockMoments) -> Merge:
         if not has_constant(block, None, "native"):
             moments = moments.without_constant()
         return make_merge(block, moments.fit(), refit=True)
@@ -157,7 +161,8 @@ def _linear_maps(engine, blocks):
     return engine.reduce(blocks, {block.name: [] for block in blocks}, as_one_map, working=working)
 
 
-def _block_linearity(report, change):
+def _block_linearity(report: "BlockReport", change: float) -> BlockLinearity:
+    assert report.r2 is not None, "what was fitted to data"
     return BlockLinearity(
         report.name,
         report.index,
@@ -170,13 +175,13 @@ def _block_linearity(report, change):
     )
 
 
-def _score_of(model, metric):
+def _score_of(model: nn.Module, metric: Callable[[nn.Module], float] | None) -> Score:
     if metric is None:
         return Score("divergence", 1.0, partial(divergences, model))
     return Score("metric", -1.0, partial(metric_scores, model, metric=metric))
 
 
-def _candidates(inner, selector):
+def _candidates(inner: Any, selector: str | list[str] | list[int]) -> tuple[list[BoundBlock], list[BoundBlock]]:
     """`(all blocks, those that may change)`."""
     blocks, refused = survey(inner)
     chosen = [block for block in select_blocks(blocks, selector, refused) if block.can_collapse]
@@ -276,7 +281,7 @@ def plan_collapse(
         progress.foresee(engine.rows.batches + 4 * len(held))
         search = Search(engine, chosen, whole, held, score, options)
         search.look()
-        found = _of_one_width(search, widths) if uniform_width else _of_any_sizes(search)
+        found = _of_any_sizes(search) if widths is None else _of_one_width(search, widths)
         plan = _plan_of(search, found, started)
     return processes.of_the_first(plan)
 
@@ -309,7 +314,7 @@ class _Found(NamedTuple):
     latency: float | None
 
 
-def _of_one_width(search, widths):
+def _of_one_width(search: Search, widths: Sequence[Mapping[BoundBlock, int]]) -> _Found:
     options, dense = search.options, search.dense()
     curve = [search.of_widths(counts) for counts in widths]
     if not options.is_size:
@@ -320,23 +325,25 @@ def _of_one_width(search, widths):
     return _Found(dense, curve, candidates, [], latency)
 
 
-def _of_any_sizes(search):
+def _of_any_sizes(search: Search) -> _Found:
     options, dense = search.options, search.dense()
     unit = "parameters" if "parameters" in options.budget else "macs"
     whole = search.whole(unit)
     compared = search.all_measured({share: search.candidates(share * whole, unit) for share in options.points or ()})
     curve = search.curve(options.budget, [(share, search.best(found)) for share, found in compared.items()])
-    if not options.is_size:
+    room, latency = search.room(options.budget), None
+    if room is None:
         candidates, latency = _within_measured(search, dense, curve)
     else:
-        room, latency = search.room(options.budget), None
-        candidates = next((found for share, found in compared.items() if limit_of(share, whole) == room), None)
-        candidates = candidates or search.measured(search.candidates(room, unit))
+        at_room = [found for share, found in compared.items() if limit_of(share, whole) == room]
+        candidates = at_room[0] if at_room else search.measured(search.candidates(room, unit))
     others = [candidate for found in compared.values() if found is not candidates for candidate in found]
     return _Found(dense, curve, candidates, others, latency)
 
 
-def _within_measured(search, dense, curve, widths=()):
+def _within_measured(
+    search: Search, dense: Candidate, curve: Sequence[Candidate], widths: Sequence[Candidate] = ()
+) -> tuple[list[Candidate], float | None]:
     """`(candidates, share of the time)` within a budget that only measuring tells."""
     budget = search.options.budget
     if "latency" in budget:
@@ -344,7 +351,7 @@ def _within_measured(search, dense, curve, widths=()):
     return within_drop(search, [dense, *curve], budget["max_drop"]), None
 
 
-def _plan_of(search, found, started):
+def _plan_of(search: Search, found: _Found, started: float) -> CollapsePlan:
     """The plan with the best of what was found, made in the time since `started`."""
     options = search.options
     return plan_of(
@@ -363,7 +370,9 @@ def _plan_of(search, found, started):
     )
 
 
-def _dense_blocks(inner, blocks, multiple_of):
+def _dense_blocks(
+    inner: Any, blocks: str | list[str] | list[int], multiple_of: int
+) -> tuple[list[BoundBlock], dict[str, int]]:
     """`(the chosen blocks, what the model has in all)`: its `parameters`, and `macs` of all its feed-forward blocks.
 
     Raises:
@@ -380,7 +389,9 @@ def _dense_blocks(inner, blocks, multiple_of):
     return chosen, {"parameters": count_parameters(inner), "macs": sum(block.macs for block in everything)}
 
 
-def _widths_in_reach(inner, chosen, whole, options):
+def _widths_in_reach(
+    inner: Any, chosen: Sequence[BoundBlock], whole: Mapping[str, int], options: PlanOptions
+) -> list[dict[BoundBlock, int]] | None:
     """`[{block: the neurons that it keeps}]` of a plan of one width, largest first, all of which the native class can
     hold; `None` for other plans.
 
@@ -398,6 +409,6 @@ def _widths_in_reach(inner, chosen, whole, options):
     return [counts_of(groups, row) for row in rows]
 
 
-def _first(held):
+def _first(held: list[dict[str, Any]]) -> dict[str, Any]:
     """The first batch of the first process that has one."""
     return next(batch for part in processes.gathered(held[:1]) for batch in part)

@@ -119,6 +119,30 @@ class CollapsePlan:
             raise ValueError(f"No point of this plan's curve meets {budget}; make a plan for it.")
         return dataclasses.replace(self, chosen=chosen, budget=budget, latency=None)
 
+    def instead(self, name: str, parameters: float | None = None, macs: float | None = None) -> "CollapsePlan":
+        """The same plan with one of those that it was compared with in the place of the chosen one: all blocks alike,
+        say, as a control.
+
+        Args:
+            name (`str`): Of some of the `candidates`, as the printed plan has it, as `"width cut"` (neurons only, in
+                every block the same share of its weights).
+            parameters, macs: One budget of size, as in [`plan_collapse`]: the largest of that name within it. Those
+                that were measured are of the plan's own size, and of its `points`.
+
+        Raises:
+            ValueError: Not exactly one budget is given, or no candidate of that name meets it.
+        """
+        budget = one_budget(parameters=parameters, macs=macs)
+        ((unit, value),) = budget.items()
+        limit = limit_of(value, getattr(self.curve[0], unit))
+        found = [point for point in self.candidates if point.name == name and getattr(point, unit) <= limit]
+        if not found:
+            there = [f"{point.name!r} with {getattr(point, unit):,} {unit}" for point in self.candidates]
+            raise ValueError(f"No candidate {name!r} of this plan meets {budget}; there are {', '.join(there)}.")
+        point = max(found, key=lambda point: getattr(point, unit))
+        curve = self.curve if point in self.curve else sorted([*self.curve, point], key=lambda point: -point.macs)
+        return dataclasses.replace(self, curve=curve, chosen=curve.index(point), budget=budget, latency=None)
+
     def choices_for(self, inner: nn.Module, blocks: Sequence[FeedForwardBlock]) -> dict[str, BlockChoice]:
         """Block name -> what it is to become in this model.
 
@@ -215,7 +239,7 @@ class CollapsePlan:
                 raise ValueError(f"{os.fspath(path)} is not JSON: {error}.") from error
         return cls.from_dict(values)
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = [["plan", "parameters", "FFN MACs/token", "expected", self.score_name, "blocks collapsed"]]
         for index, point in enumerate(self.curve):
             mark = "*" if index == self.chosen else ""
@@ -239,11 +263,11 @@ class CollapsePlan:
         return "\n".join(lines)
 
 
-def _losses(point):
+def _losses(point: PlanPoint) -> list[str]:
     return ["" if value is None else f"{value:.4f}" for value in (point.expected, point.score)]
 
 
-def _point_from(values):
+def _point_from(values: dict[str, Any]) -> PlanPoint:
     """A [`PlanPoint`] from plain data."""
     choices = {name: (rank, count) for name, (rank, count) in values["choices"].items()}
     return PlanPoint(**{**values, "choices": choices})
@@ -284,8 +308,8 @@ def first_within(curve: Sequence[PlanPoint], budget: Mapping[str, float], score_
     return max(within, key=lambda index: getattr(curve[index], name)) if within else None
 
 
-def _drop(point, dense, score_name):
-    if point.score is not None:
+def _drop(point: PlanPoint, dense: PlanPoint, score_name: str) -> float:
+    if point.score is not None and dense.score is not None:
         return (-1.0 if score_name == "metric" else 1.0) * (point.score - dense.score)
     return point.expected if score_name == "divergence" and point.expected is not None else math.inf
 

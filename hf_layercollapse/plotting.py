@@ -6,7 +6,7 @@ and a line of its own.
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from .config import LayerCollapseConfig
 from .planning import LinearityMap
-from .plans import CollapsePlan
+from .plans import CollapsePlan, PlanPoint
 
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
@@ -29,7 +29,7 @@ MOST_LINES = 8
 LEAST_DIVERGENCE = 1e-5
 
 
-def _style(index):
+def _style(index: int) -> dict[str, Any]:
     """Colour, marker and line of the method at this place."""
     return {
         "color": COLORS[index % len(COLORS)],
@@ -53,21 +53,12 @@ def plot_alphas(
     Raises:
         ValueError: The history holds no alphas.
     """
-    if not isinstance(history, list):
-        history = json.loads(Path(history).read_text(encoding="utf-8"))["log_history"]
-    logs = [log for log in history if any(name.startswith(ALPHA) for name in log)]
-    if not logs:
-        raise ValueError("There are no alphas in this history: it is not that of a training run with the penalty.")
-    blocks = sorted({int(name.removeprefix(ALPHA)) for log in logs for name in log if name.startswith(ALPHA)})
+    curves = _alpha_curves(history)
     figure, axes = _subplots(figsize=(6.5, 4))
-    scale = matplotlib.colors.Normalize(min(blocks), max(blocks))
+    scale = matplotlib.colors.Normalize(min(curves), max(curves))
     # Without its lightest end, which is faint on paper.
     shades = matplotlib.colors.ListedColormap(matplotlib.colormaps["cividis"](np.linspace(0, 0.88, 256)))
-    curves = {}
-    for block in blocks:
-        # A block that collapses while training runs has no alpha any more.
-        curves[block] = [(log["step"], log[f"{ALPHA}{block}"]) for log in logs if f"{ALPHA}{block}" in log]
-    many = len(blocks) > MOST_LINES
+    many = len(curves) > MOST_LINES
     for place, (block, curve) in enumerate(curves.items()):
         steps, alphas = zip(*curve, strict=True)
         style = {**_style(place), "markevery": (place * max(1, len(steps) // 40), max(1, len(steps) // 8))}
@@ -84,10 +75,25 @@ def plot_alphas(
     axes.grid(alpha=0.25, linewidth=0.5)
     if many:
         bar = figure.colorbar(matplotlib.cm.ScalarMappable(scale, shades), ax=axes, label="feed-forward block")
-        bar.ax.yaxis.get_major_locator().set_params(integer=True)
+        locator: Any = bar.ax.yaxis.get_major_locator()
+        locator.set_params(integer=True)
     else:
         axes.legend(loc="lower right", fontsize="small", frameon=False)
     _save(figure, paths)
+
+
+def _alpha_curves(history: Any) -> dict[int, list[tuple[int, float]]]:
+    """Index of a block -> `[(step, alpha)]`, in the order of the indices."""
+    if not isinstance(history, list):
+        history = json.loads(Path(history).read_text(encoding="utf-8"))["log_history"]
+    logs = [log for log in history if any(name.startswith(ALPHA) for name in log)]
+    if not logs:
+        raise ValueError("There are no alphas in this history: it is not that of a training run with the penalty.")
+    blocks = sorted({int(name.removeprefix(ALPHA)) for log in logs for name in log if name.startswith(ALPHA)})
+    # A block that collapses while training runs has no alpha any more.
+    return {
+        block: [(log["step"], log[f"{ALPHA}{block}"]) for log in logs if f"{ALPHA}{block}" in log] for block in blocks
+    }
 
 
 # What a horizontal axis of sizes shows: key of a row -> its label and factor.
@@ -138,21 +144,8 @@ def plot_tradeoff(
         quantities.append(("latency", latency_label, 1.0))
     figsize = (1 + 4 * len(quantities), 4.4)
     figure, panels = _subplots(1, len(quantities), sharey=True, squeeze=False, figsize=figsize)
-    methods = list(dict.fromkeys(row["method"] for row in rows))
     for axes, (key, label, factor) in zip(panels[0], quantities, strict=True):
-        for place, method in enumerate(sorted(methods, key=lambda name: name == "dense")):
-            points = _points([row for row in rows if row["method"] == method and key in row], key, factor, size)
-            if not points:
-                continue
-            x, y, x_bars, y_bars = zip(*points, strict=True)
-            style = _style(place)
-            if method == "dense":
-                style = {"color": "black", "marker": "*", "linestyle": "none", "markersize": 10}
-                axes.axhline(y[0], color="black", linewidth=0.8, linestyle=(0, (5, 5)), zorder=1)
-            axes.errorbar(
-                x, y, xerr=np.transpose(x_bars), yerr=np.transpose(y_bars), label=method,
-                **{"markersize": 5.5, "linewidth": 1.3, "elinewidth": 0.8, "capsize": 2.5, **style},
-            )  # fmt: skip
+        _draw_methods(axes, rows, key, factor, size)
         axes.set_xlabel(label)
         axes.invert_xaxis()
         axes.grid(alpha=0.25, linewidth=0.5)
@@ -167,7 +160,25 @@ def plot_tradeoff(
     _save(figure, paths)
 
 
-def _points(rows, key, factor, size):
+def _draw_methods(axes: Any, rows: Sequence[Mapping[str, Any]], key: str, factor: float, size: str) -> None:
+    """The points of every method in one panel, over `key`; "dense" last, and as a level too."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for place, method in enumerate(sorted(methods, key=lambda name: name == "dense")):
+        points = _points([row for row in rows if row["method"] == method and key in row], key, factor, size)
+        if not points:
+            continue
+        x, y, x_bars, y_bars = zip(*points, strict=True)
+        style = _style(place)
+        if method == "dense":
+            style = {"color": "black", "marker": "*", "linestyle": "none", "markersize": 10}
+            axes.axhline(y[0], color="black", linewidth=0.8, linestyle=(0, (5, 5)), zorder=1)
+        axes.errorbar(
+            x, y, xerr=np.transpose(x_bars), yerr=np.transpose(y_bars), label=method,
+            **{"markersize": 5.5, "linewidth": 1.3, "elinewidth": 0.8, "capsize": 2.5, **style},
+        )  # fmt: skip
+
+
+def _points(rows: Sequence[Mapping[str, Any]], key: str, factor: float, size: str) -> list[Any]:
     """`(x, y, (below, above) of x, (below, above) of y)` of each setting, from small to large x."""
     settings: dict[str, Any] = {}
     for row in rows:
@@ -182,7 +193,7 @@ def _points(rows, key, factor, size):
     return sorted(points)
 
 
-def _bars(point, low, high):
+def _bars(point: float, low: float, high: float) -> tuple[float, float]:
     """`(below, above)`; a mean of equal values, and an interval's point, may lie outside by a rounding error."""
     return max(0.0, point - low), max(0.0, high - point)
 
@@ -220,7 +231,7 @@ def plot_plan(plan: CollapsePlan, paths: Iterable[str | os.PathLike[str]]) -> No
     figure, axes = _subplots(figsize=(6, 4))
     dense = plan.curve[0].parameters
 
-    def draw(points, value, **style):
+    def draw(points: Sequence[PlanPoint], value: Callable[[PlanPoint], float | None], **style: Any) -> None:
         points = [point for point in points if value(point) is not None]
         if points:
             shares = [100 * point.parameters / dense for point in points]
@@ -255,12 +266,14 @@ def plot_plan(plan: CollapsePlan, paths: Iterable[str | os.PathLike[str]]) -> No
     _save(figure, paths)
 
 
-def _subplots(rows=1, columns=1, figsize=None, **kwargs):
+def _subplots(
+    rows: int = 1, columns: int = 1, figsize: tuple[float, float] | None = None, **kwargs: Any
+) -> tuple[Figure, Any]:
     """A figure that is drawn for a file only: no window, and no backend of a notebook, is touched."""
     figure = Figure(figsize=figsize, layout="constrained")
     return figure, figure.subplots(rows, columns, **kwargs)
 
 
-def _save(figure, paths):
+def _save(figure: Figure, paths: Iterable[str | os.PathLike[str]]) -> None:
     for path in paths:
         figure.savefig(path, dpi=150)

@@ -7,7 +7,7 @@ length too: they are apart by half of the squared error in shares of the squared
 lengths is the cosine distance.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ class Predictions:
         pairs = zip(self.values.split(rows), reference.values.split(rows), strict=True)
         return torch.cat([self._divergences(now, before) for now, before in pairs])
 
-    def _divergences(self, now, before):
+    def _divergences(self, now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         now, before = now.float(), before.to(now.device).float()
         if self.kind == "classes":
             return functional.soft_target_loss(now, before)
@@ -136,7 +136,7 @@ def without_labels(model: nn.Module, inputs: Mapping[str, Any]) -> dict:
     return {name: value for name, value in inputs.items() if name != "labels"}
 
 
-def _kind_of(model, inputs, logits):
+def _kind_of(model: Any, inputs: Mapping[str, Any], logits: torch.Tensor) -> str:
     if logits.dim() == 3:
         return "classes" if logits.shape[-1] > 1 else "values"
     kind = model.config.problem_type if isinstance(model, PreTrainedModel) else None
@@ -147,7 +147,7 @@ def _kind_of(model, inputs, logits):
     return "labels" if kind == "multi_label_classification" or several else "classes"
 
 
-def _real_mask(model, inputs, shape):
+def _real_mask(model: Any, inputs: Mapping[str, Any], shape: Sequence[int]) -> torch.Tensor | None:
     """Which positions of an output are no padding, or `None` where no mask has its shape."""
     decoder = isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder
     mask = inputs.get("decoder_attention_mask" if decoder else "attention_mask")
@@ -157,13 +157,13 @@ def _real_mask(model, inputs, shape):
     return mask if isinstance(mask, torch.Tensor) and mask.shape == shape else None
 
 
-def _real_rows(model, inputs, logits):
+def _real_rows(model: Any, inputs: Mapping[str, Any], logits: torch.Tensor) -> torch.Tensor:
     rows = logits.reshape(-1, logits.shape[-1])
     mask = _real_mask(model, inputs, logits.shape[:-1]) if logits.dim() == 3 else None
     return rows if mask is None else rows[mask.reshape(-1).to(rows.device) > 0]
 
 
-def _mean_of_real(model, inputs, hidden):
+def _mean_of_real(model: Any, inputs: Mapping[str, Any], hidden: torch.Tensor) -> torch.Tensor:
     if hidden.dim() > 3:  # feature maps: (inputs, channels, height, width)
         return hidden.flatten(2).mean(-1)
     mask = _real_mask(model, inputs, hidden.shape[:-1])

@@ -1,7 +1,7 @@
 """Small inputs for running modules and models whose code is to be seen: arguments by their names."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ def possible_arguments(module: nn.Module, width: int) -> Iterator[dict[str, Any]
         yield arguments
 
 
-def _argument(name, shape, module, generator, full):
+def _argument(name: str, shape: Any, module: Any, generator: torch.Generator, full: bool) -> Any:
     if name in _HIDDEN or (full and name == "encoder_hidden_states"):
         return torch.randn(shape, generator=generator)
     if name == "query_length":
@@ -115,39 +115,41 @@ def model_inputs(model: Any, batch: int = BATCH, length: int = 8) -> dict[str, A
     return inputs
 
 
-def _token_ids(config, batch, length, generator):
+def _token_ids(config: Any, batch: int, length: int, generator: torch.Generator) -> torch.Tensor:
     vocabulary = _attribute(config, "vocab_size", default=99)
     vocabulary = vocabulary if isinstance(vocabulary, int) else 99
     return torch.randint(1, max(2, min(vocabulary, 1000)), (batch, length), generator=generator)
 
 
-def _pixel_values(model, batch, generator):
+def _pixel_values(model: Any, batch: int, generator: torch.Generator) -> torch.Tensor:
     channels = _attribute(model.config, "num_channels", "in_channels", "in_chans", default=3)
     size = _attribute(model.config, "image_size", "input_size", "img_size", default=32)
-    size = tuple(size)[-2:] if isinstance(size, (list, tuple)) else (size, size)
+    sides = tuple(size)[-2:] if isinstance(size, (list, tuple)) else (size, size)
     frames = model.config.__dict__.get("num_frames")
-    shape = (batch, channels, *size) if frames is None else (batch, frames, channels, *size)
+    shape = (batch, channels, *sides) if frames is None else (batch, frames, channels, *sides)
     return torch.randn(shape, generator=generator)
 
 
-def _input_values(model, batch, generator):
+def _input_values(model: Any, batch: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(batch, 4000, generator=generator)
 
 
-def _input_features(model, batch, generator):
+def _input_features(model: Any, batch: int, generator: torch.Generator) -> torch.Tensor:
     bins = _attribute(model.config, "num_mel_bins", "feature_size", "n_mels", "input_feat_per_channel", default=80)
     frames = 2 * _attribute(model.config, "max_source_positions", default=32)
     features = torch.randn(batch, frames, bins, generator=generator)
     return features.transpose(1, 2) if "Whisper" in type(model).__name__ else features
 
 
-def _past_values(model, batch, generator):
+def _past_values(model: Any, batch: int, generator: torch.Generator) -> torch.Tensor:
     length = _attribute(model.config, "context_length", default=32)
     channels = _attribute(model.config, "num_input_channels", default=1)
     return torch.randn(batch, length, channels, generator=generator)
 
 
-def _beside(config, parameters, batch, length, generator):
+def _beside(
+    config: Any, parameters: Mapping[str, Any], batch: int, length: int, generator: torch.Generator
+) -> dict[str, Any]:
     """What some models read beside their main input: features and places of regions (LXMERT), boxes of tokens."""
     inputs = {}
     for name in ("visual_feats", "visual_pos"):
@@ -162,7 +164,7 @@ def _beside(config, parameters, batch, length, generator):
     return inputs
 
 
-def _attribute(config, *names, default):
+def _attribute(config: Any, *names: str, default: int) -> Any:
     """The first of these fields that a config or one inside it sets, in the order of the names."""
     for name in names:
         for holder in (config, *_sub_configs(config)):
@@ -172,5 +174,5 @@ def _attribute(config, *names, default):
     return default
 
 
-def _sub_configs(config):
+def _sub_configs(config: Any) -> list[PreTrainedConfig]:
     return [value for value in config.__dict__.values() if isinstance(value, PreTrainedConfig)]

@@ -8,6 +8,8 @@ import atexit
 import contextlib
 import contextvars
 import os
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +25,7 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join(on_cpu: bool):
+def join(on_cpu: bool) -> None:
     """Joins the processes that were launched with this one, if any. Each has an accelerator of its own from then on,
     the one that torch takes where a device has no index.
 
@@ -36,7 +38,7 @@ def join(on_cpu: bool):
 
 
 @contextlib.contextmanager
-def alone():
+def alone() -> Iterator[None]:
     """What is done inside is done by this process only: nothing is asked of the others."""
     token = _ALONE.set(True)
     try:
@@ -57,7 +59,7 @@ def rank() -> int:
     return dist.get_rank() if count() > 1 else 0
 
 
-def gathered(value) -> list:
+def gathered(value: Any) -> list:
     """The value of each process, on all of them. It is pickled."""
     if count() == 1:
         return [value]
@@ -66,7 +68,7 @@ def gathered(value) -> list:
     return values
 
 
-def of_the_first(value):
+def of_the_first(value: Any) -> Any:
     """The value of the first process, on all of them."""
     if count() == 1:
         return value
@@ -75,10 +77,10 @@ def of_the_first(value):
     return values[0]
 
 
-def summed(tensors) -> list:
+def summed(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The sums of tensors over all processes, the same bits on each. In place where the processes share a device."""
     if count() == 1:
-        return tensors
+        return list(tensors)
     results = []
     for tensor in tensors:
         # gloo has no other device than the CPU, nccl none but its own.
@@ -90,7 +92,7 @@ def summed(tensors) -> list:
     return results
 
 
-def spread(tensors):
+def spread(tensors: Sequence[torch.Tensor]) -> None:
     """The first process's numbers go into the tensors of all, in place."""
     if count() == 1:
         return
@@ -102,7 +104,7 @@ def spread(tensors):
 
 
 @contextlib.contextmanager
-def together():
+def together() -> Iterator[None]:
     """What raises inside on one process raises on all, so that none waits for one that has gone.
 
     Raises:

@@ -5,10 +5,10 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -35,7 +35,7 @@ def count_macs(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     """
     total = 0
 
-    def hook(module, args, kwargs, output):
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         nonlocal total
         total += _macs_of_call(module, args[0] if args else next(iter(kwargs.values())), output)
 
@@ -54,7 +54,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _COUNTED = (nn.Linear, Conv1D, *PASS_ON, *_CONVOLUTIONS, *_TRANSPOSED)
 
 
-def _macs_of_call(module, x, output):
+def _macs_of_call(module: Any, x: torch.Tensor, output: torch.Tensor) -> int:
     if isinstance(module, PASS_ON):
         return x.shape[:-1].numel() * module.weight.numel()
     if isinstance(module, nn.Linear):
@@ -178,18 +178,22 @@ class Latency:
         return _quartiles(self.ratios)
 
 
-def _quartiles(values):
+def _quartiles(values: Sequence[float]) -> tuple[float, float]:
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
     return first, third
 
 
+# What models are called.
+KeyT = TypeVar("KeyT")
+
+
 def compare_latency(
-    models: Mapping[str, nn.Module],
+    models: Mapping[KeyT, nn.Module],
     inputs: Mapping[str, Any],
     rounds: int = 30,
     warmup: int = 5,
     progress: bool = True,
-) -> dict[str, Latency]:
+) -> dict[KeyT, Latency]:
     """Times several models in turn in one process, so that whatever else the machine does meets all of them alike.
 
     Each round calls every model once, and the order is turned by one from round to round. Ratios are taken within a
@@ -219,12 +223,14 @@ def compare_latency(
     }
 
 
-def _seconds_of(calls, rounds, warmup, progress):
+def _seconds_of(
+    calls: Mapping[KeyT, tuple[nn.Module, Mapping[str, Any]]], rounds: int, warmup: int, progress: bool
+) -> dict[KeyT, list[float]]:
     """Name -> seconds of each round, for `calls` name -> `(model, inputs)`."""
     if rounds < 2 or warmup < 0:
         raise ValueError(f"Need rounds >= 2 and warmup >= 0, got rounds={rounds}, warmup={warmup}.")
     names = list(calls)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[KeyT, list[float]] = {name: [] for name in names}
     with ExitStack() as stack:
         for model, _ in calls.values():
             stack.enter_context(evaluating(model))
@@ -238,7 +244,7 @@ def _seconds_of(calls, rounds, warmup, progress):
     return seconds
 
 
-def _time_call(model, inputs):
+def _time_call(model: nn.Module, inputs: Mapping[str, Any]) -> float:
     _synchronize(inputs)
     start = time.perf_counter()
     outputs_of(model, inputs)
@@ -246,7 +252,7 @@ def _time_call(model, inputs):
     return time.perf_counter() - start
 
 
-def _synchronize(inputs):
+def _synchronize(inputs: Mapping[str, Any]) -> None:
     # Accelerators only queue the work.
     for device in {value.device for value in inputs.values() if isinstance(value, torch.Tensor)} - {_CPU}:
         torch.get_device_module(device).synchronize(device)
@@ -282,7 +288,7 @@ class FixedCost:
             return "compute"
         return "memory" if self.reading > self.fixed / 2 else "launches"
 
-    def __str__(self):
+    def __str__(self) -> str:
         told = f"{self.share:.0%} of the dense model's {1000 * self.seconds:.3g} ms do not depend on the batch"
         if self.bound_by == "compute":
             return f"{told}: it is bound by compute, where fewer MACs show."
@@ -314,7 +320,7 @@ def fixed_cost(
         raise ValueError(f"`inputs` holds no tensor with a batch dimension, only {list(inputs)}.")
     rows = tensors[0].shape[0]
 
-    def with_rows(index):
+    def with_rows(index: slice | list[int]) -> dict[str, Any]:
         return {
             key: value[index] if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == rows else value
             for key, value in inputs.items()
@@ -337,11 +343,11 @@ def fixed_cost(
 class _ReadWeights(nn.Module):
     """Reads every parameter once."""
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.weights = [parameter.detach() for parameter in model.parameters()]
 
-    def forward(self):
+    def forward(self) -> float:
         # One number each, fetched at the end: the call is over when all are read.
         return float(sum(weight.sum(dtype=torch.float32) for weight in self.weights))
 
@@ -375,7 +381,7 @@ class Speedup:
         low, high = self.collapsed.ratio_quartiles
         return 1 / high, 1 / low
 
-    def __str__(self):
+    def __str__(self) -> str:
         low, high = self.quartiles
         return (
             f"{self.mode}: {1000 * self.dense.median:.3g} -> {1000 * self.collapsed.median:.3g} ms, "

@@ -41,7 +41,7 @@ class ProgressiveCollapse:
         reports (`list[CollapseReport]`): Of what was collapsed until now.
     """
 
-    def __init__(self, trainer: LayerCollapseTrainerMixin, blocks: TrainedBlocks, alphas: AlphaTraining):
+    def __init__(self, trainer: LayerCollapseTrainerMixin, blocks: TrainedBlocks, alphas: AlphaTraining) -> None:
         self._trainer: Any = trainer
         self._blocks, self._alphas = blocks, alphas
         self.reports: list[CollapseReport] = []
@@ -51,7 +51,7 @@ class ProgressiveCollapse:
         config = self._trainer.layer_collapse_config
         return config is not None and config.progressive
 
-    def refuse_setup(self):
+    def refuse_setup(self) -> None:
         if not self.is_asked_for:
             return
         trainer, wrappers = self._trainer, unwrap(self._trainer.model)[1]
@@ -79,7 +79,7 @@ class ProgressiveCollapse:
                 f"{shorten(sorted(names))}."
             )
 
-    def collapse_ready(self):
+    def collapse_ready(self) -> None:
         """Collapses the blocks whose turn it is."""
         ready = self._ready_names() if self.is_asked_for else []
         if not ready:
@@ -89,7 +89,7 @@ class ProgressiveCollapse:
             self.reports.append(collapse_model(self._trainer.model, options))
         logger.info(f"Step {self._trainer.state.global_step}: collapsed {self.reports[-1].collapsed}")
 
-    def _ready_names(self):
+    def _ready_names(self) -> list[str]:
         activations = self._blocks.activations().items()
         indices = [int(index) for index, activation in activations if self._blocks.is_ready(activation)]
         if not indices:
@@ -101,7 +101,7 @@ class ProgressiveCollapse:
         reached = list(itertools.takewhile(lambda name: name in ready or name in collapsed, order))
         return [name for name in ready if name in reached or len(reached) == len(order)]
 
-    def follow(self, stored: dict[str, dict] | None):
+    def follow(self, stored: dict[str, dict] | None) -> None:
         """Collapses the blocks that a checkpoint of this run, of which the tables are given, holds collapsed; its
         weights come afterwards."""
         if self.is_asked_for:
@@ -110,12 +110,12 @@ class ProgressiveCollapse:
                 with self._optimizer_follows():
                     collapse_as(self._trainer.model, waiting)
 
-    def _collapsed_only_in(self, stored):
+    def _collapsed_only_in(self, stored: dict[str, dict]) -> list[str]:
         """Names of the patched blocks that are not so in these tables, if all else is the same there."""
         model, waiting = self._trainer.model, []
         carriers = dict(carriers_of(unwrap(model, sharded=True)[0]))
         blocks = find_feed_forward_blocks(model)
-        patched = {block.path(block.layout.activation): block for block in blocks if block.state == "patched"}
+        patched = {block.path(block.layout.activation_path): block for block in blocks if block.state == "patched"}
         for name, live in self._blocks.tables().items():
             there = stored.get(name, {})
             waits = {path for path, spec in live.items() if spec["type"] == "activation" and there.get(path) != spec}
@@ -131,7 +131,7 @@ class ProgressiveCollapse:
         return waiting
 
     @contextlib.contextmanager
-    def _optimizer_follows(self):
+    def _optimizer_follows(self) -> Iterator[None]:
         """Parameters that are exchanged inside are exchanged in the optimizer too."""
         trainer = self._trainer
         before = dict(trainer.model.named_parameters())

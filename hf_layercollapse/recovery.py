@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,7 @@ class RecoveryReport:
         """Plain data, ready for JSON."""
         return dataclasses.asdict(self)
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = [["step", "in training", "held aside"]]
         for step, training, held in self.curve:
             mark = "  kept" if step == self.best_step else ""
@@ -145,7 +145,9 @@ def recover_model(
     )
 
 
-def _steps_to_the_best(run, training, held):
+def _steps_to_the_best(
+    run: "_Run", training: Iterable[Mapping[str, Any]], held: list[dict[str, Any]]
+) -> "tuple[list[tuple[int, float | None, float]], _Best, int]":
     """Trains until the last step, or until it only loses, and puts back the weights that were best on the rows held
     aside: `(curve, best, predictions held aside)`, the curve as in [`RecoveryReport`]."""
     before, held_count = run.measure(held)
@@ -162,7 +164,7 @@ def _steps_to_the_best(run, training, held):
     return curve, best, held_count
 
 
-def _refuse_several_processes():
+def _refuse_several_processes() -> None:
     if processes.count() > 1:
         raise ValueError(
             "`recover_model` trains in one process. In several, train the collapsed model with LayerCollapseTrainer, "
@@ -170,7 +172,7 @@ def _refuse_several_processes():
         )
 
 
-def _trained(model, inner, teacher):
+def _trained(model: nn.Module, inner: Any, teacher: Any) -> list[nn.Parameter]:
     """The parameters that are to be trained.
 
     Raises:
@@ -198,24 +200,24 @@ def _trained(model, inner, teacher):
 class _Best:
     """The weights at the smallest divergence so far, on the CPU."""
 
-    def __init__(self, parameters, value):
+    def __init__(self, parameters: Sequence[nn.Parameter], value: float) -> None:
         self.parameters, self.value, self.step = parameters, value, 0
         self.kept = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
 
-    def see(self, step, value):
+    def see(self, step: int, value: float) -> None:
         if value < self.value:
             self.value, self.step = value, step
             for copy, parameter in zip(self.kept, self.parameters, strict=True):
                 copy.copy_(parameter.detach())
 
     @torch.no_grad()
-    def put_back(self):
+    def put_back(self) -> None:
         for copy, parameter in zip(self.kept, self.parameters, strict=True):
             parameter.copy_(copy)
         torch.clear_autocast_cache()
 
 
-def _check_numbers(max_steps, learning_rate, top_k):
+def _check_numbers(max_steps: Any, learning_rate: Any, top_k: Any) -> None:
     for name, value in (("max_steps", max_steps), ("top_k", top_k)):
         if value is None and name == "top_k":
             continue
@@ -229,7 +231,7 @@ def _check_numbers(max_steps, learning_rate, top_k):
         raise ValueError(f"`learning_rate` must be in (0, inf), got {learning_rate}.")
 
 
-def _check_labels(inner, teacher):
+def _check_labels(inner: Any, teacher: Any) -> None:
     """Raises if both name their classes, and name them differently: equal logits would mean something else."""
     if not (is_classifier(inner) and is_classifier(teacher)):
         return
@@ -242,7 +244,7 @@ def _check_labels(inner, teacher):
         )
 
 
-def _predicted(who, model, inner, inputs):
+def _predicted(who: str, model: nn.Module, inner: Any, inputs: Mapping[str, Any]) -> list[Predictions]:
     """The predictions for one batch.
 
     Raises:
@@ -262,12 +264,12 @@ def _predicted(who, model, inner, inputs):
 class _Targets:
     """What the teacher predicts for a batch: asked each time, or kept as its largest classes."""
 
-    def __init__(self, teacher, top_k):
+    def __init__(self, teacher: nn.Module, top_k: int | None) -> None:
         self.teacher, self.inner, self.top_k = teacher, unwrap(teacher)[0], top_k
-        self.unit = None
-        self._kept = {}  # position of a batch -> what it predicts
+        self.unit = ""  # of the divergences, once something was predicted
+        self._kept: dict[Any, Sequence[Predictions | _Largest]] = {}  # position of a batch -> what it predicts
 
-    def of(self, key, inputs):
+    def of(self, key: Any, inputs: Mapping[str, Any]) -> "Sequence[Predictions | _Largest]":
         """The teacher's predictions; `key` tells batches apart."""
         if key in self._kept:
             return self._kept[key]
@@ -275,9 +277,10 @@ class _Targets:
         with torch.no_grad():
             found = _predicted("teacher", self.teacher, self.inner, given)
         self.unit = self.unit or _UNITS[found[0].kind]
-        if self.top_k is not None:
-            found = self._kept[key] = [_Largest.of(part, self.top_k) for part in found]
-        return found
+        if self.top_k is None:
+            return found
+        self._kept[key] = [_Largest.of(part, self.top_k) for part in found]
+        return self._kept[key]
 
 
 _UNITS = {
@@ -298,7 +301,7 @@ class _Largest:
     classes: torch.Tensor  # (n, k)
 
     @classmethod
-    def of(cls, part, k):
+    def of(cls, part: Predictions, k: int) -> "Predictions | _Largest":
         if part.kind != "classes" or part.values.shape[-1] <= k + 1:
             return dataclasses.replace(part, values=part.values.cpu())
         log_p = part.values.float().log_softmax(-1)
@@ -306,38 +309,40 @@ class _Largest:
         return cls(cls._reduced(log_p, largest).cpu(), largest.cpu())
 
     @staticmethod
-    def _reduced(log_p, classes):
+    def _reduced(log_p: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         chosen = log_p.gather(-1, classes)
         others = torch.log1p(-chosen.exp().sum(-1, keepdim=True).clamp_max(1 - 1e-7))
         return torch.cat([chosen, others], dim=-1)
 
-    def divergence(self, now):
+    def divergence(self, now: Predictions) -> torch.Tensor:
         """Of predictions by classes from these, shape `(n,)`."""
         classes = self.classes.to(now.values.device)
         reduced = self._reduced(now.values.float().log_softmax(-1), classes)
         return Predictions("classes", reduced).divergence_from(Predictions("classes", self.log_probabilities))
 
 
-def _divergence(model, inner, inputs, targets, key):
+def _divergence(
+    model: nn.Module, inner: Any, inputs: Mapping[str, Any], targets: _Targets, key: Any
+) -> tuple[torch.Tensor, int]:
     """`(sum over predictions, their number)` for one batch."""
     found = _predicted("model", model, inner, inputs)
     expected = targets.of(key, inputs)
-    total, count = 0.0, 0
+    divergences, count = [], 0
     for now, then in zip(found, expected, strict=True):
         if isinstance(then, _Largest):
-            total = total + then.divergence(now).sum()
+            divergences.append(then.divergence(now).sum())
         else:
             if now.kind != then.kind or now.values.shape != then.values.shape:
                 raise ValueError(
                     f"The teacher predicts {then.kind} of shape {tuple(then.values.shape)} for a batch, the model "
                     f"{now.kind} of shape {tuple(now.values.shape)}: both must have the same head."
                 )
-            total = total + now.divergence_from(then).sum()
+            divergences.append(now.divergence_from(then).sum())
         count += now.values.shape[0]
-    return total, count
+    return torch.stack(divergences).sum(), count
 
 
-def _finite(value):
+def _finite(value: float) -> float:
     if not torch.isfinite(torch.tensor(value)):
         raise ValueError(f"The divergence from the teacher is {value}: the model's or the teacher's outputs are.")
     return value
@@ -346,7 +351,16 @@ def _finite(value):
 class _Run:
     """The optimizer's steps."""
 
-    def __init__(self, model, inner, targets, parameters, learning_rate, max_steps, seed):
+    def __init__(
+        self,
+        model: nn.Module,
+        inner: Any,
+        targets: _Targets,
+        parameters: list[nn.Parameter],
+        learning_rate: float,
+        max_steps: int,
+        seed: int,
+    ) -> None:
         self.model, self.inner, self.targets, self.parameters = model, inner, targets, parameters
         self.max_steps, self.order = max_steps, random.Random(seed)
         self.optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
@@ -354,15 +368,15 @@ class _Run:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: min((step + 1) / warmup, (max_steps - step) / max(1, max_steps - warmup))
         )
-        self._seen = {}  # position of a batch -> its predictions
+        self._seen: dict[int, int] = {}  # position of a batch -> its predictions
 
     @property
-    def predictions(self):
+    def predictions(self) -> int:
         """How many different ones were trained on."""
         return sum(self._seen.values())
 
     @torch.no_grad()
-    def measure(self, data):
+    def measure(self, data: Iterable[Any]) -> tuple[float, int]:
         """`(mean divergence, predictions)` on rows held aside."""
         device = device_of(self.model)
         total, count = 0.0, 0
@@ -374,7 +388,7 @@ class _Run:
             raise ValueError("There is no row to hold aside: pass more calibration data, or `evaluation_data`.")
         return _finite(total / count), count
 
-    def steps(self, data, every):
+    def steps(self, data: Iterable[Any], every: int) -> Iterator[tuple[int, float]]:
         """Yields `(step, mean divergence since the last yield)` after every so many steps, and at the end."""
         device = device_of(self.model)
         total, count = 0.0, 0
@@ -389,7 +403,7 @@ class _Run:
                     yield step, total / count
                     total, count = 0.0, 0
 
-    def _step(self, loss):
+    def _step(self, loss: torch.Tensor) -> None:
         if not loss.requires_grad:
             raise ValueError("What the model predicts depends on no parameter that is trained.")
         loss.backward()
@@ -400,7 +414,7 @@ class _Run:
         # A context of autocast around all this keeps casts of weights until it ends.
         torch.clear_autocast_cache()
 
-    def _batches(self, data):
+    def _batches(self, data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         """`max_steps` batches with their positions, each epoch in an order of its own."""
         batches = list(data)
         taken = 0
@@ -415,7 +429,7 @@ class _Run:
 
 
 @contextlib.contextmanager
-def _restored_on_failure(model):
+def _restored_on_failure(model: nn.Module) -> Iterator[None]:
     """Weights and gradients as they were, if what is done inside raises."""
     state = [(parameter, parameter.detach().to("cpu", copy=True), parameter.grad) for parameter in model.parameters()]
     for parameter, *_ in state:
@@ -433,7 +447,7 @@ def _restored_on_failure(model):
 
 
 @contextlib.contextmanager
-def _in_float32(model):
+def _in_float32(model: nn.Module) -> Iterator[None]:
     """Half-precision weights in float32 for a while: a step of 5e-5 is below what bfloat16 can add to a weight."""
     cast = [(p, p.dtype) for p in model.parameters() if p.is_floating_point() and p.element_size() < 4]
     buffers = [(m, n, b.dtype) for m in model.modules() for n, b in m.named_buffers(recurse=False) if _is_half(b)]
@@ -450,5 +464,5 @@ def _in_float32(model):
             setattr(module, name, module.get_buffer(name).to(dtype))
 
 
-def _is_half(buffer):
+def _is_half(buffer: torch.Tensor | None) -> bool:
     return buffer is not None and buffer.is_floating_point() and buffer.element_size() < 4

@@ -66,7 +66,7 @@ class DataReport:
     tokens: int
     held_aside: int = 0
 
-    def __str__(self):
+    def __str__(self) -> str:
         aside = f", {self.held_aside:,} rows held aside" if self.held_aside else ""
         return f"{self.rows:,} rows, {self.distinct:,} different, {self.tokens:,} tokens{aside}"
 
@@ -103,7 +103,7 @@ class CollapseReport:
         """Plain data, ready for JSON."""
         return dataclasses.asdict(self)
 
-    def __str__(self):
+    def __str__(self) -> str:
         narrow = any(block.kept_neurons or block.rank is not None for block in self.blocks)
         header = ["block", "outcome", "alpha", "parameters", "MACs/token", "relative error"]
         header += ["rank", "kept neurons"] if narrow else []
@@ -132,9 +132,9 @@ class CollapseReport:
         return "\n".join(lines)
 
 
-def _rank(block):
+def _rank(block: BlockReport) -> str:
     return "-" if block.outcome != "collapsed" else "full" if block.rank is None else str(block.rank)
 
 
-def _change(before, after):
+def _change(before: int, after: int) -> str:
     return f"{before:,} -> {after:,}" if before != after else f"{before:,}"

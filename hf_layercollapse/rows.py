@@ -6,7 +6,7 @@ list, a generator and a shuffled loader of the same rows are the same data.
 
 import copy
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,10 +63,11 @@ class DistinctRows:
         ValueError: In a later reading: other rows come.
     """
 
-    def __init__(self, data, labels=False):
+    def __init__(self, data: Iterable[Any], labels: bool = False) -> None:
         self.data, self.labels = data, labels
-        self._found = [{} for _ in range(processes.count())]  # of each process: content -> _Row
-        self._batches = []  # contents that are new in each batch here
+        # Of each process: content -> what was met.
+        self._found: list[dict[bytes, _Row]] = [{} for _ in range(processes.count())]
+        self._batches: list[set[bytes]] = []  # contents that are new in each batch here
         with processes.together():
             for _, new, everything in self._reading(self._own):
                 self._batches.append(set(new.values()))
@@ -76,11 +77,11 @@ class DistinctRows:
         self._found = processes.gathered(self._own)
 
     @property
-    def _own(self):
+    def _own(self) -> dict[bytes, _Row]:
         return self._found[processes.rank()]
 
     @property
-    def _others(self):
+    def _others(self) -> set[bytes]:
         """What is left to other processes of what is here."""
         return {content for found in self._found[: processes.rank()] for content in found}
 
@@ -110,14 +111,15 @@ class DistinctRows:
         mine = self._own.keys() - self._others
         return sum(not mine.isdisjoint(batch) for batch in self._batches)
 
-    def part(self, wanted):
+    def part(self, wanted: Any) -> Any:
         """Those of the rows for which `wanted(what they say without labels)`."""
         part = copy.copy(self)
         part._found = [{content: row for content, row in found.items() if wanted(row.text)} for found in self._found]
         return part
 
-    def __iter__(self):
-        found, own, others = {}, self._own, self._others
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        found: dict[bytes, _Row] = {}
+        own, others = self._own, self._others
         for batch, new, _ in self._reading(found):
             kept = [index for index, content in new.items() if content in own and content not in others]
             if kept:
@@ -130,7 +132,7 @@ class DistinctRows:
                 "were read before are gone. Pass it without random changes of its rows, or as a list of batches."
             )
 
-    def _reading(self, found):
+    def _reading(self, found: dict[bytes, Any]) -> Iterator[Any]:
         """Yields `(batch, index -> content of those rows that were not met before, contents of all)`; what is met is
         added to `found`."""
         for batch in self.data:
@@ -144,7 +146,7 @@ class DistinctRows:
             yield batch, new, full
 
 
-def _tokens_of(batch, index):
+def _tokens_of(batch: Mapping[str, Any], index: int) -> int:
     """Tokens of a row that are no padding; pixels count as none."""
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
     if not isinstance(ids, torch.Tensor) or index >= len(ids):
@@ -160,7 +162,7 @@ def tokens_in(batch: Any) -> int:
     return sum(_tokens_of(batch, index) for index in range(len(ids))) if isinstance(ids, torch.Tensor) else 0
 
 
-def sample(rows, most_rows, most_tokens) -> list:
+def sample(rows: DistinctRows, most_rows: int, most_tokens: int) -> list:
     """Some batches of the data, always of the same rows: those whose contents have the smallest hashes. Every process
     gets them.
 
@@ -215,13 +217,13 @@ def contents(batch: Any, labels: bool = False) -> list[bytes]:
     ]
 
 
-def _counts(name, value, labels):
+def _counts(name: str, value: Any, labels: bool) -> bool:
     if name in ("attention_mask", "decoder_attention_mask"):
         return value.dim() > 2
     return name != "labels" or (labels and value.dim() > 1 and not value.is_floating_point())
 
 
-def _real(name, value, masks, index):
+def _real(name: str, value: Any, masks: dict[Any, Any], index: int) -> torch.Tensor:
     """One row of an input, without its padding."""
     mask = masks.get("decoder_attention_mask" if name.startswith("decoder_") else "attention_mask")
     if name == "labels":
@@ -231,7 +233,7 @@ def _real(name, value, masks, index):
     return value[index]
 
 
-def _hash(tensors, route=None):
+def _hash(tensors: Mapping[str, torch.Tensor], route: Any = None) -> bytes:
     digest = hashlib.blake2b(b"" if route is None else str(route).encode(), digest_size=8)
     for name, value in tensors.items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

@@ -32,7 +32,9 @@ def select_blocks(
             f"({', '.join(layout.name for layout in families.LAYOUTS)})." + (f" Refused:{reasons}" if reasons else "")
         )
     if isinstance(selector, list):
-        return (_named if isinstance(selector[0], str) else _numbered)(blocks, selector, refused)
+        indices = [index for index in selector if isinstance(index, int)]
+        names = [name for name in selector if isinstance(name, str)]
+        return _named(blocks, names, refused) if names else _numbered(blocks, indices)
     if selector == "all":
         return list(blocks)
     counted = COUNTED.fullmatch(selector)
@@ -48,7 +50,7 @@ def select_blocks(
     return chosen
 
 
-def _named(blocks, names, refused):
+def _named(blocks: Sequence[BlockT], names: Sequence[str], refused: Mapping[str, str]) -> list[BlockT]:
     known = {block.name for block in blocks}
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -59,7 +61,7 @@ def _named(blocks, names, refused):
     return [block for block in blocks if block.name in names]
 
 
-def _numbered(blocks, indices, refused):
+def _numbered(blocks: Sequence[BlockT], indices: Sequence[int]) -> list[BlockT]:
     wrong = [index for index in indices if not -len(blocks) <= index < len(blocks)]
     if wrong:
         raise ValueError(
@@ -69,8 +71,8 @@ def _numbered(blocks, indices, refused):
     return [block for block in blocks if block.index in chosen]
 
 
-def _first_or_last(blocks, selector, part, side, count):
-    where = blocks if part is None else _of_part(blocks, part)
+def _first_or_last(blocks: Sequence[BlockT], selector: str, part: str | None, side: str, count: int) -> list[BlockT]:
+    where = list(blocks) if part is None else _of_part(blocks, part)
     if not where:
         raise ValueError(f"`blocks` is {selector!r}, and the model has no blocks in a part {part!r}. {_parts(blocks)}")
     if count > len(where):
@@ -79,15 +81,15 @@ def _first_or_last(blocks, selector, part, side, count):
     return where[:count] if side == "first" else where[-count:]
 
 
-def _names(blocks):
+def _names(blocks: Sequence[BlockT]) -> list[str]:
     return shorten(block.name for block in blocks)
 
 
-def _of_part(blocks, part):
+def _of_part(blocks: Sequence[BlockT], part: str) -> list[BlockT]:
     """The blocks inside a module, named by its qualified name or by the last components of it (`"decoder"` for
     `"model.decoder"`)."""
     for levels in range(max((block.name.count(".") for block in blocks), default=0) + 1):
-        found = {}
+        found: dict[str, list[BlockT]] = {}
         for block in blocks:
             components = block.name.split(".")
             if ".".join(components[levels:]).startswith(f"{part}."):
@@ -98,7 +100,7 @@ def _of_part(blocks, part):
     return []
 
 
-def _parts(blocks):
+def _parts(blocks: Sequence[BlockT]) -> str:
     """In words, the modules that `blocks` can name as parts."""
     names: dict[str, None] = {}
     for block in blocks:

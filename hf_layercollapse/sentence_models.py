@@ -5,7 +5,7 @@ computes into it. Nothing of sentence-transformers is imported where no object o
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ def predicted(sentences: Any, model: Any, inputs: Mapping[str, Any]) -> dict[str
 
 
 @contextlib.contextmanager
-def _differentiable(sentences):
+def _differentiable(sentences: Any) -> Iterator[None]:
     """A sparse encoder's pooling in training mode where gradients are asked for: in evaluation mode it computes the
     same in place, through which none goes."""
     from sentence_transformers.sparse_encoder.modules import SpladePooling
@@ -101,7 +101,8 @@ class SentenceInputs:
         self.reads_pairs = isinstance(sentences, CrossEncoder)
         self._options = {} if max_length is None else {"max_length": max_length}
         self.max_length = sentences.max_seq_length if max_length is None else max_length
-        names = [name for name in TASK_PROMPTS.get(task, ()) if name in sentences.prompts]
+        known = () if task is None else TASK_PROMPTS[task]
+        names = [name for name in known if name in sentences.prompts]
         name = names[0] if names else sentences.default_prompt_name
         self.prompt = None if name is None else sentences.prompts[name]
 

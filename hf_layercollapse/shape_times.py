@@ -2,17 +2,23 @@
 
 import bisect
 import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from .block_sizes import any_fit, rank_of
+from .block_sizes import BlockSize, any_fit, rank_of
 from .forward_passes import run_over
 from .merging import computed, has_constant, is_possible, make_merge, stored_neurons
 from .models import device_of, inputs_of
 from .profiling import compare_latency
+
+
+if TYPE_CHECKING:
+    from .blocks import BoundBlock
 
 
 # Numbers of kept neurons that are timed for each rank, as shares of the hidden width.
@@ -32,10 +38,10 @@ class ShapeTimes:
             full) -> `(neurons kept, seconds)`, rising.
     """
 
-    dense: dict
-    others: dict
+    dense: dict[str, float]
+    others: dict[str, dict[int | None, list[tuple[int, float]]]]
 
-    def of(self, block, size) -> float:
+    def of(self, block: str, size: BlockSize) -> float:
         """Of a [`block_sizes.BlockSize`] of the block of this name; between two that were timed on the line."""
         if size.as_it_is:
             return self.dense[block]
@@ -49,13 +55,21 @@ class ShapeTimes:
         before, least = points[after - 1]
         return least + (seconds - least) * (size.count - before) / (count - before)
 
-    def all(self, sizes) -> float:
+    def all(self, sizes: Mapping[str, BlockSize]) -> float:
         """Of all blocks, with these sizes (`dict[str, BlockSize]`)."""
         return sum(self.of(name, size) for name, size in sizes.items())
 
 
 @torch.no_grad()
-def measure_shapes(model, inner, blocks, batch, rank_shares, multiple_of, constant_term) -> ShapeTimes:
+def measure_shapes(
+    model: nn.Module,
+    inner: Any,
+    blocks: "Sequence[BoundBlock]",
+    batch: Mapping[str, Any],
+    rank_shares: Sequence[float | None],
+    multiple_of: int,
+    constant_term: str,
+) -> ShapeTimes:
     """Times every rank, with a few numbers of neurons each, of every shape of block that there is, on the inputs that
     one batch gives it. All of them take turns in one process; medians count. What the weights are does not matter.
 
@@ -70,10 +84,10 @@ def measure_shapes(model, inner, blocks, batch, rank_shares, multiple_of, consta
     for block in blocks:
         same.setdefault(_shape_of(block), []).append(block)
 
-    def observe():
+    def observe() -> Iterator[RemovableHandle]:
         for first, *_ in same.values():
 
-            def keep(module, args, name=first.name):
+            def keep(module: nn.Module, args: Any, name: str = first.name) -> None:
                 inputs[name] = args[0].detach()
 
             yield first.first.register_forward_pre_hook(keep)
@@ -87,16 +101,19 @@ def measure_shapes(model, inner, blocks, batch, rank_shares, multiple_of, consta
     return ShapeTimes(dense, others)
 
 
-def _shape_of(block):
+def _shape_of(block: "BoundBlock") -> tuple[Any, ...]:
     """What blocks of equal times have in common."""
     weight = block.down.weight
     widths = block.in_features, block.hidden_features, block.out_features
     return (*widths, block.kind, type(block.down), type(block.activation), weight.dtype, weight.device)
 
 
-def _times(block, x, rank_shares, multiple_of, constant_term):
+def _times(
+    block: "BoundBlock", x: torch.Tensor, rank_shares: Sequence[float | None], multiple_of: int, constant_term: str
+) -> tuple[float, dict[int | None, list[tuple[int, float]]]]:
     """`(seconds as it is, rank -> [(neurons, seconds)])`."""
-    calls = {"dense": _Call(block.forward)}
+    # As it is under no key of a size.
+    calls: dict[tuple[int | None, int] | None, nn.Module] = {None: _Call(block.forward)}
     for rank in {rank_of(block, share, multiple_of) for share in rank_shares}:
         constant = has_constant(block, rank, constant_term)
         counts = {round(share * block.hidden_features) for share in TIMED_SHARES}
@@ -105,13 +122,15 @@ def _times(block, x, rank_shares, multiple_of, constant_term):
             calls[rank, count] = _Call(computed(make_merge(block, fit, refit=False)))
     times = compare_latency(calls, {"x": x}, ROUNDS, WARMUP, progress=False)
     medians = {key: statistics.median(found.seconds) for key, found in times.items()}
-    by_rank = {}
-    for (rank, count), seconds in ((key, value) for key, value in medians.items() if key != "dense"):
-        by_rank.setdefault(rank, []).append((count, seconds))
-    return medians["dense"], {rank: _rising(points) for rank, points in by_rank.items()}
+    as_it_is = medians.pop(None)
+    by_rank: dict[int | None, list[tuple[int, float]]] = {}
+    for key, seconds in medians.items():
+        if key is not None:
+            by_rank.setdefault(key[0], []).append((key[1], seconds))
+    return as_it_is, {rank: _rising(points) for rank, points in by_rank.items()}
 
 
-def _rising(points):
+def _rising(points: Iterable[tuple[int, float]]) -> list[tuple[int, float]]:
     """The points with each time at least that of fewer neurons: what is less is noise."""
     most, rising = 0.0, []
     for count, seconds in sorted(points):
@@ -121,9 +140,9 @@ def _rising(points):
 
 
 class _Call(nn.Module):
-    def __init__(self, function):
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
         self.function = function
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.function(x)

@@ -36,14 +36,14 @@ class Sharding:
         blocks ([`TrainedBlocks`]): Of its model.
     """
 
-    def __init__(self, trainer: LayerCollapseTrainerMixin, blocks: TrainedBlocks):
+    def __init__(self, trainer: LayerCollapseTrainerMixin, blocks: TrainedBlocks) -> None:
         self._trainer: Any = trainer
         self._blocks = blocks
         self._whole_class: type | None = None  # of the model, before FSDP2 exchanged it
         # Hooks on alphas that nothing else keeps the same on all processes.
         self._replicating: list[RemovableHandle] = []
 
-    def refuse_setup(self):
+    def refuse_setup(self) -> None:
         trainer, state = self._trainer, self._trainer.accelerator.state
         if trainer.is_deepspeed_enabled:
             refuse_deepspeed_setup(state.deepspeed_plugin)
@@ -51,7 +51,7 @@ class Sharding:
             precision = trainer.accelerator.mixed_precision
             refuse_fsdp_setup(state.fsdp_plugin, trainer.model, trainer.args.torch_compile, precision)
 
-    def leave_alphas_out(self):
+    def leave_alphas_out(self) -> None:
         """To be called before accelerate is given model and optimizer."""
         trainer = self._trainer
         if not trainer.is_fsdp_enabled or is_fully_sharded(trainer.model):
@@ -62,7 +62,7 @@ class Sharding:
             leave_out_of_sharding(trainer.accelerator.state.fsdp_plugin, trainer.model, trainer.args.device)
             self.replicate(alphas)
 
-    def replicate(self, alphas: list[nn.Parameter]):
+    def replicate(self, alphas: list[nn.Parameter]) -> None:
         """Keeps alphas the same on all processes, where nothing else does; see [`replicate_alphas`]."""
         for handle in self._replicating:
             handle.remove()
@@ -71,7 +71,10 @@ class Sharding:
     def whole_model(self) -> nn.Module:
         """The Trainer's model; if it is sharded, a new one, gathered."""
         model = self._trainer.model
-        return gathered(model, self._whole_class, self._trainer.args.device) if is_fully_sharded(model) else model
+        if not is_fully_sharded(model):
+            return model
+        assert self._whole_class is not None, "FSDP2 is what this part gave the model to"
+        return gathered(model, self._whole_class, self._trainer.args.device)
 
     def on_all_processes(self, model: nn.Module, work: Callable[[], Result]) -> Result:
         """Runs `work`, which changes a whole model, so that all processes hold what the first one found."""
@@ -83,7 +86,7 @@ class Sharding:
             dist.broadcast(tensor, src=0)
         return result
 
-    def let_go(self, model: nn.Module):
+    def let_go(self, model: nn.Module) -> None:
         """Lets a sharded model go; from here on this one is evaluated, as it is."""
         trainer = self._trainer
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -107,14 +110,14 @@ class Sharding:
         model = self._trainer.model
         return self._trainer.accelerator.get_state_dict(model) if is_fully_sharded(model) else None
 
-    def save_config(self, folder: str):
+    def save_config(self, folder: str) -> None:
         """Beside a state dict that is sharded upstream leaves none, and with it no trace of which model it is of."""
         trainer = self._trainer
         if trainer.is_fsdp_enabled and trainer.args.should_save and isinstance(trainer.model, PreTrainedModel):
             trainer.model.config.save_pretrained(folder)
 
 
-def refuse_fsdp_setup(plugin, model, compiles=False, mixed_precision="no"):
+def refuse_fsdp_setup(plugin: Any, model: nn.Module, compiles: bool = False, mixed_precision: str = "no") -> None:
     """Raises if alphas cannot be left out of what accelerate's FSDP is about to shard.
 
     Args:
@@ -150,7 +153,7 @@ def refuse_fsdp_setup(plugin, model, compiles=False, mixed_precision="no"):
         )
 
 
-def refuse_deepspeed_setup(plugin):
+def refuse_deepspeed_setup(plugin: Any) -> None:
     """Raises if alphas cannot be kept out of what DeepSpeed is about to shard.
 
     Args:
@@ -177,7 +180,7 @@ def refuse_deepspeed_setup(plugin):
         )
 
 
-def leave_out_of_sharding(plugin, model, device):
+def leave_out_of_sharding(plugin: Any, model: nn.Module, device: torch.device) -> None:
     """Makes accelerate's FSDP2 leave the activations with alphas whole, in float32 beside parameters of any dtype.
 
     Args:
@@ -194,7 +197,7 @@ def leave_out_of_sharding(plugin, model, device):
     plugin.ignored_modules = [*(module for module in ignored if module not in ours), *ours]
 
 
-def gathered(model, model_class, device):
+def gathered(model: Any, model_class: type[Any], device: torch.device) -> nn.Module:
     """A model that `fully_shard` sharded, whole again on every process: a new one, with all that it was trained to.
 
     Args:

@@ -230,15 +230,25 @@ class Skeleton:
         watched = path is not None and path.startswith(self.watch)
         base = base_layer(module)
         if module in self.activations or isinstance(base, (nn.Linear, Conv1D)):
-            width = None if module in self.activations else linear_shape(base)[1]
-            made = self._keep(module, _StandIn(path, self.record, watched, width))
-            self.seen.add((self.paths.get(id(base)), ALL))
-            for name, value in base.__dict__.items():  # `in_features`, `nf` and what else the code around may read
-                if not name.startswith("_") and name not in made.__dict__ and name != "forward":
-                    made.__dict__[name] = self.value(value)
-            made.__dict__[PARAMETERS] = self._weights(base)
-            self.modules.append(made)
-            return made
+            made = self._stand_in(module, base, path, watched)
+        else:
+            made = self._copy(module, path, watched)
+        self.modules.append(made)
+        return made
+
+    def _stand_in(self, module, base, path, watched):
+        """What stands for an activation or a linear, with all that the code around it may read."""
+        width = None if module in self.activations else linear_shape(base)[1]
+        made = self._keep(module, _StandIn(path, self.record, watched, width))
+        self.seen.add((self.paths.get(id(base)), ALL))
+        for name, value in base.__dict__.items():  # `in_features`, `nf` and what else the code around may read
+            if not name.startswith("_") and name not in made.__dict__ and name != "forward":
+                made.__dict__[name] = self.value(value)
+        made.__dict__[PARAMETERS] = self._weights(base)
+        return made
+
+    def _copy(self, module, path, watched):
+        """A module of the same class, with copies of what it holds, made as its code reads them."""
         kind = type(module)
         recording = _recording_class(kind)
         made = self._keep(module, object.__new__(recording or kind))
@@ -258,7 +268,6 @@ class Skeleton:
             source.read_all()
         if not children_of(module) and watched:
             made.register_forward_hook(self._recorder(path))
-        self.modules.append(made)
         return made
 
     def _recorder(self, path):

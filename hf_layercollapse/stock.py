@@ -7,14 +7,16 @@ is a native feed-forward block of width `2 r`, with `up = [V; -V]` and `down = [
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from . import functional
-from .blocks import bind, bind_blocks, weight_and_bias
+from .blocks import BoundBlock, bind, bind_blocks, weight_and_bias
 from .families import BIAS_FIELDS, RATIO_FIELDS, WIDTH_FIELDS
 from .modeling_layercollapse import (
     CollapsedBlock,
@@ -68,7 +70,7 @@ class StockReport:
         """Plain data, ready for JSON."""
         return dataclasses.asdict(self)
 
-    def __str__(self):
+    def __str__(self) -> str:
         from .tables import table
 
         rows = [["", "parameters", "feed-forward MACs/token"]]
@@ -98,10 +100,10 @@ class _Neurons:
     gate_m: torch.Tensor | None = None
 
     @property
-    def width(self):
+    def width(self) -> int:
         return self.up_mi.shape[0]
 
-    def biases(self):
+    def biases(self) -> set[str]:
         """Names of the linears that need one."""
         values = {"gate": self.gate_m, "up": self.up_m, "down": self.down_o}
         return {name for name, value in values.items() if value is not None}
@@ -156,7 +158,7 @@ def export_stock(model: PreTrainedModel) -> tuple[PreTrainedModel, StockReport]:
     return native, report
 
 
-def _collapsed_blocks(model):
+def _collapsed_blocks(model: Any) -> dict[str, BoundBlock]:
     """Name -> block of a collapsed model; raises where it is none, or its blocks are patched."""
     if not isinstance(model, LayerCollapseModelMixin):
         raise TypeError(
@@ -173,7 +175,7 @@ def _collapsed_blocks(model):
     return blocks
 
 
-def _check_weights(model):
+def _check_weights(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if type(module).__module__.startswith("peft."):
             raise ValueError(f"`{name}` is under an adapter. Call `model = model.merge_and_unload()` first.")
@@ -185,7 +187,13 @@ def _check_weights(model):
             )
 
 
-def _native_model(model, config, blocks, stock_blocks, wanted):
+def _native_model(
+    model: Any,
+    config: Any,
+    blocks: Mapping[str, BoundBlock],
+    stock_blocks: Mapping[str, BoundBlock],
+    wanted: Mapping[str, _Neurons],
+) -> Any:
     """The native model of this config, with the weights of the collapsed one."""
     native = build_native(model, config)
     state, native_state = model.state_dict(), native.state_dict()
@@ -206,7 +214,7 @@ def _native_model(model, config, blocks, stock_blocks, wanted):
 # ----------------------------------------------------------------------------------------------------
 
 
-def _as_neurons(block, native):
+def _as_neurons(block: BoundBlock, native: BoundBlock) -> _Neurons:
     """A collapsed block as neurons of its native one, whatever biases that takes."""
     if block.can_collapse:
         return _native_neurons(block)
@@ -216,7 +224,7 @@ def _as_neurons(block, native):
         )
     narrow = next((module for module in (block.module, block.activation) if isinstance(module, _NARROW)), None)
     count = 0 if narrow is None else narrow.neurons
-    if count and narrow.act_name != "native":
+    if narrow is not None and count and narrow.act_name != "native":
         raise ValueError(
             f"`{block.name}` keeps neurons with the activation {narrow.act_name!r}; its native class has another."
         )
@@ -231,7 +239,7 @@ def _as_neurons(block, native):
 _NARROW = (NarrowFeedForward, NarrowActivation)
 
 
-def _parts(block, count):
+def _parts(block: BoundBlock, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, _Neurons]:
     """`(P, V, v, kept neurons)` of a collapsed block that keeps so many: `y = P (V x + v) + D act(U x + u) + b`."""
     down, down_o = _affine(block.down)
     channels, width = down.shape[1] - count, block.in_features
@@ -253,13 +261,15 @@ def _parts(block, count):
     return down[:, :channels], right, _nonzero(shift), kept
 
 
-def _cut_at(count, weight, bias):
+def _cut_at(
+    count: int, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor | None, torch.Tensor | None]]:
     """`((first rows, others), (first biases, others))`; biases may be `None`."""
     biases = (None, None) if bias is None else (bias[:count], bias[count:])
     return (weight[:count], weight[count:]), biases
 
 
-def _linear_as_neurons(block, native, left, right):
+def _linear_as_neurons(block: BoundBlock, native: BoundBlock, left: torch.Tensor, right: torch.Tensor) -> _Neurons:
     """The linear map `P V` as [`_Neurons`] of a native block, without a bias at its end."""
     if any(True for _ in native.activation.parameters()):
         raise ValueError(f"The activation of `{block.name}` has parameters of its own: it has no native form.")
@@ -281,10 +291,10 @@ def _linear_as_neurons(block, native, left, right):
     return _Neurons(up, None, down, None)
 
 
-def _joined(first, second, down_o):
+def _joined(first: _Neurons, second: _Neurons, down_o: torch.Tensor | None) -> _Neurons:
     """The neurons of both, with this bias at the end of the block."""
 
-    def biases(one, other):
+    def biases(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
         if one is None and other is None:
             return None
         return torch.cat(
@@ -301,7 +311,7 @@ def _joined(first, second, down_o):
     )
 
 
-def _native_neurons(block):
+def _native_neurons(block: BoundBlock) -> _Neurons:
     """A block whose modules are native, dense or narrowed."""
     layout = block.layout
     up, up_bias = _affine(block.up)
@@ -316,24 +326,24 @@ def _native_neurons(block):
     return _Neurons(up, up_bias, down, down_bias, gate, gate_bias)
 
 
-def _affine(linear):
+def _affine(linear: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     weight, bias = weight_and_bias(linear)
     return weight.double(), None if bias is None else bias.double()
 
 
-def _nonzero(bias):
+def _nonzero(bias: torch.Tensor | None) -> torch.Tensor | None:
     return None if bias is None or not bias.any() else bias
 
 
-def _rows(weight, like):
+def _rows(weight: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     return like.new_zeros(0, like.shape[1]) if weight is None else weight
 
 
-def _or_zeros(bias, count):
+def _or_zeros(bias: torch.Tensor | None, count: int) -> torch.Tensor:
     return torch.zeros(count, dtype=torch.float64) if bias is None else bias
 
 
-def _weights(block, neurons, dtype):
+def _weights(block: BoundBlock, neurons: _Neurons, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """State dict entries of a native block, padded with neurons that give zero."""
     layout, width = block.layout, block.hidden_features
     padding = width - neurons.width
@@ -345,7 +355,7 @@ def _weights(block, neurons, dtype):
     if layout.gated:
         gate = pad_rows(_rows(neurons.gate_mi, up), (0, 0, 0, padding))
         gate_bias = pad_rows(_or_zeros(neurons.gate_m, neurons.width).to(up), (0, padding))
-        if layout.fused:
+        if layout.gate is None:
             up, up_bias = layout.join(gate, up, 0), layout.join(gate_bias, up_bias, 0)
         else:
             parts[layout.gate] = gate, gate_bias
@@ -360,17 +370,15 @@ def _weights(block, neurons, dtype):
     return entries
 
 
-def _error(model, block, native):
+def _error(model: Any, block: BoundBlock, native: BoundBlock) -> float:
     """Relative error of the native block, on Gaussian inputs."""
     holder = block.module
     x = functional.gaussian_inputs(block.in_features).to(model.device, next(holder.parameters()).dtype)
     actual = native.forward(x)
     if block.can_collapse:
         return functional.relative_error(block.forward(x), actual)
-    if isinstance(holder, (CollapsedBlock, NarrowFeedForward)):
-        collapsed = holder
-    else:
-        collapsed = torch.nn.Sequential(block.up, block.activation, block.down)
+    own = isinstance(holder, (CollapsedBlock, NarrowFeedForward))
+    collapsed = holder if own else torch.nn.Sequential(block.up, block.activation, block.down)
     with evaluating(collapsed):
         expected = collapsed(x)
     return functional.relative_error(expected, actual)
@@ -381,7 +389,14 @@ def _error(model, block, native):
 # ----------------------------------------------------------------------------------------------------
 
 
-def _fit_config(model, config, dense, blocks, native_blocks, wanted):
+def _fit_config(
+    model: Any,
+    config: Any,
+    dense: nn.Module,
+    blocks: Mapping[str, BoundBlock],
+    native_blocks: Mapping[str, BoundBlock],
+    wanted: Mapping[str, _Neurons],
+) -> tuple[Any, dict[str, Any], dict[str, BoundBlock]]:
     """`(config, {field: (old, new)}, {name: block})`: a native config in which every block fits, and saves."""
     needed = {name: wanted[name].width if name in wanted else native_blocks[name].hidden_features for name in blocks}
     changed, fields = _with_widths(model, config, native_blocks, wanted, needed)
@@ -403,7 +418,13 @@ def _fit_config(model, config, dense, blocks, native_blocks, wanted):
     return changed, fields, stock_blocks
 
 
-def _with_widths(model, config, native_blocks, wanted, needed):
+def _with_widths(
+    model: Any,
+    config: Any,
+    native_blocks: Mapping[str, BoundBlock],
+    wanted: Mapping[str, _Neurons],
+    needed: Mapping[str, int],
+) -> tuple[Any, dict[str, Any]]:
     """`(config, {field: (old, new)})`: a copy whose fields give collapsed blocks the width they need."""
     governed = governing_fields(model, config, native_blocks)
     missing = [name for name in wanted if name not in governed]
@@ -426,7 +447,14 @@ def _with_widths(model, config, native_blocks, wanted, needed):
     return changed, fields
 
 
-def _check_saving(config, dense, stock, native_blocks, wanted, needed):
+def _check_saving(
+    config: Any,
+    dense: nn.Module,
+    stock: nn.Module,
+    native_blocks: Mapping[str, BoundBlock],
+    wanted: Mapping[str, _Neurons],
+    needed: Mapping[str, int],
+) -> None:
     """Raises where the native model would be no smaller than the dense one."""
     before, after = count_parameters(dense), count_parameters(stock)
     if after < before:
@@ -443,7 +471,7 @@ def _check_saving(config, dense, stock, native_blocks, wanted, needed):
     )
 
 
-def _lacking_biases(native_blocks, wanted):
+def _lacking_biases(native_blocks: Mapping[str, BoundBlock], wanted: Mapping[str, _Neurons]) -> dict[str, list[str]]:
     """Block -> the linears that need a bias and have none."""
     lacking = {}
     for name, neurons in wanted.items():
@@ -455,7 +483,13 @@ def _lacking_biases(native_blocks, wanted):
     return lacking
 
 
-def _refuse_biases(config, native_blocks, needed, wanted, lacking):
+def _refuse_biases(
+    config: Any,
+    native_blocks: Mapping[str, BoundBlock],
+    needed: Mapping[str, int],
+    wanted: Mapping[str, _Neurons],
+    lacking: Mapping[str, list[str]],
+) -> NoReturn:
     name = next(iter(lacking))
     block = native_blocks[name]
     why = (
@@ -471,7 +505,14 @@ def _refuse_biases(config, native_blocks, needed, wanted, lacking):
     )
 
 
-def _check_shapes(dense, stock, native_blocks, stock_blocks, needed, fields):
+def _check_shapes(
+    dense: nn.Module,
+    stock: nn.Module,
+    native_blocks: Mapping[str, BoundBlock],
+    stock_blocks: Mapping[str, BoundBlock],
+    needed: Mapping[str, int],
+    fields: Mapping[str, Any],
+) -> None:
     """The changed fields must have changed the blocks, and nothing else."""
     short = [name for name in needed if stock_blocks[name].hidden_features < needed[name]]
     shapes = [shapes_outside(model, native_blocks) for model in (dense, stock)]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .distillation import Distillation, check_teacher, teacher_for
 from .models import inputs_of
@@ -31,13 +31,13 @@ class Teaching(TrainerCallback):
         distillation ([`Distillation`] or `None`): There once a model with a teacher is.
     """
 
-    def __init__(self, trainer: LayerCollapseTrainerMixin, teacher: nn.Module | None = None):
+    def __init__(self, trainer: LayerCollapseTrainerMixin, teacher: nn.Module | None = None) -> None:
         self._trainer: Any = trainer
         self._given = teacher
         self.distillation: Distillation | None = None
         self._taught = False  # in this step
 
-    def refuse_setup(self):
+    def refuse_setup(self) -> None:
         trainer, config = self._trainer, self._trainer.layer_collapse_config
         if config.distils and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             raise ValueError(
@@ -50,11 +50,11 @@ class Teaching(TrainerCallback):
                 "allow. Leave them out (several GPUs: `accelerate launch`), or use `distillation_weight` alone."
             )
 
-    def refuse_teacher_without_options(self):
+    def refuse_teacher_without_options(self) -> None:
         if self._given is not None and self._trainer.layer_collapse_config is None:
             raise ValueError("There is a `teacher`, but no `layer_collapse_config` that says what it teaches.")
 
-    def check(self, model: nn.Module):
+    def check(self, model: nn.Module) -> None:
         """Raises if the teacher that was given does not fit the options, or a model that nothing is done to yet.
 
         Raises:
@@ -68,7 +68,7 @@ class Teaching(TrainerCallback):
         return self.distillation.teacher if self.distillation is not None else None
 
     @contextlib.contextmanager
-    def of(self, model) -> Iterator[None]:
+    def of(self, model: nn.Module) -> Iterator[None]:
         """Finds the teacher of a model, which by default is what the model is on entry, and teaches what it is on
         exit."""
         teacher = teacher_for(model, self._trainer.layer_collapse_config, self._given)
@@ -76,12 +76,19 @@ class Teaching(TrainerCallback):
         if teacher is not None:
             self.distillation = Distillation(self._trainer.layer_collapse_config, teacher, model)
 
-    def changed(self, model: nn.Module):
+    def changed(self, model: nn.Module) -> None:
         """To be called when blocks were exchanged."""
         if self.distillation is not None:
             self.distillation.find_blocks(model)
 
-    def compute_loss(self, own_loss, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        own_loss: Callable[..., Any],
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
         """What the Trainer's own `compute_loss` gives for the other arguments, with the teacher's terms."""
         options = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
         distillation = self.distillation
@@ -100,7 +107,7 @@ class Teaching(TrainerCallback):
         loss = weight * loss + self._terms(distillation, given, seen, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def _run_without_loss(self, distillation, model, inputs):
+    def _run_without_loss(self, distillation: Distillation, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         trainer, sentences = self._trainer, sentence_model(self._trainer.model)
         if sentences is None:
             return model(**distillation.without_labels(inputs, trainer.label_names))
@@ -108,7 +115,9 @@ class Teaching(TrainerCallback):
             model(inputs_of(features, trainer.args.device))
         return {}  # as sentence-transformers' trainers have it
 
-    def _terms(self, distillation, inputs, seen, num_items_in_batch):
+    def _terms(
+        self, distillation: Distillation, inputs: Mapping[str, Any], seen: Any, num_items_in_batch: Any
+    ) -> torch.Tensor:
         """They weigh each label as the model's own loss does."""
         trainer, items, batches = self._trainer, None, 1
         if loss_is_scaled(trainer, num_items_in_batch):
@@ -119,7 +128,7 @@ class Teaching(TrainerCallback):
         with trainer.accelerator.autocast():
             return distillation.loss(inputs, seen, items, batches, trainer.label_names)
 
-    def _items_here(self, num_items_in_batch):
+    def _items_here(self, num_items_in_batch: Any) -> torch.Tensor:
         """What a sum over the labels of this process is divided by, where gradients are averaged over processes."""
         args = self._trainer.args
         items = torch.as_tensor(num_items_in_batch, dtype=torch.float32).flatten()[0]  # one for each replica
@@ -128,7 +137,9 @@ class Teaching(TrainerCallback):
             return items if averaged else items * args.n_gpu
         return items / (self._trainer.accelerator.num_processes // self._trainer.get_tp_size()) if averaged else items
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.distillation is not None and not self._taught:
             raise RuntimeError(
                 f"This step was taken without the teacher: {type(self._trainer).__name__} computes a loss of its own. "

@@ -1,10 +1,18 @@
 """Which of a block's tokens are real ones, and no padding."""
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
 from transformers.modeling_utils import PreTrainedModel
 
 
-def is_encoder_decoder(inner) -> bool:
+if TYPE_CHECKING:
+    from .blocks import BoundBlock
+    from .families import FeedForwardBlock
+
+
+def is_encoder_decoder(inner: Any) -> bool:
     """Whether a model's decoder reads an encoder."""
     return isinstance(inner, PreTrainedModel) and bool(inner.config.is_encoder_decoder)
 
@@ -21,12 +29,14 @@ class TokenFilter:
             given shape (bool, or 0 and 1), or `None` for all tokens, in place of all that.
     """
 
-    def __init__(self, inner, token_mask_fn=None):
+    def __init__(self, inner: Any, token_mask_fn: Callable[..., Any] | None = None) -> None:
         self.token_mask_fn = token_mask_fn
         self.encoder_decoder = is_encoder_decoder(inner)
-        self.batch, self.masks, self.offsets = {}, {}, {}
+        self.batch: Mapping[str, Any] = {}
+        self.masks: dict[str, torch.Tensor | None] = {}
+        self.offsets: dict[Any, Any] = {}
 
-    def start(self, batch):
+    def start(self, batch: Mapping[str, Any]) -> None:
         """Called with the inputs before each forward."""
         self.batch, self.offsets = batch, {}
         self.masks = {}
@@ -39,7 +49,7 @@ class TokenFilter:
             mask = labels != -100 if isinstance(labels, torch.Tensor) and labels.dim() == 2 else None
             self.masks["decoder_attention_mask"] = None if mask is None or bool(mask.all()) else mask
 
-    def select(self, block, *tensors):
+    def select(self, block: "BoundBlock", *tensors: torch.Tensor) -> list[torch.Tensor]:
         """`(..., width)` tensors of one call as `(tokens, width)`, detached, padding left out."""
         rows = [tensor.detach().reshape(-1, tensor.shape[-1]) for tensor in tensors]
         mask = self.mask(block, tensors[0].shape[:-1])
@@ -48,7 +58,7 @@ class TokenFilter:
         kept = mask.to(rows[0].device).reshape(-1).bool().nonzero().squeeze(1)
         return [row.index_select(0, kept) for row in rows]
 
-    def mask(self, block, shape):
+    def mask(self, block: "FeedForwardBlock", shape: Sequence[int]) -> torch.Tensor | None:
         """Which tokens of one call are no padding: a mask of as many elements as the shape, or `None` for all."""
         if self.token_mask_fn is not None:
             mask = self.token_mask_fn(block.name, self.batch, tuple(shape))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_compiled_module
@@ -28,19 +29,19 @@ class TrainedBlocks:
         calibration_data (iterable of `dict[str, Tensor]`, *optional*): For `linear_target="affine"`.
     """
 
-    def __init__(self, trainer: LayerCollapseTrainerMixin, calibration_data=None):
+    def __init__(self, trainer: LayerCollapseTrainerMixin, calibration_data: Iterable[Any] | None = None) -> None:
         self._trainer: Any = trainer  # whose attributes upstream lets be None until it is set up
         self._calibration_data = calibration_data
         # Activation -> index of its block.
         self._indices: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         self._collapsed: int | None = None  # how many, once they were counted
 
-    def patch(self, model: nn.Module):
+    def patch(self, model: nn.Module) -> None:
         """Patches a model, or checks that it is patched, as the Trainer's options say."""
         self.changed()
         patch_or_check(model, self._trainer.layer_collapse_config, self._calibration_data)
 
-    def changed(self):
+    def changed(self) -> None:
         """To be called when blocks were exchanged."""
         self._collapsed = None
 
@@ -78,7 +79,7 @@ class TrainedBlocks:
                 in_use[index] = module
         return in_use
 
-    def _find_indices(self):
+    def _find_indices(self) -> None:
         inner = unwrap(self._trainer.model, sharded=True)[0]
         for block in bind_blocks(inner):
             if block.activation is not None and block.state != "collapsed":
@@ -103,7 +104,7 @@ class TrainedBlocks:
         return self._collapsed
 
 
-def forget_base(model: nn.Module, only: str | None = None):
+def forget_base(model: nn.Module, only: str | None = None) -> None:
     """Adapters name their base once they are saved; that base is not what they are on."""
     inner, wrappers = unwrap(model, sharded=True)
     if only is None:

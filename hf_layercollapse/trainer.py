@@ -109,12 +109,12 @@ class LayerCollapseTrainerMixin(InFrontOf):
     def __init__(
         self,
         model: Any = None,
-        *args,
+        *args: Any,
         layer_collapse_config: LayerCollapseConfig | None = None,
         calibration_data: Iterable[Any] | None = None,
         teacher: nn.Module | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         if layer_collapse_config is not None and not isinstance(layer_collapse_config, LayerCollapseConfig):
             raise TypeError(
                 f"`layer_collapse_config` must be a LayerCollapseConfig, got {type(layer_collapse_config).__name__}."
@@ -140,7 +140,7 @@ class LayerCollapseTrainerMixin(InFrontOf):
 
     # ---- What the hooks below hand on to ----
 
-    def _make_parts(self, calibration_data, teacher):
+    def _make_parts(self, calibration_data: Iterable[Any] | None, teacher: nn.Module | None) -> None:
         self._blocks = TrainedBlocks(self, calibration_data)
         self._sharding = Sharding(self, self._blocks)
         self._alphas = AlphaTraining(self, self._blocks, self._sharding)
@@ -155,7 +155,7 @@ class LayerCollapseTrainerMixin(InFrontOf):
         self._checkpoints = Checkpoints(self, self._blocks, self._folders, self._progressive, self._budgeted)
         self._card = TrainingCard(self)
 
-    def _refuse_setup(self):
+    def _refuse_setup(self) -> None:
         self._teaching.refuse_teacher_without_options()
         if any(isinstance(callback, LayerCollapseCallback) for callback in self.callback_handler.callbacks):
             raise ValueError(
@@ -166,7 +166,7 @@ class LayerCollapseTrainerMixin(InFrontOf):
             for part in (self._budgeted, self._sharding, self._alphas, self._progressive, self._teaching):
                 part.refuse_setup()
 
-    def _patch(self, model):
+    def _patch(self, model: Any) -> None:
         self._card.remember_base(model)
         if self._budgeted.is_asked_for:
             self._budgeted.check(model)
@@ -174,22 +174,24 @@ class LayerCollapseTrainerMixin(InFrontOf):
         with self._teaching.of(model):
             self._blocks.patch(model)
 
-    def _take_over_patched(self):
+    def _take_over_patched(self) -> None:
         """Takes the options that a model was patched with, where none were given."""
-        if self.layer_collapse_config is not None or not collapsible_activations(self.model):
+        model: Any = self.model
+        if self.layer_collapse_config is not None or not collapsible_activations(model):
             return
-        self.layer_collapse_config = layer_collapse_config_of(unwrap(self.model, sharded=True)[0])
+        self.layer_collapse_config = layer_collapse_config_of(unwrap(model, sharded=True)[0])
         if self.layer_collapse_config is None:
             raise ValueError("The model is patched but carries no options: pass `layer_collapse_config`.")
-        with self._teaching.of(self.model):
+        with self._teaching.of(model):
             pass
 
-    def _count_items_where_the_loss_does(self):
+    def _count_items_where_the_loss_does(self) -> None:
         # Most heads take the count of labels and ignore it, which makes gradients grow with the accumulated batches.
         own_loss = self.label_smoother is None and self.compute_loss_func is None
         if not own_loss or not self.model_accepts_loss_kwargs:
             return
-        if not is_transformers_model(self.model) or not counts_items(unwrap(self.model, sharded=True)[0]):
+        model: Any = self.model
+        if not is_transformers_model(model) or not counts_items(unwrap(model, sharded=True)[0]):
             self.model_accepts_loss_kwargs = False
 
     # ---- The model ----
@@ -248,7 +250,7 @@ class LayerCollapseTrainerMixin(InFrontOf):
         # After super(), which multiplies by the number of processes.
         return self._teaching.compute_loss(super().compute_loss, model, inputs, return_outputs, num_items_in_batch)
 
-    def training_step(self, model: Any, *args, **kwargs) -> Any:
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         # The loop goes on with what wrapped the model at its begin, and what it logs is to be what is minimised.
         with self._progressive.wrapper_of_now(model) as model:
             loss = super().training_step(model, *args, **kwargs)
@@ -271,31 +273,33 @@ class LayerCollapseTrainerMixin(InFrontOf):
         self._alphas.restore()
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def _clip_grad_norm(self, model):
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
         # Twelve alphas at 0 have a gradient of norm 6.9, for which the task's would be scaled down.
         return super()._clip_grad_norm(self._alphas.task_parameters(model))
 
-    def _get_grad_norm(self, model, grad_norm=None):
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # As above: the norm in the logs is the task's.
         return super()._get_grad_norm(self._alphas.task_parameters(model), grad_norm=grad_norm)
 
     # ---- Evaluation and logs ----
 
-    def evaluation_loop(self, *args, **kwargs) -> Any:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Here and not in `evaluate`: one log and one `on_evaluate`, with all metrics in it.
         return self._evaluation.loop(super().evaluation_loop, *args, **kwargs)
 
-    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
         # After what an evaluation found, and before the checkpoint of the same step.
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
         self._progressive.collapse_ready()
         return metrics
 
-    def _determine_best_metric(self, metrics, trial):
+    def _determine_best_metric(self, metrics: dict[str, Any], trial: Any) -> bool:
         # By the metric alone the best model would be the least collapsed one.
         return self._evaluation.is_best(super()._determine_best_metric, metrics, trial)
 
-    def hyperparameter_search(self, hp_space: Any = None, compute_objective: Any = None, *args, **kwargs) -> Any:
+    def hyperparameter_search(
+        self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         # The default objective is the sum of all metrics: those that are reported twice must count once.
         return super().hyperparameter_search(
             hp_space, compute_objective or self._evaluation.objective, *args, **kwargs
@@ -310,35 +314,35 @@ class LayerCollapseTrainerMixin(InFrontOf):
 
     # ---- Checkpoints: upstream writes and deletes them in place, under names that it does not load ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         # What was interrupted while it was written or deleted is no checkpoint.
         return super().train(self._folders.to_resume_from(resume_from_checkpoint), *args, **kwargs)
 
-    def _run_epoch(self, *args, **kwargs):
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Resumed from its last checkpoint, a run that had ended would take one more step.
         if not self._folders.is_at_the_end():
             super()._run_epoch(*args, **kwargs)
 
-    def _save_checkpoint(self, model, trial):
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # What is named checkpoint-... is complete, whenever the process is killed.
         with self._folders.written_beside(self._get_output_dir(trial), push=self._push_from_checkpoint):
             super()._save_checkpoint(model, trial)
 
-    def _get_output_dir(self, trial):
+    def _get_output_dir(self, trial: Any) -> str:
         # Where a checkpoint is written.
         return self._folders.staging or super()._get_output_dir(trial)
 
-    def _push_from_checkpoint(self, checkpoint_folder):
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Once it is in its place, with the code that its config names.
         if self._folders.may_be_pushed(checkpoint_folder):
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _finalize_training(self, trial, num_train_samples, start_time):
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         # Deletes checkpoints in place.
         self._folders.delete_all_but_the_best(self._get_output_dir(trial))
         return super()._finalize_training(trial, num_train_samples, start_time)
 
-    def _save(self, output_dir=None, state_dict=None):
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # Under the names of the live model, which a checkpoint is loaded into as it is.
         with self._checkpoints.saving(output_dir):
             super()._save(output_dir, state_dict)
@@ -351,29 +355,29 @@ class LayerCollapseTrainerMixin(InFrontOf):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Loads what fits, and warns of the rest. sentence-transformers' trainers take no model here.
         with self._checkpoints.loading(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, *([] if model is None else [model]))
 
-    def _load_best_model(self):
+    def _load_best_model(self) -> None:
         # As above.
         if not self._checkpoints.best_is_less_collapsed():
             with self._checkpoints.loading_best():
                 super()._load_best_model()
 
-    def _issue_warnings_after_load(self, load_result):
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
         # A missing alpha or merged matrix is not a warning: the model would be another one.
         self._checkpoints.refuse_partial(load_result)
         super()._issue_warnings_after_load(load_result)
 
-    def _save_optimizer_and_scheduler(self, output_dir):
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # FSDP2's state dicts want a state for each parameter, and alphas have none; nor do they have a config beside.
         with self._alphas.aside():
             super()._save_optimizer_and_scheduler(output_dir)
         self._sharding.save_config(output_dir)
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # As above.
         with self._alphas.aside():
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -411,7 +415,7 @@ class LayerCollapseTrainerMixin(InFrontOf):
         given |= {"dataset": dataset, "dataset_args": dataset_args, "dataset_name": dataset_name}
         return self._card.write(super().create_model_card, comparison, **given)
 
-    def push_to_hub(self, *args, **kwargs) -> Any:
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         # Upstream does not say that a repository may have been left half-written.
         try:
             return super().push_to_hub(*args, **kwargs)

@@ -31,17 +31,17 @@ class TrainingCard:
         trainer ([`LayerCollapseTrainerMixin`]): Has the model, its last collapse and evaluation.
     """
 
-    def __init__(self, trainer: LayerCollapseTrainerMixin):
+    def __init__(self, trainer: LayerCollapseTrainerMixin) -> None:
         self._trainer: Any = trainer
         self._base_model: str | None = None  # what the model was before it was patched, by name
 
-    def remember_base(self, model: nn.Module):
+    def remember_base(self, model: nn.Module) -> None:
         """To be called before a model is patched, which makes it forget its name."""
         inner = unwrap(model)[0]
         if isinstance(inner, PreTrainedModel) and inner.name_or_path:
             self._base_model = inner.name_or_path
 
-    def write(self, stock_card: Callable[..., None], comparison: Comparison | None = None, **metadata):
+    def write(self, stock_card: Callable[..., None], comparison: Comparison | None = None, **metadata: Any) -> None:
         """Writes the card; of a model that this package knows nothing of, `stock_card` does, the Trainer's own method.
 
         Args:
@@ -56,7 +56,7 @@ class TrainingCard:
             card.save(os.path.join(self._trainer.args.output_dir, "README.md"))
         return None
 
-    def _make(self, model, comparison, metadata):
+    def _make(self, model: PreTrainedModel, comparison: Comparison | None, metadata: dict[str, Any]) -> Any:
         base = metadata["finetuned_from"] or self._base_model
         return create_model_card(
             model,
@@ -73,7 +73,7 @@ class TrainingCard:
             evaluation=self._last_evaluation(),
         )
 
-    def _last_evaluation(self):
+    def _last_evaluation(self) -> dict[str, float]:
         """Metrics of the last evaluation, without those that say how long it took."""
         history = reversed(self._trainer.state.log_history)
         logs = (log for log in history if any(name.startswith("eval_") for name in log))

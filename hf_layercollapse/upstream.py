@@ -31,7 +31,7 @@ from .modeling_layercollapse import auto_class_mappings, require, require_method
 TRANSFORMERS = Version(transformers.__version__).release
 
 
-def _set_in(function, name):
+def _set_in(function: Callable[..., Any], name: str) -> bool:
     """Whether a function, such as a constructor, reads or sets an attribute of this name."""
     return name in inspect.unwrap(function).__code__.co_names
 
@@ -101,7 +101,7 @@ def layers_checkpointed(model: Any, layers: Any) -> Iterator[None]:
     """
     before = [{name: vars(layer).get(name) for name in _CHECKPOINTING} for layer in layers]
 
-    def begin(module, args):
+    def begin(module: nn.Module, args: Any) -> None:
         for layer in layers:
             layer.training = True
 
@@ -185,14 +185,14 @@ def is_hooked(module: Any) -> bool:
     return "_hf_hook" in module.__dict__
 
 
-def align_hook_of(module) -> hooks.AlignDevicesHook | None:
+def align_hook_of(module: nn.Module) -> hooks.AlignDevicesHook | None:
     """accelerate's hook that brings a module's inputs, and weights that it keeps elsewhere, to a device."""
     hook = module.__dict__.get("_hf_hook")
     found = hook.hooks if isinstance(hook, hooks.SequentialHook) else (hook,)
     return next((each for each in found if isinstance(each, hooks.AlignDevicesHook)), None)
 
 
-def offload_like(module, like):
+def offload_like(module: nn.Module, like: nn.Module) -> None:
     """Keeps a module's weights on the CPU, in place, and brings them to where it runs for each call, if accelerate
     does so with another's, or has those on disk."""
     hook = align_hook_of(like)

@@ -3,27 +3,30 @@
 import copy
 import dataclasses
 import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from .blocks import bind, bind_blocks
-from .families import RATIO_FIELDS, WIDTH_FIELDS
+from .blocks import BoundBlock, bind, bind_blocks
+from .families import RATIO_FIELDS, WIDTH_FIELDS, FeedForwardBlock
 from .modeling_layercollapse import LayerCollapseConfigMixin, linear_shape, native_class_of
 
 
-def native_config(config):
+def native_config(config: Any) -> Any:
     """A copy of a config, without what patching and collapsing put there."""
     config = copy.deepcopy(config)
     if isinstance(config, LayerCollapseConfigMixin):
-        native_class = type(config).native_class
+        built_class: Any = type(config)
+        native_class = built_class.native_class
         config.__dict__.pop("layer_collapse")
         config.__class__ = native_class
     return config
 
 
-def build_native(model, config, meta=False):
+def build_native(model: nn.Module, config: Any, meta: bool = False) -> PreTrainedModel:
     """A new model of the native class of `model`, from a native config; with `meta` it has no weights."""
     native_class = native_class_of(model)
     config = copy.deepcopy(config)
@@ -33,7 +36,7 @@ def build_native(model, config, meta=False):
     return native_class(config)
 
 
-def resized_blocks(model, native_blocks):
+def resized_blocks(model: nn.Module, native_blocks: Mapping[str, FeedForwardBlock]) -> dict[str, BoundBlock]:
     """Name -> the same block, bound in a model of other widths. Not looked for: the narrowest would be refused as
     bottlenecks."""
     resized = {}
@@ -49,21 +52,23 @@ def resized_blocks(model, native_blocks):
     return resized
 
 
-def part_of(config, path):
+def part_of(config: Any, path: Iterable[str]) -> Any:
     """The config inside a config that a path of attributes leads to."""
     for name in path:
         config = getattr(config, name)
     return config
 
 
-def _config_parts(config, path=()):
+def _config_parts(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     yield path, config
     for name in config.sub_configs:
         if config.__dict__.get(name) is not None:
             yield from _config_parts(getattr(config, name), (*path, name))
 
 
-def governing_fields(model, config, native_blocks):
+def governing_fields(
+    model: nn.Module, config: Any, native_blocks: Mapping[str, BoundBlock]
+) -> dict[str, tuple[tuple[str, ...], str]]:
     """Block -> the config field that sets its hidden width, `(path of the config inside the config, name)`; seen by
     building models with each field changed."""
     governed: dict[str, Any] = {}
@@ -89,7 +94,7 @@ def governing_fields(model, config, native_blocks):
     return governed
 
 
-def value_for(field, old, width, features):
+def value_for(field: str, old: Any, width: int, features: int) -> float:
     """The value of a config field that gives blocks this hidden width, or more where it can only be coarser.
 
     Args:
@@ -103,7 +108,7 @@ def value_for(field, old, width, features):
     return math.ceil(width / features) if isinstance(old, int) else (width + 0.5) / features
 
 
-def shapes_outside(model, native_blocks):
+def shapes_outside(model: nn.Module, native_blocks: Mapping[str, BoundBlock]) -> dict[str, tuple[int, ...]]:
     """State dict key -> shape, of everything but the linears of the blocks."""
     linears = [block.path(path) for block in native_blocks.values() for path in block.layout.linears]
     inside = {f"{linear}.{kind}" for linear in linears for kind in ("weight", "bias")}
@@ -121,17 +126,17 @@ class WidthGroup:
         step (`int`): What smaller widths are multiples of.
     """
 
-    field: tuple
-    blocks: list
+    field: tuple[tuple[str, ...], str]
+    blocks: list[BoundBlock]
     width: int
     step: int
 
-    def at(self, share):
+    def at(self, share: float) -> int:
         """The largest width of at most this share, at least one step."""
         return max(1, int(share * self.width / self.step + 1e-9)) * self.step
 
 
-def check_native(model, groups, widths):
+def check_native(model: PreTrainedModel, groups: Sequence[WidthGroup], widths: Sequence[int]) -> None:
     """Raises if the native class, with these widths in its config, is not the model with narrower blocks.
 
     Args:
@@ -162,7 +167,7 @@ def check_native(model, groups, widths):
         )
 
 
-def width_groups(model, chosen, multiple_of=1) -> list[WidthGroup]:
+def width_groups(model: Any, chosen: Sequence[BoundBlock], multiple_of: int = 1) -> list[WidthGroup]:
     """The chosen blocks, grouped by what sets their width.
 
     Raises:
@@ -199,12 +204,12 @@ def width_groups(model, chosen, multiple_of=1) -> list[WidthGroup]:
     return groups
 
 
-def _is_coarse(config, field):
+def _is_coarse(config: Any, field: tuple[tuple[str, ...], str]) -> bool:
     path, name = field
     return name in RATIO_FIELDS and isinstance(getattr(part_of(config, path), name), int)
 
 
-def _fields_of(model, chosen):
+def _fields_of(model: Any, chosen: Sequence[BoundBlock]) -> dict[str, tuple[tuple[str, ...], str]]:
     """Name of a native block -> the field that sets its width, where it sets that of a chosen one."""
     config = native_config(model.config)
     dense = build_native(model, config, meta=True)

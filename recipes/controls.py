@@ -4,8 +4,6 @@ import torch
 from torch import nn
 
 from hf_layercollapse import LayerCollapseTrainer, find_feed_forward_blocks, functional
-from hf_layercollapse.blocks import bind_blocks, survey
-from hf_layercollapse.moments import OUTLIER_LENGTH
 from hf_layercollapse.selection import select_blocks
 
 
@@ -51,18 +49,16 @@ class TaughtTrainer(LayerCollapseTrainer):
 
 
 def chosen_blocks(model, selector):
-    blocks, refused = survey(model)
-    return select_blocks(blocks, selector, refused)
+    return select_blocks(find_feed_forward_blocks(model), selector)
 
 
 def drop_blocks(model, selector):
     """Changes the model in place: the chosen blocks cost nothing and give zero, so that their residual passes them."""
-    names = {module: name for name, module in model.named_modules()}
     for block in chosen_blocks(model, selector):
-        for module in (block.up, block.gate, block.activation):
-            if module is not None:
-                model.set_submodule(names[module], nn.Identity())
-        model.set_submodule(names[block.down], Zeros(block.out_features))
+        for part in (block.layout.up, block.layout.gate, block.layout.activation):
+            if part is not None:
+                model.set_submodule(block.path(part), nn.Identity())
+        model.set_submodule(block.path(block.layout.down), Zeros(block.out_features))
 
 
 def feed_forward_share(model, blocks) -> float:
@@ -91,9 +87,10 @@ def prune_width(model, selector, share, example):
     for block in chosen_blocks(model, selector):
         cut = round((1 - share) * block.hidden_features)
         everything = list(range(block.hidden_features))
-        group = graph.get_pruning_group(block.up, torch_pruning.prune_linear_out_channels, idxs=everything)
+        up = model.get_submodule(block.path(block.layout.up))
+        group = graph.get_pruning_group(up, torch_pruning.prune_linear_out_channels, idxs=everything)
         least = importance(group).argsort()[:cut].tolist()
-        graph.get_pruning_group(block.up, torch_pruning.prune_linear_out_channels, idxs=least).prune()
+        graph.get_pruning_group(up, torch_pruning.prune_linear_out_channels, idxs=least).prune()
 
 
 def replaceable_layers(model):
@@ -116,7 +113,7 @@ def replace_layers(model, count, data):
     Returns:
         The index of the first layer that is gone.
     """
-    layers, blocks = replaceable_layers(model), bind_blocks(model)
+    layers, blocks = replaceable_layers(model), find_feed_forward_blocks(model)
     states = list(_outputs(model, layers, data[: max(1, len(data) // 4)]).values())
     similarity = [
         torch.cosine_similarity(states[index], states[index + count], dim=-1).mean()
@@ -124,14 +121,15 @@ def replace_layers(model, count, data):
     ]
     del states
     keeper = int(torch.stack(similarity).argmax())
-    down = blocks[keeper].down
+    path = blocks[keeper].path(blocks[keeper].layout.down)
+    down = model.get_submodule(path)
     modules = (down, layers[keeper], layers[keeper + count])
     outputs = _outputs(model, modules, data)
     m, before, after = (outputs[module] for module in modules)
     target = after - (before - m)
     lengths = target.norm(dim=1)
-    limit = OUTLIER_LENGTH * lengths.median()
-    weight = (limit / lengths.clamp_min(limit)).square()[:, None].double()
+    limit = functional.OUTLIER_LENGTH * float(lengths.median())
+    weight = functional.outlier_factors(lengths, limit).square()[:, None].double()
     m, target = m.double(), target.double()
     mean_m, mean_t = (weight * m).sum(0) / weight.sum(), (weight * target).sum(0) / weight.sum()
     centred = m - mean_m
@@ -140,8 +138,7 @@ def replace_layers(model, count, data):
     merged.weight.copy_(solution.T @ down.weight.double())
     bias = mean_t - mean_m @ solution
     merged.bias.copy_(bias if down.bias is None else bias + down.bias.double() @ solution)
-    names = {module: name for name, module in model.named_modules()}
-    model.set_submodule(names[down], merged.requires_grad_(False))
+    model.set_submodule(path, merged.requires_grad_(False))
     del layers[keeper + 1 : keeper + 1 + count]
     return keeper + 1
 

@@ -26,6 +26,8 @@ import torch
 from common import DataArguments, machine, versions
 from text_classification import TextClassification
 
+# Fits of other kinds than the package makes take its insides: blocks with their modules, and what puts a fit in place
+# (recipes/extend.md, "Another fit").
 from hf_layercollapse import CollapsePlan, functional
 from hf_layercollapse.blocks import bind_blocks
 from hf_layercollapse.calibration import Calibration

@@ -11,10 +11,11 @@ once for each point, and so are the rows of `--also_test`. The methods, each at 
 
 - plan: what `plan_collapse` chooses for each block;
 - plan, recovered: the same after `recover_model`, which sees the dense model's predictions and no label;
-- rank 1/8 and neurons, full rank and neurons: every block alike, a linear map of that rank with as many neurons beside
-  it as the size allows, chosen in the metric of the loss;
-- width cut in the metric, width cut: no linear map, the best neurons only, output weights refitted by least squares;
-  neurons chosen by the metric of the loss, or by plain variance;
+- rank 1/8 and neurons, full rank and neurons, width cut in the metric: every block alike, a linear map of that rank
+  (none) with as many neurons beside it as the size allows, chosen in the metric of the loss: what the plan was
+  compared with, `plan.instead`;
+- width cut: no linear map, the neurons that explain most of the output's variance only, output weights refitted by
+  least squares, `LayerCollapseConfig(rank=0, keep_neurons=…)`; for models whose blocks are all of one width;
 - least squares, identity, affine, dropped: as many whole blocks as it takes become one linear map (fitted, or as the
   two linear targets give it at alpha = 1), or zero; first those whose loss costs least;
 - layers replaced: consecutive whole layers, attention included, become one linear map that merges into the block
@@ -38,7 +39,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import DataArguments, machine, parse, versions
-from controls import chosen_blocks, replace_layers, replaceable_layers
+from controls import replace_layers, replaceable_layers
 from tasks import TASKS
 from tqdm.auto import tqdm
 
@@ -47,30 +48,27 @@ from hf_layercollapse import (
     LayerCollapseConfig,
     apply_layer_collapse,
     collapse_model,
+    find_feed_forward_blocks,
+    linearity_map,
     plan_collapse,
+    prediction_divergence,
     recover_model,
 )
-from hf_layercollapse.block_sizes import RANK_SHARES, alike, fit_size, sizes_of
-from hf_layercollapse.calibration import Calibration
-from hf_layercollapse.loss_metric import measure_metrics
-from hf_layercollapse.merging import Trial, cost_of, has_constant, make_merge
 from hf_layercollapse.metrics import bootstrap_interval
 from hf_layercollapse.patching import alpha_parameters
-from hf_layercollapse.predictions import predictions_of, without_labels
-from hf_layercollapse.profiling import count_parameters
+from hf_layercollapse.profiling import cost_of, count_parameters, neurons_within
 from hf_layercollapse.tables import markdown
 
 
-# Methods in which every block is alike -> rank of the linear map as a share of the width, and whether neurons and maps
-# are chosen in the metric of the loss.
+# Methods in which every block is alike -> what plans call it, and the rank of its linear maps as a share of the width.
 ALIKE = {
-    "rank 1/8 and neurons": (1 / 8, True),
-    "full rank and neurons": (None, True),
-    "width cut in the metric": (0.0, True),
-    "width cut": (0.0, False),
+    "rank 1/8 and neurons": ("rank 1/8 and neurons", 1 / 8),
+    "full rank and neurons": ("full rank and neurons", None),
+    "width cut in the metric": ("width cut", 0.0),
 }
 METHODS = (
-    "plan", "plan, recovered", *ALIKE, "least squares", "identity", "affine", "dropped", "layers replaced"
+    "plan", "plan, recovered", *ALIKE, "width cut", "least squares", "identity", "affine", "dropped",
+    "layers replaced"
 )  # fmt: skip
 
 
@@ -179,10 +177,10 @@ class Comparison:
             files = {"dataset_name": None, "dataset_config_name": None, "train_file": path, "validation_file": path}
             further = TASKS[arguments.task](replace(data, **files, max_train_samples=None, max_eval_samples=None))
             self.tests[Path(path).stem] = further.batches(validation=True)
-        self.blocks = chosen_blocks(self.model, "all")
+        self.blocks = find_feed_forward_blocks(self.model)
         self.macs = sum(block.macs for block in self.blocks)
         self.parameters = count_parameters(self.model)
-        self.reference, self.dense_values = self.predictions(), {}
+        self.dense_values = {}
         examples = {name: sum(len(next(iter(b.values()))) for b in test) for name, test in self.tests.items()}
         results.facts = {
             "metric": self.task.metric,
@@ -190,7 +188,7 @@ class Comparison:
             "parameters": self.parameters,
             "feed_forward_weights": self.macs,
         }
-        self.add("dense", None, self.macs)
+        self.add("dense", None, self.macs, self.model)
 
     def limits(self):
         """`(size, feed-forward weights that are left)` of each point."""
@@ -206,20 +204,21 @@ class Comparison:
         """`(size, feed-forward weights that are left)` of each point that is still to be measured."""
         return [(size, left) for size, left in self.limits() if not self.results.has(self.seed, method, size)]
 
-    def add(self, method, size, weights, removed=None, **more):
-        """Scores the model as it is now; `removed`: weights outside the blocks that are gone too."""
+    def add(self, method, size, weights, model, removed=None, **more):
+        """Scores a model with so many feed-forward weights; `removed`: weights outside the blocks that are gone
+        too."""
         row = {
             "seed": self.seed,
             "method": method,
             "size": size,
             "feed_forward_share": weights / self.macs,
             "parameter_share": 1 - (self.macs - weights + (removed or 0)) / self.parameters,
-            "divergence": self.divergence(),
+            "divergence": prediction_divergence(model, self.model, self.scoring),
             "tests": {},
             **more,
         }
         for name, batches in self.tests.items():
-            values = self.task.score(self.model, batches).double().numpy()
+            values = self.task.score(model, batches).double().numpy()
             row["tests"][name] = self.summary(values, self.dense_values.setdefault(name, values))
         self.results.add(row)
         shown = ", ".join(f"{name} {row['tests'][name][self.task.metric]:.4g}" for name in self.tests)
@@ -240,81 +239,54 @@ class Comparison:
         """Mean negative log-likelihood -> perplexity; differences of it become ratios. An accuracy is a mean."""
         return np.exp(mean) if self.task.metric == "perplexity" else mean
 
-    @torch.no_grad()
-    def predictions(self):
-        """What the model as it is now predicts for the rows that plans are scored on."""
-        return [
-            predictions_of(self.model, batch, self.model(**without_labels(self.model, batch)))
-            for batch in self.scoring
-        ]
-
-    def divergence(self):
-        """Mean divergence from the dense model's predictions on the rows that plans are scored on."""
-        pairs = [
-            now.divergence_from(before)
-            for found, reference in zip(self.predictions(), self.reference, strict=True)
-            for now, before in zip(found, reference, strict=True)
-        ]
-        return float(torch.cat(pairs).double().mean())
-
     # Methods
 
-    @functools.cached_property
-    def moments(self):
-        """Of all neurons of every block, which is all that the methods without a plan need."""
-        neurons = {block.name: list(range(block.hidden_features)) for block in self.blocks}
-        return Calibration.on(self.model, self.model, self.fit).moments(self.blocks, neurons)
+    def collapsed(self, **how):
+        """`(a copy of the dense model that is collapsed so, the report)`."""
+        model = copy.deepcopy(self.model)
+        return model, collapse_model(model, calibration_data=self.fit, **how)
 
-    @functools.cached_property
-    def metrics(self):
-        """Of the loss, for every block."""
-        return measure_metrics(Calibration.on(self.model, self.model, self.fit), self.blocks)[0]
-
-    def uniform(self, method):
-        """Every block alike."""
-        share, in_metric = ALIKE[method]
-        metrics = self.metrics if in_metric else {}
-        sizes = {
-            block.name: sizes_of(block, self.moments[block.name], metrics.get(block.name), (share,))
-            for block in tqdm(self.blocks, desc=f"Choosing neurons ({method})", leave=False)
-        }
+    def alike(self, method):
+        """What plans are compared with."""
+        name, share = ALIKE[method]
+        plan = self.plan
+        if not any(point.name == name for point in plan.candidates):
+            plan = self.make_plan((share,))
         for size, left in self.left(method):
-            chosen = alike(sizes, left, "macs", share, multiple_of=1)
-            if chosen is None:
+            if not any(point.name == name and point.macs <= left * (1 + 1e-9) for point in plan.candidates):
                 continue
-            choices = {name: (own.rank, sizes[name].neurons[own.rank][: own.count]) for name, own in chosen.items()}
-            with self.fitted(choices, metrics):
-                counts = {name: (own.rank, own.count) for name, own in chosen.items()}
-                self.add(method, size, sum(own.macs for own in chosen.values()), choices=counts)
+            chosen = plan.instead(name, macs=left / self.macs)
+            model, _ = self.collapsed(plan=chosen)
+            self.add(method, size, chosen.point.macs, model, choices=chosen.point.choices)
 
-    @contextlib.contextmanager
-    def fitted(self, choices, metrics):
-        """Blocks with these ranks and neurons, fitted as `collapse_model` does it, but from one pass over the data for
-        all sizes and methods."""
-        with Trial() as trial:
-            for block in tqdm(self.blocks, desc="Fitting", leave=False):
-                if block.name not in choices:
-                    continue
-                rank, neurons = choices[block.name]
-                moments = self.moments[block.name]
-                if not has_constant(block, rank, "native"):
-                    moments = moments.without_constant()
-                fit = fit_size(moments, neurons, rank, metrics.get(block.name))
-                trial.put(make_merge(block, fit, refit=True))
-            yield
+    def width_cut(self):
+        if len({(block.hidden_features, block.in_features) for block in self.blocks}) > 1:
+            print("width cut: this model's blocks are of several widths", flush=True)
+            return
+        for size, left in self.left("width cut"):
+            count = neurons_within(self.blocks[0], left / self.macs, rank=0)
+            model, report = self.collapsed(config=LayerCollapseConfig(rank=0, keep_neurons=count))
+            choices = {block.name: (0, block.kept_neurons) for block in report.blocks}
+            self.add("width cut", size, sum(block.macs_after for block in report.blocks), model, choices=choices)
 
-    def order(self, method, put):
+    def order(self, model, method, put):
         """The blocks in the order of what each costs alone."""
         rising = {}
         for block in tqdm(self.blocks, desc=f"Ordering ({method})", leave=False):
             with put(block):
-                rising[block.name] = self.sign * float(self.task.score(self.model, self.ordering).double().mean())
+                rising[block.name] = self.cost(model)
+        return self.ordered(rising)
+
+    def cost(self, model):
+        """On the rows that order blocks; less is better."""
+        return self.sign * float(self.task.score(model, self.ordering).double().mean())
+
+    def ordered(self, rising):
         # Accuracies of single blocks are often equal: then the later block first.
         return sorted(reversed(self.blocks), key=lambda block: rising[block.name])
 
-    def whole(self, method, put, cost):
-        """As many blocks as it takes; `put(block)` is a context."""
-        order = self.order(method, put)
+    def whole(self, method, order, cost):
+        """`(size, weights left, blocks)` of each point: as many whole blocks as it takes, in this order."""
         for size, left in self.left(method):
             chosen, weights = [], self.macs
             for block in order:
@@ -322,12 +294,51 @@ class Comparison:
                     break
                 chosen.append(block)
                 weights -= block.macs - cost(block)
-            if weights > left * (1 + 1e-9):
-                continue
+            if weights <= left * (1 + 1e-9):
+                yield size, weights, chosen
+
+    def put_whole(self, model, method, put, cost):
+        """Whole blocks of a model; `put(block)` is a context."""
+        for size, weights, chosen in self.whole(method, self.order(model, method, put), cost):
             with contextlib.ExitStack() as stack:
                 for block in chosen:
                     stack.enter_context(put(block))
-                self.add(method, size, weights, blocks=[block.index for block in chosen])
+                self.add(method, size, weights, model, blocks=[block.index for block in chosen])
+
+    def least_squares(self):
+        found = linearity_map(
+            self.model, self.fit, evaluation_data=self.ordering, metric=lambda model: -self.cost(model)
+        )
+        order = self.ordered({block.name: -block.score_change for block in found.blocks})
+        for size, weights, chosen in self.whole("least squares", order, one_map):
+            model, _ = self.collapsed(config=LayerCollapseConfig(blocks=[block.name for block in chosen]))
+            self.add("least squares", size, weights, model, blocks=[block.index for block in chosen])
+
+    def linear(self, target):
+        """Alpha at 1, block by block: what a block computes then is what it computes once it is merged."""
+        model = apply_layer_collapse(copy.deepcopy(self.model), LayerCollapseConfig(linear_target=target), self.fit)
+        alphas = zip(self.blocks, alpha_parameters(model), strict=True)
+        alphas = {block.name: alpha for block, alpha in alphas}
+
+        @contextlib.contextmanager
+        def put(block):
+            alphas[block.name].data.fill_(1)
+            yield
+            alphas[block.name].data.fill_(0)
+
+        self.put_whole(model, target, put, one_map)
+
+    def dropped(self):
+        model = copy.deepcopy(self.model)
+
+        @contextlib.contextmanager
+        def put(block):
+            down = model.get_submodule(block.path(block.layout.down))
+            handle = down.register_forward_hook(lambda module, args, y: torch.zeros_like(y))
+            yield
+            handle.remove()
+
+        self.put_whole(model, "dropped", put, lambda block: 0)
 
     @property
     def sign(self):
@@ -337,47 +348,19 @@ class Comparison:
         if not self.left(method):
             return
         if method in ALIKE:
-            self.uniform(method)
-        elif method == "plan":
-            self.planned()
-        elif method == "plan, recovered":
-            self.recovered()
-        elif method == "dropped":
-            self.whole(method, self.dropped, lambda block: 0)
-        elif method == "least squares":
-            merges = {
-                block.name: make_merge(block, self.moments[block.name].restricted([]).fit(), refit=True)
-                for block in self.blocks
-            }
-            self.whole(method, lambda block: self.merged(merges[block.name]), lambda block: cost_of(block, None, 0))
+            self.alike(method)
         elif method in ("identity", "affine"):
-            model, self.model = self.model, copy.deepcopy(self.model)
-            apply_layer_collapse(self.model, LayerCollapseConfig(linear_target=method), self.fit)
-            alphas = alpha_parameters(self.model)
-            by_name = {block.name: alpha for block, alpha in zip(self.blocks, alphas, strict=True)}
-            self.whole(method, lambda block: self.linear(by_name[block.name]), lambda block: cost_of(block, None, 0))
-            self.model = model
-        elif method == "layers replaced":
-            self.replaced()
-
-    @contextlib.contextmanager
-    def merged(self, merge):
-        with Trial() as trial:
-            trial.put(merge)
-            yield
-
-    @contextlib.contextmanager
-    def linear(self, alpha):
-        """A block at alpha = 1 computes what it computes once collapsed."""
-        alpha.data.fill_(1)
-        yield
-        alpha.data.fill_(0)
-
-    @contextlib.contextmanager
-    def dropped(self, block):
-        handle = block.down.register_forward_hook(lambda module, args, y: torch.zeros_like(y))
-        yield
-        handle.remove()
+            self.linear(method)
+        else:
+            methods = {
+                "plan": self.planned,
+                "plan, recovered": self.recovered,
+                "width cut": self.width_cut,
+                "least squares": self.least_squares,
+                "dropped": self.dropped,
+                "layers replaced": self.replaced,
+            }
+            methods[method]()
 
     @functools.cached_property
     def plan(self):
@@ -385,13 +368,7 @@ class Comparison:
         path = self.results.output / f"plan-{self.seed}.json"
         if any(row["method"] == "plan" and row["seed"] == self.seed for row in self.results.rows):
             return CollapsePlan.load(path)
-        shares = [left / self.macs for _, left in self.limits()]
-        how = {
-            "evaluation_data": self.scoring,
-            "points": shares,
-            "rank_shares": (0.0,) if self.arguments.neurons_only else RANK_SHARES,
-        }
-        plan = plan_collapse(self.model, self.fit, macs=shares[-1], **how)
+        plan = self.make_plan((0.0,)) if self.arguments.neurons_only else self.make_plan()
         plan.save(path)
         print(plan, flush=True)
         with contextlib.suppress(ImportError):
@@ -400,37 +377,37 @@ class Comparison:
             plot_plan(plan, [path.with_suffix(".png")])
         return plan
 
+    def make_plan(self, rank_shares=None):
+        """A plan with candidates at every size. Default: all ranks that plans choose from."""
+        shares = [left / self.macs for _, left in self.limits()]
+        how = {} if rank_shares is None else {"rank_shares": rank_shares}
+        return plan_collapse(self.model, self.fit, macs=shares[-1], evaluation_data=self.scoring, points=shares, **how)
+
     def planned(self):
         for size, left in self.left("plan"):
             chosen = self.plan.at(macs=left / self.macs)
-            choices = {
-                name: (rank, self.plan.neurons[name]["full" if rank is None else str(rank)][:count])
-                for name, (rank, count) in chosen.point.choices.items()
-            }
-            with self.fitted(choices, self.metrics):
-                more = {"candidate": chosen.point.name, "choices": chosen.point.choices}
-                self.add("plan", size, chosen.point.macs, **more)
+            model, _ = self.collapsed(plan=chosen)
+            more = {"candidate": chosen.point.name, "choices": chosen.point.choices}
+            self.add("plan", size, chosen.point.macs, model, **more)
 
     def recovered(self):
         for size, left in self.left("plan, recovered"):
             if self.arguments.recovery_sizes is not None and size not in self.arguments.recovery_sizes:
                 continue
             chosen = self.plan.at(macs=left / self.macs)
-            model, self.model = self.model, copy.deepcopy(self.model).requires_grad_(True)
-            collapse_model(self.model, plan=chosen, calibration_data=self.fit)
+            model = copy.deepcopy(self.model).requires_grad_(True)
+            collapse_model(model, plan=chosen, calibration_data=self.fit)
             report = self.recover(model)
-            self.model.requires_grad_(False)
-            self.add("plan, recovered", size, chosen.point.macs, recovery=report)
-            self.model = model
+            self.add("plan, recovered", size, chosen.point.macs, model.requires_grad_(False), recovery=report)
 
-    def recover(self, teacher):
-        """Trains the model as it is now towards the teacher's predictions; what that did, as plain data."""
+    def recover(self, model):
+        """Trains a model towards the dense model's predictions; what that did, as plain data."""
         arguments = self.arguments
-        self.model.get_input_embeddings().requires_grad_(False)
+        model.get_input_embeddings().requires_grad_(False)
         rows = self.task.batches(arguments.recovery_samples, skip=arguments.fit_samples + arguments.score_samples)
-        with torch.autocast(teacher.device.type, torch.bfloat16, enabled=arguments.recovery_bf16):
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=arguments.recovery_bf16):
             report = recover_model(
-                self.model, teacher, rows, max_steps=arguments.recovery_steps, evaluation_data=self.scoring
+                model, self.model, rows, max_steps=arguments.recovery_steps, evaluation_data=self.scoring
             )
         print(report, flush=True)
         return report.to_dict()
@@ -442,13 +419,15 @@ class Comparison:
         per_layer = sum(p.numel() for p in replaceable_layers(self.model)[0].parameters())
         for size, left in self.left("layers replaced"):
             count = math.ceil((self.macs - left) / per_layer - 1e-9)
-            model, self.model = self.model, copy.deepcopy(self.model)
-            first = replace_layers(self.model, count, self.fit)
-            gone = count * self.blocks[0].macs
-            self.add(
-                "layers replaced", size, self.macs - gone, count * per_layer - gone, layers=[first, first + count]
-            )
-            self.model = model
+            model = copy.deepcopy(self.model)
+            first = replace_layers(model, count, self.fit)
+            gone, others = count * self.blocks[0].macs, count * (per_layer - self.blocks[0].macs)
+            self.add("layers replaced", size, self.macs - gone, model, others, layers=[first, first + count])
+
+
+def one_map(block):
+    """What a block costs as one linear map."""
+    return cost_of(block, None, 0)
 
 
 def _short(form):

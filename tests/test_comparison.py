@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_layercollapse import LayerCollapseConfig, collapse_model
+from hf_layercollapse import LayerCollapseConfig, collapse_model, prediction_divergence
 from hf_layercollapse.comparison import Comparison, compare_models, weights_folder
 from hf_layercollapse.metrics import (
     accuracy_interval,
@@ -17,7 +17,7 @@ from hf_layercollapse.metrics import (
 )
 from hf_layercollapse.profiling import macs_per_token, weights_size
 
-from .models import BY_NAME
+from .models import BY_NAME, divergence
 
 
 def labelled(count=6, batch=8):
@@ -166,3 +166,21 @@ def test_the_perplexity_is_of_the_labels_where_there_are_any():
             total, tokens = total + float(model(**batch).loss) * 12, tokens + 12
     found = compare_models({"dense": model, "same": model}, data, rounds=2, progress=False)
     assert found["dense"].quality == pytest.approx(np.exp(total / tokens), rel=1e-5)
+
+
+def test_how_far_predictions_are_apart():
+    case = BY_NAME["bert"]
+    dense, model = case.model(), case.model()
+    batches = [case.batch(seed=seed) for seed in range(12)]
+    assert prediction_divergence(model, dense, batches[8:]) == 0
+    collapse_model(model, LayerCollapseConfig(blocks=[1]), batches[:8])
+    expected = divergence(model, dense, batches[8:])
+    model.train()
+    assert prediction_divergence(model, dense, batches[8:]) == pytest.approx(expected, rel=1e-5) and expected > 0
+    assert model.training and not dense.training
+    config = case.config()
+    config.num_labels = 5
+    with pytest.raises(ValueError, match="they cannot be compared"):
+        prediction_divergence(case.model(config=config), dense, batches)
+    with pytest.raises(ValueError, match="is empty"):
+        prediction_divergence(model, dense, [])

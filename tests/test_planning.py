@@ -126,7 +126,7 @@ def test_what_is_expected_is_what_is_measured(case):
 
 @every_case
 def test_the_best_of_what_was_compared_is_the_plan(case):
-    _, plan = plan_of(case, macs=0.35)
+    model, plan = plan_of(case, macs=0.35)
     names = {point.name for point in plan.candidates}
     assert {"planned", "width cut", "full rank and neurons", "blocks dropped"} <= names
     assert plan.point in plan.candidates and plan.point.score == min(point.score for point in plan.candidates)
@@ -135,6 +135,14 @@ def test_the_best_of_what_was_compared_is_the_plan(case):
     # Nothing within the budget is expected to lose less than what is planned, but for the parts that sizes come in.
     assert by_name["planned"].expected <= 1.02 * min(point.expected for point in plan.candidates)
     assert all(name in str(plan) for name in names)
+    # Any of them can be taken instead, as a control.
+    control = plan.instead("width cut", macs=0.35)
+    assert control.point == by_name["width cut"] and control.curve[0] == plan.curve[0]
+    assert CollapsePlan.from_dict(json.loads(json.dumps(control.to_dict()))) == control
+    report = collapse_model(model, plan=control, calibration_data=data_of(case))
+    assert sum(block.macs_after for block in report.blocks) == control.point.macs
+    with pytest.raises(ValueError, match="No candidate 'width cut' of this plan meets .*there are 'planned' with"):
+        plan.instead("width cut", macs=0.1)
 
 
 def test_blocks_that_matter_less_lose_more():
