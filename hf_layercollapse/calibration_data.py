@@ -98,13 +98,7 @@ class CalibrationData:
         self.model = None if model is None else unwrap(model)[0]
         self.batch_size, self.samples, self.label_column = batch_size, samples, label_column
         self.columns = [columns] if isinstance(columns, str) else None if columns is None else list(columns)
-        if isinstance(data, (str, bytes, Mapping)):
-            raise ValueError(f"Calibration data must be a list or another iterable of samples, got {_kind(data)}.")
-        if iter(data) is data:
-            data = list(data)
-        first = next(iter(data), None)
-        if first is None:
-            raise ValueError("The calibration data is empty.")
+        data, first = _with_its_first(data)
         # Batches, as they were given.
         self._batches: Any = data if _is_batch(first) else None
         if self._batches is not None:
@@ -202,10 +196,7 @@ class CalibrationData:
         sample = self._sample(self._data, filled)
         if self._inputs is not None:
             self._collate, self._are_features, self.max_length = self._featured, True, self._inputs.max_length
-            rows = self._drawn(self._raw(index) for index in self._indices())
-            for kind in sorted({row.kind for row in rows}):  # what the object does not read is refused now
-                self._inputs.features([next(row.sample for row in rows if row.kind == kind)])
-            return rows
+            return self._read_by_the_object()
         medium, paired = (sample[0], True) if _is_pair(sample) else (sample, False)
         if isinstance(medium, str) or _is_chat(medium):
             tokenizer = self._parts.tokenizer_of_texts(medium)
@@ -369,6 +360,13 @@ class CalibrationData:
         return batch
 
     # ---- What an object of sentence-transformers reads ----
+
+    def _read_by_the_object(self) -> list[Any]:
+        """The rows; what the object does not read is refused now."""
+        rows = self._drawn(self._raw(index) for index in self._indices())
+        for kind in sorted({row.kind for row in rows}):
+            self._inputs.features([next(row.sample for row in rows if row.kind == kind)])
+        return rows
 
     def _raw(self, index: int) -> "list[_Raw]":
         """The rows of one sample; none if it is empty."""
@@ -571,6 +569,18 @@ class _Parts:
         # Padding is masked out, so any token will do where there is none for it.
         tokenizer = self.found.get("text")
         return 0 if tokenizer is None or tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _with_its_first(data: Any) -> tuple[Any, Any]:
+    """The data, which can be read again, and the first of it."""
+    if isinstance(data, (str, bytes, Mapping)):
+        raise ValueError(f"Calibration data must be a list or another iterable of samples, got {_kind(data)}.")
+    if iter(data) is data:
+        data = list(data)
+    first = next(iter(data), None)
+    if first is None:
+        raise ValueError("The calibration data is empty.")
+    return data, first
 
 
 def _token_row(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -158,8 +158,7 @@ def export_model(
     refuse_objects_around(model)
     model = unwrap(model)[0]
     _check(model, inputs)
-    output = Path(output)
-    _check_folder(output)
+    output = _checked_folder(output)
     cache = _has_cache(model, to, cache)
 
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -211,9 +210,11 @@ def _check(model: Any, inputs: Mapping[str, Any]) -> None:
         )
 
 
-def _check_folder(output: Any) -> None:
+def _checked_folder(output: str | os.PathLike[str]) -> Path:
+    output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder.")
+    return output
 
 
 def _has_cache(model: Any, to: str, wanted: Any) -> bool:
