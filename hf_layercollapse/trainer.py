@@ -23,11 +23,12 @@ from .comparison import Comparison
 from .config import LayerCollapseConfig
 from .loss_scaling import counts_items
 from .modeling_layercollapse import push_failed
-from .models import is_transformers_model, unwrap
+from .models import unwrap
 from .patching import collapsible_activations, layer_collapse_config_of
 from .plans import CollapsePlan
 from .progressive import ProgressiveCollapse
 from .reports import CollapseReport
+from .sentence_models import sentence_model
 from .sharding import Sharding
 from .teaching import Teaching
 from .trained_blocks import TrainedBlocks
@@ -191,7 +192,8 @@ class LayerCollapseTrainerMixin(InFrontOf):
         if not own_loss or not self.model_accepts_loss_kwargs:
             return
         model: Any = self.model
-        if not is_transformers_model(model) or not counts_items(unwrap(model, sharded=True)[0]):
+        # An object of sentence-transformers has losses of its own around the model that it holds.
+        if sentence_model(model) is not None or not counts_items(unwrap(model, sharded=True)[0]):
             self.model_accepts_loss_kwargs = False
 
     # ---- The model ----
