@@ -2,7 +2,6 @@
 what was there, and export it, from the shell."""
 
 import copy
-import shutil
 import sys
 import tempfile
 import time
@@ -18,7 +17,6 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig
-from transformers.modeling_utils import PreTrainedModel
 
 from . import processes
 from ._version import __version__
@@ -47,12 +45,13 @@ from .comparison import compare_models, weights_folder
 from .data_files import format_of, is_path, load_rows
 from .families import find_feed_forward_blocks, refused_blocks
 from .memory import MemoryBudget
-from .model_card import auto_class_of, create_model_card
-from .models import count_parameters, device_of, inputs_of
+from .model_card import auto_class_of, create_model_card, loader_of
+from .models import carriers_of, count_parameters, device_of, inputs_of, outputs_of
 from .planning import linearity_map, plan_collapse
 from .plans import CollapsePlan
 from .profiling import Latency, compare_latency, measure_speedup
 from .recovery import RecoveryReport, recover_model
+from .sentence_models import KIND_FILES, load_sentence_model, saved_kind, sentence_model
 from .tables import table
 from .upstream import is_causal_language_model
 
@@ -248,7 +247,7 @@ def collapse(
 
 def _model_and_data(
     model: str, data: str, options: DataOptions, device: torch.device, out: Output, trust_remote_code: bool
-) -> tuple[PreTrainedModel, Any, CalibrationData]:
+) -> tuple[Any, Any, CalibrationData]:
     """`(the model, its processor, this process's part of the data)`, as the command line names them."""
     live = load_model(model, trust_remote_code).to(device)
     processor = load_processor(live, model, options, trust_remote_code)
@@ -306,15 +305,17 @@ def _collapsed_and_recovered(
 
 
 def _save_collapsed(model: Any, processor: Any, report: "CollapseReport", folder: Any, name: str, source: str) -> None:
-    """Writes a collapsed model with its card, its processor, and what sentence-transformers needs of its source; where
-    a folder was made for that."""
+    """Writes a collapsed model with its card and its processor, where a folder was made for that."""
     if folder is None:
         return
-    model.save_pretrained(folder)
+    sentences = sentence_model(model)
+    if sentences is None:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    else:
+        sentences.save_pretrained(str(folder), create_model_card=False)
     base = None if Path(source).exists() else source
     create_model_card(model, report, name=name, base_model=base).save(folder / "README.md")
-    processor.save_pretrained(folder)
-    copy_sentence_files(source, folder)
 
 
 def _say_collapsed(
@@ -323,11 +324,11 @@ def _say_collapsed(
     out.say(report)
     if recovery is not None:
         out.say(f"\n{recovery}")
-    auto_class = auto_class_of(model.config)
+    loader = loader_of(model)
     out.say(
         f"\nSaved in {output}. Load it with\n\n    import hf_layercollapse\n"
-        f"    from transformers import {auto_class}\n\n"
-        f'    model = {auto_class}.from_pretrained("{output}")'
+        f"    from {loader.library} import {loader.name}\n\n"
+        f'    model = {loader.call}("{output}")'
     )
 
 
@@ -347,9 +348,9 @@ def _estimate(model: nn.Module, batches: Any, planned: bool, recovery_steps: int
     """How long it is going to take, from the time of one batch."""
     batch = inputs_of(next(iter(batches)), device_of(model))
     with torch.no_grad():
-        model(**batch)
+        outputs_of(model, batch)
         started = time.perf_counter()
-        model(**batch)
+        outputs_of(model, batch)
         one = time.perf_counter() - started
     passes = (PLAN_PASSES if planned else 0) + COLLAPSE_PASSES
     seconds = one * (passes * len(batches) + RECOVERY_PASSES * recovery_steps)
@@ -438,10 +439,10 @@ def export(
     check_new_folder(output)
     check_files(json=json_file)
     out = Output(json_file)
-    live = load_model(model, trust_remote_code)
+    live = load_transformers_model(model, trust_remote_code)
     if dtype is not None or to != "stock":
         live = live.to(getattr(torch, dtype or "float32"))
-    dense = None if benchmark is None else load_model(benchmark, trust_remote_code).to(live.dtype)
+    dense = None if benchmark is None else load_transformers_model(benchmark, trust_remote_code).to(live.dtype)
     if dense is not None:
         _check_alike({benchmark: dense, model: live})
     reader = _processor_of(live, processor or model, trust_remote_code)
@@ -495,7 +496,7 @@ def latency(
     """Times two models in turn, against what their MACs promise, and says where that cannot show."""
     check_files(json=json_file)
     on, out = usable_device(device), Output(json_file)
-    models = {name: load_model(name, trust_remote_code).to(on) for name in (dense, collapsed)}
+    models = {name: load_transformers_model(name, trust_remote_code).to(on) for name in (dense, collapsed)}
     _check_alike(models)
     live = models[dense]
     reader = _processor_of(live, processor or dense, trust_remote_code)
@@ -551,45 +552,56 @@ def example_inputs(model: Any, processor: Any, rows: int, length: int | None, us
     return inputs
 
 
-# A `PreTrainedModel`; its `to` is wrapped in a way that mypy takes for another function.
 def load_model(name: str, trust_remote_code: bool = False) -> Any:
-    """The model that a folder or a Hub name holds, in the class that was saved.
+    """What a folder or a Hub name holds: an object of sentence-transformers, or a transformers model.
 
     Raises:
         ValueError: There is no such folder, or it holds no model that can be read.
     """
+    folder = _folder_of(name)
+    kind = saved_kind(folder or Path(snapshot_download(name, allow_patterns=list(KIND_FILES))))
+    if kind is None:
+        return load_transformers_model(name, trust_remote_code)
+    try:
+        return load_sentence_model(name if folder is None else str(folder), kind, trust_remote_code)
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {name} are damaged: {error}") from error
+
+
+def _folder_of(name: str) -> Path | None:
+    """The folder of a model; `None` if it is a name on the Hub.
+
+    Raises:
+        ValueError: There is no such folder, or it holds an adapter.
+    """
     folder = Path(name).expanduser()
-    if is_path(name) or folder.exists():
-        if not folder.is_dir():
-            raise ValueError(f"{name}: there is no such folder.")
-        if (folder / "adapter_config.json").is_file():
-            raise ValueError(f"{name} holds an adapter, not a model: merge it (`merge_and_unload`) and save that.")
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{name} holds no transformers model: it has no config.json.")
-        name = str(folder)
+    if not is_path(name) and not folder.exists():
+        return None
+    if not folder.is_dir():
+        raise ValueError(f"{name}: there is no such folder.")
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{name} holds an adapter, not a model: merge it (`merge_and_unload`) and save that.")
+    return folder
+
+
+# A `PreTrainedModel`; its `to` is wrapped in a way that mypy takes for another function.
+def load_transformers_model(name: str, trust_remote_code: bool = False) -> Any:
+    """The transformers model that a folder or a Hub name holds, in the class that was saved; of a folder of
+    sentence-transformers the one inside.
+
+    Raises:
+        ValueError: There is no such folder, or it holds no model that can be read.
+    """
+    folder = _folder_of(name)
+    if folder is not None and not (folder / "config.json").is_file():
+        raise ValueError(f"{name} holds no transformers model: it has no config.json.")
+    name = name if folder is None else str(folder)
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     auto_class = getattr(transformers, auto_class_of(config))
     try:
         return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code).eval()
     except SafetensorError as error:
         raise ValueError(f"The weights of {name} are damaged: {error}") from error
-
-
-# What makes the folder of a transformers model one of sentence-transformers, beside that model's own files.
-_SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_*_config.json", "[0-9]_*/*")
-
-
-def copy_sentence_files(name: str, folder: Any) -> None:
-    """Makes a saved folder one of sentence-transformers, with the same pooling, if the model's was one."""
-    source = Path(name).expanduser()
-    if not source.is_dir():
-        source = Path(snapshot_download(name, allow_patterns=list(_SENTENCE_FILES)))
-    if not (source / "modules.json").is_file():
-        return
-    for path in (path for pattern in _SENTENCE_FILES for path in source.glob(pattern)):
-        target = folder / path.relative_to(source)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target)
 
 
 def _check_alike(models: Any) -> None:
@@ -600,19 +612,37 @@ def _check_alike(models: Any) -> None:
     """
     (first, model), *others = models.items()
     for name, other in others:
-        kinds = [(type(each).__name__, each.main_input_name) for each in (model, other)]
-        heads = [auto_class_of(each.config) for each in (model, other)]
-        words = [each.config.to_dict().get("vocab_size") for each in (model, other)]
-        if heads[0] != heads[1] or kinds[0][1] != kinds[1][1] or words[0] != words[1]:
+        kinds = [_reads_and_gives(each) for each in (model, other)]
+        words = [_vocabulary_of(each) for each in (model, other)]
+        if kinds[0] != kinds[1] or words[0] != words[1]:
             raise ValueError(
-                f"{first} is a {kinds[0][0]} and {name} a {kinds[1][0]}"
+                f"{first} is a {type(model).__name__} and {name} a {type(other).__name__}"
                 + (f", with vocabularies of {words[0]:,} and {words[1]:,}" if all(words) else "")
                 + ": they cannot be compared on the same inputs."
             )
 
 
+def _reads_and_gives(model: Any) -> tuple[str, ...]:
+    """What tells models apart that are given the same inputs for the same kind of prediction."""
+    sentences = sentence_model(model)
+    if sentences is not None:
+        return (type(sentences).__name__,)
+    return auto_class_of(model.config), model.main_input_name
+
+
+def _vocabulary_of(model: Any) -> int:
+    """Tokens that the first transformers model in it knows; 0 where its config does not say it."""
+    sizes = (carrier.config.to_dict().get("vocab_size") for _, carrier in carriers_of(model))
+    return next(sizes, None) or 0
+
+
 def load_processor(model: Any, name: str, options: Any, trust_remote_code: bool) -> Any:
-    """The tokenizer or processor that makes this model's inputs."""
+    """The tokenizer or processor that makes this model's inputs; `None` for what has its own."""
+    sentences = sentence_model(model)
+    if sentences is not None:
+        if options.processor is not None:
+            raise ValueError(f"--processor is of transformers models; a {type(sentences).__name__} has its own.")
+        return None
     return _processor_of(model, options.processor or name, trust_remote_code)
 
 

@@ -22,10 +22,10 @@ except ImportError:
     raise SystemExit('layercollapse needs typer: pip install "hf_layercollapse[cli]"') from None
 
 
-Model = Annotated[str, typer.Argument(help="Name on the Hub, or folder, of a transformers model.", show_default=False)]
+Model = Annotated[str, typer.Argument(help="Name on the Hub, or folder, of a model.", show_default=False)]
 Processor = Annotated[
     str | None,
-    typer.Option(help="Name or folder of the tokenizer or processor. Default: the model's own."),
+    typer.Option(help="Name or folder of a transformers model's tokenizer or processor. Default: its own."),
 ]
 DataConfig = Annotated[str | None, typer.Option(help="Configuration of a data set on the Hub.")]
 Split = Annotated[str, typer.Option(help="Split of the data to use. Not the one the result is tested on.")]

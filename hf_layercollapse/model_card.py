@@ -3,12 +3,11 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.modeling_utils import PreTrainedModel
 
 from ._version import __version__
 from .comparison import Comparison
@@ -17,6 +16,7 @@ from .modeling_layercollapse import FORMAT_VERSION
 from .models import unwrap
 from .patching import layer_collapse_config_of
 from .reports import CollapseReport
+from .sentence_models import sentence_model
 from .tables import markdown
 from .upstream import model_mapping
 
@@ -43,6 +43,12 @@ AUTO_CLASSES = (
     "AutoModelForCTC",
     "AutoModel",
 )
+# Class of sentence-transformers -> what the Hub calls its task.
+SENTENCE_TASKS = {
+    "SentenceTransformer": "sentence-similarity",
+    "CrossEncoder": "text-ranking",
+    "SparseEncoder": "feature-extraction",
+}
 METRIC_NAMES = {"accuracy": "Accuracy", "perplexity": "Perplexity", "divergence": "Divergence"}
 
 
@@ -68,7 +74,7 @@ def create_model_card(
     `model.push_to_hub(repo_id, model_card=card)`, or alone by `card.push_to_hub(repo_id)`.
 
     Args:
-        model (`nn.Module`): A patched or collapsed model.
+        model (`nn.Module`): A patched or collapsed model, or an object of sentence-transformers with one inside.
         report ([`CollapseReport`], *optional*): From [`collapse_model`], for how each block became what it is, and how
             far off that is.
         comparison ([`Comparison`], *optional*): From [`compare_models`] or `layercollapse compare --json-file`, for
@@ -93,14 +99,14 @@ def create_model_card(
     name = name or (repo_id.split("/")[-1] if repo_id else type(inner).__name__)
     metadata = {"language": language, "license": license, "base_model": base_model, "model_name": name}
     return ModelCard.from_template(
-        _metadata(inner, comparison, compared_as, datasets=datasets, tags=tags, **metadata),
+        _metadata(model, comparison, compared_as, datasets=datasets, tags=tags, **metadata),
         template_path=str(TEMPLATE),
         name=name,
         base_model=base_model,
         repo_id=repo_id or "path/or/name-of-this-model",
         training=training,
         evaluation=evaluation,
-        **_of_model(inner, blocks, report),
+        **_of_model(model, blocks, report),
         **_of_comparison(comparison),
     )
 
@@ -118,7 +124,7 @@ def _check(report: Any, comparison: Any, compared_as: Any) -> None:
 
 
 def _metadata(
-    model: PreTrainedModel,
+    model: nn.Module,
     comparison: Comparison | None,
     compared_as: str | None,
     *,
@@ -127,12 +133,9 @@ def _metadata(
     **known: Any,
 ) -> Any:
     """The head of the card, which the Hub reads."""
-    from transformers.modelcard import TASK_MAPPING  # with the Trainer's arguments, and peft, behind it
-
-    tasks: Mapping[str, Any] = TASK_MAPPING
-    task = next((task for task, names in tasks.items() if type(model).__name__ in names.values()), None)
+    task = _task_of(model)
     return ModelCardData(
-        library_name="transformers",
+        library_name=loader_of(model).library.replace("_", "-"),
         tags=list(dict.fromkeys([*TAGS, *_listed(tags)])),
         datasets=_listed(datasets) or None,
         metrics=[comparison.metric] if comparison is not None else None,
@@ -143,18 +146,53 @@ def _metadata(
     )
 
 
-def _of_model(
-    model: PreTrainedModel, blocks: Sequence[FeedForwardBlock], report: CollapseReport | None
-) -> dict[str, Any]:
+def _task_of(model: nn.Module) -> str | None:
+    """What the Hub calls that which a model does."""
+    sentences = sentence_model(model)
+    if sentences is not None:
+        return SENTENCE_TASKS.get(type(sentences).__name__)
+    from transformers.modelcard import TASK_MAPPING  # with the Trainer's arguments, and peft, behind it
+
+    tasks: Mapping[str, Any] = TASK_MAPPING
+    name = type(unwrap(model)[0]).__name__
+    return next((task for task, names in tasks.items() if name in names.values()), None)
+
+
+class Loader(NamedTuple):
+    """How a saved model is loaded.
+
+    Args:
+        library (`str`): What has the class, as it is imported.
+        name (`str`): Of the class.
+        call (`str`): What is called with the folder's name.
+    """
+
+    library: str
+    name: str
+    call: str
+
+
+def loader_of(model: nn.Module) -> Loader:
+    """How a model is loaded from the folder that it saves."""
+    sentences = sentence_model(model)
+    if sentences is not None:
+        name = type(sentences).__name__
+        return Loader("sentence_transformers", name, name)
+    inner: Any = unwrap(model)[0]
+    name = auto_class_of(inner.config, type(inner).__name__)
+    return Loader("transformers", name, f"{name}.from_pretrained")
+
+
+def _of_model(model: nn.Module, blocks: Sequence[FeedForwardBlock], report: CollapseReport | None) -> dict[str, Any]:
     """What the template says of the model and its blocks."""
     return {
         "block_count": len(blocks),
         "collapsed_count": sum(block.state == "collapsed" for block in blocks),
         "patched_count": sum(block.state == "patched" for block in blocks),
-        "methods": _methods(report, layer_collapse_config_of(model)),
+        "methods": _methods(report, layer_collapse_config_of(unwrap(model)[0])),
         "block_table": markdown(_block_rows(blocks, report)),
         "report": report,
-        "auto_class": auto_class_of(model.config, type(model).__name__),
+        "loader": loader_of(model),
         "package_version": __version__,
         "format_version": FORMAT_VERSION,
     }

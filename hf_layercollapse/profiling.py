@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from .merging import cost_of as cost_of
 from .modeling_layercollapse import PASS_ON
 from .models import count_parameters as count_parameters
 from .models import evaluating, outputs_of
+from .sentence_models import MODULES_FILE
 
 
 def count_macs(model: nn.Module, inputs: Mapping[str, Any]) -> int:
@@ -134,12 +136,15 @@ _WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model).*\.(safetensors|bin)
 
 
 def weights_size(folder: str | os.PathLike[str]) -> int:
-    """Bytes of the weight files in a folder written by `save_pretrained`: one file, or all its shards.
+    """Bytes of the weight files in a folder written by `save_pretrained`: one file, or all its shards; of an object of
+    sentence-transformers also those of its further modules.
 
     Raises:
         ValueError: There are none.
     """
-    sizes = [entry.stat().st_size for entry in os.scandir(folder) if _WEIGHTS.fullmatch(entry.name)]
+    inside = Path(folder).rglob("*") if (Path(folder) / MODULES_FILE).is_file() else Path(folder).iterdir()
+    kept = (path for path in inside if not path.relative_to(folder).parts[0].startswith("checkpoint-"))
+    sizes = [path.stat().st_size for path in kept if _WEIGHTS.fullmatch(path.name)]
     if not sizes:
         raise ValueError(f"There are no weights in {os.fspath(folder)}: expected model*.safetensors.")
     return sum(sizes)

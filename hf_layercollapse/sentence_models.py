@@ -5,7 +5,9 @@ computes into it. Nothing of sentence-transformers is imported where no object o
 """
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,47 @@ from .upstream import uncompiled
 
 # What `encode_query` and `encode_document` give their inputs: the first of these prompts that the object has.
 TASK_PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
+
+# Names of the classes whose folders are read here, and the files that say which one a folder holds.
+SAVED_KINDS = ("SentenceTransformer", "CrossEncoder", "SparseEncoder")
+MODULES_FILE = "modules.json"
+KIND_FILES = (MODULES_FILE, "config_sentence_transformers.json", "config.json")
+
+# What a `CrossEncoder` wrote into the config of its transformers model, when its folders had no `modules.json`.
+_CROSS_ENCODER_KEYS = ("sentence_transformers", "sbert_ce_default_activation_function")
+
+
+def saved_kind(folder: Path) -> str | None:
+    """Name of the class whose object a folder holds, as sentence-transformers tells it; `None` if it holds none."""
+    modules, of_object, of_model = (folder / name for name in KIND_FILES)
+    if modules.is_file():
+        return str(_values_in(of_object).get("model_type", "SentenceTransformer"))
+    return "CrossEncoder" if any(key in _values_in(of_model) for key in _CROSS_ENCODER_KEYS) else None
+
+
+def _values_in(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; of none, nothing."""
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return values if isinstance(values, dict) else {}
+
+
+def load_sentence_model(name: str, kind: str, trust_remote_code: bool = False) -> Any:
+    """The object of a kind (one of [`SAVED_KINDS`]) that a folder or a Hub name holds, on the CPU, for evaluation.
+
+    Raises:
+        ValueError: It is of another kind, or sentence-transformers is not installed.
+    """
+    if kind not in SAVED_KINDS:
+        raise ValueError(f"{name} holds a {kind} of sentence-transformers; known are {', '.join(SAVED_KINDS)}.")
+    try:
+        import sentence_transformers
+    except ImportError:
+        raise ValueError(
+            f"{name} holds a {kind}, which is measured by what it predicts itself: that needs sentence-transformers, "
+            'pip install "hf_layercollapse[sentence-transformers]".'
+        ) from None
+    load: Any = vars(sentence_transformers)[kind]
+    return load(name, device="cpu", trust_remote_code=trust_remote_code).eval()
 
 
 def sentence_model(model: Any) -> Any:

@@ -155,6 +155,12 @@ def load(folder, plugin):
 
             model = SentenceTransformer(name, device="cpu", trust_remote_code=not plugin)
             result["sentences"] = embeddings_of(model)
+            if plugin:
+                from hf_layercollapse.cli import load_model
+
+                shells = load_model(name)
+                assert type(shells) is SentenceTransformer
+                assert torch.equal(embeddings_of(shells), result["sentences"])
             continue
         if not plugin:
             try:

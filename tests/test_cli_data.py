@@ -11,7 +11,6 @@ import time
 
 import numpy as np
 import pytest
-import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PillowImage
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
@@ -230,7 +229,8 @@ def unplanned(monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("hf_layercollapse.cli.load_model", load)
+    for name in ("load_model", "load_transformers_model"):
+        monkeypatch.setattr(f"hf_layercollapse.cli.{name}", load)
 
 
 def test_places_that_cannot_be_written(bert, text_file, tmp_path, error, unplanned):
@@ -411,27 +411,6 @@ def test_interrupted(bert, text_file, tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(f"{SAVING_PREFIX}*"))
-
-
-def test_a_folder_of_sentence_transformers(bert, text_file, tmp_path):
-    """It comes back as one: the same pooling around the collapsed model."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-
-    headless = save_text_model(tmp_path / "headless")
-    AutoModel.from_pretrained(bert).save_pretrained(headless)
-    inner = Transformer(str(headless))
-    modules = [inner, Pooling(inner.get_embedding_dimension()), Normalize()]
-    dense = SentenceTransformer(modules=modules, device="cpu")
-    dense.save_pretrained(str(tmp_path / "dense"))
-    small = tmp_path / "small"
-    result = run("collapse", tmp_path / "dense", "--data", text_file, "--budget", "macs=0.5", "--output", small)
-    assert result.exit_code == 0, result.output
-    loaded = SentenceTransformer(str(small), device="cpu")
-    assert [type(module) for module in loaded] == [type(module) for module in dense]
-    assert sum(p.numel() for p in loaded.parameters()) < sum(p.numel() for p in dense.parameters())
-    embeddings = [torch.tensor(model.encode(LINES)) for model in (loaded, dense)]
-    assert float((embeddings[0] * embeddings[1]).sum(-1).min()) > 0.95
 
 
 def test_a_collapse_loads(bert, text_file, tmp_path):

@@ -26,6 +26,7 @@ import hf_layercollapse
 from hf_layercollapse.cli import app
 
 from .models import randomize
+from .sentences import sentence_transformer
 
 
 ROOT = Path(__file__).parents[1]
@@ -104,6 +105,7 @@ def _save_encoders():
     for name in ("sentence-encoder", "sentence-transformers/all-MiniLM-L6-v2"):
         AutoModel.from_pretrained("bert-sst2").save_pretrained(name)
         tokenizer.save_pretrained(name)
+        sentence_transformer(name).save_pretrained(name, create_model_card=False)
 
 
 def _save_decoder():
