@@ -70,6 +70,7 @@ class EmbeddingArguments:
     kind: str = field(default="sentence", metadata={"help": "sentence, or cross, which is trained first."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of the training of a cross encoder."})
     train_steps: int = field(default=100, metadata={"help": "Of a cross encoder, 16 pairs each."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Of the same, at its highest."})
     max_seq_length: int = field(default=64, metadata={"help": "Tokens of a text that are read."})
     fit_samples: int = field(default=600, metadata={"help": "Texts that are fitted to."})
     score_samples: int = field(default=200, metadata={"help": "Texts that plans are measured on."})
@@ -155,7 +156,7 @@ class Pairs:
             str(Path(arguments.output_dir) / f"trained-{seed}"),
             max_steps=arguments.train_steps,
             per_device_train_batch_size=16,
-            learning_rate=1e-4,
+            learning_rate=arguments.learning_rate,
             warmup_steps=0.1,
             seed=seed,
             report_to=[],
@@ -344,7 +345,8 @@ class Results:
 
 
 def table_of(rows, columns):
-    """The rows as Markdown, a mean over seeds each; in brackets the distance from the dense model."""
+    """The rows as Markdown, a mean over seeds each; in brackets the distance from the dense model. Then the range over
+    the seeds, where there are several."""
     timed = any(row["latency"] is not None for row in rows)
     head = ["", "feed-forward weights left", "parameters", *(["time"] if timed else []), *columns.values()]
     lines = []
@@ -357,8 +359,10 @@ def table_of(rows, columns):
         if timed:
             line.append(f"{_mean(times):.2f}" if times else "1")
         for name in columns:
-            value, change = (_mean(row[name][part] for row in found) for part in ("value", "from_dense"))
-            line.append(f"{100 * value:.1f}" + ("" if method == "dense" else f" ({100 * change:+.1f})"))
+            values = [100 * row[name]["value"] for row in found]
+            change = 100 * _mean(row[name]["from_dense"] for row in found)
+            cell = f"{_mean(values):.1f}" + ("" if method == "dense" else f" ({change:+.1f})")
+            line.append(cell if len(found) == 1 else f"{cell}, {min(values):.1f} to {max(values):.1f}")
         lines.append(line)
     return markdown([head, *lines])
 

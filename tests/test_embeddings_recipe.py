@@ -108,6 +108,18 @@ def test_ranks_are_measured_as_an_evaluator_does(options, tmp_path):
     assert float(task.values(task.dense)["mrr"].mean()) == pytest.approx(scores["mrr@8"], abs=1e-5)
 
 
+def test_a_table_of_several_seeds_has_their_range():
+    from embeddings import table_of
+
+    same = {"method": "plan", "size": 0.5, "recovered": False, "feed_forward_share": 0.5, "parameters": 1e6}
+    rows = [
+        {**same, "seed": seed, "latency": None, "mrr": {"value": value, "from_dense": value - 0.9}}
+        for seed, value in enumerate((0.7, 0.9))
+    ]
+    assert "80.0 (-10.0), 70.0 to 90.0 |" in table_of(rows, {"mrr": "rank"})
+    assert "70.0 (-20.0) |" in table_of(rows[:1], {"mrr": "rank"})
+
+
 def test_wrong_options(options, tmp_path):
     from embeddings import main
 
