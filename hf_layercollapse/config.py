@@ -34,9 +34,8 @@ _BESIDE_A_BUDGET = {
     *("distillation_weight", "hidden_state_weight", "task_loss_weight", "temperature"),
 }
 
-# Of an option that is a number once the config is made.
+# Default of `distillation_weight`, which depends on `budget`: a number once the config is made, hence its type there.
 _BY_BUDGET: Any = None
-
 
 # Name -> the interval that it is in, in words, and what tells.
 _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -320,9 +319,8 @@ def _check_budget(config: LayerCollapseConfig) -> None:
     if not isinstance(config.budget, str):
         raise TypeError(f"`budget` must be words such as 'macs=0.125' or None, got {config.budget!r}.")
     parse_budget(config.budget)
-    defaults = LayerCollapseConfig()
-    names = [option.name for option in dataclasses.fields(config) if option.name not in _BESIDE_A_BUDGET]
-    changed = [name for name in names if getattr(config, name) != getattr(defaults, name)]
+    others = [option for option in dataclasses.fields(config) if option.name not in _BESIDE_A_BUDGET]
+    changed = [option.name for option in others if getattr(config, option.name) != option.default]
     if changed:
         raise ValueError(
             f"A `budget` collapses blocks before they are trained, as a plan says, and no alpha leads there: leave "

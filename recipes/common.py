@@ -415,6 +415,50 @@ def load_table(path):
 TABLES = {(".csv", ".tsv", ".json", ".jsonl", ".parquet"): load_table}
 
 
+class ResultsFile:
+    """Rows of an experiment in `results.json`, written one by one; a run of the same arguments that was interrupted
+    goes on. What else is made of them, `finish(content)` of a subclass writes.
+
+    Args:
+        output_dir (`str`): Folder of the file.
+        arguments (`dict`): Those that a result depends on.
+    """
+
+    KEY = ("seed", "method", "size")  # what tells rows apart
+
+    def __init__(self, output_dir, arguments):
+        self.output, self.arguments = Path(output_dir), arguments
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.started, self.rows, self.facts = time.perf_counter(), [], {}
+        path = self.output / "results.json"
+        content = json.loads(path.read_text()) if path.exists() else {}
+        self.goes_on = content.get("arguments") == arguments
+        if self.goes_on:
+            self.rows, self.started = content["results"], self.started - content["seconds"]
+
+    def has(self, *key):
+        return any(tuple(row[name] for name in self.KEY) == key for row in self.rows)
+
+    def seconds(self):
+        """Since the experiment began, without the time between its runs."""
+        return time.perf_counter() - self.started
+
+    def add(self, row):
+        if self.has(*(row[name] for name in self.KEY)):
+            return
+        self.rows.append(row)
+        content = {
+            "arguments": self.arguments,
+            **self.facts,
+            "seconds": round(self.seconds()),
+            "versions": versions(),
+            "machine": machine(),
+            "results": self.rows,
+        }
+        (self.output / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+        self.finish(content)
+
+
 def versions():
     return {
         "python": platform.python_version(),

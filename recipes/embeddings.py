@@ -23,14 +23,12 @@ goes on where it stopped.
 
 import contextlib
 import copy
-import json
 import random
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from common import machine, parse, versions
+from common import ResultsFile, parse
 from controls import feed_forward_share, prune_width
 from datasets import Dataset
 from sentence_transformers import (
@@ -304,44 +302,24 @@ class Experiment:
         self.add(method, size, model, recovered, **facts)
 
 
-class Results:
-    """What has been measured, and its files."""
+class Results(ResultsFile):
+    KEY = ("seed", "method", "size", "recovered")
 
     def __init__(self, arguments):
-        self.arguments, self.output = arguments, Path(arguments.output_dir)
-        self.output.mkdir(parents=True, exist_ok=True)
-        self.started, self.rows = time.perf_counter(), []
-        path = self.output / "results.json"
-        content = json.loads(path.read_text()) if path.exists() else {}
-        self.goes_on = content.get("arguments") == self.described()
-        if self.goes_on:
-            self.rows, self.started = content["results"], self.started - content["seconds"]
-
-    def described(self):
-        return {name: value for name, value in asdict(self.arguments).items() if name not in ("output_dir", "seeds")}
-
-    def has(self, seed, method, size, recovered):
-        key = seed, method, size, recovered
-        return any((row["seed"], row["method"], row["size"], row["recovered"]) == key for row in self.rows)
+        self.columns = {"sentence": Sentences, "cross": Pairs}[arguments.kind].columns
+        described = {name: value for name, value in asdict(arguments).items() if name not in ("output_dir", "seeds")}
+        super().__init__(arguments.output_dir, described)
 
     def add(self, row):
-        if not self.has(row["seed"], row["method"], row["size"], row["recovered"]):
-            self.rows.append(row)
         shown = ", ".join(f"{name} {value['value']:.4f}" for name, value in row.items() if isinstance(value, dict))
         words = f"{row['method']} {row['size'] or ''}{' recovered' if row['recovered'] else ''}"
-        print(f"{time.perf_counter() - self.started:6.0f} s  {row['seed']} {words:32} {shown}", flush=True)
-        content = {
-            "arguments": self.described(),
-            "seconds": round(time.perf_counter() - self.started),
-            "versions": versions(),
-            "machine": machine(),
-            "results": self.rows,
-        }
-        (self.output / "results.json").write_text(json.dumps(content, indent=1) + "\n")
-        columns = {"sentence": Sentences, "cross": Pairs}[self.arguments.kind].columns
-        (self.output / "table.md").write_text(table_of(self.rows, columns) + "\n")
+        print(f"{self.seconds():6.0f} s  {row['seed']} {words:32} {shown}", flush=True)
+        super().add(row)
+
+    def finish(self, content):
+        (self.output / "table.md").write_text(table_of(self.rows, self.columns) + "\n")
         with contextlib.suppress(ImportError):
-            draw(self.rows, columns, self.output / "curve.png")
+            draw(self.rows, self.columns, self.output / "curve.png")
 
 
 def table_of(rows, columns):

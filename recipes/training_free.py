@@ -29,16 +29,14 @@ alike. An interrupted run goes on where it stopped. Writes `results.json`, `plan
 import contextlib
 import copy
 import functools
-import json
 import math
 import sys
-import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import DataArguments, machine, parse, versions
+from common import DataArguments, ResultsFile, parse
 from controls import replace_layers, replaceable_layers
 from tasks import TASKS
 from tqdm.auto import tqdm
@@ -114,45 +112,13 @@ class TrainingFreeArguments:
             raise ValueError(f"--methods must be of {', '.join(METHODS)}; got {', '.join(unknown)}.")
 
 
-class Results:
-    """What has been measured, and its files."""
-
+class Results(ResultsFile):
     def __init__(self, arguments, data):
-        self.arguments, self.data = arguments, data
-        self.output = Path(arguments.output_dir)
-        self.output.mkdir(parents=True, exist_ok=True)
-        self.started = time.perf_counter()
-        self.rows, self.facts = [], {}
-        path = self.output / "results.json"
-        content = json.loads(path.read_text()) if path.exists() else None
-        # An interrupted run with the same arguments goes on.
-        if content is not None and content["arguments"] == self.described():
-            self.rows, self.started = content["results"], self.started - content["seconds"]
-
-    def described(self):
-        """The arguments that a result depends on."""
-        arguments = {**asdict(self.arguments), **asdict(self.data)}
+        described = {**asdict(arguments), **asdict(data)}
         which = ("methods", "output_dir", "seeds", "recovery_sizes")
-        return {name: value for name, value in arguments.items() if name not in which}
+        super().__init__(arguments.output_dir, {name: value for name, value in described.items() if name not in which})
 
-    def has(self, seed, method, size):
-        return any((row["seed"], row["method"], row["size"]) == (seed, method, size) for row in self.rows)
-
-    def add(self, row):
-        if not self.has(row["seed"], row["method"], row["size"]):
-            self.rows.append(row)
-            self.write()
-
-    def write(self):
-        content = {
-            "arguments": self.described(),
-            **self.facts,
-            "seconds": round(time.perf_counter() - self.started),
-            "versions": versions(),
-            "machine": machine(),
-            "results": self.rows,
-        }
-        (self.output / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+    def finish(self, content):
         (self.output / "table.md").write_text(tables(content))
         with contextlib.suppress(ImportError):
             draw(content, [self.output / f"curve.{kind}" for kind in ("png", "svg")])
@@ -222,7 +188,7 @@ class Comparison:
             row["tests"][name] = self.summary(values, self.dense_values.setdefault(name, values))
         self.results.add(row)
         shown = ", ".join(f"{name} {row['tests'][name][self.task.metric]:.4g}" for name in self.tests)
-        seconds = time.perf_counter() - self.results.started
+        seconds = self.results.seconds()
         at = "" if size is None else size
         print(f"{seconds:6.0f} s  {self.seed} {method:24} {at:<7} {shown}, KL {row['divergence']:.4g}", flush=True)
 

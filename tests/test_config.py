@@ -164,3 +164,47 @@ def test_makes_a_command_line():
     assert parse("--blocks", "all") == LayerCollapseConfig()
     assert parse("--blocks", "encoder.layer.0").blocks == ["encoder.layer.0"]
     assert parse("--blocks", "encoder.layer.0", "encoder.layer.4").blocks == ["encoder.layer.0", "encoder.layer.4"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"initial_alpha": 0.5},
+        {"penalty_strength": 3.0},
+        {"progressive": True},
+        {"linear_target": "affine"},
+        {"granularity": "neuron"},
+        {"rank": 4},
+        {"keep_neurons": 4},
+        {"sequential": True},
+    ],
+)
+def test_options_of_alphas_contradict_a_budget(other):
+    (name,) = other
+    with pytest.raises(ValueError, match=f"leave `{name}` out, or the `budget`"):
+        LayerCollapseConfig(budget="macs=0.5", **other)
+
+
+@pytest.mark.parametrize(
+    "budget, message",
+    [
+        ("macs", "`budget` must be parameters="),
+        ("size=0.5", "`budget` must be parameters="),
+        ("macs=half", "'half' is not a number"),
+        ("macs=0", "`macs` must be a share"),
+        ("latency=2", "`latency` must be a share"),
+    ],
+)
+def test_budgets_that_are_none(budget, message):
+    with pytest.raises(ValueError, match=message):
+        LayerCollapseConfig(budget=budget)
+
+
+def test_a_budget_teaches_unless_it_is_told_not_to():
+    assert LayerCollapseConfig().distillation_weight == 0
+    assert LayerCollapseConfig(budget="macs=0.5").distillation_weight == 1
+    assert LayerCollapseConfig(budget="macs=0.5", distillation_weight=0).distillation_weight == 0
+    with pytest.raises(ValueError, match="`budget_samples` must be an integer >= 8"):
+        LayerCollapseConfig(budget="macs=0.5", budget_samples=7)
+    with pytest.raises(TypeError, match="`budget` must be words"):
+        LayerCollapseConfig(budget=0.5)
