@@ -23,9 +23,10 @@ from hf_layercollapse import (  # noqa: E402
     LayerCollapseConfig,
     LayerCollapseTrainer,
     apply_layer_collapse,
+    find_feed_forward_blocks,
 )
 from tests.models import BY_NAME  # noqa: E402
-from tests.training import model_of, state_of, trainer_for, trajectory  # noqa: E402
+from tests.training import assert_same, model_of, state_of, trainer_for, trajectory  # noqa: E402
 
 
 # name -> options of `trajectory`, of gpt2
@@ -116,6 +117,17 @@ def train_save_collapse(folder, rank, name, options, more_args, make=sharding):
     return result
 
 
+def refused_budget(folder, make, args=None):
+    """The message; the model is as it was."""
+    model = model_of(BY_NAME["bert"])
+    before, kind = state_of(model), type(model)
+    with pytest.raises(ValueError) as caught:
+        make("bert", folder, config={"budget": "macs=0.3"}, model=model, args=args)
+    assert_same(state_of(model), before)
+    assert type(model) is kind and {block.state for block in find_feed_forward_blocks(model)} == {"dense"}
+    return str(caught.value)
+
+
 def refused(folder):
     """The messages of what cannot be."""
     from peft import LoraConfig, get_peft_model
@@ -144,7 +156,7 @@ def refused(folder):
     model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
     with pytest.raises(ValueError) as caught:
         sharding("bert", folder, config=False, model=model, args=options["args"])
-    return [*messages, str(caught.value)]
+    return [*messages, str(caught.value), refused_budget(folder, sharding, options["args"])]
 
 
 def main(folder):

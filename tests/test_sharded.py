@@ -84,7 +84,7 @@ def test_gathered_collapsed_and_saved_by_the_main_process_only(name, results):
 
 def test_what_is_refused(results):
     _, (first, _) = results
-    one, lazy, compiled, callback, progressive, teacher, adapter = first["refused"]
+    one, lazy, compiled, callback, progressive, teacher, adapter, budget = first["refused"]
     assert "Use FSDP2" in one and "fsdp_version: 2" in one
     assert "fsdp_cpu_ram_efficient_loading: false" in lazy
     assert "(under `torch_compile`)" in compiled
@@ -92,3 +92,4 @@ def test_what_is_refused(results):
     assert "`progressive` is not supported under FSDP" in progressive
     assert "A teacher is not supported under FSDP" in teacher
     assert "(PeftModelForSequenceClassification)" in adapter and "without adapters" in adapter
+    assert "A `budget` is not supported under FSDP" in budget and "Collapse first" in budget

@@ -81,7 +81,8 @@ def test_collapsed_and_saved_by_the_main_process_only(name, results):
 
 def test_what_is_refused(results):
     _, (first, _) = results
-    optimizer, scaled = first["refused"]
+    budget, optimizer, scaled = first["refused"]
+    assert "A `budget` is not supported under FSDP and DeepSpeed" in budget
     assert 'Leave `"optimizer"` out' in optimizer
     assert "Use bf16" in scaled
 

@@ -15,7 +15,7 @@ from accelerate import PartialState  # noqa: E402
 import tests.conftest  # noqa: E402, F401  (offline, one thread)
 from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model  # noqa: E402
 from tests.models import BY_NAME, LAYERS  # noqa: E402
-from tests.sharded_run import train_save_collapse  # noqa: E402
+from tests.sharded_run import refused_budget, train_save_collapse  # noqa: E402
 from tests.training import model_of, set_alphas, trainer_for, trajectory  # noqa: E402
 
 
@@ -55,7 +55,7 @@ def zero_3(folder):
 
 def refused(folder):
     """The messages of what cannot be."""
-    messages = []
+    messages = [refused_budget(folder, trainer_for)]
     del os.environ["ACCELERATE_CONFIG_DS_FIELDS"]  # or accelerate finds them in two places
     for config, args in (
         ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, {}),
