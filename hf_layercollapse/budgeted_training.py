@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -115,7 +115,8 @@ class BudgetedTraining(TrainerCallback):
         left as it is.
 
         Raises:
-            ValueError: There are no inputs that a plan can be made from, or nothing is within the budget.
+            ValueError: There are no inputs that a plan can be made from, or none that the teacher can be compared on,
+                or nothing is within the budget.
         """
         trainer, model = self._trainer, self._trainer.model
         if not self.is_asked_for or "collapsed" in _states(model):
@@ -123,6 +124,7 @@ class BudgetedTraining(TrainerCallback):
         config, before = trainer.layer_collapse_config, dict(model.named_parameters())
         with same_random_state():
             data = self._inputs()
+            self._rehearse(data)
             budget: dict[str, Any] = parse_budget(config.budget)
             plan = plan_collapse(model, data, blocks=config.blocks, constant_term=config.constant_term, **budget)
             if not plan.point.choices:
@@ -198,6 +200,19 @@ class BudgetedTraining(TrainerCallback):
         with processes.together():
             return self._batches(self._rows())
 
+    def _rehearse(self, planned_with: Any) -> None:
+        """Asks the teacher once about training inputs, while the model is dense; not about data that may be such that
+        they can be read only once."""
+        with processes.together():
+            if self._given is None:
+                batches = planned_with
+            elif _is_countable(self._trainer.train_dataset):
+                batches = self._batches(_spread(self._trainer.train_dataset, 1))
+            else:
+                return
+            for batch in batches[:1]:
+                self._teaching.rehearse(self._trainer.model, batch)
+
     def _rows(self) -> Any:
         """Rows of the training data, and not from its loader, whose order would be another one afterwards."""
         data: Any = self._trainer.train_dataset
@@ -207,12 +222,7 @@ class BudgetedTraining(TrainerCallback):
                 "A `budget` needs training inputs to plan with, and the Trainer has no `train_dataset`: pass batches "
                 "of model inputs as `calibration_data`."
             )
-        countable = has_length(data) and not isinstance(data, IterableDataset)
-        if not countable:
-            return self._first_rows(data, count)
-        count = min(count, len(data))
-        indices = [index * len(data) // count for index in range(count)]
-        return data.select(indices) if isinstance(data, Dataset) else Subset(data, indices)
+        return _spread(data, count) if _is_countable(data) else self._first_rows(data, count)
 
     def _first_rows(self, data: Any, count: int) -> list[Any]:
         with same_random_state():
@@ -240,8 +250,26 @@ class BudgetedTraining(TrainerCallback):
 
     def _parts_of(self, batch: Any) -> Iterable[Any]:
         """What the model is given for a batch of the Trainer."""
+        if not isinstance(batch, Mapping):
+            kind = type(self._trainer).__name__
+            raise ValueError(
+                f"A batch of this {kind} is a {type(batch).__name__} and no dict of model inputs, of which a `budget` "
+                "is planned and the teacher is asked. Collapse first (`plan_collapse`, `collapse_model`), and train "
+                "what is left."
+            )
         sentences = sentence_model(self._trainer.model)
         return [batch] if sentences is None else features_in(self._trainer, sentences, batch)
+
+
+def _is_countable(data: Any) -> bool:
+    return data is not None and has_length(data) and not isinstance(data, IterableDataset)
+
+
+def _spread(data: Any, count: int) -> Any:
+    """So many rows from all over the data, or all of them."""
+    count = min(count, len(data))
+    indices = [index * len(data) // count for index in range(count)]
+    return data.select(indices) if isinstance(data, Dataset) else Subset(data, indices)
 
 
 def _states(model: nn.Module) -> set[str]:

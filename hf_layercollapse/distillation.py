@@ -16,7 +16,7 @@ from .config import LayerCollapseConfig
 from .families import FeedForwardBlock, find_feed_forward_blocks
 from .models import is_transformers_model, shorten, unwrap
 from .patching import collapsible_activations, layer_collapse_config_of, remove_layer_collapse
-from .predictions import predictions_of
+from .predictions import holds_predictions, predictions_of
 from .selection import select_blocks
 from .sentence_models import sentence_model
 from .token_filter import TokenFilter
@@ -197,6 +197,12 @@ class Distillation:
             for handle in handles:
                 handle.remove()
 
+    def hears(self, seen: Seen) -> bool:
+        """Whether the forwards that were watched gave what is compared."""
+        if self.config.distillation_weight:
+            return any(map(holds_predictions, seen.outputs))
+        return bool(seen.outputs) or any(seen.hidden.values())
+
     def loss(
         self,
         inputs: Mapping[str, Any],
@@ -215,12 +221,6 @@ class Distillation:
             batches (`int`): What means over this batch are divided by.
             label_names (`Sequence[str]`): Inputs that the teacher does not need.
         """
-        if not seen.outputs and not any(seen.hidden.values()):
-            raise ValueError(
-                "A loss was computed by no forward of the model with gradients, so that there is nothing to compare "
-                "with the teacher's. sentence-transformers' Cached... losses run it while they go backward: take the "
-                "loss without the cache, or no teacher."
-            )
         lessons = self._lessons(inputs, seen, label_names)
         parts: list[torch.Tensor] = []
         terms: dict[str, torch.Tensor] = {}
@@ -356,9 +356,10 @@ def _head_losses(
     model: Any, inputs: Mapping[str, Any], forwards: Sequence[Any], taught: Any, temperature: float
 ) -> Iterator[torch.Tensor]:
     """Losses of a head's predictions, one per label that counts, for each part of its output."""
-    outputs = next((outputs for outputs in forwards if isinstance(outputs, Mapping)), None)
-    if outputs is None:
+    named = [outputs for outputs in forwards if isinstance(outputs, Mapping)]
+    if not named:
         raise ValueError("`distillation_weight` needs the model's outputs by name: leave `return_dict=False` out.")
+    outputs = next(filter(holds_predictions, named), named[0])
     if "start_logits" in outputs and "end_logits" in outputs:
         for name in ("start_logits", "end_logits"):
             _check_shapes(outputs[name], taught[name])
@@ -371,8 +372,7 @@ def _head_losses(
     if "logits" not in outputs or outputs["logits"] is None:
         raise ValueError(
             f"`distillation_weight` compares the `logits` of model and teacher, and this {type(model).__name__} gives "
-            f"{list(outputs)}. (trl's SFTTrainer computes its loss without any.) `hidden_state_weight` alone "
-            "needs no logits."
+            f"{list(outputs)}. `hidden_state_weight` alone needs no logits."
         )
     logits, target = outputs["logits"], taught["logits"].to(outputs["logits"].device)
     _check_shapes(logits, target)

@@ -92,6 +92,15 @@ class Predictions:
 _EMBEDDINGS = ("sentence_embedding", "text_embeds", "image_embeds", "audio_embeds", "embeddings")
 
 
+def holds_predictions(outputs: Any) -> bool:
+    """Whether what a model gave has a name under which predictions are known: some losses have it give none, since
+    they make no logits."""
+    if not isinstance(outputs, Mapping):
+        return False
+    names = ("logits", "start_logits", "scores", "sentence_vector", *_EMBEDDINGS, "last_hidden_state")
+    return any(isinstance(outputs.get(name), torch.Tensor) for name in names)
+
+
 def predictions_of(model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> list[Predictions]:
     """What a model predicts for one batch, padding left out.
 

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .config import LayerCollapseConfig
 from .distillation import Distillation, check_teacher, teacher_for
-from .models import inputs_of
+from .models import device_of, evaluating, inputs_of
+from .random_state import same_random_state
 from .sentence_models import features_in, sentence_model
 from .upstream import loss_is_scaled
 
@@ -63,6 +65,29 @@ class Teaching(TrainerCallback):
         if self._given is not None:
             check_teacher(self._given, model, self._trainer.layer_collapse_config)
 
+    def rehearse(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        """Raises if a model that nothing is done to yet cannot be compared with its teacher on a batch of training
+        inputs: predictions of another kind than the labels tell, other labels than the teacher's, and the like.
+
+        Args:
+            model (`nn.Module`): By default its own teacher.
+            batch (`Mapping`): What the model is given in training, with labels.
+        """
+        trainer, config = self._trainer, self._trainer.layer_collapse_config
+        if not config.distils:
+            return
+        # Of blocks `check` knows enough; they are compared once they are patched or collapsed.
+        heads = LayerCollapseConfig(distillation_weight=config.distillation_weight, temperature=config.temperature)
+        teacher = model if self._given is None else self._given
+        distillation, inputs = Distillation(heads, teacher, model), inputs_of(batch, device_of(model))
+        with torch.no_grad(), evaluating(model), evaluating(teacher):
+            with distillation.watching(model, model) as seen:
+                if sentence_model(model) is None:
+                    model(**distillation.without_labels(inputs, trainer.label_names))
+                else:
+                    model(dict(inputs))
+            distillation.loss(inputs, seen, label_names=trainer.label_names)
+
     @property
     def teacher(self) -> nn.Module | None:
         return self.distillation.teacher if self.distillation is not None else None
@@ -103,6 +128,11 @@ class Teaching(TrainerCallback):
             else:
                 # The Trainer's own would ask for labels.
                 loss, outputs = 0.0, self._run_without_loss(distillation, model, inputs)
+        if not distillation.hears(seen):
+            # trl's losses make no logits, and sentence-transformers' Cached... losses run the model while they go
+            # backward. What is drawn for dropout here is no part of the run without a teacher.
+            with same_random_state(), distillation.watching(self._trainer.model, model) as seen:
+                self._run_without_loss(distillation, model, given)
         self._taught = True
         loss = weight * loss + self._terms(distillation, given, seen, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss

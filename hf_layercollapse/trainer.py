@@ -66,9 +66,11 @@ class LayerCollapseTrainerMixin(InFrontOf):
     evaluation loss never contains the penalty.
 
     With `distillation_weight` or `hidden_state_weight` in the config, a teacher's predictions, or the outputs of its
-    blocks, add terms to the training loss, scaled as the model's own loss is. A model that is collapsed is healed in
-    this way: it is trained as it is, with the dense model for a teacher and no penalty. With `task_loss_weight=0` the
-    teacher alone says what is learned, and the data need no labels.
+    blocks, add terms to the training loss, scaled as the model's own loss is. Where the forwards of that loss give no
+    predictions, as trl's, or are run while it goes backward, as those of sentence-transformers' cached losses, the
+    model runs once more. A model that is collapsed is healed in this way: it is trained as it is, with the dense model
+    for a teacher and no penalty. With `task_loss_weight=0` the teacher alone says what is learned, and the data need
+    no labels.
 
     With a `budget` in the config nothing is patched. When training begins, a plan is made from training inputs without
     labels, one for all processes, the dense model becomes the teacher, and blocks collapse as the plan says; then what
@@ -104,7 +106,7 @@ class LayerCollapseTrainerMixin(InFrontOf):
             optimizer that steps during backward, or, on several processes, reentrant checkpointing. Under FSDP2 and
             ZeRO-2, further settings are refused: those that shard alphas, and distillation. With a budget: the model
             is not dense or under an adapter, or cannot be so small; from `train`, that there are no inputs to plan
-            with, or that a checkpoint is of another run.
+            with, that the teacher cannot be compared on them, or that a checkpoint is of another run.
     """
 
     def __init__(

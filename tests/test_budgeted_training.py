@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_layercollapse import (
     LayerCollapseCallback,
@@ -18,36 +18,27 @@ from hf_layercollapse import (
 )
 from hf_layercollapse.patching import layer_collapse_config_of, tables_of, take_shapes
 from tests.models import BY_NAME, HIDDEN, LAYERS, VOCABULARY, WIDTH, randomize
-from tests.training import assert_same, model_of, rows, state_of, trainer_for
+from tests.training import RandomStates, assert_same, model_of, rows, state_of, trainer_for
 
 
 BUDGET = {"budget": "macs=0.3", "budget_samples": 24}
 SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear"}
 
 
-class Watch(TrainerCallback):
-    """What each step begins with: its batch, and the state of the random numbers."""
-
-    def __init__(self):
-        self.batches, self.random = [], []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.random.append(torch.get_rng_state())
-
-
 def watched(case, folder, config, **kwargs):
-    watch = Watch()
+    """A trainer that has trained, the batches of its steps, and the state of the random numbers before them."""
+    batches, random = [], RandomStates()
 
     class Watched(LayerCollapseTrainer):
         def training_step(self, model, inputs, *args, **options):
-            watch.batches.append({name: value.clone() for name, value in inputs.items()})
+            batches.append({name: value.clone() for name, value in inputs.items()})
             return super().training_step(model, inputs, *args, **options)
 
     trainer = trainer_for(
-        case, folder, config, trainer_class=Watched, callbacks=[watch], dropout=True, args={"max_steps": 3}, **kwargs
+        case, folder, config, trainer_class=Watched, callbacks=[random], dropout=True, args={"max_steps": 3}, **kwargs
     )
     trainer.train()
-    return trainer, watch
+    return trainer, batches, random.states
 
 
 def feed_forward_macs(model):
@@ -58,7 +49,7 @@ def feed_forward_macs(model):
 @pytest.mark.parametrize("case", ["bert", "gpt2", "vit"])
 def test_the_model_becomes_as_small_as_was_said(case, tmp_path):
     dense = model_of(BY_NAME[case], dropout=True)
-    trainer, _ = watched(case, tmp_path, BUDGET, model=copy.deepcopy(dense))
+    trainer, _, _ = watched(case, tmp_path, BUDGET, model=copy.deepcopy(dense))
     blocks = find_feed_forward_blocks(trainer.model)
     assert {block.state for block in blocks} <= {"collapsed", "dense"}
     assert 0.15 < feed_forward_macs(trainer.model) / feed_forward_macs(dense) <= 0.3
@@ -84,11 +75,11 @@ def test_the_model_becomes_as_small_as_was_said(case, tmp_path):
 
 
 def test_batches_and_dropout_are_those_of_a_run_without_it(tmp_path):
-    _, without = watched("bert", tmp_path, False)
-    _, with_budget = watched("bert", tmp_path, BUDGET)
-    for left, right in zip(without.batches, with_budget.batches, strict=True):
+    _, *without = watched("bert", tmp_path, False)
+    _, *with_budget = watched("bert", tmp_path, BUDGET)
+    for left, right in zip(without[0], with_budget[0], strict=True):
         assert_same(left, right)
-    assert all(torch.equal(*states) for states in zip(without.random, with_budget.random, strict=True))
+    assert all(torch.equal(*states) for states in zip(without[1], with_budget[1], strict=True))
 
 
 def test_it_is_what_a_plan_and_a_collapse_before_give(tmp_path):
@@ -299,6 +290,17 @@ def test_a_teacher_that_does_not_fit(tmp_path):
     model = model_of(BY_NAME["bert"])
     refused("the model itself", tmp_path, model=model, teacher=model)
     refused("both 0", tmp_path, {"distillation_weight": 0.0}, teacher=model_of(BY_NAME["bert"], seed=1))
+
+
+def test_a_teacher_that_cannot_be_compared(tmp_path):
+    five = BY_NAME["bert"].config()
+    five.num_labels = 5
+    given = {"when": "trained", "teacher": BY_NAME["bert"].model(1, config=five)}
+    refused(r"The teacher gives logits of shape \(8, 5\)", tmp_path, **given)
+    data = [BY_NAME["bert"].inputs(batch=16, seed=seed) for seed in range(2)]
+    refused(r"The teacher gives logits of shape \(1, 5\)", tmp_path, calibration_data=data, **given)
+    pairs = [{**row, "labels": row["labels"].expand(2)} for row in rows(BY_NAME["bert"], 32)]
+    refused("The labels are of shape", tmp_path, {"task_loss_weight": 0.0}, when="trained", train=pairs)
 
 
 def test_a_checkpoint_of_another_run(tmp_path):

@@ -1,5 +1,8 @@
 """The mixin in front of other Trainer classes: transformers' for sequences, trl's for fine-tuning."""
 
+import copy
+import math
+
 import pytest
 import torch
 from packaging.version import Version
@@ -23,7 +26,7 @@ from hf_layercollapse import (
     apply_layer_collapse,
 )
 from tests.models import BY_NAME, LAYERS, VOCABULARY, randomize
-from tests.training import Gradients, alphas_of, assert_same, checkpointing, model_of, state_of
+from tests.training import Gradients, RandomStates, alphas_of, assert_same, checkpointing, model_of, state_of
 
 
 PLAIN = {
@@ -217,36 +220,31 @@ def test_sft(tmp_path):
 
 
 def test_sft_with_a_teacher(tmp_path):
-    """Rows of different lengths, padded: the same gradients however they are split."""
-    import trl
-
+    """Rows of different lengths, padded: the same gradients however they are split. trl's own loss makes no logits."""
     steps = []
     for accumulate in (1, 4):
         seen = Gradients()
-        config = LayerCollapseConfig(hidden_state_weight=0.5)
+        config = LayerCollapseConfig(distillation_weight=1.0, hidden_state_weight=0.5)
         teacher = model_of(BY_NAME["gpt2"], seed=5)
         trainer = sft_trainer(tmp_path, accumulate, layer_collapse_config=config, teacher=teacher, callbacks=[seen])
         trainer.train()
         steps.append(seen.steps[0])
     for name, gradient in steps[0].items():
         torch.testing.assert_close(steps[1][name], gradient, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-    assert trainer.state.log_history[0]["layer_collapse/hidden_state_loss"] > 1e-3
-    by_logits = sft_trainer(tmp_path, layer_collapse_config=LayerCollapseConfig(distillation_weight=1.0))
-    if Version(trl.__version__) < Version("1.6"):
-        by_logits.train()
-        assert by_logits.state.log_history[1]["layer_collapse/distillation_loss"] > 1e-4
-    else:  # trl's loss makes none
-        with pytest.raises(ValueError, match="SFTTrainer computes its loss without"):
-            by_logits.train()
+    log = trainer.state.log_history[0]
+    assert log["layer_collapse/hidden_state_loss"] > 1e-3 and log["layer_collapse/distillation_loss"] > 1e-2
 
 
 def test_sft_to_a_budget(tmp_path):
-    """Without a loss of its own trl makes logits, too; the teacher is a copy that runs by itself."""
-    config = LayerCollapseConfig(budget="macs=0.5", task_loss_weight=0, hidden_state_weight=0.5)
-    trainer = sft_trainer(tmp_path, layer_collapse_config=config)
+    """The teacher is a copy that runs by itself, and random numbers are those of a run without one."""
+    config = LayerCollapseConfig(budget="macs=0.5", hidden_state_weight=0.5)
+    seen, model = [RandomStates(), RandomStates()], model_of(BY_NAME["gpt2"], dropout=True)
+    sft_trainer(tmp_path, model=copy.deepcopy(model), callbacks=seen[:1]).train()
+    trainer = sft_trainer(tmp_path, model=model, layer_collapse_config=config, callbacks=seen[1:])
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["layer_collapse/distillation_loss"] > 0 and log["layer_collapse/hidden_state_loss"] > 0
+    assert all(torch.equal(*states) for states in zip(*(each.states for each in seen), strict=True))
     assert trainer.collapse().data.rows == 16
     assert "eval_loss" in trainer.evaluate()
 
@@ -296,11 +294,11 @@ def trl_trainers():
     }
 
 
-def trl_trainer(name, folder, model, callback=False, **kwargs):
+def trl_trainer(name, folder, model, callback=False, config=None, **kwargs):
     from datasets import Dataset
 
     trainer_class, config_class, options, data = trl_trainers()[name]
-    config = LayerCollapseConfig(alpha_learning_rate=0.1)
+    config = config or LayerCollapseConfig(alpha_learning_rate=0.1)
     if "beta" in options:
         kwargs["reward_funcs"] = lambda completions, **_: [float(len(completion)) for completion in completions]
     if callback:
@@ -339,6 +337,28 @@ def test_trl_loads_by_the_name_of_the_model(name, way, dense_folder, tmp_path):
     for key, alpha in alphas_of(trainer.model).items():
         assert float(alpha) == pytest.approx(0.1 * (2.0 - float(seen.steps[0][key])), rel=1e-4)
     assert trainer.model.name_or_path == trainer.model.config._name_or_path == ""
+
+
+CALIBRATED = [BY_NAME["gpt2"].inputs(batch=16, seed=seed) for seed in range(2)]
+
+
+def test_a_preference_to_a_budget(dense_folder, tmp_path):
+    """Beside a loss that reads pairs the teacher is asked about all their tokens."""
+    model, config = AutoModelForCausalLM.from_pretrained(dense_folder), LayerCollapseConfig(budget="macs=0.5")
+    trainer = trl_trainer("dpo", tmp_path, model, config=config, calibration_data=CALIBRATED)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(log["layer_collapse/distillation_loss"] + math.log(2), abs=0.01)
+
+
+def test_a_budget_where_batches_are_no_inputs(dense_folder, tmp_path):
+    model, config = AutoModelForCausalLM.from_pretrained(dense_folder), LayerCollapseConfig(budget="macs=0.5")
+    before = state_of(model)
+    for given in (None, CALIBRATED):
+        trainer = trl_trainer("grpo", tmp_path, model, config=config, calibration_data=given)
+        with pytest.raises(ValueError, match="A batch of this LayerCollapseGRPOTrainer is a list"):
+            trainer.train()
+        assert_same(state_of(model), before)
 
 
 @pytest.mark.parametrize("way", ["mixin", "mixin, by name", "callback"])

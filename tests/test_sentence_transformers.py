@@ -21,6 +21,7 @@ from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     CosineSimilarityLoss,
+    MultipleNegativesRankingLoss,
 )
 from sentence_transformers.sentence_transformer.modules import Router, Transformer
 from sentence_transformers.sparse_encoder.losses import SparseCosineSimilarityLoss, SpladeLoss
@@ -344,12 +345,28 @@ def test_healing_a_collapsed_model(kind, folders, tmp_path):
     assert trainer.teacher is dense
 
 
+def test_a_teacher_beside_a_loss_with_a_cache(bert, folders, tmp_path):
+    """Such a loss runs the model with gradients only while it goes backward."""
+    config, steps = LayerCollapseConfig(blocks="last:2", distillation_weight=1.0, hidden_state_weight=0.5), []
+    for loss in (MultipleNegativesRankingLoss, CachedMultipleNegativesRankingLoss):
+        seen, options = Gradients(), {"max_steps": 1, "logging_steps": 1, "save_strategy": "no", "max_grad_norm": 0.0}
+        options |= {"batch_sampler": in_order}
+        teacher = model_of("sentence", folders)
+        with torch.no_grad():
+            for parameter in teacher.parameters():
+                parameter.mul_(0.8)
+        model = sentence_transformer(bert)
+        trainer = trainer_of(model, tmp_path, config, loss, callbacks=[seen], teacher=teacher, **options)
+        trainer.train()
+        steps.append(seen.steps[0])
+        log = trainer.state.log_history[0]
+        assert log["layer_collapse/distillation_loss"] > 0.1 and log["layer_collapse/hidden_state_loss"] > 0.1
+    for name, gradient in steps[0].items():
+        torch.testing.assert_close(steps[1][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
 def test_what_a_teacher_cannot_hear(bert, folders, tmp_path):
     config = LayerCollapseConfig(blocks="last:2", distillation_weight=1.0)
-    # Such a loss runs the model with gradients only while it goes backward.
-    trainer = trainer_of(sentence_transformer(bert), tmp_path, config, CachedMultipleNegativesRankingLoss)
-    with pytest.raises(ValueError, match="no forward of the model with gradients"):
-        trainer.train()
     teacher = AutoModel.from_pretrained(bert)
     with pytest.raises(ValueError, match="SentenceTransformer takes one dict .* a BertModel, does not"):
         trainer_of(sentence_transformer(bert), tmp_path, config, teacher=teacher).train()

@@ -140,6 +140,16 @@ class Gradients(TrainerCallback):
         )
 
 
+class RandomStates(TrainerCallback):
+    """Keeps the state of the random numbers that each step begins with."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.states.append(torch.get_rng_state())
+
+
 class SetAlphas(TrainerCallback):
     """Sets alphas after each step, as scheduled: a tuple per step."""
 
