@@ -361,8 +361,15 @@ def draw(rows, columns, path):
     figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
     for key in dict.fromkeys((row["method"], row["recovered"]) for row in rows):
         found = [row for row in rows if (row["method"], row["recovered"]) == key]
-        sizes = sorted({row["feed_forward_share"] for row in found})
-        means = [_mean(row[name]["value"] for row in found if row["feed_forward_share"] == size) for size in sizes]
+        # Seeds of one setting, whose plans may leave a neuron more or less.
+        settings = [
+            [row for row in found if row["size"] == size] for size in dict.fromkeys(row["size"] for row in found)
+        ]
+        points = sorted(
+            (_mean(row["feed_forward_share"] for row in rows), _mean(row[name]["value"] for row in rows))
+            for rows in settings
+        )
+        sizes, means = zip(*points, strict=True)
         label = key[0] + (", recovered" if key[1] else "")
         if key[0] == "dense":
             axes.axhline(100 * means[0], color="black", linewidth=0.8, label=label)
