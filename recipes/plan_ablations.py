@@ -14,16 +14,16 @@ Starts from a plan of training_free.py and the rows that it was made with. At ea
   the metric on leaving the fit.
 
 Measured is the divergence from the dense model on rows held aside, and the accuracy on the test file. Writes
-`results.json`, row by row, and `table.md`; an interrupted run goes on where it stopped.
+`results.json`, row by row, and `table.md`; an interrupted run goes on where it stopped, one with other arguments
+begins anew.
 """
 
 import argparse
 import copy
-import json
 from pathlib import Path
 
 import torch
-from common import DataArguments, machine, versions
+from common import DataArguments, ResultsFile
 from text_classification import TextClassification
 
 # Fits of other kinds than the package makes take its insides: blocks with their modules, and what puts a fit in place
@@ -138,9 +138,24 @@ def shared_basis(blocks, moments, metrics, rank):
     return torch.linalg.eigh(total).eigenvectors[:, -rank:].T.flip(0)
 
 
-class Ablations:
+class Results(ResultsFile):
+    KEY = ("size", "what")
+
     def __init__(self, options):
-        self.options, self.output = options, options.output_dir
+        described = {name: value for name, value in vars(options).items() if name not in ("output_dir", "sizes")}
+        super().__init__(options.output_dir, described)
+
+    def finish(self, content):
+        rows = [["feed-forward weights left", "", "divergence", "accuracy"]]
+        for row in content["results"]:
+            values = f"{row['divergence']:.4f}", f"{100 * row['accuracy']:.2f}"
+            rows.append([f"{row['size']:.1%}", row["what"], *values])
+        (self.output / "table.md").write_text(table(rows) + "\n")
+
+
+class Ablations:
+    def __init__(self, options, results):
+        self.options, self.results = options, results
         files = {"train_file": options.train_file, "validation_file": options.test_file}
         data = DataArguments(options.model, **files, input_column="sentence", max_length=64, max_train_samples=20_000)
         self.task = TextClassification(data)
@@ -153,8 +168,6 @@ class Ablations:
         self.reference = self.predictions(self.model, self.held)
         self.metrics = measure_metrics(Calibration.on(self.model, self.model, self.fit), self.blocks)[0]
         self.plan = CollapsePlan.load(options.plan)
-        path = self.output / "results.json"
-        self.rows = json.loads(path.read_text())["results"] if path.exists() else []
 
     @torch.no_grad()
     def predictions(self, model, batches):
@@ -172,17 +185,12 @@ class Ablations:
             "divergence": self.divergence(model),
             "accuracy": float(self.task.score(model, self.test).mean()),
         }
-        self.rows.append(row)
-        content = {"machine": machine(), "versions": versions(), "results": self.rows}
-        (self.output / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+        self.results.add(row)
         print(f"{size} {name}: KL {row['divergence']:.4f}, accuracy {100 * row['accuracy']:.2f}", flush=True)
-
-    def missing(self, size, name):
-        return not any((row["size"], row["what"]) == (size, name) for row in self.rows)
 
     def with_fits(self, size, name, fit_of):
         """Measures the model with `fit_of(block)` in the place of each block; `None` leaves it."""
-        if not self.missing(size, name):
+        if self.results.has(size, name):
             return
         with Trial() as trial:
             for block in self.blocks:
@@ -192,7 +200,6 @@ class Ablations:
             self.add(size, name, self.model)
 
     def run(self):
-        self.output.mkdir(parents=True, exist_ok=True)
         plain = collect(self.model, self.blocks, self.fit)
         weighted = collect(self.model, self.blocks, self.fit, by_gradient=True)
         for size in self.options.sizes:
@@ -250,7 +257,7 @@ class Ablations:
             "recovered, with the quadratic penalty": {"penalty": 1.0},
         }
         for name, how in variants.items():
-            if not self.missing(size, name):
+            if self.results.has(size, name):
                 continue
             with Trial() as trial:
                 fits = {block.name: fit_of(block) for block in self.blocks}
@@ -334,13 +341,10 @@ def main(words=None):
     parser.add_argument("--recovery_samples", type=int, default=4800)
     parser.add_argument("--sizes", type=float, nargs="+", default=[0.2, 0.125])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/plan_ablations"))
-    ablations = Ablations(parser.parse_args(words))
-    ablations.run()
-    rows = [["feed-forward weights left", "", "divergence", "accuracy"]]
-    for row in ablations.rows:
-        rows.append([f"{row['size']:.1%}", row["what"], f"{row['divergence']:.4f}", f"{100 * row['accuracy']:.2f}"])
-    (ablations.output / "table.md").write_text(table(rows) + "\n")
-    print(table(rows))
+    options = parser.parse_args(words)
+    results = Results(options)
+    Ablations(options, results).run()
+    print((results.output / "table.md").read_text(), end="")
 
 
 if __name__ == "__main__":

@@ -5,17 +5,17 @@
 Width cuts of every feed-forward block, without training: `plan_collapse` of neurons alone, in which blocks keep as
 many as costs least or all alike, in multiples of something, with a constant term where the class has none or not.
 Fitted to windows from all over the first text, chosen on others of it, measured on the first windows of the second.
-Writes `results.json`, row by row, and `table.md`; an interrupted run goes on where it stopped.
+Writes `results.json`, row by row, and `table.md`; an interrupted run goes on where it stopped, one with other
+arguments begins anew.
 """
 
 import argparse
 import copy
-import json
 import math
 from pathlib import Path
 
 import torch
-from common import machine, versions
+from common import ResultsFile
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_layercollapse import collapse_model, plan_collapse
@@ -68,6 +68,30 @@ def measure(dense, size, options, fitting, held, test):
     }
 
 
+class Results(ResultsFile):
+    KEY = ("size", "variant")
+
+    def __init__(self, options):
+        self.variants = variants(options.multiple_of)
+        described = {name: value for name, value in vars(options).items() if name not in ("output_dir", "sizes")}
+        super().__init__(options.output_dir, described)
+
+    def add(self, row):
+        print(f"{row['size'] or ''} {row['variant']}: {row['perplexity']:.3f}, {row['parameters']:,}", flush=True)
+        super().add(row)
+
+    def finish(self, content):
+        dense, *measured = content["results"]
+        sizes = sorted({row["size"] for row in measured}, reverse=True)
+        found = {}
+        for row in measured:
+            share = row["parameters"] / dense["parameters"]
+            found[row["size"], row["variant"]] = f"{row['perplexity']:.2f} ({share:.2%})"
+        rows = [["", *(f"{size:.0%} of parameters" for size in sizes)]]
+        rows += [[name, *(found.get((size, name), "") for size in sizes)] for name in self.variants]
+        (self.output / "table.md").write_text(table(rows) + "\n")
+
+
 def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="A decoder: a folder, or a name on the Hub.")
@@ -88,29 +112,15 @@ def main(words=None):
     held = every[:: len(every) // options.held_windows][: options.held_windows]
     fitting = [window for window in every if not any(window is other for other in held)]
     test = windows(tokenizer, options.test, options.length, options.test_windows, spread=False)
-    path = options.output_dir / "results.json"
-    described = {name: str(value) for name, value in vars(options).items() if name not in ("output_dir", "sizes")}
-    content = json.loads(path.read_text()) if path.exists() else {}
-    if content.get("arguments") != described:
-        content = {"arguments": described, "dense": perplexity(model, test), "parameters": count_parameters(model)}
-        content |= {"machine": machine(), "versions": versions(), "results": []}
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    print(f"dense: {content['dense']:.3f}", flush=True)
+    results = Results(options)
+    if not results.has(None, "dense"):
+        dense = {"perplexity": perplexity(model, test), "parameters": count_parameters(model)}
+        results.add({"size": None, "variant": "dense", **dense})
     for size in options.sizes:
-        for name, how in variants(options.multiple_of).items():
-            if any((row["size"], row["variant"]) == (size, name) for row in content["results"]):
-                continue
-            row = measure(model, size, how, fitting, held, test)
-            content["results"].append({"size": size, "variant": name, **row})
-            path.write_text(json.dumps(content, indent=1) + "\n")
-            print(f"{size:.0%} {name}: {row['perplexity']:.3f}, {row['parameters']:,}", flush=True)
-    rows = [["", *(f"{size:.0%} of parameters" for size in options.sizes)]]
-    for name in variants(options.multiple_of):
-        found = {row["size"]: row for row in content["results"] if row["variant"] == name}
-        cells = [found[size] for size in options.sizes]
-        rows.append([name, *(f"{r['perplexity']:.2f} ({r['parameters'] / content['parameters']:.2%})" for r in cells)])
-    (options.output_dir / "table.md").write_text(table(rows) + "\n")
-    print(table(rows))
+        for name, how in results.variants.items():
+            if not results.has(size, name):
+                results.add({"size": size, "variant": name, **measure(model, size, how, fitting, held, test)})
+    print((results.output / "table.md").read_text(), end="")
 
 
 if __name__ == "__main__":

@@ -483,6 +483,13 @@ def test_comparison_without_training_of_a_decoder(prose, tmp_path):
         assert test["from_dense"] == pytest.approx(test["perplexity"] / before)
 
 
+def plant(folder, row):
+    """A row that a run of other arguments left."""
+    folder.mkdir(exist_ok=True)
+    content = {"arguments": {"fit_samples": 1}, "seconds": 0, "results": [row]}
+    (folder / "results.json").write_text(json.dumps(content))
+
+
 def test_ablations_of_a_plan(text, tmp_path):
     from plan_ablations import main
     from training_free import main as compare
@@ -491,6 +498,7 @@ def test_ablations_of_a_plan(text, tmp_path):
     plan, model = f"--plan={tmp_path / 'out' / 'plan-0.json'}", str(tmp_path / "model")
     files = [f"--train_file={tmp_path / 'train.tsv'}", f"--test_file={tmp_path / 'dev.tsv'}"]
     rows = ["--fit_samples=64", "--held_samples=32", "--recovery_samples=24", "--sizes", "0.5"]
+    plant(tmp_path / "ablations", {"size": 0.5, "what": "least squares", "divergence": -1.0, "accuracy": 0.0})
     main([model, plan, *files, *rows, f"--output_dir={tmp_path / 'ablations'}"])
     found = {row["what"]: row for row in json.loads((tmp_path / "ablations" / "results.json").read_text())["results"]}
     planned = next(row for row in results(tmp_path)["results"] if (row["method"], row["size"]) == ("plan", 0.5))
@@ -512,15 +520,17 @@ def test_one_width_beside_any_widths(prose, tmp_path):
         f"--output_dir={tmp_path}",
     ]
     texts = [f"--fit={tmp_path / 'train.txt'}", f"--test={tmp_path / 'test.txt'}"]
+    plant(tmp_path, {"size": 0.9, "variant": "one width", "perplexity": 1.0, "parameters": 1, "widths": [1]})
     main([str(tmp_path / "model"), *texts, *sizes])
     found = json.loads((tmp_path / "results.json").read_text())
-    assert [row["variant"] for row in found["results"]] == list(variants(8))
-    for row in found["results"]:
-        assert row["parameters"] <= 0.9 * found["parameters"]
+    dense, *measured = found["results"]
+    assert [row["variant"] for row in measured] == list(variants(8))
+    for row in measured:
+        assert row["perplexity"] > 1 and row["parameters"] <= 0.9 * dense["parameters"]
         assert "multiple" not in row["variant"] or all(width % 8 == 0 for width in row["widths"])
         assert "one width" not in row["variant"] or len(set(row["widths"])) == 1
     # What is there is not measured again.
-    found["results"][0]["perplexity"] = 1.5
+    found["results"][1]["perplexity"] = 1.5
     (tmp_path / "results.json").write_text(json.dumps(found))
     main([str(tmp_path / "model"), *texts, *sizes])
     assert json.loads((tmp_path / "results.json").read_text()) == found
