@@ -11,12 +11,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
+from .neuron_budget import NeuronBudget, refuse_several_devices
 from .optimization import (
     NO_TRAINABLE_ALPHA,
     AlphaSteps,
     AlphaStepsApart,
     TaskParameters,
     alpha_logs,
+    budget_progress,
     penalty_strength_at,
     plain_optimizer,
     refuse_steps_in_backward,
@@ -68,6 +70,8 @@ class AlphaTraining(TrainerCallback):
                 "would see each alpha a second time, after the penalty. Set use_reentrant=False, the default."
             )
         refuse_steps_in_backward(args)
+        if self._trainer.layer_collapse_config.budget is not None:
+            refuse_several_devices(args, self._trainer.is_fsdp_enabled or self._trainer.is_deepspeed_enabled)
 
     def warn_of_frozen(self) -> None:
         if not self._warned_of_frozen and self._blocks.activations() and not self._blocks.trainable_alphas():
@@ -104,7 +108,10 @@ class AlphaTraining(TrainerCallback):
             self.steps = AlphaStepsApart(optimizer, alphas, config, self.penalty_strength)
         else:
             scheduled = self._trainer.lr_scheduler is not None
-            self.steps = AlphaSteps(optimizer, alphas, config, self.penalty_strength, scheduled)
+            told = None
+            if config.budget is not None:
+                told = NeuronBudget(self._trainer.model, config, optimizer, self._progress)
+            self.steps = AlphaSteps(optimizer, alphas, config, self.penalty_strength, scheduled, told)
         if self._blocks.alphas_beside_adapters():
             # The base is about to change, so it is not the saved one any more.
             forget_base(self._trainer.model)
@@ -141,6 +148,11 @@ class AlphaTraining(TrainerCallback):
         state = self._trainer.state
         return penalty_strength_at(self._trainer.layer_collapse_config, state.global_step, state.max_steps)
 
+    def _progress(self) -> float:
+        """To a budget, once the step is taken that is being taken."""
+        state = self._trainer.state
+        return budget_progress(self._trainer.layer_collapse_config, state.global_step + 1, state.max_steps)
+
     def penalty_share(self) -> torch.Tensor:
         """The part of the penalty in the loss of one of the batches that are accumulated."""
         return self._penalty / self._trainer.current_gradient_accumulation_steps
@@ -159,16 +171,26 @@ class AlphaTraining(TrainerCallback):
     ) -> None:
         if self._trainer.layer_collapse_config is None:
             return
+        self._look_at_alphas(args)
+        if self.steps is not None and self.steps.told is not None:
+            self.steps.told.begin_step()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Again: alphas may have been unfrozen since.
+        if self._trainer.layer_collapse_config is not None:
+            self._look_at_alphas(args)
+
+    def _look_at_alphas(self, args: TrainingArguments) -> None:
+        alphas = self._blocks.trainable_alphas()
         if self.steps is not None:
             one_process = args.parallel_mode != ParallelMode.DISTRIBUTED
             self.steps.follow(self._trainer.model, alone=one_process and self._trainer.accelerator.scaler is None)
             self._taken_before = self.steps.taken
         with torch.no_grad():
-            summed = self.penalty_strength() * penalty(self._blocks.trainable_alphas())
-            self._penalty = summed.to(args.device)
-
-    # Again, before the optimizer takes the step: alphas may have been unfrozen since.
-    on_pre_optimizer_step = on_step_begin
+            summed = penalty(alphas) if self.steps is None else self.steps.penalty(alphas)
+            self._penalty = (self.penalty_strength() * summed).to(args.device)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -213,5 +235,7 @@ class AlphaTraining(TrainerCallback):
         strength = penalty_strength_at(config, step, self._trainer.state.max_steps)
         added |= alpha_logs({name: module.alpha for name, module in activations.items()}, strength)
         if self.steps is not None:
+            if self.steps.told is not None:
+                added["layer_collapse/told_neurons"] = self.steps.told.count
             self.steps.warn_if_not_finite()
         return added

@@ -72,7 +72,7 @@ class BudgetedTraining(TrainerCallback):
     @property
     def is_asked_for(self) -> bool:
         config = self._trainer.layer_collapse_config
-        return config is not None and config.budget is not None
+        return config is not None and config.plans
 
     # ---- Before training ----
 

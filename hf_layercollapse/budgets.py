@@ -1,6 +1,7 @@
 """How small a model is to become: one budget, in words or as a number, as plans, the Trainer and the shell take it."""
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -50,3 +51,9 @@ def one_budget(**budgets: Any) -> dict[str, float]:
 def limit_of(value: float, whole: int) -> int:
     """A budget of size, as a count or as a share of the whole, as a count."""
     return math.floor(value if value > 1 else value * whole + 1e-6)
+
+
+def room_of(unit: str, value: float, whole: Mapping[str, int], blocks: Iterable[Any]) -> int:
+    """What these blocks may have of a budget of parameters of the model, or of MACs of its feed-forward blocks."""
+    ours = sum(block.parameters if unit == "parameters" else block.macs for block in blocks)
+    return limit_of(value, whole[unit]) - (whole[unit] - ours)

@@ -15,10 +15,12 @@ from .config import LayerCollapseConfig
 from .merging import is_ready
 from .modeling_layercollapse import CollapsibleActivation
 from .models import unwrap
+from .neuron_budget import NeuronBudget, refuse_neuron_budget, refuse_several_devices
 from .optimization import (
     NO_TRAINABLE_ALPHA,
     AlphaSteps,
     alpha_logs,
+    budget_progress,
     penalty_strength_at,
     plain_optimizer,
     refuse_steps_in_backward,
@@ -27,7 +29,6 @@ from .patching import (
     collapsible_activations,
     layer_collapse_config_of,
     patch_or_check,
-    penalty,
     refuse_budget_in,
 )
 from .trained_blocks import forget_base
@@ -59,9 +60,10 @@ class LayerCollapseCallback(TrainerCallback):
 
     Raises:
         TypeError: `config` is of a wrong type.
-        ValueError: `config` has distillation or a budget. When the Trainer is constructed: the model is patched in
-            another way, or collapsed. When training starts: it is not patched, or for distillation, or training runs
-            under FSDP or DeepSpeed, or with an optimizer that steps during backward.
+        ValueError: `config` has distillation, or a budget for a plan to meet. When the Trainer is constructed: the
+            model is patched in another way, or collapsed, or cannot be as small as a budget. When training starts: it
+            is not patched, or for distillation, or training runs under FSDP or DeepSpeed, or with an optimizer that
+            steps during backward.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class LayerCollapseCallback(TrainerCallback):
         _, model = _what_is_trained(args, model, **kwargs)
         inner = unwrap(model)[0]
         name = inner.config.name_or_path if isinstance(inner, PreTrainedModel) else ""
+        refuse_neuron_budget(model, self.config)
         patch_or_check(model, self.config, self._calibration_data)
         if name:
             # The constructor goes on, and trl's read there whose reference model and tokenizer to load. The config
@@ -112,11 +115,15 @@ class LayerCollapseCallback(TrainerCallback):
         config = self._config_of(model)
         _refuse_sharding()
         refuse_steps_in_backward(args)
+        if config.budget is not None:
+            refuse_several_devices(args)
         optimizer = plain_optimizer(optimizer)
         if self._alpha_steps is None or self._alpha_steps.optimizer is not optimizer:
             # The schedule counts the groups that are there.
-            strength = partial(self._penalty_strength, config)
-            self._alpha_steps = AlphaSteps(optimizer, alphas, config, strength, scheduled=True)
+            strength, told = partial(self._penalty_strength, config), None
+            if config.budget is not None:
+                told = NeuronBudget(model, config, optimizer, partial(self._progress, config))
+            self._alpha_steps = AlphaSteps(optimizer, alphas, config, strength, scheduled=True, told=told)
         self._state, self._activations = state, activations
 
     def _config_of(self, model: Any) -> LayerCollapseConfig:
@@ -130,6 +137,15 @@ class LayerCollapseCallback(TrainerCallback):
 
     def _penalty_strength(self, config: LayerCollapseConfig) -> float:
         return penalty_strength_at(config, self._state.global_step, self._state.max_steps)
+
+    def _progress(self, config: LayerCollapseConfig) -> float:
+        return budget_progress(config, self._state.global_step + 1, self._state.max_steps)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._alpha_steps is not None and self._alpha_steps.told is not None:
+            self._alpha_steps.told.begin_step()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -151,11 +167,11 @@ class LayerCollapseCallback(TrainerCallback):
         if not any(map(_is_training_loss, logs)) or self.config is None or self._alpha_steps is None:
             return
         alphas = {str(i): module.alpha for i, module in enumerate(self._activations.values())}
-        driven = [alpha.detach() for alpha in alphas.values() if alpha.requires_grad]
+        driven = [alpha for alpha in alphas.values() if alpha.requires_grad]
         strength = penalty_strength_at(self.config, max(0, state.global_step - 1), state.max_steps)
         added = {
             "layer_collapse/ready_blocks": sum(is_ready(a, self.config.collapse_threshold) for a in alphas.values()),
-            "layer_collapse/penalty": strength * float(penalty(driven)),
+            "layer_collapse/penalty": strength * float(self._alpha_steps.penalty(driven).detach()),
             **alpha_logs(alphas, strength),
         }
         logs.update(added)

@@ -130,12 +130,12 @@ def collapse_model(
         merges = _merges_of(chosen, engine, options)
         _confirm_cuts(inner, merges)
         _refuse_errors(merges, max_error)
-        restored = chosen.waiting if options.not_ready == "restore" else []
+        restored = [block for block in chosen.waiting if _is_restored(block, options)]
         difference = None if engine is None else _largest_difference(engine, merges, restored)
         parameters_before = count_parameters(inner)
         _put_for_good(trial, merges, restored, inner, wrappers, options)
     return CollapseReport(
-        _block_reports(merges, chosen.waiting, options),
+        _block_reports(merges, chosen.waiting, restored),
         parameters_before,
         count_parameters(inner),
         difference,
@@ -338,8 +338,10 @@ def _partly_ready(block: BoundBlock, options: LayerCollapseConfig) -> bool:
 def _choice(block: BoundBlock, options: LayerCollapseConfig) -> BlockChoice:
     """What the options make of a block."""
     if block.state == "patched" and block.activation.granularity == "neuron":
-        waiting = ~ready_neurons(block.activation.alpha, options.collapse_threshold)
-        return BlockChoice(options.rank, waiting.nonzero().flatten().tolist())
+        waiting = (~ready_neurons(block.activation.alpha, options.collapse_threshold)).nonzero().flatten().tolist()
+        if block.activation.leaves_constant:
+            return BlockChoice(0, waiting, dropped=not waiting)
+        return BlockChoice(options.rank, waiting)
     return BlockChoice(options.rank, options.keep_neurons)
 
 
@@ -511,18 +513,25 @@ def _refuse_errors(merges: Sequence[Merge], max_error: float | None) -> None:
 
 
 def _block_reports(
-    merges: Sequence[Merge], waiting: Sequence[BoundBlock], options: LayerCollapseConfig
+    merges: Sequence[Merge], waiting: Sequence[BoundBlock], restored: Sequence[BoundBlock]
 ) -> list[BlockReport]:
     """What became of every block that was looked at, in forward order."""
-    reports = [merge.report for merge in merges] + [_waiting_report(block, options) for block in waiting]
+    reports = [merge.report for merge in merges] + [_waiting_report(block, block in restored) for block in waiting]
     return sorted(reports, key=lambda report: report.index)
 
 
-def _waiting_report(block: BoundBlock, options: LayerCollapseConfig) -> BlockReport:
+def _is_restored(block: BoundBlock, options: LayerCollapseConfig) -> bool:
+    """Whether a block that is not ready goes back to dense: also one of which a budget takes nothing."""
+    if options.budget is not None and not block.activation.alpha.any():
+        return True
+    return options.not_ready == "restore"
+
+
+def _waiting_report(block: BoundBlock, restored: bool) -> BlockReport:
     return BlockReport(
         name=block.name,
         index=block.index,
-        outcome="restored" if options.not_ready == "restore" else "kept",
+        outcome="restored" if restored else "kept",
         alpha=block.alpha,
         parameters_before=block.parameters,
         parameters_after=block.parameters,

@@ -17,7 +17,7 @@ from .budgets import parse_budget
 logger = logging.get_logger(__name__)
 
 _CHOICES = {
-    "linear_target": ("identity", "affine"),
+    "linear_target": ("identity", "affine", "constant"),
     "granularity": ("block", "neuron"),
     "activation": ("native", "relu"),
     "penalty_schedule": ("constant", "linear", "cosine"),
@@ -26,11 +26,12 @@ _CHOICES = {
     "neuron_choice": ("greedy", "variance"),
     "constant_term": ("native", "always"),
     "adapters": ("merge", "refuse"),
+    "budget_method": ("plan", "penalty"),
 }
 
-# Options that say something beside a budget. The others are of alphas, or say what a plan does.
-_BESIDE_A_BUDGET = {
-    *("budget", "budget_samples", "blocks", "constant_term", "adapters"),
+# Options that say something beside a budget that a plan meets. The others are of alphas, or say what a plan does.
+_BESIDE_A_PLAN = {
+    *("budget", "budget_method", "budget_samples", "blocks", "constant_term", "adapters"),
     *("distillation_weight", "hidden_state_weight", "task_loss_weight", "temperature"),
 }
 
@@ -42,6 +43,7 @@ _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "initial_alpha": ("[0, 1]", lambda value: 0 <= value <= 1),
     "penalty_strength": ("[0, inf)", lambda value: 0 <= value < float("inf")),
     "penalty_warmup_ratio": ("(0, 1]", lambda value: 0 < value <= 1),
+    "budget_ratio": ("(0, 1]", lambda value: 0 < value <= 1),
     "collapse_threshold": ("[0, 1)", lambda value: 0 <= value < 1),
     "alpha_learning_rate": ("(0, inf)", lambda value: 0 < value < float("inf")),
     "distillation_weight": ("[0, inf)", lambda value: 0 <= value < float("inf")),
@@ -75,7 +77,9 @@ class LayerCollapseConfig:
         metadata={
             "help": "The line that alpha leads to: 'identity' (the paper's), or 'affine', per neuron and fitted to "
             "calibration data. On SST-2 (MiniLM, three seeds, recipes/results/equal_steps.md) affine is better by 1.2 "
-            "points with three of six blocks, identity by 1.5 with all six."
+            "points with three of six blocks, identity by 1.5 with all six. With "
+            "granularity='neuron' also 'constant': a neuron goes to its mean over calibration data, one of a gated "
+            "block to 0 with its gate, and leaves the block, of which nothing linear stays."
         },
     )
     granularity: str = field(
@@ -234,7 +238,7 @@ class LayerCollapseConfig:
             "'max_drop=0.02', as in `plan_collapse`. When training begins, a plan is made from training inputs, "
             "without labels, its blocks collapse, and what they became is trained, with the dense model as teacher. "
             "Nothing is patched then, so that options of alphas are refused beside it. For LayerCollapseTrainer and "
-            "its mixin only. None: blocks are patched."
+            "its mixin only. None: blocks are patched. See `budget_method` for another way there."
         },
     )
     budget_samples: int = field(
@@ -244,6 +248,24 @@ class LayerCollapseConfig:
             "measure it on, and that blocks are fitted to; from all over data that have a length, else the first. "
             "They are held in memory. `calibration_data` of the Trainer takes their place. Plans were measured with "
             "5,500 on SST-2 and 2,000 on Fashion-MNIST (the sweep.yaml of both recipes)."
+        },
+    )
+    budget_method: str = field(
+        default="plan",
+        metadata={
+            "help": "How training comes to the `budget`: by a 'plan' when it begins, or by the 'penalty', with "
+            "granularity='neuron' and a budget of macs or parameters. Then blocks are patched, alphas are told which "
+            "neurons are to go, those whose squared gradients say that they matter least, and how many, on a schedule "
+            "that ends at the budget; the penalty is (goal - alpha)^2, with goal 1 for these and 0 for the others. "
+            "Blocks collapse when `collapse` is called, to that size."
+        },
+    )
+    budget_ratio: float = field(
+        default=0.7,
+        metadata={
+            "help": "With budget_method='penalty': share of all steps, in (0, 1], after which every alpha is 0 or 1. "
+            "In its first tenth gradients are looked at only; up to its half more and more neurons are told to go; in "
+            "its second half alphas are held between a bound that rises to their goal and that goal."
         },
     )
 
@@ -265,6 +287,11 @@ class LayerCollapseConfig:
             _check_count("rank", self.rank, "an integer >= 0 or None")
         _check_count("keep_neurons", self.keep_neurons, "an integer >= 0")
         _check_count("budget_samples", self.budget_samples, "an integer >= 8", least=8)
+        if self.linear_target == "constant" and self.granularity != "neuron":
+            raise ValueError(
+                'linear_target="constant" is for single neurons, as a whole block would give nothing but a constant: '
+                "set granularity=\"neuron\", or take 'affine' or 'identity'."
+            )
         if self.rank == 0 and not self.keep_neurons:
             raise ValueError("rank=0 leaves the kept neurons only, so it needs `keep_neurons` > 0.")
         _refuse_weight_without_teacher(self)
@@ -283,6 +310,11 @@ class LayerCollapseConfig:
     def distils(self) -> bool:
         """Whether training has a teacher."""
         return self.distillation_weight > 0 or self.hidden_state_weight > 0
+
+    @property
+    def plans(self) -> bool:
+        """Whether training begins with a plan, and no alpha is trained."""
+        return self.budget is not None and self.budget_method == "plan"
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -315,16 +347,34 @@ def _refuse_weight_without_teacher(config: LayerCollapseConfig) -> None:
 def _check_budget(config: LayerCollapseConfig) -> None:
     """Raises if the budget is none, or another option contradicts it."""
     if config.budget is None:
+        if config.budget_method != "plan":
+            raise ValueError("`budget_method` says how training comes to a `budget`, and there is none: set both.")
         return
     if not isinstance(config.budget, str):
         raise TypeError(f"`budget` must be words such as 'macs=0.125' or None, got {config.budget!r}.")
-    parse_budget(config.budget)
-    others = [option for option in dataclasses.fields(config) if option.name not in _BESIDE_A_BUDGET]
+    budget = parse_budget(config.budget)
+    if config.budget_method == "penalty":
+        _check_penalty_budget(config, budget)
+        return
+    others = [option for option in dataclasses.fields(config) if option.name not in _BESIDE_A_PLAN]
     changed = [option.name for option in others if getattr(config, option.name) != option.default]
     if changed:
         raise ValueError(
             f"A `budget` collapses blocks before they are trained, as a plan says, and no alpha leads there: leave "
             f"{', '.join(f'`{name}`' for name in changed)} out, or the `budget`."
+        )
+
+
+def _check_penalty_budget(config: LayerCollapseConfig, budget: dict[str, float]) -> None:
+    if not budget.keys() & {"macs", "parameters"}:
+        raise ValueError(
+            f"With budget_method='penalty' a `budget` counts weights, 'macs=...' or 'parameters=...', got "
+            f"{config.budget!r}. For {' and '.join(budget)} take budget_method='plan'."
+        )
+    if config.granularity != "neuron" or config.progressive:
+        raise ValueError(
+            "budget_method='penalty' takes single neurons away, all by the end of `budget_ratio`: it needs "
+            "granularity='neuron', and no `progressive`."
         )
 
 

@@ -225,7 +225,8 @@ def computed(merge: Merge) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def fit_of_weights(block: BoundBlock, collapse_threshold: float) -> functional.Fit:
-    """The fit that the weights alone give: ready neurons as if at alpha 1, the others exactly as they are."""
+    """The fit that the weights alone give: ready neurons as if at alpha 1, the others exactly as they are. Where these
+    go to a constant nothing linear is left of them, and its rank is 0."""
     slope, offset = block.activation.line
     alpha = block.activation.alpha.detach()
     waiting = ~ready_neurons(alpha, collapse_threshold)
@@ -241,6 +242,9 @@ def fit_of_weights(block: BoundBlock, collapse_threshold: float) -> functional.F
     else:
         weight, bias = functional.merge_plain(*up, down, down_bias, slope, offset)
     kept = down.double()[:, neurons] * (1 - alpha.double()[neurons] if neurons else 1.0)
+    if block.activation.leaves_constant:
+        left, right = weight.new_zeros(weight.shape[0], 0), weight.new_zeros(0, weight.shape[1])
+        return functional.Fit(None, left, right, kept, bias, neurons)
     return functional.Fit(weight, None, None, kept, bias, neurons)
 
 

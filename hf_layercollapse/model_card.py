@@ -246,7 +246,8 @@ def _methods(report: CollapseReport | None, config: "LayerCollapseConfig | None"
     found = {block.method for block in report.blocks if block.outcome == "collapsed"} if report is not None else set()
     sentences = []
     if any(block.alpha is not None for block in report.blocks) if report is not None else False:
-        target = "each neuron's calibrated line" if config and config.linear_target == "affine" else "the identity"
+        targets = {"affine": "each neuron's calibrated line", "constant": "each neuron's mean"}
+        target = targets.get(config.linear_target if config else "", "the identity")
         sentences.append(
             "Training drove each block's alpha, which blends its activation with a line "
             f"({target}), towards 1 with a penalty on `(1 - alpha)^2`."
@@ -260,7 +261,12 @@ def _methods(report: CollapseReport | None, config: "LayerCollapseConfig | None"
         )
     if "dropped" in found:
         sentences.append("Dropped blocks give a constant; one neuron of zeros keeps their place.")
-    if config is not None and config.budget is not None:
+    if config is not None and config.budget is not None and not config.plans:
+        sentences.append(
+            f"Alphas were told which neurons go to come to the budget `{config.budget}`: those that the loss depends "
+            "on least."
+        )
+    if config is not None and config.plans:
         sentences.append(
             f"Before the first step of training blocks collapsed to a budget, `{config.budget}`, by a plan that was "
             "made from inputs without labels."

@@ -282,7 +282,7 @@ class _CollapsibleFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, pre_activation, alpha, slope, offset, activation):
+    def forward(ctx, pre_activation, alpha, slope, offset, activation, squares):
         ctx.save_for_backward(pre_activation, alpha)
         ctx.line, ctx.activation = (slope, offset), activation
         chunks = (collapsible(z, activation(z), alpha, slope, offset) for z in _chunks(pre_activation))
@@ -291,20 +291,24 @@ class _CollapsibleFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         pre_activation, alpha = ctx.saved_tensors
-        grad_alphas = []
+        grad_alphas, squares = [], []
+        squared = ctx.needs_input_grad[-1]
 
         def grad_inputs():
             for z, grad in zip(_chunks(pre_activation), _chunks(grad_output), strict=True):
-                grad_input, grad_alpha = _gradients(z, grad, alpha, *ctx.line, ctx.activation)
+                grad_input, grad_alpha, square = _gradients(z, grad, alpha, *ctx.line, ctx.activation, squared)
                 grad_alphas.append(grad_alpha)
+                squares.append(square)
                 yield grad_input
 
         grad_input = _joined(grad_inputs(), pre_activation.shape)
-        return grad_input, sum(grad_alphas).view(alpha.shape).to(alpha.dtype), None, None, None
+        grad_alpha = sum(grad_alphas).view(alpha.shape).to(alpha.dtype)
+        return grad_input, grad_alpha, None, None, None, sum(squares) if squared else None
 
 
-def _gradients(pre_activation, grad_output, alpha, slope, offset, activation):
-    """Those of a chunk: of its pre-activation and, in float32 at least, of alpha. They have gradients of their own."""
+def _gradients(pre_activation, grad_output, alpha, slope, offset, activation, squared):
+    """Those of a chunk: of its pre-activation and, in float32 at least, of alpha, and if wanted the sums of each
+    neuron's squares over rows. They have gradients of their own."""
     again = torch.is_grad_enabled()  # a gradient of the gradient is wanted
     with torch.enable_grad():
         pre_activation = (pre_activation if again else pre_activation.detach()).requires_grad_()
@@ -315,8 +319,26 @@ def _gradients(pre_activation, grad_output, alpha, slope, offset, activation):
     through_line = grad if _is_one(slope) else grad * slope
     grad_input = _toward(through_activation.to(dtype), through_line, alpha)
     difference = _line(pre_activation.to(dtype), slope, offset) - activated.to(dtype)
-    grad_alpha = torch.dot(grad.flatten(), difference.flatten()) if alpha.numel() == 1 else (grad * difference).sum(0)
-    return grad_input.to(pre_activation.dtype), grad_alpha
+    if alpha.numel() == 1 and not squared:
+        return grad_input.to(pre_activation.dtype), torch.dot(grad.flatten(), difference.flatten()), None
+    each = grad * difference
+    grad_alpha = each.sum() if alpha.numel() == 1 else each.sum(0)
+    return grad_input.to(pre_activation.dtype), grad_alpha, each.square().sum(0) if squared else None
+
+
+class _SquaresFunction(torch.autograd.Function):
+    """The activation's output as it is; the gradient of `squares` is what [`CollapsibleActivation`] says."""
+
+    @staticmethod
+    def forward(ctx, output, difference, squares):
+        ctx.save_for_backward(difference)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (difference,) = ctx.saved_tensors
+        each = grad_output.to(difference.dtype) * difference
+        return grad_output, None, each.reshape(-1, each.shape[-1]).square().sum(0)
 
 
 def _chunks(tensor):
@@ -356,10 +378,16 @@ class CollapsibleActivation(nn.Module):
         gate (`bool`): Whether this activation is the gate of a gated block.
         act (`str`): `"native"`, or the name of an activation in `transformers.activations.ACT2FN` to use instead.
         alpha (`float`): Initial value, in [0, 1].
+
+    Attributes:
+        squares (`torch.Tensor`, *optional*): `(width,)`, float32, a leaf that wants a gradient and belongs to no state
+            dict. Where one is set, a backward pass adds to its gradient, per neuron, the sum over tokens of
+            `(dL/da_j * (line_j - act_j))^2`: the squared gradients of alphas of single neurons, token by token.
     """
 
     slope: torch.Tensor
     offset: torch.Tensor
+    squares: torch.Tensor | None
 
     def __init__(
         self,
@@ -377,7 +405,7 @@ class CollapsibleActivation(nn.Module):
         self.native = native
         self.replacement = None if act == "native" else ACT2FN[act]
         self.act_name, self.linear_target, self.granularity, self.gate = act, linear_target, granularity, gate
-        self.width = width
+        self.width, self.squares = width, None
         shape = (1,) if granularity == "block" else (width,)
         self.alpha = nn.Parameter(torch.full(shape, alpha, dtype=torch.float32, device=device))
         if linear_target == "affine":
@@ -397,6 +425,13 @@ class CollapsibleActivation(nn.Module):
         if self.linear_target == "affine":
             return (0.0 if self.gate else self.slope), self.offset
         return (0.0, 1.0) if self.gate else (1.0, 0.0)
+
+    @property
+    def leaves_constant(self) -> bool:
+        """Whether at alpha 1 nothing linear is left of a neuron: lines without slopes, or gates that go to 0."""
+        slope, offset = self.line
+        factor = offset if self.gate else slope
+        return not (factor.any() if isinstance(factor, torch.Tensor) else factor)
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -425,9 +460,15 @@ class CollapsibleActivation(nn.Module):
         )
         if is_inplace(act):
             act = functools.partial(_out_of_place, act)
-        if in_the_open:
-            return collapsible(pre_activation, act(pre_activation), self.alpha, slope, offset)
-        return _CollapsibleFunction.apply(pre_activation, self.alpha, slope, offset, act)
+        if not in_the_open:
+            return _CollapsibleFunction.apply(pre_activation, self.alpha, slope, offset, act, self.squares)
+        activated = act(pre_activation)
+        output = collapsible(pre_activation, activated, self.alpha, slope, offset)
+        if self.squares is None:
+            return output
+        with torch.no_grad():
+            difference = _line(pre_activation.to(self.alpha.dtype), slope, offset) - activated.to(self.alpha.dtype)
+        return _SquaresFunction.apply(output, difference, self.squares)
 
     def init_weights(self) -> None:
         """Dense values for what a checkpoint did not hold; tensors that it did hold stay."""

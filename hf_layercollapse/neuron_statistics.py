@@ -23,13 +23,17 @@ LINE_TOKENS = 10
 
 
 def calibrate_affine_targets(
-    engine: "Calibration", blocks: "Sequence[BoundBlock]", activations: Mapping[str, CollapsibleActivation]
+    engine: "Calibration",
+    blocks: "Sequence[BoundBlock]",
+    activations: Mapping[str, CollapsibleActivation],
+    constant: bool = False,
 ) -> None:
     """Fits the line of each block's new activation (not yet in the model) to what the native one does.
 
     Args:
         engine ([`Calibration`]): Reads the data.
         activations (`dict[str, CollapsibleActivation]`): Block name -> the new one.
+        constant (`bool`): Whether lines have slope 0: each neuron's mean. For blocks that are not gated.
 
     Raises:
         ValueError: The data is empty or too little, or what reaches a block is not finite. The activations are
@@ -53,7 +57,7 @@ def calibrate_affine_targets(
                 f"{count} calibration tokens of different rows are too few for the lines of block {block.name}: at "
                 f"least {LINE_TOKENS} are needed, and many times that is better; rows that repeat others do not count."
             )
-        if block.kind == "gated":
+        if block.kind == "gated" or constant:
             fitted[block.name] = None, a / count
         else:
             fitted[block.name] = functional.affine_target(count, z, zz, a, za)

@@ -2,8 +2,8 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ from .config import LayerCollapseConfig
 from .patching import collapsible_activations, penalty, refuse_sharded
 from .upstream import let_the_scaler_unscale
 
+
+if TYPE_CHECKING:
+    from .neuron_budget import NeuronBudget
 
 logger = logging.get_logger(__name__)
 
@@ -36,6 +39,11 @@ def penalty_strength_at(config: LayerCollapseConfig, step: int, max_steps: int) 
     if config.penalty_schedule == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
     return config.penalty_strength * progress
+
+
+def budget_progress(config: LayerCollapseConfig, steps: int, max_steps: int) -> float:
+    """How far alphas have come to a budget when so many steps have been taken, in [0, 1]; 1: each is 0 or 1."""
+    return min(1.0, steps / (config.budget_ratio * max_steps)) if max_steps > 0 else 0.0
 
 
 def plain_optimizer(optimizer: Optimizer) -> Optimizer:
@@ -78,6 +86,7 @@ class AlphaSteps:
         config ([`LayerCollapseConfig`]): `alpha_learning_rate` and `alpha_lr_schedule` are used.
         strength (`Callable[[], float]`): Gives the strength of the penalty in the step that is being taken.
         scheduled (`bool`): Whether a learning rate schedule is attached.
+        told ([`NeuronBudget`], *optional*): Says which alphas lead to 1 and which stay at 0.
 
     Attributes:
         taken (`int`): How many steps there were.
@@ -90,8 +99,10 @@ class AlphaSteps:
         config: LayerCollapseConfig,
         strength: Callable[[], float],
         scheduled: bool = False,
+        told: "NeuronBudget | None" = None,
     ) -> None:
         self.optimizer, self.alphas, self.config, self.strength = optimizer, alphas, config, strength
+        self.told = told
         self.taken = 0
         # While the optimizer steps: alphas and their gradients.
         self._hidden: list[tuple[nn.Parameter, torch.Tensor]] | None = None
@@ -182,13 +193,20 @@ class AlphaSteps:
         if not self._resting:
             self._step_all()
 
+    def penalty(self, alphas: Sequence[nn.Parameter]) -> torch.Tensor:
+        """[`penalty`] of these alphas, with the goals that they have now."""
+        return penalty(alphas, None if self.told is None else self.told.goal)
+
     def _step_all(self) -> None:
+        if self.told is not None:
+            self.told.note()
         driven = [alpha for alpha in self.alphas if alpha.requires_grad]
         if driven:
             with torch.enable_grad():
-                gradients = torch.autograd.grad(self.strength() * penalty(driven), driven)
+                gradients = torch.autograd.grad(self.strength() * self.penalty(driven), driven)
             for alpha, gradient in zip(driven, gradients, strict=True):
-                self._note(_step(alpha, gradient, self.learning_rate))
+                bounds = (0, 1) if self.told is None else self.told.bounds(alpha)
+                self._note(_step(alpha, gradient, self.learning_rate, *bounds))
         self.taken += 1
 
     def _note(self, not_finite: torch.Tensor) -> None:
@@ -239,16 +257,16 @@ class AlphaStepsApart(AlphaSteps):
 
 
 @torch.no_grad()
-def _step(alpha: torch.Tensor, gradient: torch.Tensor, learning_rate: float) -> torch.Tensor:
-    """Takes one step in place, by the penalty's gradient and the task's, where that is finite.
+def _step(alpha: torch.Tensor, gradient: torch.Tensor, learning_rate: float, low: Any, high: Any) -> torch.Tensor:
+    """Takes one step in place, by the penalty's gradient and the task's, where that is finite, between two bounds.
 
     Returns:
         Whether any of it is not, a tensor.
     """
     gradient = gradient if alpha.grad is None else gradient + alpha.grad
     finite = gradient.isfinite()
-    stepped = (alpha - learning_rate * alpha.numel() * gradient).clamp(0, 1)
-    alpha.copy_(torch.where(finite, stepped, alpha))
+    stepped = alpha - learning_rate * alpha.numel() * gradient
+    alpha.copy_(torch.where(finite, stepped, alpha).clamp(low, high))
     return ~finite.all()
 
 

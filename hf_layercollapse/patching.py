@@ -1,6 +1,6 @@
 """Dense <-> patched: exchanging the activation module of a block, and nothing else."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -53,7 +53,7 @@ def apply_layer_collapse(
             `SentenceTransformer`, `CrossEncoder` or `SparseEncoder` the transformers model that it holds is patched.
         config ([`LayerCollapseConfig`], *optional*): Which blocks, and how. Default: all blocks, identity target.
         calibration_data (iterable of `dict[str, Tensor]`, *optional*): Model inputs; needed, and only used, for
-            `linear_target="affine"`.
+            `linear_target="affine"`, and for `"constant"` where a block is not gated.
         max_memory: As in [`collapse_model`]; here it is what inputs take that can be read only once.
         processing_class (*optional*): Tokenizer or processor that makes model inputs of raw texts, pairs, images or
             sounds, as [`CalibrationData`] says. Default: the data are model inputs, or what an object of
@@ -81,16 +81,17 @@ def apply_layer_collapse(
     check_weights(inner, chosen, merging=False)
 
     activations = {block.name: _activation_for(block, config) for block in chosen}
-    if config.linear_target == "affine":
+    to_fit = [block for block in chosen if _is_fitted(block, config.linear_target)]
+    if to_fit:
         if calibration_data is None:
             raise ValueError(
-                'linear_target="affine" needs `calibration_data`: some batches of model inputs to fit each neuron\'s '
-                "line to."
+                f'linear_target="{config.linear_target}" needs `calibration_data`: some batches of model inputs to '
+                "fit each neuron's line to."
             )
         calibration_data = model_inputs(calibration_data, processing_class, model)
         with Progress("Affine targets") as progress:
             engine = Calibration.on(model, inner, calibration_data, max_memory, progress=progress)
-            calibrate_affine_targets(engine, chosen, activations)
+            calibrate_affine_targets(engine, to_fit, activations, config.linear_target == "constant")
 
     for block in chosen:
         block.exchange(block.layout.activation_path, activations[block.name].train(block.module.training))
@@ -99,12 +100,12 @@ def apply_layer_collapse(
 
 
 def refuse_budget_in(config: LayerCollapseConfig | None) -> None:
-    """Raises if options have a budget, where nothing plans for it.
+    """Raises if options have a budget that a plan is to meet, where nothing plans for it.
 
     Raises:
         ValueError: They have.
     """
-    if config is not None and config.budget is not None:
+    if config is not None and config.plans:
         raise ValueError(
             f"`budget` ({config.budget}) is what LayerCollapseTrainer and its mixin train a model to, and nothing "
             "else reads it. Without training: `plan = plan_collapse(model, data, macs=...)`, then "
@@ -123,18 +124,26 @@ def _blocks_to_patch(chosen: Sequence[BoundBlock], config: LayerCollapseConfig) 
     return remaining
 
 
+def _is_fitted(block: BoundBlock, linear_target: str) -> bool:
+    """Whether data say what a block's alphas lead to. A neuron of a gated block goes with its gate, to 0."""
+    return linear_target == "affine" or (linear_target == "constant" and block.kind != "gated")
+
+
 def _activation_for(block: BoundBlock, config: LayerCollapseConfig) -> CollapsibleActivation:
     """The activation with an alpha that is to stand in a block."""
     activation = CollapsibleActivation(
         block.activation,
         block.hidden_features,
-        linear_target=config.linear_target,
+        linear_target="identity" if config.linear_target == "identity" else "affine",
         granularity=config.granularity,
         gate=block.kind == "gated",
         act="native" if config.activation == "native" else config.activation,
         alpha=config.initial_alpha,
         device=device_of(block.up),
     )
+    if config.linear_target == "constant":
+        for part in activation.buffers(recurse=False):
+            part.zero_()
     mark_initialized(activation)
     return activation
 
@@ -185,7 +194,7 @@ def _patch_differences(
 ) -> list[str]:
     differences = []
     for option, found in (
-        ("linear_target", {activation.linear_target for activation in activations}),
+        ("linear_target", {target_of(activation) for activation in activations}),
         ("granularity", {activation.granularity for activation in activations}),
         ("activation", {activation.act_name for activation in activations}),
     ):
@@ -459,6 +468,12 @@ def replaced_modules(model: PreTrainedModel) -> list[tuple[str, dict[str, Any]]]
     return [(name, spec) for _, name, _, spec in resolve_table(model, table)] if table else []
 
 
+def target_of(activation: CollapsibleActivation) -> str:
+    """The `linear_target` that a block was patched with; in a table `"constant"` is `"affine"` without slopes."""
+    constant = activation.granularity == "neuron" and activation.leaves_constant
+    return "constant" if constant else activation.linear_target
+
+
 def alpha_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The alphas of a patched model, each once, in forward order."""
     seen: dict[int, nn.Parameter] = {}
@@ -467,16 +482,21 @@ def alpha_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list(seen.values())
 
 
-def penalty(alphas: Iterable[torch.Tensor]) -> torch.Tensor:
+def penalty(
+    alphas: Iterable[torch.Tensor], goal: Callable[[torch.Tensor], torch.Tensor | float] | None = None
+) -> torch.Tensor:
     """`sum_b (1 - alpha_b)^2` (LayerCollapse, arXiv 2311.17943), over blocks; with one alpha per neuron, the mean of a
     block's neurons. A float32 scalar; 0 for no alphas.
+
+    Args:
+        goal (`Callable`, *optional*): Gives what an alpha is to become in the place of 1, of its shape.
 
     Raises:
         TypeError: An alpha is sharded over processes.
     """
     for alpha in alphas:
         refuse_sharded(alpha)
-    terms = [(1 - alpha).square().mean() for alpha in alphas]
+    terms = [((1 if goal is None else goal(alpha)) - alpha).square().mean() for alpha in alphas]
     # A model may be spread over several devices.
     return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else torch.zeros(())
 

@@ -24,7 +24,7 @@ from .block_sizes import (
     sizes_of,
     worth_having,
 )
-from .budgets import limit_of
+from .budgets import limit_of, room_of
 from .forward_passes import lean
 from .loss_metric import LossMetric, MetricReport, measure_metrics
 from .merging import Merge, Trial, cost_of, has_constant, is_possible, make_merge, parameters_of, stored_neurons
@@ -454,12 +454,6 @@ def metric_scores(
 
 def _unit(budget: Mapping[str, float]) -> str:
     return "parameters" if "parameters" in budget else "macs"
-
-
-def room_of(unit: str, value: float, whole: Mapping[str, int], blocks: "Iterable[BoundBlock]") -> int:
-    """What these blocks may have of a budget of parameters of the model, or of MACs of its feed-forward blocks."""
-    ours = sum(block.parameters if unit == "parameters" else block.macs for block in blocks)
-    return limit_of(value, whole[unit]) - (whole[unit] - ours)
 
 
 def refuse_unreachable(whole: Mapping[str, int], blocks: "Sequence[BoundBlock]", options: PlanOptions) -> None:

@@ -14,6 +14,8 @@ from .families import find_feed_forward_blocks
 from .merging import is_ready
 from .modeling_layercollapse import CollapsibleActivation
 from .models import unwrap
+from .neuron_budget import refuse_neuron_budget
+from .optimization import budget_progress
 from .patching import collapsible_activations, patch_or_check, tables_of
 
 
@@ -39,6 +41,7 @@ class TrainedBlocks:
     def patch(self, model: nn.Module) -> None:
         """Patches a model, or checks that it is patched, as the Trainer's options say."""
         self.changed()
+        refuse_neuron_budget(model, self._trainer.layer_collapse_config)
         patch_or_check(model, self._trainer.layer_collapse_config, self._calibration_data)
 
     def changed(self) -> None:
@@ -91,7 +94,11 @@ class TrainedBlocks:
         return is_ready(activation.alpha, self._trainer.layer_collapse_config.collapse_threshold)
 
     def count_ready(self) -> int:
-        """With those that were ready before, and are collapsed since."""
+        """With those that were ready before, and are collapsed since. With a budget all are, once it is met."""
+        config, state = self._trainer.layer_collapse_config, self._trainer.state
+        if config.budget is not None:
+            met = budget_progress(config, state.global_step, state.max_steps) >= 1
+            return len(self.activations()) if met else 0
         return sum(map(self.is_ready, self.activations().values())) + self.count_collapsed()
 
     def count_collapsed(self) -> int:

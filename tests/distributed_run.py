@@ -220,6 +220,30 @@ def budgeted(folder, processes=1, resume=None):
     }
 
 
+def told(folder, processes=1, resume=None):
+    """A run in which the penalty comes to a stated size: what it ends with."""
+    trainer = trainer_for(
+        "bert",
+        folder,
+        config={
+            **{"budget": "macs=0.4", "budget_method": "penalty", "distillation_weight": 0.0},
+            **{"granularity": "neuron", "linear_target": "constant"},
+        },
+        batch=8 // processes,
+        calibration_data=[BY_NAME["bert"].inputs(batch=16)],
+        args={
+            **{"max_steps": 8, "optim": "sgd", "learning_rate": 0.02, "train_sampling_strategy": "sequential"},
+            **{"save_strategy": "steps", "save_steps": 2},
+        },
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return {
+        "state": state_of(trainer.model),
+        "told": [log["layer_collapse/told_neurons"] for log in trainer.state.log_history if "loss" in log],
+        "wrapped": type(trainer.model_wrapped).__name__,
+    }
+
+
 def main(folder):
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -238,6 +262,10 @@ def main(folder):
     if RESUMES:
         checkpoint = str(folder / "budgeted" / "checkpoint-2")
         results["budgeted, resumed"] = budgeted(folder / "resumed", processes=2, resume=checkpoint)
+    results["told"] = told(folder / "told", processes=2)
+    if RESUMES:
+        checkpoint = str(folder / "told" / "checkpoint-2")
+        results["told, resumed"] = told(folder / "resumed", processes=2, resume=checkpoint)
     results["fsdp2"] = full_shard(folder, rank)
     results["run"] = train_save_collapse(folder, rank)
     torch.save(results, folder / f"results_{rank}.pt")

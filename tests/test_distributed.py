@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from tests.distributed_run import RESUMES, TRAJECTORIES, budgeted, full_shard, progressive, with_callback
+from tests.distributed_run import RESUMES, TRAJECTORIES, budgeted, full_shard, progressive, told, with_callback
 from tests.models import LAYERS
 from tests.training import STEPS, assert_close, assert_same, state_of, trajectory
 
@@ -112,6 +112,18 @@ def test_two_processes_collapse_to_a_budget_by_one_plan(results, tmp_path):
         resumed = first["budgeted, resumed"]
         assert resumed["choices"] is None and resumed["table"] == found["table"]
         assert_same(resumed["state"], found["state"])
+
+
+def test_two_processes_tell_the_same_neurons_to_go(results, tmp_path):
+    """By the squared gradients of both."""
+    _, (first, second) = results
+    whole, found = told(tmp_path), first["told"]
+    assert found["wrapped"] == "DistributedDataParallel"
+    assert found["told"] == second["told"]["told"] == whole["told"] and whole["told"][-1] > 0
+    assert_same(found["state"], second["told"]["state"])
+    assert_close(found["state"], whole["state"])
+    if RESUMES:
+        assert_same(first["told, resumed"]["state"], found["state"])
 
 
 def test_it_is_distributed(results):

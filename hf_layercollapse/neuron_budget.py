@@ -1,0 +1,282 @@
+"""Which neurons a penalty takes away, and how many, on a schedule that ends at a stated size."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers import TrainingArguments
+
+from . import processes
+from .blocks import BoundBlock, bind_blocks, survey
+from .budgets import parse_budget, room_of
+from .config import LayerCollapseConfig
+from .merging import cost_of, effective_rank, is_possible, parameters_of, stored_neurons
+from .modeling_layercollapse import CollapsibleActivation
+from .models import count_parameters, shorten, unwrap
+from .patching import collapsible_activations
+from .selection import select_blocks
+
+
+# Of the steps in which alphas come to 0 and 1: those before the first neuron is told to go, and those in which it is
+# open which ones go.
+LOOKING, CHOOSING = 0.1, 0.5
+
+# How much of what was known of a neuron stays at each step.
+MEMORY = 0.98
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """What a patched block has by its kept neurons, in weights of some kind.
+
+    Args:
+        width (`int`): How many neurons it has.
+        whole (`int`): With all of them, when nothing collapses.
+        none, one (`int`): Without any, and with one; the same where nothing else is left, as a neuron of zeros stands
+            there then.
+        each (`int`): More with each further one.
+    """
+
+    width: int
+    whole: int
+    none: int
+    one: int
+    each: int
+
+    @classmethod
+    def of(cls, block: BoundBlock, unit: str, config: LayerCollapseConfig) -> "BlockWeights":
+        """Of a patched block, in `"macs"` or `"parameters"`."""
+        rank = 0 if config.linear_target == "constant" else config.rank
+
+        def size(neurons: int) -> int:
+            neurons = stored_neurons(rank, neurons)
+            if unit == "macs":
+                return cost_of(block, rank, neurons)
+            return parameters_of(block, rank, neurons, config.constant_term)
+
+        whole = block.macs if unit == "macs" else block.parameters
+        return cls(block.hidden_features, whole, size(0), size(1), size(2) - size(1))
+
+    def with_kept(self, neurons: int) -> int:
+        """What it has with so many neurons."""
+        if neurons == 0:
+            return self.none
+        return self.whole if neurons >= self.width else self.one + self.each * (neurons - 1)
+
+
+def told_to_go(importance: Sequence[torch.Tensor], blocks: Sequence[BlockWeights], room: int) -> list[torch.Tensor]:
+    """Which neurons go so that what is left is within a room: those that matter least for each of their weights.
+
+    Args:
+        importance (`list[Tensor]`): Of each block's neurons, `(width,)`, all in one unit.
+        blocks (`list[BlockWeights]`): The same blocks.
+        room (`int`): In the unit of their weights; at least what is left without any neuron.
+
+    Returns:
+        For each block a tensor `(width,)` of `bool`.
+    """
+    device = importance[0].device
+    per_weight = [(scores.to(device).double() / block.each) for scores, block in zip(importance, blocks, strict=True)]
+    owners = torch.cat([torch.full((block.width,), index) for index, block in enumerate(blocks)]).to(device)
+    order = torch.cat(per_weight).argsort(descending=True, stable=True)
+    owners_in_order = owners[order]
+
+    def left(kept: int) -> int:
+        counts = owners_in_order[:kept].bincount(minlength=len(blocks)).tolist()
+        return sum(block.with_kept(count) for block, count in zip(blocks, counts, strict=True))
+
+    most = len(order)
+    if left(most) > room:
+        least, most = 0, most - 1
+        while least < most:
+            middle = (least + most + 1) // 2
+            least, most = (middle, most) if left(middle) <= room else (least, middle - 1)
+    goes = torch.ones(len(order), dtype=torch.bool, device=device)
+    goes[order[:most]] = False
+    return [
+        part.to(scores.device) for part, scores in zip(goes.split([b.width for b in blocks]), importance, strict=True)
+    ]
+
+
+class NeuronBudget:
+    """Tells the alphas of a patched model which neurons are to go, and how many.
+
+    How much a neuron matters is `E[(dL/d alpha_j)^2]`, token by token, the diagonal of the metric of the loss. It
+    comes out of the backward pass of the activation, with whatever loss is trained, and is averaged over steps, in
+    units of the sum over all neurons. How many go rises as `1 - (1 - t)^3` (Zhu and Gupta, arXiv 1710.01878) until the
+    model that is left has the stated size. A neuron that was told to go may be called back while it is open which ones
+    go; afterwards a bound of each alpha moves to its goal, so that all are 0 or 1 in the end.
+
+    What is known of neurons is kept in the optimizer's state, under the alphas, so that checkpoints have it.
+
+    Args:
+        model (`nn.Module`): Patched, with one alpha per neuron.
+        config ([`LayerCollapseConfig`]): With a `budget` and budget_method="penalty".
+        optimizer (`torch.optim.Optimizer`): Its state has room for what is known.
+        progress (`Callable[[], float]`): How far alphas are to have come when the step is taken that is being taken;
+            see [`budget_progress`].
+
+    Raises:
+        ValueError: The budget is below what is left without any neuron, or an alpha is frozen.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: LayerCollapseConfig, optimizer: Optimizer, progress: Callable[[], float]
+    ) -> None:
+        self._optimizer, self._progress = optimizer, progress
+        blocks = [block for block in bind_blocks(unwrap(model)[0]) if block.state == "patched"]
+        self._activations = [_in_use(block) for block in blocks]
+        _refuse_frozen(blocks, self._activations)
+        self._weights, self._room = weights_within(model, blocks, config)
+        self._index = {id(activation.alpha): index for index, activation in enumerate(self._activations)}
+        self._told: tuple[float, list[torch.Tensor]] | None = None  # when, and which neurons go
+
+    # ---- What alphas are told ----
+
+    @property
+    def count(self) -> int:
+        """How many neurons are told to go."""
+        return sum(int(part.sum()) for part in self._which())
+
+    def goal(self, alpha: torch.Tensor) -> torch.Tensor:
+        """What an alpha of the model is to become: `(width,)`, 0 or 1."""
+        return self._which()[self._index[id(alpha)]].to(alpha)
+
+    def bounds(self, alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Between which values an alpha is held: two tensors `(width,)`."""
+        held, goal = max(0.0, (self._progress() - CHOOSING) / (1 - CHOOSING)), self.goal(alpha)
+        return held * goal, 1 - held * (1 - goal)
+
+    def _which(self) -> list[torch.Tensor]:
+        progress = min(self._progress(), CHOOSING)
+        if self._told is None or self._told[0] != progress:
+            known = [self._known(activation) for activation in self._activations]
+            importance = [
+                torch.zeros_like(activation.alpha) if part is None else part
+                for activation, part in zip(self._activations, known, strict=True)
+            ]
+            self._told = progress, told_to_go(importance, self._weights, self._room_at(progress))
+        return self._told[1]
+
+    def _room_at(self, progress: float) -> int:
+        share = max(0.0, (progress - LOOKING) / (CHOOSING - LOOKING))
+        whole = sum(block.whole for block in self._weights)
+        return whole - round((1 - (1 - share) ** 3) * (whole - self._room))
+
+    # ---- What is known of neurons ----
+
+    def begin_step(self) -> None:
+        """To be called before the backward passes of a step."""
+        for activation in self._activations:
+            if self._progress() >= CHOOSING and self._known(activation) is not None:
+                activation.squares = None
+                continue
+            # The same tensor as long as it can be: a compiled model is made for it.
+            if activation.squares is None or activation.squares.device != activation.alpha.device:
+                activation.squares = torch.zeros_like(activation.alpha.detach(), requires_grad=True)
+            activation.squares.grad = None
+
+    def note(self) -> None:
+        """To be called when the backward passes of a step are done: takes the squared gradients in."""
+        leaves = [activation.squares for activation in self._activations if activation.squares is not None]
+        if len(leaves) < len(self._activations):
+            return
+        # Of a block that did not run (layerdrop) there is no gradient on this process, and there may be on another.
+        shares = _as_shares([torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves])
+        for activation, share in zip(self._activations, shares, strict=True):
+            known, share = self._known(activation), share.to(activation.alpha)
+            if known is not None:
+                share = MEMORY * known + (1 - MEMORY) * share
+            if bool(share.isfinite().all()):  # else, or where all are 0, the step says nothing
+                state = self._optimizer.state[activation.alpha]
+                # Adam's and others' want to find the steps that were taken wherever there is a state.
+                state["step"] = state.get("step", torch.zeros(())) + 1
+                state["importance"] = share
+        self._told = None
+
+    def _known(self, activation: CollapsibleActivation) -> torch.Tensor | None:
+        return self._optimizer.state[activation.alpha].get("importance")
+
+
+def _in_use(block: BoundBlock) -> CollapsibleActivation:
+    """The activation that trains: of two, in a wrapper of peft's, the one that is no frozen copy."""
+    found = [module for module in block.activation.modules() if isinstance(module, CollapsibleActivation)]
+    return next((module for module in found if module.alpha.requires_grad), found[0])
+
+
+def _refuse_frozen(blocks: Sequence[BoundBlock], activations: Sequence[CollapsibleActivation]) -> None:
+    pairs = zip(blocks, activations, strict=True)
+    frozen = [block.name for block, activation in pairs if not activation.alpha.requires_grad]
+    if frozen:
+        raise ValueError(
+            f"A budget counts on the alphas of all patched blocks, and those of {shorten(frozen)} are frozen. Leave "
+            "them trainable (under peft, name the activations in `modules_to_save`), or patch the other blocks only."
+        )
+
+
+def _as_shares(squares: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Sums over all processes, as shares of what they add up to: float64 tensors on one device."""
+    device = squares[0].device
+    (joined,) = processes.summed([torch.cat([part.to(device) for part in squares]).double()])
+    return list((joined / joined.sum()).split([len(part) for part in squares]))
+
+
+def weights_within(
+    model: nn.Module, blocks: Sequence[BoundBlock], config: LayerCollapseConfig
+) -> tuple[list[BlockWeights], int]:
+    """`(what these blocks of a model have by their neurons, what the budget leaves for them)`.
+
+    Raises:
+        ValueError: Without any neuron they have more than that.
+    """
+    assert config.budget is not None
+    ((unit, value),) = parse_budget(config.budget).items()
+    inner = unwrap(model)[0]
+    # Alphas are not what a dense model has.
+    alphas = sum(activation.alpha.numel() for activation in collapsible_activations(inner).values())
+    macs = sum(block.macs for block in bind_blocks(inner))
+    room = room_of(unit, value, {"parameters": count_parameters(inner) - alphas, "macs": macs}, blocks)
+    rank = 0 if config.linear_target == "constant" else config.rank
+    whole = [block.name for block in blocks if not is_possible(block, effective_rank(block, rank), 1)]
+    if whole:
+        raise ValueError(f"Neurons of {shorten(whole)} cannot go one by one: leave these blocks out of `blocks`.")
+    weights = [BlockWeights.of(block, unit, config) for block in blocks]
+    least = sum(block.with_kept(0) for block in weights)
+    if least > room:
+        raise ValueError(
+            f"The budget {config.budget} cannot be met: it leaves {room:,} {unit} for the chosen blocks, and without "
+            f"any neuron they have {least:,}."
+            + ("" if config.linear_target == "constant" else ' With linear_target="constant" they have none.')
+        )
+    return weights, room
+
+
+def refuse_neuron_budget(model: nn.Module, config: LayerCollapseConfig) -> None:
+    """Raises if a model, dense or patched, cannot be as small as a budget that the penalty is to meet; asks no data.
+
+    Raises:
+        ValueError: As said.
+    """
+    if config.budget is None or config.plans:
+        return
+    blocks, refused = survey(unwrap(model)[0])
+    weights_within(model, select_blocks(blocks, config.blocks, refused), config)
+
+
+def refuse_several_devices(args: TrainingArguments, sharded: bool = False) -> None:
+    """Raises if squared gradients would not all be found where they are looked for.
+
+    Args:
+        sharded (`bool`): Whether FSDP or DeepSpeed is at work.
+
+    Raises:
+        ValueError: As said.
+    """
+    if sharded or args.n_gpu > 1:
+        raise ValueError(
+            "A `budget` that the penalty is to meet is not supported under FSDP and DeepSpeed, nor with several "
+            "accelerators in one process: the squared gradients of alphas are read where they arise. Train in DDP "
+            "(`accelerate launch`), on one accelerator, or with budget_method='plan'."
+        )
