@@ -6,7 +6,7 @@ import platform
 import sys
 import time
 from argparse import RawDescriptionHelpFormatter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import accelerate
@@ -41,7 +41,7 @@ METHODS = {
 
 # Shares of the feed-forward MACs at which a plan that is kept has measured candidates: what stays of six blocks, four
 # times as wide as the model, once three, five or six of them are one matrix.
-PLAN_POINTS = [part / 48 for part in (27, 13, 6)]
+PLAN_POINTS = [part / 48 for part in (27, 13, 6, 3)]
 
 
 @dataclass
@@ -86,6 +86,12 @@ class DataArguments:
             "the validation split: what options are chosen with."
         },
     )
+    dropout: float | None = field(
+        default=None, metadata={"help": "Of all of the model's dropout. Default: as its config has each of them."}
+    )
+    also_test: str | None = field(
+        default=None, metadata={"help": "A file of further rows that results are scored on too."}
+    )
 
     def __post_init__(self):
         if (self.model_name_or_path is None) == (self.config_name is None):
@@ -98,8 +104,16 @@ class DataArguments:
         """Where the processor, and the model or its config, are."""
         return self.model_name_or_path or self.config_name
 
+    def to_also_test(self):
+        """The same with the rows of `also_test` for the evaluation; nothing of it is trained on."""
+        files = {"dataset_name": None, "dataset_config_name": None, "train_file": self.also_test, "held_out": 0}
+        return replace(self, **files, validation_file=self.also_test, max_train_samples=None, max_eval_samples=None)
+
     def make_model(self, auto_class, **more):
         """The pretrained model, or a new one; `more` is for its config."""
+        if self.dropout is not None:
+            options = vars(AutoConfig.from_pretrained(self.source)).items()
+            more |= {name: self.dropout for name, value in options if "drop" in name and isinstance(value, float)}
         if self.config_name is None:
             return auto_class.from_pretrained(self.model_name_or_path, dtype=self.dtype, **more)
         new = {name: value for name, value in more.items() if name != "ignore_mismatched_sizes"}
@@ -248,6 +262,7 @@ def run(task, description, arguments=None):
     # Images are turned into tensors when a batch needs them; the Trainer would remove the columns they come from.
     arguments.remove_unused_columns = False
     with arguments.main_process_first(desc="reading the data"):
+        further = None if data.also_test is None else task(data.to_also_test()).validation
         task = task(data)
     model = task.make_model()
     if not recipe.train_embeddings:
@@ -306,6 +321,8 @@ def run(task, description, arguments=None):
             preprocess_logits_for_metrics=task.shorten_logits,
         )
     results["after"] = trainer.evaluate()
+    if further is not None:
+        results["also"] = trainer.evaluate(further, metric_key_prefix="also")
     if recipe.save_result:
         trainer.save_model()
     if recipe.latency_rounds:
@@ -332,7 +349,8 @@ def run(task, description, arguments=None):
     )
     if trainer.is_world_process_zero():
         (Path(arguments.output_dir) / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        shown = {name: value for name, value in results["after"].items() if isinstance(value, float)}
+        evaluated = {**results["after"], **results.get("also", {})}
+        shown = {name: value for name, value in evaluated.items() if isinstance(value, float)}
         print(json.dumps({"method": recipe.method, "feed_forward_share": results["feed_forward_share"], **shown}))
     return results
 

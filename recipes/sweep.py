@@ -9,8 +9,8 @@ What the YAML file holds:
 - options: of every run;
 - start (optional): further options of a run with which each seed begins; all others of the seed start from its model;
 - sizes (optional): a list of variables, as `{share: 0.5, blocks: 3}`; `share` names a size;
-- runs: name -> options. Where a value holds `{share}`, or another variable, there is one run a size; in all values
-  `{seed}` and `{start}`, the folder of the first model, are variables too;
+- runs: name -> options. Where a value holds `{share}`, or another variable, there is one run for each size that has
+  it; in all values `{seed}` and `{start}`, the folder of the first model, are variables too;
 - seeds, output_dir, and what the picture shows: `picture`, a list of names of runs (optional).
 
 An option on the command line holds for every run, before what the file says of that run. Runs that are done, with the
@@ -26,6 +26,7 @@ import statistics
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from string import Formatter
 
 import yaml
 from common import ALTERNATIVES, run
@@ -56,6 +57,12 @@ class Sweep:
             raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {self.task!r}.")
         if any("share" not in size for size in self.sizes):
             raise ValueError(f"Each of `sizes` needs a `share`, got {self.sizes}.")
+        known = {"seed", "start", *(name for size in self.sizes for name in size)}
+        for name, options in self.runs.items():
+            if not _variables(options) <= known:
+                raise ValueError(
+                    f"Run {name!r} has variables that no size has: {sorted(_variables(options) - known)}."
+                )
         unknown = sorted(set(self.picture or ()) - set(self.runs))
         if unknown:
             raise ValueError(f"`picture` names what is no run: {', '.join(unknown)}.")
@@ -82,6 +89,8 @@ class Sweep:
             for name, options in self.runs.items():
                 sized = any("{" in str(value) for value in _filled(options, {"seed": seed, "start": start}).values())
                 for size in self.sizes if sized else [{}]:
+                    if not _variables(options) <= size.keys() | {"seed", "start"}:
+                        continue
                     share = size.get("share")
                     folder = self.folder / _file_name(name) / f"seed{seed}"
                     if share is not None:
@@ -113,6 +122,12 @@ def _filled(options, variables):
         name: value.format_map(_Open(variables)) if isinstance(value, str) else value
         for name, value in options.items()
     }
+
+
+def _variables(options):
+    """Names in braces."""
+    texts = [value for value in options.values() if isinstance(value, str)]
+    return {name for text in texts for _, name, _, _ in Formatter().parse(text) if name is not None}
 
 
 def _file_name(name):
@@ -147,6 +162,7 @@ def do(sweep, command_line):
             "seed": seed,
             "words": [start, words],
             "quality": results["after"][f"eval_{task.metric}"],
+            "also": results["also"][f"also_{task.metric}"] if "also" in results else None,
             "before": results["before"][f"eval_{task.metric}"],
             **{key: results[key] for key in ("parameters", "feed_forward_share", "seconds", "versions", "machine")},
             "latency": results.get("latency"),
@@ -170,6 +186,8 @@ def report(sweep):
     content = {"metric": metric, "hours": sum(row["seconds"] for row in rows) / 3600, "runs": rows}
     (sweep.folder / "results.json").write_text(json.dumps(content, indent=1) + "\n")
     text = table(content)
+    if any(row.get("also") is not None for row in rows):
+        text += "\nThe same on further rows:\n\n" + table(content, "also")
     (sweep.folder / "table.md").write_text(text)
     with contextlib.suppress(ImportError):
         draw(content, sweep.picture or order, [sweep.folder / f"tradeoff.{kind}" for kind in ("png", "svg")])
@@ -180,14 +198,18 @@ def shown(metric, value):
     return f"{100 * value:.1f}" if metric == "accuracy" else f"{value:.2f}"
 
 
-def table(content):
-    """Methods down, sizes across, as Markdown: the mean over seeds and their range, the best of each size in bold."""
-    metric, runs = content["metric"], content["runs"]
+def table(content, key="quality"):
+    """Methods down, sizes across, as Markdown: the mean over seeds and their range, the best of each size in bold.
+
+    Args:
+        key (`str`): `"quality"`, or `"also"` for that on further rows; of runs that have it.
+    """
+    metric, runs = content["metric"], [run_ for run_ in content["runs"] if run_.get(key) is not None]
     shares = sorted({run["share"] or 1.0 for run in runs}, reverse=True)
     groups = {}
     for run_ in runs:
         groups.setdefault((run_["name"], run_["share"] or 1.0), []).append(run_)
-    means = {key: statistics.mean(run_["quality"] for run_ in group) for key, group in groups.items()}
+    means = {cell: statistics.mean(run_[key] for run_ in group) for cell, group in groups.items()}
     best = {
         share: (max if metric == "accuracy" else min)(value for (_, size), value in means.items() if size == share)
         for share in shares
@@ -203,7 +225,7 @@ def table(content):
             value = shown(metric, means[name, share])
             cell = f"**{value}**" if value == shown(metric, best[share]) else value
             if len(group) > 1:
-                low, high = (shown(metric, pick(run_["quality"] for run_ in group)) for pick in (min, max))
+                low, high = (shown(metric, pick(run_[key] for run_ in group)) for pick in (min, max))
                 cell += f" ({low} to {high})"
             left = statistics.mean(run_["feed_forward_share"] for run_ in group)
             if abs(left - share) > 0.01:

@@ -84,9 +84,6 @@ class TrainingFreeArguments:
         metadata={"help": "Shares of the feed-forward weights that are left, or with --of parameters of all weights."},
     )
     of: str = field(default="feed_forward", metadata={"help": "What sizes are shares of: feed_forward or parameters."})
-    also_test: str | None = field(
-        default=None, metadata={"help": "A file of further rows that every point is scored on too."}
-    )
     fit_samples: int = field(default=2000, metadata={"help": "Training rows that maps are fitted to."})
     score_samples: int = field(default=1000, metadata={"help": "Training rows that plans are scored on."})
     order_samples: int = field(default=500, metadata={"help": "How many of these order whole blocks."})
@@ -138,11 +135,9 @@ class Comparison:
         self.scoring = self.task.batches(scored, skip=fitted)
         self.ordering = self.task.batches(min(arguments.order_samples, scored), skip=fitted)
         self.tests = {"validation": self.task.batches(validation=True)}
-        if arguments.also_test is not None:
-            path = arguments.also_test
-            files = {"dataset_name": None, "dataset_config_name": None, "train_file": path, "validation_file": path}
-            further = TASKS[arguments.task](replace(data, **files, max_train_samples=None, max_eval_samples=None))
-            self.tests[Path(path).stem] = further.batches(validation=True)
+        if data.also_test is not None:
+            further = TASKS[arguments.task](data.to_also_test())
+            self.tests[Path(data.also_test).stem] = further.batches(validation=True)
         self.blocks = find_feed_forward_blocks(self.model)
         self.macs = sum(block.macs for block in self.blocks)
         self.parameters = count_parameters(self.model)

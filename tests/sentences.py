@@ -1,6 +1,5 @@
 """Tiny objects of sentence-transformers, made from configs, and texts of the words that they know."""
 
-import pytest
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -43,17 +42,6 @@ def save_encoder(path, kind, labels=1):
     randomize(AUTO_CLASSES[kind].from_config(config)).save_pretrained(path)
     tokenizer().save_pretrained(path)
     return str(path)
-
-
-@pytest.fixture(scope="module", name="folders")
-def encoder_folders(tmp_path_factory):
-    """Kind of object -> folder of an encoder for it."""
-    return {kind: save_encoder(tmp_path_factory.mktemp("bert"), kind) for kind in AUTO_CLASSES}
-
-
-@pytest.fixture(scope="module", name="bert")
-def bert_folder(folders):
-    return folders["sentence"]
 
 
 def sentence_transformer(bert, *more, pooling_mode="mean", **options):

@@ -352,13 +352,14 @@ def sweep(text, tmp_path):
         "task": "text_classification",
         "output_dir": str(tmp_path / "sweep"),
         "seeds": [0, 1],
-        "options": {**given, "max_length": 16, "save_result": False},
+        "options": {**given, "max_length": 16, "save_result": False, "also_test": given["train_file"]},
         "start": {"model_name_or_path": model, "save_result": True},
-        "sizes": [{"share": 0.8, "blocks": 1}, {"share": 0.6, "blocks": 2}],
+        "sizes": [{"share": 0.8}, {"share": 0.6, "blocks": 1}],
         "runs": {
             "dense": {"method": "dense", "latency_rounds": 2},
             "planned": {"method": "plan", "share": "{share}", "plan_samples": 32, "plan_file": "{start}/plan.json"},
             "dropped": {"method": "drop", "blocks": "last:{blocks}", "latency_rounds": 2},
+            "to a size": {"method": "layer_collapse", "budget": "macs={share}"},
         },
     }
     path = tmp_path / "sweep.yaml"
@@ -379,18 +380,23 @@ def test_a_sweep_runs_everything_once_and_goes_on(sweep, tmp_path, capsys):
     rows = json.loads((tmp_path / "sweep" / "results.json").read_text())["runs"]
     assert [(row["name"], row["share"], row["seed"]) for row in rows] == [
         (name, share, seed)
-        for name, shares in (("dense", [None]), ("planned", [0.8, 0.6]), ("dropped", [0.8, 0.6]))
+        for name, shares in (
+            *(("dense", [None]), ("planned", [0.8, 0.6])),
+            *(("dropped", [0.6]), ("to a size", [0.8, 0.6])),  # how many to drop is said of one size only
+        )
         for share in shares
         for seed in (0, 1)
     ]
     for row in rows:
         assert row["feed_forward_share"] <= (row["share"] or 1) + 0.07
-        assert (row["latency"] is None) == (row["name"] == "planned")
+        assert (row["latency"] is None) == (row["name"] not in ("dense", "dropped"))
+        assert 0 <= row["also"] <= 1
     # All of a seed begin with its first model, and two seeds differ.
     assert len({row["before"] for row in rows if row["name"] == "dense"}) <= 2
     table = (tmp_path / "sweep" / "table.md").read_text()
     assert table.startswith("| method | 100 % | 80 % | 60 % |") and "mean of 2 seeds (range)" in table
     assert "at 66.7 %" in table  # one of three blocks dropped
+    assert table.count("| method |") == 2 and "further rows" in table
     assert (tmp_path / "sweep" / "tradeoff.png").stat().st_size > 1000
     main([str(sweep)])
     assert "== " not in capsys.readouterr().out
@@ -408,6 +414,7 @@ def test_a_sweep_says_what_is_wrong_with_its_file(sweep):
         ({"sizes": [{"blocks": 1}]}, "needs a `share`"),
         ({"picture": ["magic"]}, "names what is no run: magic"),
         ({"magic": 1}, "keys that a sweep does not know: magic"),
+        ({"runs": {"magic": {"blocks": "last:{magic}"}}}, "variables that no size has: \\['magic'\\]"),
     ):
         sweep.write_text(json.dumps({**content, **change}))
         with pytest.raises(ValueError, match=message):

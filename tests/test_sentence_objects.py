@@ -42,9 +42,7 @@ from tests.sentences import (
     PAIRS,
     TEXTS,
     WORDS,
-    bert_folder,  # noqa: F401  (a fixture, `bert`)
     embed,
-    encoder_folders,  # noqa: F401  (a fixture, `folders`)
     model_of,
     predictions_of,
     random_texts,
@@ -64,6 +62,16 @@ def paired(texts):
 
 def raw(kind, texts):
     return paired(texts) if kind == "cross" else texts
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {kind: save_encoder(tmp_path_factory.mktemp("bert"), kind) for kind in AUTO_CLASSES}
+
+
+@pytest.fixture(scope="module")
+def bert(folders):
+    return folders["sentence"]
 
 
 def in_other_ways(bert):

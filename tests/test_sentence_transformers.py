@@ -39,17 +39,7 @@ from hf_layercollapse import (
     remove_layer_collapse,
 )
 from tests.models import LAYERS, text_inputs
-from tests.sentences import (
-    PAIRS,
-    TEXTS,
-    WORDS,
-    bert_folder,  # noqa: F401  (a fixture, `bert`)
-    embed,
-    encoder_folders,  # noqa: F401  (a fixture, `folders`)
-    model_of,
-    predictions_of,
-    sentence_transformer,
-)
+from tests.sentences import PAIRS, TEXTS, WORDS, embed, model_of, predictions_of, save_encoder, sentence_transformer
 from tests.training import Gradients, alphas_of, assert_same, set_alphas, state_of
 
 
@@ -76,6 +66,16 @@ KINDS = {
     "cross": (LayerCollapseCrossEncoderTrainer, CrossEncoderTrainingArguments, BinaryCrossEntropyLoss),
     "sparse": (LayerCollapseSparseEncoderTrainer, SparseEncoderTrainingArguments, splade_loss),
 }
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {kind: save_encoder(tmp_path_factory.mktemp("bert"), kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def bert(folders):
+    return folders["sentence"]
 
 
 def patch(model):
