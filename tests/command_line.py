@@ -8,8 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from hf_layercollapse.cli import app
-from hf_layercollapse_program import main
+from hf_layercollapse.cli import app, main
 
 from .models import BY_NAME, VOCABULARY
 

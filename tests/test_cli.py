@@ -1,9 +1,6 @@
 """The command line, on tiny models and files."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,9 +20,6 @@ from hf_layercollapse.upstream import TRANSFORMERS
 
 from .command_line import fails, lines_of_words, run, save_text_model
 from .models import BY_NAME, needs_exporters, needs_torchvision
-
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -268,19 +262,6 @@ def test_export_errors_are_one_line(classifier, tmp_path, monkeypatch, capsys):
     )
     assert "not an empty folder" in error(classifier[0], "--to", "stock", "--output", classifier[0])
     assert not (tmp_path / "out").exists()
-
-
-def test_versions_are_told_without_importing_them():
-    """By what is started as `layercollapse`; the same line as from the program itself."""
-    script = """
-import sys
-import hf_layercollapse_program
-sys.argv = ["layercollapse", "--version"]
-hf_layercollapse_program.main()
-print({"torch", "transformers", "typer", "hf_layercollapse"} & set(sys.modules))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert done.stdout.splitlines() == [run("--version").output.strip(), "set()"], done.stderr
 
 
 def test_budgets():
