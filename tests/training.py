@@ -1,9 +1,12 @@
 """Small training runs for the tests of the Trainer."""
 
+import peft
 import torch
+from packaging.version import Version
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hf_layercollapse import LayerCollapseConfig, LayerCollapseTrainer
 from hf_layercollapse.upstream import TRANSFORMERS
@@ -29,6 +32,11 @@ def checkpointing(enabled=True, **options):
     """Training arguments that compute activations again in backward, or do not."""
     name = "activation_checkpointing" if TRANSFORMERS >= (5, 23) else "gradient_checkpointing"
     return {name: enabled, f"{name}_kwargs": options or None}
+
+
+def adapters_of_transformers():
+    """Whether `add_adapter` of transformers takes the peft that is here: 5.24 wants 0.22."""
+    return Version(peft.__version__) >= Version(MIN_PEFT_VERSION)
 
 
 def enable_checkpointing(model, **options):
