@@ -282,6 +282,12 @@ def _choose(
         if config is not None:
             patched = _chosen_of(patched, select_blocks(blocks, config.blocks, refused), config)
         ready, waiting = _split_ready(patched, options, allow_none)
+    elif options.budget is not None:
+        raise ValueError(
+            f"`budget` ({options.budget}) with budget_method='penalty' is what alphas are trained to, and this model "
+            "has none. Without training: `plan_collapse(model, data, macs=...)`, then "
+            "`collapse_model(model, plan=plan, ...)`."
+        )
     else:
         ready = [block for block in select_blocks(blocks, options.blocks, refused) if block.can_collapse]
         if not ready:

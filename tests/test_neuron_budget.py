@@ -381,3 +381,11 @@ def test_the_card_says_how_the_size_was_met(tmp_path):
     trainer.create_model_card(model_name="small")
     card = (tmp_path / "README.md").read_text()
     assert "to come to the budget `macs=0.4`" in card and "each neuron's mean" in card and "by a plan" not in card
+
+
+def test_a_dense_model_is_not_collapsed_as_if_there_were_no_budget():
+    model = model_of(BY_NAME["bert"])
+    before = state_of(model)
+    with pytest.raises(ValueError, match="is what alphas are trained to, and this model has none"):
+        collapse_model(model, LayerCollapseConfig(**BUDGET), calibration_data=data_for("bert"))
+    assert_same(state_of(model), before)
