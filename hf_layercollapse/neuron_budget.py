@@ -46,15 +46,14 @@ class BlockWeights:
     each: int
 
     @classmethod
-    def of(cls, block: BoundBlock, unit: str, config: LayerCollapseConfig) -> "BlockWeights":
-        """Of a patched block, in `"macs"` or `"parameters"`."""
-        rank = 0 if config.linear_target == "constant" else config.rank
+    def of(cls, block: BoundBlock, unit: str, rank: int | None, constant_term: str) -> "BlockWeights":
+        """Of a block beside whose neurons a linear map of this rank stays, in `"macs"` or `"parameters"`."""
 
         def size(neurons: int) -> int:
             neurons = stored_neurons(rank, neurons)
             if unit == "macs":
                 return cost_of(block, rank, neurons)
-            return parameters_of(block, rank, neurons, config.constant_term)
+            return parameters_of(block, rank, neurons, constant_term)
 
         whole = block.macs if unit == "macs" else block.parameters
         return cls(block.hidden_features, whole, size(0), size(1), size(2) - size(1))
@@ -185,15 +184,14 @@ class NeuronBudget:
             return
         # Of a block that did not run (layerdrop) there is no gradient on this process, and there may be on another.
         shares = _as_shares([torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves])
+        if shares is None:
+            return
         for activation, share in zip(self._activations, shares, strict=True):
-            known, share = self._known(activation), share.to(activation.alpha)
-            if known is not None:
-                share = MEMORY * known + (1 - MEMORY) * share
-            if bool(share.isfinite().all()):  # else, or where all are 0, the step says nothing
-                state = self._optimizer.state[activation.alpha]
-                # Adam's and others' want to find the steps that were taken wherever there is a state.
-                state["step"] = state.get("step", torch.zeros(())) + 1
-                state["importance"] = share
+            state, share = self._optimizer.state[activation.alpha], share.to(activation.alpha)
+            # Adam's and others' want to find the steps that were taken wherever there is a state.
+            state["step"] = state.get("step", torch.zeros(())) + 1
+            known = state.get("importance", share)
+            state["importance"] = MEMORY * known + (1 - MEMORY) * share
         self._told = None
 
     def _known(self, activation: CollapsibleActivation) -> torch.Tensor | None:
@@ -216,11 +214,14 @@ def _refuse_frozen(blocks: Sequence[BoundBlock], activations: Sequence[Collapsib
         )
 
 
-def _as_shares(squares: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Sums over all processes, as shares of what they add up to: float64 tensors on one device."""
+def _as_shares(squares: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+    """Sums over all processes, as shares of what they add up to: float64 tensors on one device. `None` where one is
+    not finite, or all are 0: such a step says nothing."""
     device = squares[0].device
     (joined,) = processes.summed([torch.cat([part.to(device) for part in squares]).double()])
-    return list((joined / joined.sum()).split([len(part) for part in squares]))
+    shares = joined / joined.sum()
+    # Asked once for all blocks: it waits for the device.
+    return list(shares.split([len(part) for part in squares])) if bool(shares.isfinite().all()) else None
 
 
 def weights_within(
@@ -242,7 +243,7 @@ def weights_within(
     whole = [block.name for block in blocks if not is_possible(block, effective_rank(block, rank), 1)]
     if whole:
         raise ValueError(f"Neurons of {shorten(whole)} cannot go one by one: leave these blocks out of `blocks`.")
-    weights = [BlockWeights.of(block, unit, config) for block in blocks]
+    weights = [BlockWeights.of(block, unit, rank, config.constant_term) for block in blocks]
     least = sum(block.with_kept(0) for block in weights)
     if least > room:
         raise ValueError(

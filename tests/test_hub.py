@@ -16,7 +16,7 @@ import hf_layercollapse  # noqa: F401  (reads the models here)
 
 from .hub_run import logits_of
 from .hub_server import TOKEN, Failure, HubServer
-from .training import adapters_of_transformers
+from .training import NEWER_PEFT, adapters_of_transformers
 
 
 ROOT = Path(__file__).parents[1]
@@ -84,7 +84,7 @@ def test_what_is_in_the_repositories(hub, pushed):
 def test_an_adapter_alone_in_a_repository(hub, pushed):
     """The model it is for lies elsewhere."""
     if not adapters_of_transformers():
-        pytest.skip("this transformers wants a newer peft")
+        pytest.skip(NEWER_PEFT)
     files = hub.repositories["user/adapter"].files
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= files.keys()
     assert not {"config.json", "model.safetensors"} & files.keys()

@@ -4,10 +4,8 @@ import json
 import subprocess
 import sys
 
-import peft
 import pytest
 import torch
-import transformers
 from peft import (
     AdaLoraConfig,
     AutoPeftModel,
@@ -33,6 +31,7 @@ from transformers import AutoModelForSequenceClassification, OPTConfig, OPTForCa
 from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model, find_feed_forward_blocks
 from tests.models import BY_NAME, HIDDEN, LAYERS, VOCABULARY, WIDTH, randomize, text_inputs
 from tests.training import (
+    NEWER_PEFT,
     adapters_of_transformers,
     alphas_of,
     assert_same,
@@ -448,7 +447,7 @@ def test_every_method_by_names(method, targets, mixed_bert, tmp_path):
 def test_the_dense_models_adapter_config(family, road, tmp_path):
     """Is that of the collapsed one, whatever the layout. An adapter that the dense model has learned is none of it."""
     if road == "transformers" and not adapters_of_transformers():
-        pytest.skip(f"transformers {transformers.__version__} wants a newer peft than {peft.__version__}")
+        pytest.skip(NEWER_PEFT)
     config = LoraConfig(r=2, target_modules=TARGETS[family], init_lora_weights=False)
     get_peft_model(dense_model(family), config).save_pretrained(tmp_path / "of the dense")
     up = {"bert": "intermediate.dense", "opt": "fc1", "gpt2": "c_fc", "vit": "fc1"}[family]

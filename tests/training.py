@@ -2,6 +2,7 @@
 
 import peft
 import torch
+import transformers
 from packaging.version import Version
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -32,6 +33,9 @@ def checkpointing(enabled=True, **options):
     """Training arguments that compute activations again in backward, or do not."""
     name = "activation_checkpointing" if TRANSFORMERS >= (5, 23) else "gradient_checkpointing"
     return {name: enabled, f"{name}_kwargs": options or None}
+
+
+NEWER_PEFT = f"transformers {transformers.__version__} wants a newer peft than {peft.__version__}"
 
 
 def adapters_of_transformers():
