@@ -15,6 +15,7 @@ import argparse
 import collections
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -109,6 +110,7 @@ OWN_FIELDS = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
     "gemma3n_text": {"intermediate_size": 64, "num_kv_shared_layers": 0, "activation_sparsity_pattern": None},
     "nemotron": {"num_key_value_heads": HEADS},
+    "cvt": {"embed_dim": [16, 24, 48]},  # lists of widths stay as they are: 30 M parameters
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1},
     "recurrent_gemma": {"num_hidden_layers": 3},
     **dict.fromkeys("hunyuan_v1_dense hunyuan_v1_moe ministral".split(), {"head_dim": 8}),
@@ -180,10 +182,6 @@ def small_configs(config_class):
 
 class Failure(Exception):
     """A stage that did not pass."""
-
-
-class OutOfTime(BaseException):
-    """One model type took too long. No `Exception`: nothing that runs in between may catch it."""
 
 
 def auto_classes(config_class):
@@ -368,8 +366,6 @@ def examine(model_type):
     """Everything about one model type, as plain data."""
     started = time.process_time()
     result = {"model_type": model_type, "status": "failed", "stage": "build"}
-    signal.signal(signal.SIGPROF, _too_long)
-    signal.setitimer(signal.ITIMER_PROF, TIME_LIMIT)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -378,20 +374,12 @@ def examine(model_type):
         result["reason"] = str(failure)
         if "the untouched model" in result["reason"]:
             result["status"] = "failed natively"
-    except OutOfTime:
-        result["reason"] = f"took more than {TIME_LIMIT} s of CPU time"
     except UPSTREAM as error:
         result["reason"] = _line(error)
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
     if result["stage"] == "build":
         result["status"] = "not built"
     result["seconds"] = round(time.process_time() - started, 2)
     return result
-
-
-def _too_long(*_):
-    raise OutOfTime
 
 
 def train(model, runs, alphas, steps=3):
@@ -575,7 +563,36 @@ def _start_worker():
     sys.stderr = open(os.devnull, "w")
 
 
-DIED = {"status": "failed", "stage": "unknown", "reason": "the process died"}
+def _examine_in_time(model_type):
+    """`examine` in a worker, which ends when the time is up: an exception out of a signal can come up inside native
+    code, which then aborts or goes on with half of its work done."""
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, TIME_LIMIT)
+    try:
+        return examine(model_type)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _send_result(model_type, sender):
+    _start_worker()
+    sender.send(_examine_in_time(model_type))
+
+
+def _examine_alone(model_type):
+    """The result of a model type whose process may die, and then what it died of."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.Process(target=_send_result, args=(model_type, sender))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()
+    result = {"model_type": model_type, "stage": "unknown"}
+    if process.exitcode == -signal.SIGPROF:
+        return {**result, "status": "not built", "reason": f"took more than {TIME_LIMIT} s of CPU time"}
+    return {**result, "status": "failed", "reason": f"the process died (exit status {process.exitcode})"}
 
 
 def examine_all(model_types, workers=2):
@@ -583,20 +600,19 @@ def examine_all(model_types, workers=2):
     waiting = list(model_types)
     while waiting:
         with ProcessPoolExecutor(workers, initializer=_start_worker) as pool:
-            futures = {pool.submit(examine, model_type): model_type for model_type in waiting}
+            suspects = []
             try:
+                futures = {pool.submit(_examine_in_time, model_type): model_type for model_type in waiting}
                 for future in as_completed(futures):
                     result = future.result()
                     waiting.remove(result["model_type"])
                     yield result
             except BrokenProcessPool:
-                if len(waiting) == 1:
-                    yield {"model_type": waiting.pop(), **DIED}
-                elif workers > 1:
-                    workers = 1
-                else:
-                    # The first of those that were left is the one that ran.
-                    yield {"model_type": waiting.pop(0), **DIED}
+                # They were begun in this order: one of the first that are left has died.
+                suspects = waiting[:workers]
+        for model_type in suspects:
+            waiting.remove(model_type)
+            yield _examine_alone(model_type)
 
 
 STATUSES = {

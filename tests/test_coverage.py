@@ -1,6 +1,9 @@
 """Every model type of the committed list through the whole road, and the list's own length."""
 
 import collections
+import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -70,6 +73,28 @@ def test_a_layout_that_is_lost_is_noticed(monkeypatch):
     lost = road.as_list([road.examine("bert")])
     assert not road.still_passes("bert", LIST, lost)
     assert lost["no blocks"] == {"bert": "nothing in it is spelled like a feed-forward block"}
+
+
+def test_a_type_that_takes_too_long_or_dies_takes_no_other_with_it(monkeypatch):
+    examine = road.examine
+
+    def ends(model_type):
+        if model_type == "gpt2":
+            os.abort()
+        while model_type == "vit":
+            math.sqrt(2)
+        return examine(model_type)
+
+    monkeypatch.setattr(road, "examine", ends)
+    monkeypatch.setattr(road, "TIME_LIMIT", 8)
+    types = ["vit", "gpt2", "bert", "opt"]
+    results = {result["model_type"]: (result["status"], result.get("reason")) for result in road.examine_all(types)}
+    assert results == {
+        "vit": ("not built", "took more than 8 s of CPU time"),
+        "gpt2": ("failed", f"the process died (exit status {-signal.SIGABRT})"),
+        "bert": ("passed", None),
+        "opt": ("passed", None),
+    }
 
 
 def test_the_list_does_not_shrink():
