@@ -22,14 +22,15 @@ from hf_layercollapse.plotting import COLORS
 HERE = Path(__file__).parent
 SWEEP = HERE / "text_classification" / "minilm_sst2" / "sweep" / "results.json"
 
-BLUE, ORANGE, GREEN, PINK, _, _, GREY, BLACK = COLORS
+BLUE, ORANGE, GREEN, PINK, _, SKY, GREY, BLACK = COLORS
 
-# Runs of the sweep -> words, colour, marker.
+# Runs of the sweep -> words, colour, marker, points that its last number stands higher.
 METHODS = {
-    "plan, healed, teacher": ("plan, then 300 steps with a teacher", BLUE, "o"),
-    "width pruned, teacher": ("torch-pruning, the same steps and teacher", ORANGE, "s"),
-    "dropped, last blocks": ("last blocks dropped, the same steps", GREEN, "^"),
-    "paper: PReLU, last blocks": ("the paper's code: trained until linear", PINK, "D"),
+    "plan, healed, teacher": ("plan, then 300 steps with a teacher", BLUE, "o", -4),
+    "plan, healed": ("plan, the same steps, no teacher", SKY, "v", 5),
+    "width pruned, teacher": ("torch-pruning, the same steps and teacher", ORANGE, "s", 0),
+    "dropped, last blocks": ("last blocks dropped, the same steps, no teacher", GREEN, "^", 0),
+    "paper: PReLU, last blocks": ("penalty as in the paper (PReLU), no teacher; our code", PINK, "D", 0),
 }
 
 
@@ -93,7 +94,7 @@ def draw_results(path, sweep=SWEEP):
     dense = mean(100 * run["quality"] for run in runs if run["name"] == "dense, same steps")
     axes.axhline(dense, color=BLACK, linewidth=1, linestyle=(0, (5, 4)))
     axes.text(-5, dense + 0.15, f"the whole model: {dense:.1f}", fontsize=10, va="bottom", ha="right")
-    for name, (words, color, marker) in METHODS.items():
+    for name, (words, color, marker, higher) in METHODS.items():
         points = {}
         for run in runs:
             if run["name"] == name:
@@ -104,7 +105,7 @@ def draw_results(path, sweep=SWEEP):
         low, high = ([bound(quality for _, quality in found) for found in seeds] for bound in (min, max))
         bars = [np.subtract(y, low), np.subtract(high, y)]
         axes.errorbar(x, y, yerr=bars, color=color, marker=marker, label=words, linewidth=2, capsize=3, markersize=7)
-        axes.annotate(f"{y[-1]:.1f}", (x[-1], y[-1]), xytext=(9, 0), textcoords="offset points", va="center",
+        axes.annotate(f"{y[-1]:.1f}", (x[-1], y[-1]), xytext=(9, higher), textcoords="offset points", va="center",
                       color=color, fontsize=10, fontweight="bold")  # fmt: skip
     axes.set_xlim(64, -6)
     axes.set_xlabel("feed-forward weights that are left, %")

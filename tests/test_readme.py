@@ -84,6 +84,9 @@ def stand_ins(tmp_path, monkeypatch):
     Path("reviews.txt").write_text("\n".join(sentences(160)))
     rows = [f"{sentence}\t{row % 2}" for row, sentence in enumerate(sentences(160))]
     Path("reviews.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    rows = [f"{sentence}\t{row % 2}" for row, sentence in enumerate(sentences(40, seed=1))]
+    Path("test.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    Path("held_out.txt").write_text("\n".join(sentences(40, seed=1)))
     Path("book.txt").write_text("\n".join(sentences(400)))
 
 
