@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -15,10 +16,11 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from . import processes
+from .blocks import survey
 from .budgets import parse_budget
 from .collapsing import collapse_model
 from .families import FeedForwardBlock, find_feed_forward_blocks
-from .models import count_parameters, inputs_of, unwrap
+from .models import count_parameters, has_adapters, inputs_of, shorten, unwrap
 from .optimization import exchange_parameters
 from .patching import record_options, take_shapes
 from .planning import plan_collapse, refuse_budget
@@ -26,12 +28,14 @@ from .plans import CollapsePlan
 from .random_state import same_random_state
 from .reports import BlockReport, CollapseReport
 from .rows import contents
+from .selection import select_blocks
 from .sentence_models import features_in, sentence_model
 from .teaching import Teaching
 from .trained_blocks import TrainedBlocks
 
 
 if TYPE_CHECKING:
+    from .config import LayerCollapseConfig
     from .trainer import LayerCollapseTrainerMixin
 
 logger = logging.get_logger(__name__)
@@ -55,6 +59,7 @@ class BudgetedTraining(TrainerCallback):
     Attributes:
         plan ([`CollapsePlan`] or `None`): What was planned; a run that is resumed plans nothing.
         report ([`CollapseReport`] or `None`): Of the collapse; of a run that is resumed, what blocks were and are.
+        recorded ([`LayerCollapseConfig`] or `None`): What the model is recorded to be made by.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class BudgetedTraining(TrainerCallback):
         self._blocks, self._teaching, self._given = blocks, teaching, calibration_data
         self.plan: CollapsePlan | None = None
         self.report: CollapseReport | None = None
+        self.recorded: LayerCollapseConfig | None = None
 
     @property
     def is_asked_for(self) -> bool:
@@ -85,20 +91,21 @@ class BudgetedTraining(TrainerCallback):
                 "A `budget` is not supported under FSDP and DeepSpeed. Collapse first (`plan_collapse`, "
                 "`collapse_model`) and train what is left, or train in DDP."
             )
-        if unwrap(trainer.model)[1]:
-            raise ValueError(
-                "A `budget` is not supported for a model under an adapter or `torch.compile`: checkpoints hold the "
-                "adapter alone, and not the base that was collapsed under it. Collapse and save the base first "
-                "(`plan_collapse`, `collapse_model`), and put the adapter on that; to compile, set `torch_compile`."
-            )
 
     def check(self, model: nn.Module) -> None:
         """Raises if a model cannot be collapsed to the budget, as far as that can be told without data.
 
         Raises:
-            ValueError: It is patched or collapsed already, its blocks cannot be so small, or the teacher does not fit.
+            ValueError: It is under an adapter, patched or collapsed already, its blocks cannot be so small, or the
+                teacher does not fit.
         """
         config = self._trainer.layer_collapse_config
+        if unwrap(model)[1] or has_adapters(model):
+            raise ValueError(
+                "A `budget` is not supported for a model under an adapter or `torch.compile`: checkpoints hold the "
+                "adapter alone, and not the base that was collapsed under it. Collapse and save the base first "
+                "(`plan_collapse`, `collapse_model`), and put the adapter on that; to compile, set `torch_compile`."
+            )
         states = _states(model) - {"dense"}
         if states:
             raise ValueError(
@@ -121,6 +128,7 @@ class BudgetedTraining(TrainerCallback):
         trainer, model = self._trainer, self._trainer.model
         if not self.is_asked_for or "collapsed" in _states(model):
             return
+        self.check(model)  # it may be another one by now, or under an adapter
         config, before = trainer.layer_collapse_config, dict(model.named_parameters())
         with same_random_state():
             data = self._inputs()
@@ -144,7 +152,8 @@ class BudgetedTraining(TrainerCallback):
         trainer = self._trainer
         self._blocks.changed()
         trainer.collapse_report = report
-        record_options(trainer.model, replace(trainer.layer_collapse_config, blocks=report.collapsed))
+        self.recorded = replace(trainer.layer_collapse_config, blocks=report.collapsed)
+        record_options(trainer.model, self.recorded)
 
     def report_of_now(self) -> CollapseReport:
         """What `trainer.collapse()` gives.
@@ -167,26 +176,52 @@ class BudgetedTraining(TrainerCallback):
 
     # ---- A run that is resumed ----
 
-    def follow(self, folder: str, stored: dict[str, dict] | None) -> None:
+    def follow(self, folder: str, stored: dict[str, dict] | None, options: Mapping[str, Any] | None) -> None:
         """Gives a dense model the shapes of a checkpoint of this run, of which the tables are given; its weights come
         afterwards.
 
+        Args:
+            options (`Mapping` or `None`): Those of the checkpoint's run, as far as it says them.
+
         Raises:
-            ValueError: The checkpoint is of no run with a budget.
+            ValueError: The checkpoint is of no run with this budget.
         """
         model = self._trainer.model
         if not self.is_asked_for or "collapsed" in _states(model):
             return
-        if not stored:
+        patched = any(spec["type"] == "activation" for table in (stored or {}).values() for spec in table.values())
+        if not stored or patched:
             raise ValueError(
-                f"With a `budget` checkpoints hold a collapsed model, and {folder} does not say that it holds one. "
-                "Resume from a checkpoint of a run with the same options, or leave the `budget` out."
+                f"With a `budget` checkpoints hold a collapsed model, and {folder} "
+                f"{'holds a patched one' if patched else 'does not say that it holds one'}. Resume from a checkpoint "
+                "of a run with the same options, or leave the `budget` out."
             )
+        if options is not None:
+            self._refuse_other_options(folder, options)
         before, parameters = find_feed_forward_blocks(model), count_parameters(model)
         with same_random_state(), self._teaching.of(model):
             take_shapes(model, stored)
         self.report = _report_of(before, find_feed_forward_blocks(model), parameters, count_parameters(model))
         self._collapsed(self.report)
+
+    def _refuse_other_options(self, folder: str, options: Mapping[str, Any]) -> None:
+        """Raises if a checkpoint's run made its model to other options than those of this run."""
+        config = self._trainer.layer_collapse_config
+        there = {name: options.get(name) for name in ("budget", "budget_method", "constant_term")}
+        here = {name: getattr(config, name) for name in there}
+        if there != here and (there["budget"] is None or _parsed(there) != _parsed(here)):
+            raise ValueError(
+                f"The checkpoint {folder} is of a run with {_in_words(there)}, and this one has {_in_words(here)}. "
+                "Resume with the options that it was made with, or train anew into another `output_dir`."
+            )
+        blocks, refused = survey(unwrap(self._trainer.model)[0])
+        chosen = {block.name for block in select_blocks(blocks, config.blocks, refused)}
+        others = [name for name in options.get("blocks", ()) if name not in chosen]
+        if others:
+            raise ValueError(
+                f"In the checkpoint {folder} blocks are collapsed that `blocks` does not choose here, "
+                f"{shorten(others)}. Resume with the options that it was made with."
+            )
 
     # ---- What plans are made from ----
 
@@ -244,7 +279,9 @@ class BudgetedTraining(TrainerCallback):
         """As the Trainer makes them. Of labels only those stay that tell what kind of prediction it is, or that a
         decoder reads; a plan looks no further at them."""
         left_out = set(self._trainer.label_names) - {"labels"}
-        batches = [part for batch in self._trainer.get_test_dataloader(rows) for part in self._parts_of(batch)]
+        with _no_row_dropped(self._trainer.args):
+            loader = self._trainer.get_test_dataloader(rows)
+        batches = [part for batch in loader for part in self._parts_of(batch)]
         batches = [inputs_of(batch, "cpu") for batch in batches]
         return [{name: value for name, value in batch.items() if name not in left_out} for batch in batches]
 
@@ -261,8 +298,26 @@ class BudgetedTraining(TrainerCallback):
         return [batch] if sentences is None else features_in(self._trainer, sentences, batch)
 
 
+def _parsed(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {**options, "budget": parse_budget(options["budget"])}
+
+
+def _in_words(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
 def _is_countable(data: Any) -> bool:
     return data is not None and has_length(data) and not isinstance(data, IterableDataset)
+
+
+@contextlib.contextmanager
+def _no_row_dropped(args: TrainingArguments) -> Iterator[None]:
+    """In which loaders are made that give their last batch whatever its size: here rows are counted, not steps."""
+    drop_last, args.dataloader_drop_last = args.dataloader_drop_last, False
+    try:
+        yield
+    finally:
+        args.dataloader_drop_last = drop_last
 
 
 def _spread(data: Any, count: int) -> Any:

@@ -30,6 +30,8 @@ logger = logging.get_logger(__name__)
 ALPHAS_NAME = "layer_collapse_alphas.safetensors"
 # Tables of the models inside a module that has no config of its own, in a checkpoint.
 TABLES_NAME = "layer_collapse_tables.json"
+# Beside it, options that they were collapsed by.
+OPTIONS_NAME = "layer_collapse_options.json"
 # What an adapter in a checkpoint names as its base where that is nowhere but in memory. No folder, and no repository.
 BASE_NOT_SAVED = "(patched in memory and not saved)"
 
@@ -108,6 +110,9 @@ class Checkpoints:
         if carriers and not wrappers and self._trainer.args.should_save:
             with open(os.path.join(folder, TABLES_NAME), "w", encoding="utf-8") as file:
                 json.dump(self._blocks.tables(), file, indent=2, sort_keys=True)
+            if self._budgeted.recorded is not None:
+                with open(os.path.join(folder, OPTIONS_NAME), "w", encoding="utf-8") as file:
+                    file.write(self._budgeted.recorded.to_json_string())
 
     # ---- Loading ----
 
@@ -120,7 +125,7 @@ class Checkpoints:
         """
         try:
             stored = self._stored_tables(folder)
-            self._budgeted.follow(folder, stored)
+            self._budgeted.follow(folder, stored, self._stored_options(folder))
             self._progressive.follow(stored)
             self._refuse_other_life(folder)
             yield
@@ -166,6 +171,13 @@ class Checkpoints:
             return None
         layer_collapse = config.get("layer_collapse")
         return {"": layer_collapse["modules"]} if layer_collapse else {}
+
+    def _stored_options(self, folder: str) -> dict[str, Any] | None:
+        """What a checkpoint's model was made to; `None` if that does not say."""
+        if not is_transformers_model(self._trainer.model):
+            return _read_json(os.path.join(folder, OPTIONS_NAME))
+        config = _read_json(os.path.join(folder, CONFIG_NAME)) or {}
+        return (config.get("layer_collapse") or {}).get("options")
 
     def _load_alphas(self, folder: str) -> None:
         alphas = self._blocks.alphas_beside_adapters()

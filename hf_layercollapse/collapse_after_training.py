@@ -12,7 +12,7 @@ from torch import nn
 from .alpha_training import AlphaTraining
 from .budgeted_training import BudgetedTraining
 from .collapsing import collapse_model
-from .models import is_transformers_model, unwrap
+from .models import has_adapters, is_transformers_model, unwrap
 from .patching import layer_collapse_config_of
 from .progressive import ProgressiveCollapse
 from .reports import CollapseReport
@@ -81,7 +81,7 @@ class CollapseAfterTraining:
     def _go_on_with(self, model: nn.Module) -> None:
         trainer = self._trainer
         inner, wrappers = unwrap(model)
-        if wrappers and not _has_adapters(inner) and is_transformers_model(model):
+        if wrappers and not has_adapters(inner) and is_transformers_model(model):
             # They were merged, and what is left of the PeftModel would save an empty adapter.
             model = inner
         self._sharding.let_go(model)
@@ -91,10 +91,6 @@ class CollapseAfterTraining:
         trainer.optimizer = trainer.lr_scheduler = None
         self._alphas.forget()
         trainer.model = trainer.model_wrapped = trainer.callback_handler.model = model
-
-
-def _has_adapters(inner: Any) -> bool:
-    return any(type(module).__module__.startswith("peft.") for module in inner.modules())
 
 
 def _joined(reports: Sequence[CollapseReport]) -> CollapseReport:

@@ -41,6 +41,7 @@ from .models import (
     outputs_of,
     unwrap,
 )
+from .neuron_budget import refuse_size_not_met
 from .patching import (
     collapsible_activations,
     layer_collapse_config_of,
@@ -297,6 +298,9 @@ def _choose(
     if choices is None:
         choices = {block.name: _choice(block, options) for block in ready}
     check_choices(ready, choices)
+    if ready and patched and options.budget is not None:
+        kept = {block.name: block.hidden_features for block in waiting} | {n: c.count for n, c in choices.items()}
+        refuse_size_not_met(inner, [(block, kept[block.name]) for block in patched], options)
     return _Chosen(ready, choices, waiting)
 
 

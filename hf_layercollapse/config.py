@@ -349,6 +349,7 @@ def _check_budget(config: LayerCollapseConfig) -> None:
     if config.budget is None:
         if config.budget_method != "plan":
             raise ValueError("`budget_method` says how training comes to a `budget`, and there is none: set both.")
+        _refuse_changed(config, ("budget_samples", "budget_ratio"), "There is no `budget`, of which they say more")
         return
     if not isinstance(config.budget, str):
         raise TypeError(f"`budget` must be words such as 'macs=0.125' or None, got {config.budget!r}.")
@@ -356,13 +357,21 @@ def _check_budget(config: LayerCollapseConfig) -> None:
     if config.budget_method == "penalty":
         _check_penalty_budget(config, budget)
         return
-    others = [option for option in dataclasses.fields(config) if option.name not in _BESIDE_A_PLAN]
-    changed = [option.name for option in others if getattr(config, option.name) != option.default]
+    others = [option.name for option in dataclasses.fields(config) if option.name not in _BESIDE_A_PLAN]
+    _refuse_changed(
+        config,
+        others,
+        "A `budget` collapses blocks before they are trained, as a plan says, and no alpha leads there",
+        ", or the `budget`",
+    )
+
+
+def _refuse_changed(config: LayerCollapseConfig, names: Iterable[str], reason: str, instead: str = "") -> None:
+    """Raises if one of these options is not as it is by default."""
+    defaults = {option.name: option.default for option in dataclasses.fields(config)}
+    changed = [f"`{name}`" for name in names if getattr(config, name) != defaults[name]]
     if changed:
-        raise ValueError(
-            f"A `budget` collapses blocks before they are trained, as a plan says, and no alpha leads there: leave "
-            f"{', '.join(f'`{name}`' for name in changed)} out, or the `budget`."
-        )
+        raise ValueError(f"{reason}: leave {', '.join(changed)} out{instead}.")
 
 
 def _check_penalty_budget(config: LayerCollapseConfig, budget: dict[str, float]) -> None:
@@ -376,6 +385,12 @@ def _check_penalty_budget(config: LayerCollapseConfig, budget: dict[str, float])
             "budget_method='penalty' takes single neurons away, all by the end of `budget_ratio`: it needs "
             "granularity='neuron', and no `progressive`."
         )
+    _refuse_changed(
+        config,
+        ("budget_samples", "rank", "keep_neurons"),
+        "With budget_method='penalty' alphas say which neurons stay, beside a full linear map, or with "
+        "linear_target='constant' alone",
+    )
 
 
 def _described(options: Iterable[dataclasses.Field[Any]]) -> str:

@@ -14,7 +14,7 @@ from .budgets import parse_budget, room_of
 from .config import LayerCollapseConfig
 from .merging import cost_of, effective_rank, is_possible, parameters_of, stored_neurons
 from .modeling_layercollapse import CollapsibleActivation
-from .models import count_parameters, shorten, unwrap
+from .models import count_parameters, shorten, unwrap, wide
 from .patching import collapsible_activations
 from .selection import select_blocks
 
@@ -77,7 +77,7 @@ def told_to_go(importance: Sequence[torch.Tensor], blocks: Sequence[BlockWeights
         For each block a tensor `(width,)` of `bool`.
     """
     device = importance[0].device
-    per_weight = [(scores.to(device).double() / block.each) for scores, block in zip(importance, blocks, strict=True)]
+    per_weight = [scores.to(device).float() / block.each for scores, block in zip(importance, blocks, strict=True)]
     owners = torch.cat([torch.full((block.width,), index) for index, block in enumerate(blocks)]).to(device)
     order = torch.cat(per_weight).argsort(descending=True, stable=True)
     owners_in_order = owners[order]
@@ -152,6 +152,11 @@ class NeuronBudget:
         progress = min(self._progress(), CHOOSING)
         if self._told is None or self._told[0] != progress:
             known = [self._known(activation) for activation in self._activations]
+            if progress >= CHOOSING and all(part is None for part in known):
+                raise RuntimeError(
+                    "It is time to say which neurons go, and no step so far had gradients that are finite and not all "
+                    "0, which would say what the loss depends on. Look at the loss of the first steps."
+                )
             importance = [
                 torch.zeros_like(activation.alpha) if part is None else part
                 for activation, part in zip(self._activations, known, strict=True)
@@ -218,7 +223,7 @@ def _as_shares(squares: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
     """Sums over all processes, as shares of what they add up to: float64 tensors on one device. `None` where one is
     not finite, or all are 0: such a step says nothing."""
     device = squares[0].device
-    (joined,) = processes.summed([torch.cat([part.to(device) for part in squares]).double()])
+    (joined,) = processes.summed([wide(torch.cat([part.to(device) for part in squares]))])
     shares = joined / joined.sum()
     # Asked once for all blocks: it waits for the device.
     return list(shares.split([len(part) for part in squares])) if bool(shares.isfinite().all()) else None
@@ -252,6 +257,28 @@ def weights_within(
             + ("" if config.linear_target == "constant" else ' With linear_target="constant" they have none.')
         )
     return weights, room
+
+
+def refuse_size_not_met(model: nn.Module, kept: Sequence[tuple[BoundBlock, int]], config: LayerCollapseConfig) -> None:
+    """Raises if what patched blocks would become is above the budget that their alphas were trained to.
+
+    Args:
+        kept (`list[tuple[BoundBlock, int]]`): Each patched block, and how many neurons it would keep.
+
+    Raises:
+        ValueError: It is.
+    """
+    assert config.budget is not None
+    weights, room = weights_within(model, [block for block, _ in kept], config)
+    left = sum(block.with_kept(count) for block, (_, count) in zip(weights, kept, strict=True))
+    if left > room:
+        raise ValueError(
+            f"The budget {config.budget} is not met: {left:,} weights of the chosen blocks would be left, and it "
+            f"allows {room:,}. Alphas come to it in the first {config.budget_ratio:g} (`budget_ratio`) of training's "
+            "steps: was it stopped before? Train on; or collapse what is ready, by options without a budget: "
+            "`collapse_model(model, LayerCollapseConfig(granularity='neuron', "
+            f"linear_target={config.linear_target!r}))`."
+        )
 
 
 def refuse_neuron_budget(model: nn.Module, config: LayerCollapseConfig) -> None:

@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import functional, processes
 from .modeling_layercollapse import CollapsibleActivation, is_inplace
+from .models import wide
 from .moments import not_finite
 
 
@@ -166,7 +167,7 @@ def _neuron_sums(
             # In pieces that stay in a CPU's cache.
             rows = max(1, 2**16 // z.shape[-1]) if z.device.type == "cpu" else max(1, z.shape[0])
             for z_part, a_part in zip(z.split(rows), a.split(rows), strict=True):
-                z_part, a_part = _wide(z_part), _wide(a_part)
+                z_part, a_part = wide(z_part), wide(a_part)
                 products = [z_part, z_part.square(), a_part, a_part.square(), z_part * a_part]
                 total = total + torch.stack([product.sum(0) for product in products])
             sums[block.name] = count + z.shape[0], total
@@ -189,8 +190,3 @@ def _neuron_sums(
         if not torch.isfinite(total).all():
             raise ValueError(not_finite(block))
     return sums
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    # MPS has no float64.
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

@@ -258,6 +258,29 @@ def test_models_under_an_adapter(tmp_path):
     refused("not supported for a model under an adapter", tmp_path, model=model)
 
 
+@pytest.mark.parametrize("when", ["made", "trained"])
+@pytest.mark.parametrize("way", ["transformers", "injected"])
+def test_models_with_an_adapter_inside(way, when, tmp_path):
+    """Which no wrapper shows."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    def add(model):
+        config = LoraConfig(target_modules=["query"])
+        model.add_adapter(config) if way == "transformers" else inject_adapter_in_model(config, model)
+
+    model = model_of(BY_NAME["bert"])
+    if when == "made":
+        add(model)
+        refused("not supported for a model under an adapter", tmp_path, model=model)
+        return
+    trainer = trainer_for("bert", tmp_path, BUDGET, model=model)
+    add(model)
+    before = state_of(model)
+    with pytest.raises(ValueError, match="not supported for a model under an adapter"):
+        trainer.train()
+    assert_same(state_of(model), before)
+
+
 def test_budgets_that_cannot_be_met(tmp_path):
     refused("cannot be met", tmp_path, {"blocks": "last:1"})
     refused("`blocks`", tmp_path, {"blocks": "no such block"})
@@ -312,6 +335,64 @@ def test_a_checkpoint_of_another_run(tmp_path):
     with pytest.raises(ValueError, match="does not say that it holds one"):
         trainer.train(resume_from_checkpoint=True)
     assert_same(state_of(model), before)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"budget": "macs=0.6"}, "is of a run with budget='macs=0.3'.*and this one has budget='macs=0.6'"),
+        ({"constant_term": "always"}, "is of a run with .*constant_term='native'"),
+    ],
+)
+def test_a_checkpoint_of_other_options(options, message, tmp_path):
+    trainer_for("bert", tmp_path, BUDGET, args=SAVING).train()
+    model = model_of(BY_NAME["bert"])
+    before = state_of(model)
+    with pytest.raises(ValueError, match=message):
+        trainer_for("bert", tmp_path, {**BUDGET, **options}, model=model, args=SAVING).train(
+            resume_from_checkpoint=True
+        )
+    assert_same(state_of(model), before)
+    # The same budget in other figures is the same.
+    again = trainer_for("bert", tmp_path, {**BUDGET, "budget": "macs=0.30"}, args={**SAVING, "max_steps": 5})
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 5
+
+
+def test_a_checkpoint_of_other_blocks(tmp_path):
+    half = {**BUDGET, "budget": "macs=0.5"}
+    trainer_for("bert", tmp_path, half, args=SAVING).train()
+    model = model_of(BY_NAME["bert"])
+    before = state_of(model)
+    trainer = trainer_for("bert", tmp_path, {**half, "blocks": "first:2"}, model=model, args=SAVING)
+    with pytest.raises(ValueError, match="that `blocks` does not choose here"):
+        trainer.train(resume_from_checkpoint=True)
+    assert_same(state_of(model), before)
+
+
+def test_a_checkpoint_of_a_patched_model(tmp_path):
+    trainer_for("bert", tmp_path, {}, args=SAVING).train()
+    model = model_of(BY_NAME["bert"])
+    before, modules = state_of(model), [type(module) for module in model.modules()]
+    trainer = trainer_for("bert", tmp_path, BUDGET, model=model, args=SAVING)
+    with pytest.raises(ValueError, match="holds a patched one"):
+        trainer.train(resume_from_checkpoint=True)
+    assert_same(state_of(model), before)
+    assert [type(module) for module in model.modules()] == modules
+
+
+def test_rows_are_planned_with_whatever_the_last_batch_of_training_is(tmp_path):
+    """Fewer rows than a batch has, in a run that leaves out the rest of its rows."""
+    args = {"dataloader_drop_last": True, "per_device_eval_batch_size": 32}
+    trainer = trainer_for("bert", tmp_path, BUDGET, args={**args, "max_steps": 1})
+    trainer.train()
+    read = trainer.collapse_plan.data
+    assert read.rows + read.held_aside == BUDGET["budget_samples"] and trainer.args.dataloader_drop_last
+    five = BY_NAME["bert"].config()
+    five.num_labels = 5
+    given = {"when": "trained", "teacher": BY_NAME["bert"].model(1, config=five), "args": args}
+    data = [BY_NAME["bert"].inputs(batch=16, seed=seed) for seed in range(2)]
+    refused("The teacher gives logits of shape", tmp_path, calibration_data=data, **given)
 
 
 def test_before_training_there_is_nothing_to_say(tmp_path):

@@ -13,12 +13,14 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
+    TrainerCallback,
 )
 
 from hf_layercollapse import (
     CollapsibleActivation,
     LayerCollapseCallback,
     LayerCollapseConfig,
+    LayerCollapseTrainer,
     apply_layer_collapse,
     collapse_model,
     find_feed_forward_blocks,
@@ -300,6 +302,38 @@ def test_what_is_left_may_be_fitted_to_data():
 # ---- What is refused ----
 
 
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def test_a_run_that_was_stopped_before_it_was_there(tmp_path):
+    """Some neurons have gone by then, and not as many as were said."""
+    config = {**BUDGET, "alpha_learning_rate": 0.4}
+    trainer = budget_trainer("bert", tmp_path, config, steps=20, callbacks=[StopAt(6)])
+    trainer.train()
+    before = state_of(trainer.model)
+    for collapse in (trainer.collapse, lambda: collapse_model(trainer.model)):
+        with pytest.raises(ValueError, match="The budget macs=0.4 is not met: .* was it stopped before"):
+            collapse()
+        assert_same(state_of(trainer.model), before)
+    report = collapse_model(trainer.model, LayerCollapseConfig(**CONSTANT))
+    assert report.collapsed and macs_of(trainer.model) > 0.4 * LAYERS * 2 * WIDTH * HIDDEN
+
+
+def test_steps_that_say_nothing_of_any_neuron(tmp_path):
+    class Infinite(LayerCollapseTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return float("inf") * super().compute_loss(*args, **kwargs)
+
+    trainer = budget_trainer("bert", tmp_path, trainer_class=Infinite)
+    with pytest.raises(RuntimeError, match="no step so far had gradients that are finite"):
+        trainer.train()
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -312,6 +346,10 @@ def test_what_is_left_may_be_fitted_to_data():
         ({**BUDGET, "budget_ratio": 0.0}, "budget_ratio"),
         ({"budget": "macs=0.4", "budget_ratio": 0.5}, "`budget_ratio`"),
         ({**BUDGET, "budget_method": "magic"}, "budget_method"),
+        ({**BUDGET, "linear_target": "identity", "rank": 2}, "leave `rank` out"),
+        ({**BUDGET, "linear_target": "identity", "rank": 0, "keep_neurons": 1}, "leave `rank`, `keep_neurons` out"),
+        ({**BUDGET, "budget_samples": 64}, "leave `budget_samples` out"),
+        ({"budget_ratio": 0.5}, "There is no `budget`"),
     ],
 )
 def test_options_that_contradict_it(options, message):

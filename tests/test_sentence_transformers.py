@@ -273,6 +273,11 @@ def test_to_a_budget_without_labels(kind, folders, tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.collapse_plan is None and resumed.collapse().collapsed == whole.collapse().collapsed
     assert_same(state_of(resumed.model), state_of(whole.model))
+    other = LayerCollapseConfig(budget="macs=0.6", task_loss_weight=0)
+    with pytest.raises(ValueError, match="is of a run with budget='macs=0.5'"):
+        trainer_of(model_of(kind, folders), tmp_path, other, texts=texts).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )
 
 
 # ---- A teacher ----
