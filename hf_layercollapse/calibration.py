@@ -243,7 +243,7 @@ class Calibration:
                     held[other.device] += other.kept
                 groups.append([])
                 if not self._fit([need], held):
-                    there = max(self.memory.room(need.device) - held[need.device], 0)
+                    there = self.memory.left_on(need.device, held)
                     raise ValueError(
                         f"Block {need.block.name} alone needs {need.alone / 1e9:.3g} GB for its sums over the "
                         f"calibration data and for what is worked out from them, and there are {there / 1e9:.3g} GB "
@@ -253,14 +253,12 @@ class Calibration:
         return [[need.block for need in group] for group in groups]
 
     def _fit(self, needs: Sequence[_Need], held: Mapping[torch.device, int]) -> bool:
-        """Whether what these blocks need is there, beside what is held."""
-        devices = {need.device for need in needs}
-        here = {device: [need for need in needs if need.device == device] for device in devices}
-        return all(
-            held[device] + sum(n.sums + n.kept for n in found) + max(n.working for n in found)
-            <= self.memory.room(device)
-            for device, found in here.items()
-        )
+        """Whether what these blocks need is there, beside what is held. One block after the other is worked on."""
+        taken, working = Counter(held), Counter[torch.device]()
+        for need in needs:
+            taken[need.device] += need.sums + need.kept
+            working[need.device] = max(working[need.device], need.working)
+        return self.memory.fits(taken, working)
 
     def _look_at_ranges(self, blocks: Sequence[BoundBlock], wanted: Mapping[str, Sequence[int]]) -> None:
         """Where the tokens of the blocks lie, from the same sample of rows whatever their order."""
@@ -281,7 +279,7 @@ class Calibration:
                 "looking at a sample", new, sums, {block.name: bool(wanted[block.name]) for block in new}, sample
             )
             if on_all:
-                sums = {name: found.of_all_processes() for name, found in sums.items()}
+                sums = {block.name: sums[block.name].of_all_processes(device_of(block.down)) for block in new}
             self._ranges |= {name: found.finish() for name, found in sums.items() if found.tokens}
             new = [block for block in new if not sums[block.name].tokens]
         if new:

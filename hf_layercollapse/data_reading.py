@@ -1,5 +1,6 @@
 """Reading calibration data: batches of model inputs, as often as they are needed, and each time the same rows."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ def split_data(
         fitting, held = hold_back(data, labels)
     else:
         fitting = DistinctRows(data, labels)
-    memory.hold(sum(map(bytes_of, held)))
+    memory.hold_all(bytes_of(held))
     return fitting, held
 
 
@@ -69,20 +70,22 @@ def readable(data: Any, memory: "MemoryBudget") -> Iterable[dict[str, Any]]:
     checked = _Checked(data, "calibration")
     if isinstance(data, Sequence) or _is_in_order(data):
         return checked
-    kept, taken, iterator = [], 0, iter(data)
+    kept: list[dict[str, Any]] = []
+    taken: Counter[torch.device] = Counter()
+    iterator = iter(data)
     for batch in _Checked(iterator, "calibration"):
         kept.append(batch)
-        taken += bytes_of(batch)
-        if taken > memory.room():
+        taken += bytes_of([batch])
+        if not memory.fits(taken):
             break
     else:
-        memory.hold(taken)
+        memory.hold_all(taken)
         return kept
     if iterator is data:
         raise ValueError(
-            f"The calibration data can be read only once, and its first {len(kept)} batches take {taken:,} bytes, of "
-            f"{memory.room():,} that there are: pass what can be read again (a list, a DataLoader without shuffling), "
-            "fewer rows, or raise `max_memory`."
+            f"The calibration data can be read only once, and its first {len(kept)} batches take "
+            f"{memory.told(taken)}: pass what can be read again (a list, a DataLoader without shuffling), fewer rows, "
+            "or raise `max_memory`."
         )
     return checked
 
@@ -141,7 +144,9 @@ def _others(inputs: Mapping[str, Any], name: str) -> list[Any]:
     return [value for other, value in inputs.items() if other != name]
 
 
-def bytes_of(batch: Mapping[str, Any]) -> int:
-    """What a batch takes."""
-    tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def bytes_of(batches: Iterable[Mapping[str, Any]]) -> Counter[torch.device]:
+    """What batches take, in bytes, by device."""
+    taken: Counter[torch.device] = Counter()
+    for tensor in (value for batch in batches for value in batch.values() if isinstance(value, torch.Tensor)):
+        taken[tensor.device] += tensor.numel() * tensor.element_size()
+    return taken

@@ -1,5 +1,7 @@
 """How much memory a calibration may take, and what of it is taken."""
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import psutil
@@ -18,9 +20,9 @@ class MemoryBudget:
     from them, new weights that wait for their place, and inputs that cannot be read again.
 
     Args:
-        max_memory (`int`, `str` or `dict`, *optional*): Bytes (`2_000_000_000`, `"2GB"`, `"500MB"`), or as accelerate
-            has it a dict of them by device (`{0: "10GB", "cpu": "20GB"}`). Default, also for devices that the dict
-            leaves out: half of what is free on the device when it is first asked for.
+        max_memory (`int`, `str` or `dict`, *optional*): Bytes (`2_000_000_000`, `"2GB"`, `"500MB"`) of all devices
+            together, or as accelerate has it a dict of them by device (`{0: "10GB", "cpu": "20GB"}`). Default, also
+            for devices that the dict leaves out: half of what is free on the device when it is first asked for.
 
     Raises:
         TypeError, ValueError: It is none of these, not positive, or names a device that there is not.
@@ -50,6 +52,54 @@ class MemoryBudget:
         """Takes bytes of the budget, or gives them back where the count is negative."""
         device = _without_index(torch.device(device))
         self._held[device] = self._held.get(device, 0) + count
+
+    def hold_all(self, counts: Mapping[torch.device, int]) -> None:
+        """Takes bytes on each of these devices."""
+        for device, count in counts.items():
+            self.hold(count, device)
+
+    @contextlib.contextmanager
+    def holding(self, counts: Mapping[torch.device, int]) -> Iterator[None]:
+        """Takes bytes on each of these devices for what is done inside."""
+        self.hold_all(counts)
+        try:
+            yield
+        finally:
+            self.hold_all({device: -count for device, count in counts.items()})
+
+    def fits(self, needed: Mapping[torch.device, int], in_turn: Mapping[torch.device, int] | None = None) -> bool:
+        """Whether so many bytes are left on each of these devices, or of one number for all devices together.
+
+        Args:
+            in_turn (`dict[torch.device, int]`, *optional*): Further bytes, taken on one device after the other.
+        """
+        return all(count <= room for count, room, _ in self._compared(needed, in_turn or {}))
+
+    def left_on(self, device: torch.device, taken: Mapping[torch.device, int]) -> int:
+        """Bytes that are left on a device beside these."""
+        others = sum(taken.values()) if self._total is not None else taken.get(device, 0)
+        return max(0, self.room(device) - others)
+
+    def times(self, needed: Mapping[torch.device, int]) -> int:
+        """How often so many bytes on each of these devices fit."""
+        return min(max(0, room) // max(1, count) for count, room, _ in self._compared(needed, {}))
+
+    def told(self, needed: Mapping[torch.device, int]) -> str:
+        """What of this does not fit, for a message: `"1,792 bytes, of 1,700 that there are"`."""
+        compared = self._compared(needed, {})
+        count, room, where = next((each for each in compared if each[0] > each[1]), compared[0])
+        return f"{count:,} bytes, of {max(0, room):,} that there are{where}"
+
+    def _compared(
+        self, needed: Mapping[torch.device, int], in_turn: Mapping[torch.device, int]
+    ) -> list[tuple[int, int, str]]:
+        """`[(bytes that are needed, bytes that are left, where)]`."""
+        if self._total is not None:
+            return [(sum(needed.values()) + max(in_turn.values(), default=0), self.room(), "")]
+        devices = dict.fromkeys([*needed, *in_turn])
+        return [
+            (needed.get(device, 0) + in_turn.get(device, 0), self.room(device), f" on {device}") for device in devices
+        ]
 
 
 def _bytes_of(value: Any) -> int:

@@ -70,11 +70,12 @@ class RangeSums:
         self.lengths.append(torch.linalg.vector_norm(y, dim=1))
         self.tokens += x.shape[0]
 
-    def of_all_processes(self) -> "RangeSums":
-        """The sums over all processes."""
+    def of_all_processes(self, device: torch.device) -> "RangeSums":
+        """The sums over all processes, on this device."""
         whole, found = RangeSums(), processes.gathered((self.tokens, self.sums, self.lengths))
         for tokens, sums, lengths in found:
-            whole.tokens, whole.lengths = whole.tokens + tokens, whole.lengths + lengths
+            whole.tokens, whole.lengths = whole.tokens + tokens, whole.lengths + [part.to(device) for part in lengths]
+            sums = sums and [None if part is None else part.to(device) for part in sums]
             if sums is not None and whole.sums is not None:
                 sums = [None if a is None else a + b for a, b in zip(sums, whole.sums, strict=True)]
             whole.sums = whole.sums if sums is None else sums

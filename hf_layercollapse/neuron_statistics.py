@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import functional, processes
 from .modeling_layercollapse import CollapsibleActivation, is_inplace
-from .models import wide
+from .models import device_of, wide
 from .moments import not_finite
 
 
@@ -181,7 +181,8 @@ def _neuron_sums(
 
     engine.run("looking at neurons", hooks, blocks=blocks)
     for block in blocks:
-        count, total = sums.get(block.name, (0, torch.zeros(5, block.hidden_features, dtype=torch.float64)))
+        none = wide(torch.zeros(5, block.hidden_features, device=device_of(block.down)))
+        count, total = sums.get(block.name, (0, none))
         number, total = processes.summed([torch.tensor(float(count), dtype=torch.float64), total])
         count = int(number)
         sums[block.name] = count, total

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import recursively_apply
 
 
 _ALONE = contextvars.ContextVar("alone", default=False)
@@ -60,32 +61,51 @@ def rank() -> int:
 
 
 def gathered(value: Any) -> list:
-    """The value of each process, on all of them. It is pickled."""
+    """The value of each process, on all of them. It is pickled; tensors in its lists and dicts come to the CPU, as a
+    device of another process is not one of this."""
     if count() == 1:
         return [value]
     values = [None] * count()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, recursively_apply(torch.Tensor.cpu, value))
     return values
 
 
 def of_the_first(value: Any) -> Any:
-    """The value of the first process, on all of them."""
+    """The value of the first process, on all of them; as with [`gathered`]."""
     if count() == 1:
         return value
-    values = [value if rank() == 0 else None]
+    values = [recursively_apply(torch.Tensor.cpu, value) if rank() == 0 else None]
     dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
+def place_of(device: torch.device, backends: str) -> torch.device:
+    """Where a tensor has to be to travel between processes.
+
+    Args:
+        device (`torch.device`): Where it is.
+        backends (`str`): What carries tensors of which kind of device, as `torch.distributed.get_backend_config` has
+            it: `"cuda:nccl"`, `"cpu:gloo,cuda:nccl"`.
+
+    Returns:
+        Its own device where something carries it there, else the CPU; where nothing carries what is on a CPU (nccl
+        alone), this process's accelerator.
+    """
+    carried = dict(part.split(":") for part in backends.split(","))
+    # gloo itself takes everything over the CPU.
+    if carried.get(device.type, "gloo") != "gloo":
+        return device
+    return torch.device("cpu" if "cpu" in carried else next(iter(carried)))
+
+
 def summed(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The sums of tensors over all processes, the same bits on each. In place where the processes share a device."""
+    """The sums of tensors over all processes, the same bits on each. In place where tensors travel from where they
+    are."""
     if count() == 1:
         return list(tensors)
     results = []
     for tensor in tensors:
-        # gloo has no other device than the CPU, nccl none but its own.
-        place = tensor.device if dist.get_backend() != "gloo" else torch.device("cpu")
-        there = tensor.to(place).contiguous()
+        there = _travelling(tensor)
         dist.all_reduce(there)
         dist.broadcast(there, src=0)
         results.append(there.to(tensor.device))
@@ -97,10 +117,13 @@ def spread(tensors: Sequence[torch.Tensor]) -> None:
     if count() == 1:
         return
     for tensor in tensors:
-        place = tensor.device if dist.get_backend() != "gloo" else torch.device("cpu")
-        there = tensor.detach().to(place).contiguous()
+        there = _travelling(tensor.detach())
         dist.broadcast(there, src=0)
         tensor.data.copy_(there)
+
+
+def _travelling(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(place_of(tensor.device, dist.get_backend_config())).contiguous()
 
 
 @contextlib.contextmanager

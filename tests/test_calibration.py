@@ -453,3 +453,11 @@ def test_blocks_that_share_an_activation_and_run_at_the_same_time(run):
         else:
             collected(model, blocks, batches, {"a": [1], "b": [1]})
     assert type(model.a.act) is nn.GELU and not model.a.act._forward_hooks and not model.a.fc1._forward_hooks
+
+
+def test_sums_of_all_processes_lie_where_the_block_does():
+    """Those of other processes come over the CPU."""
+    sums = RangeSums()
+    sums.add(torch.randn(4, 3), torch.randn(4, 2))
+    whole = sums.of_all_processes(torch.device("meta"))
+    assert {part.device.type for part in (*whole.lengths, *whole.sums) if part is not None} == {"meta"}

@@ -20,7 +20,7 @@ from hf_layercollapse import (
 )
 from hf_layercollapse.blocks import bind_blocks
 from hf_layercollapse.calibration import Calibration
-from hf_layercollapse.data_reading import read_calibration_data, split_data
+from hf_layercollapse.data_reading import read_calibration_data, readable, split_data
 from hf_layercollapse.memory import MemoryBudget
 from hf_layercollapse.reports import DataReport
 from hf_layercollapse.rows import sample
@@ -139,6 +139,14 @@ def test_what_can_be_read_only_once_is_kept_within_the_memory():
         read_calibration_data(iter(batches), MemoryBudget(1700))
     # What can be read again need not be.
     assert read_calibration_data(shuffled(), MemoryBudget(1700)).distinct == 60
+
+
+def test_what_lies_on_another_device_takes_none_of_the_host():
+    batches = [{"input_ids": torch.zeros(2, 50, dtype=torch.long, device="meta")} for _ in range(3)]
+    memory = MemoryBudget({"cpu": 1000})
+    before = memory.room("meta")
+    assert len(readable(iter(batches), memory)) == 3
+    assert memory.room("cpu") == 1000 and memory.room("meta") == before - 2400
 
 
 def test_rows_that_are_held_aside_count():

@@ -1,12 +1,14 @@
 """Memory by a budget: what may be held, what is refused, and that less of it is the same answer in more passes."""
 
+from collections import Counter
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model, linearity_map, plan_collapse
 from hf_layercollapse.blocks import bind_blocks
-from hf_layercollapse.calibration import Calibration
+from hf_layercollapse.calibration import Calibration, _Need
 from hf_layercollapse.memory import MemoryBudget
 from hf_layercollapse.moments import bytes_of_sums, bytes_to_choose, bytes_to_fit
 
@@ -24,6 +26,20 @@ def test_sizes_of_a_budget():
     assert memory.room() == 100
     free = MemoryBudget()
     assert 0 < free.room() == free.room()
+
+
+def test_one_number_is_for_all_devices_together():
+    model = llama()
+    first, second, *_ = bind_blocks(model)
+    here, there = torch.device("cpu"), torch.device("meta")
+    pair = [_Need(first, here, sums=40, working=20, kept=0), _Need(second, there, sums=40, working=20, kept=0)]
+    # What is worked out on one device comes after what is on the other.
+    for given, fit in ((99, False), (100, True), ({"cpu": 60}, True), ({"cpu": 59}, False)):
+        engine = Calibration.on(model, model, data(), max_memory=given)
+        assert engine._fit(pair, Counter()) == fit, given
+    memory = MemoryBudget(100)
+    assert memory.fits({here: 60, there: 40}) and not memory.fits({here: 60, there: 41})
+    assert memory.times({here: 20, there: 20}) == 2 and memory.times({here: 20, there: 100}) == 0
 
 
 @pytest.mark.parametrize(

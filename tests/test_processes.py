@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_layercollapse import processes
 from tests import command_line
 from tests.processes_run import CONFIGS, run
 from tests.test_distributed import ROOT, launch, launched
@@ -53,6 +54,24 @@ def test_two_processes_are_one(name, results, one):
         assert_alike(told, expected, rel)
     for key, value in weights.items():
         torch.testing.assert_close(value, expected_weights[key], rtol=rel, atol=rel)
+
+
+@pytest.mark.parametrize(
+    ("device", "backends", "expected"),
+    [
+        ("cpu", "cpu:gloo,cuda:gloo", "cpu"),
+        ("cpu", "cpu:gloo,cuda:nccl", "cpu"),
+        ("cpu", "cuda:nccl", "cuda"),
+        ("cuda:1", "cuda:nccl", "cuda:1"),
+        ("cuda:1", "cpu:gloo,cuda:nccl", "cuda:1"),
+        ("cuda:1", "cpu:gloo,cuda:gloo", "cpu"),
+        ("cuda:1", "cpu:gloo", "cpu"),
+        ("cpu", "cuda:gloo", "cuda"),
+    ],
+)
+def test_where_tensors_travel(device, backends, expected):
+    """Nothing carries tensors on a CPU where nccl is all that there is."""
+    assert processes.place_of(torch.device(device), backends) == torch.device(expected)
 
 
 def test_what_one_process_is_given_wrong_both_say(results):
