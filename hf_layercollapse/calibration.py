@@ -3,7 +3,7 @@ more do not fit."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -134,9 +134,9 @@ class Calibration:
         """Bytes that are left on a device, of all processes where there are fewest."""
         return min(processes.gathered(self.memory.room(device)))
 
-    def sample(self, most_rows: int, most_tokens: int) -> list:
+    def sample(self, most_rows: int, most_tokens: int, most_bytes: int | None = None) -> list:
         """Some batches of the data; see [`rows.sample`]."""
-        return sample(self.rows, most_rows, most_tokens)
+        return sample(self.rows, most_rows, most_tokens, most_bytes)
 
     def data_report(self, held: Iterable[Mapping[str, Any]] = ()) -> DataReport:
         """What was read so far, beside these batches that were held aside."""
@@ -195,8 +195,10 @@ class Calibration:
             sums = self._sums(group, wanted, inputs, f"measuring blocks, pass{of}" if of else "measuring blocks")
             for block in group:
                 self.progress.say(f"fitting block {block.name}")
-                with self.progress.part():
-                    moments = sums.pop(block.name).finish(block, self.rows.distinct)
+                of_block = sums.pop(block.name).of_all_processes()
+                # What only one process has no memory for, all hear of.
+                with self.progress.part(), processes.together():
+                    moments = of_block.finish(block, self.rows.distinct)
                     self.most_tokens = max(self.most_tokens, moments.tokens)
                     results[block.name] = work(block, moments)
                     del moments
@@ -280,7 +282,7 @@ class Calibration:
             )
             if on_all:
                 sums = {block.name: sums[block.name].of_all_processes(device_of(block.down)) for block in new}
-            self._ranges |= {name: found.finish() for name, found in sums.items() if found.tokens}
+            self._ranges |= _of_the_first({name: found.finish() for name, found in sums.items() if found.tokens})
             new = [block for block in new if not sums[block.name].tokens]
         if new:
             raise ValueError(f"No calibration token reached block {new[0].name}.")
@@ -318,6 +320,14 @@ class Calibration:
             sums.add(*self.tokens.select(block, *tensors), factor=factor)
 
         return add
+
+
+def _of_the_first(ranges: Mapping[str, TokenRange]) -> dict[str, TokenRange]:
+    """The first process's ranges, on all: sums about different origins cannot be added up."""
+    limits = processes.of_the_first([found.limit for found in ranges.values()])
+    origins = [(found.origin_x, found.origin_h, found.origin_o) for found in ranges.values()]
+    processes.spread([origin for of_block in origins for origin in of_block if origin is not None])
+    return {name: replace(found, limit=limit) for (name, found), limit in zip(ranges.items(), limits, strict=True)}
 
 
 def refuse_different_models(inner: Any) -> None:

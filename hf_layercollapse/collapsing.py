@@ -433,6 +433,8 @@ def _merge_in_turn(
             fitted = fitting.merges([bound]) if block in refit else {}
             merges += _merge_all([bound], fitted, collapse_threshold)
             trial.put(merges[-1])
+            # The next are fitted beside it.
+            fitting.engine.memory.hold(merges[-1].bytes, device_of(block.down))
     return merges
 
 

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import functional
+from . import functional, processes
 from .block_sizes import fit_size
 from .calibration import Calibration
-from .loss_metric import measure_metrics
-from .merging import Merge, cost_of, effective_rank, has_constant, make_merge
+from .loss_metric import bytes_of_metrics, measure_metrics
+from .merging import Merge, cost_of, effective_rank, has_constant, make_merge, merges_of_the_first
 from .moments import BlockMoments, bytes_to_choose, bytes_to_fit
 
 
@@ -34,7 +34,7 @@ class BlockFitting:
     def merges(self, blocks: "Sequence[BoundBlock]") -> dict[str, Merge]:
         """Block name -> its [`Merge`], fitted to what it computes now. All neurons are candidates where some are to be
         chosen."""
-        return self._reduce(blocks, lambda block, fit: make_merge(block, fit, refit=True))
+        return merges_of_the_first(self._reduce(blocks, lambda block, fit: make_merge(block, fit, refit=True)))
 
     def fits(self, blocks: "Sequence[BoundBlock]") -> dict[str, functional.Fit]:
         """Block name -> the [`functional.Fit`] that its merge is made of."""
@@ -55,7 +55,8 @@ class BlockFitting:
             scores = self.engine.neuron_scores(by_variance)
             for block in by_variance:
                 best = scores[block.name].topk(counts[block.name]).indices
-                candidates[block.name] = sorted(best.tolist())
+                # Sums are added up over processes, and rounding can tip a choice.
+                candidates[block.name] = processes.of_the_first(sorted(best.tolist()))
         in_metric = [block for block in blocks if self.choices[block.name].in_metric and ranks[block.name]]
         metrics = measure_metrics(self.engine, in_metric)[0] if in_metric else {}
 
@@ -77,7 +78,11 @@ class BlockFitting:
             if candidates[name] is None:
                 working[name] = max(working[name], bytes_to_choose(block, block.hidden_features, inputs[name]))
             kept[name] = cost_of(block, ranks[name], count) * block.down.weight.element_size()
-        return self.engine.reduce(blocks, candidates, fit, inputs, working, kept)
+        found = self.engine.reduce(blocks, candidates, fit, inputs, working, kept)
+        # The metrics go with this call.
+        measured = bytes_of_metrics(block for block in in_metric if block.name in metrics)
+        self.engine.memory.hold_all({device: -count for device, count in measured.items()})
+        return found
 
     def _open_choice(self, block: "BoundBlock") -> int | None:
         """How many neurons are to be chosen; `None` where it is said which, or that none are."""

@@ -631,7 +631,7 @@ def shrinkage(matrix_oo: torch.Tensor, fourth: float, rows: int) -> float:
     large-dimensional covariance matrices, lemma 3.4), which makes the expected squared error smallest.
 
     Args:
-        matrix_oo: The moment over the rows, float64.
+        matrix_oo: The moment over the rows.
         fourth (`float`): `E[|g|^4]` over the same.
         rows (`int`): How many there were.
 
@@ -639,7 +639,7 @@ def shrinkage(matrix_oo: torch.Tensor, fourth: float, rows: int) -> float:
         A number in [0, 1]; 1 where the matrix is a multiple of the identity.
     """
     mean = matrix_oo.diagonal().mean()
-    squared = float(matrix_oo.square().sum())
+    squared = float(matrix_oo.square().sum(dtype=torch.float64))
     spread = squared - matrix_oo.shape[0] * float(mean) ** 2
     noise = max(fourth - squared, 0.0) / rows
     return min(1.0, noise / spread) if spread > 0 else 1.0

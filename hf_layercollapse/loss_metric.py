@@ -2,19 +2,24 @@
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import recursively_apply
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from . import functional
+from . import functional, processes
+from .data_reading import bytes_of
 from .forward_passes import run_over
 from .models import device_of
+from .moments import NARROW_FEATURES
 from .predictions import Predictions, predictions_of
 from .rows import row_count, take
 from .token_filter import TokenFilter
@@ -36,8 +41,8 @@ class LossMetric:
     (for embeddings: of cosine distance).
 
     Args:
-        matrix (`Tensor`): `G`, shape `(o, o)`, float64, in nats per prediction: the sum over tokens, divided by the
-            number of predictions.
+        matrix (`Tensor`): `G`, shape `(o, o)`, float64 or of wide blocks float32, in nats per prediction: the sum over
+            tokens, divided by the number of predictions.
         shrinkage (`float`): In [0, 1], how much of it is to be replaced by a multiple of the identity of the same
             trace, see [`functional.shrinkage`].
         tokens (`int`), predictions (`int`): What it was measured on.
@@ -50,7 +55,7 @@ class LossMetric:
 
     def shrunk(self) -> torch.Tensor:
         """`G`, as far as so few tokens tell."""
-        return functional.shrunk(self.matrix, self.shrinkage)
+        return functional.shrunk(self.matrix.double(), self.shrinkage)
 
     def root(self) -> torch.Tensor:
         """The symmetric `S` with `S S = G`: what outputs are multiplied by to be measured in the metric."""
@@ -103,41 +108,85 @@ def measure_metrics(
         blocks (`list[BoundBlock]`): Dense or patched.
 
     Raises:
-        ValueError: As [`loss_metrics`].
+        ValueError: As [`loss_metrics`], or there is too little memory: for the sums of all blocks, which are held from
+            here on, or for one row's backward pass.
     """
-    model, inner, mask = engine.model, engine.inner, engine.tokens.token_mask_fn
-    reason = why_no_gradients(inner)
+    # Where one process cannot, none does.
+    reason = next((found for found in processes.gathered(why_no_gradients(engine.inner)) if found is not None), None)
     if reason is not None:
         return {}, MetricReport("variance", reason)
-    started, batches = time.perf_counter(), engine.sample(MOST_ROWS, MOST_TOKENS)
+    started, kept = time.perf_counter(), bytes_of_metrics(blocks)
+    with processes.together():
+        if not engine.memory.fits(kept):
+            raise ValueError(
+                f"The metric of the loss takes {engine.memory.told(kept)}, for what it sums up at the outputs of "
+                f"{len(blocks)} blocks: raise `max_memory`."
+            )
+    engine.memory.hold_all(kept)
     engine.progress.say("what outputs matter")
-    room, layers = engine.room(device_of(inner)), []
-    row, needed, plain = max(
-        ((row, *_graph_of(model, inner, blocks, row, mask)) for row in _largest_rows(batches)),
-        key=lambda seen: seen[1],
-    )
-    if needed > room:
-        layers = [module for module in inner.modules() if isinstance(module, GradientCheckpointingLayer)]
-        outside, again = _graph_of(model, inner, blocks, row, mask, layers)
-        # Some layers ask themselves whether they train, for a dropout of their own.
-        layers = layers if _same(plain, again) else []
-        # What is kept outside of them, and one at a time on the way back.
-        needed = outside + needed // len(layers) if layers else needed
-    parts = [part for batch in batches for part in _parts_of(batch, max(1, room // max(needed, 1)))]
-    engine.progress.expect(len(parts))
-    metrics = loss_metrics(
-        model, inner, blocks, parts, token_mask_fn=mask, checkpointed=layers, progress=engine.progress
-    )
+    most_bytes = max(0, engine.room(torch.device("cpu"))) // SAMPLE_SHARE
+    batches = engine.sample(MOST_ROWS, MOST_TOKENS, most_bytes)
+    with processes.together():
+        metrics, report = _measured(engine, blocks, batches)
+    report = replace(report, seconds=time.perf_counter() - started)
+    return _of_the_first(metrics), report
+
+
+def _of_the_first(metrics: Mapping[str, LossMetric]) -> dict[str, LossMetric]:
+    """The first process's metrics, on all: rounding can tip a choice that they make."""
+    processes.spread([metric.matrix for metric in metrics.values()])
+    told = processes.of_the_first([metric.shrinkage for metric in metrics.values()])
+    pairs = zip(metrics.items(), told, strict=True)
+    return {name: replace(metric, shrinkage=shrinkage) for (name, metric), shrinkage in pairs}
+
+
+def _measured(
+    engine: "Calibration", blocks: "Sequence[BoundBlock]", batches: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, LossMetric], MetricReport]:
+    """The same of these batches, within the memory that is left."""
+    model, inner, mask, memory = engine.model, engine.inner, engine.tokens.token_mask_fn, engine.memory
+    # Beside the sums there are the batches, and what is added to one of the sums.
+    taken = bytes_of(batches)
+    for device in bytes_of_metrics(blocks):
+        taken[device] += max(_bytes_of_metric(block) for block in blocks if device_of(block.down) == device)
+    with memory.holding(taken):
+        needed, layers = _need_of_a_row(engine, blocks, _largest_rows(batches))
+        if not memory.fits(needed):
+            raise ValueError(
+                f"A backward pass of one row of the calibration data takes {memory.told(needed)} beside the metric of "
+                "the loss: raise `max_memory`, or pass shorter rows."
+            )
+        parts = [part for batch in batches for part in _parts_of(batch, max(1, memory.times(needed)))]
+        engine.progress.expect(len(parts))
+        metrics = loss_metrics(
+            model, inner, blocks, parts, token_mask_fn=mask, checkpointed=layers, progress=engine.progress
+        )
     rows = [row_count(part) or 1 for part in parts]
     report = MetricReport(
         kind="loss",
-        seconds=time.perf_counter() - started,
-        bytes=needed * max(rows),
+        bytes=sum(needed.values()) * max(rows),
         rows=sum(rows),
         tokens=metrics[blocks[0].name].tokens,
         checkpointed=bool(layers),
     )
     return metrics, report
+
+
+def bytes_of_metrics(blocks: "Iterable[BoundBlock]") -> Counter[torch.device]:
+    """What the [`LossMetric`] of every block takes, in bytes, by device."""
+    taken: Counter[torch.device] = Counter()
+    for block in blocks:
+        taken[device_of(block.down)] += _bytes_of_metric(block)
+    return taken
+
+
+def _bytes_of_metric(block: "BoundBlock") -> int:
+    return _precision_of(block.out_features).itemsize * block.out_features**2
+
+
+def _precision_of(outputs: int) -> torch.dtype:
+    """Float64 where it costs next to nothing. Products of gradients are float32 in any case."""
+    return torch.float64 if outputs <= NARROW_FEATURES else torch.float32
 
 
 def why_no_gradients(inner: Any) -> str | None:
@@ -173,41 +222,104 @@ def _parts_of(batch: Mapping[str, Any], rows: int) -> list[Any]:
     return [take(batch, range(start, min(start + rows, count))) for start in range(0, count, rows)]
 
 
-def _graph_of(
-    model: nn.Module,
-    inner: Any,
-    blocks: "Sequence[BoundBlock]",
-    batch: Mapping[str, Any],
-    token_mask_fn: Callable[..., Any] | None,
-    layers: Sequence[nn.Module] = (),
-) -> tuple[int, dict[str, LossMetric]]:
-    """`(bytes that autograd keeps of a forward pass over a batch, the metrics of the blocks that it reaches)`;
-    parameters, which are there anyway, do not count."""
-    # Quantized weights are tensors of other classes, without a storage of their own.
-    plain = (torch.Tensor, torch.nn.Parameter)
-    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters() if type(parameter) in plain}
-    seen = {}
+def _need_of_a_row(
+    engine: "Calibration", blocks: "Sequence[BoundBlock]", rows: Sequence[Mapping[str, Any]]
+) -> tuple[Counter[torch.device], list[nn.Module]]:
+    """`(bytes that a backward pass of the row that takes most keeps, by device; the layers to run twice)`. Nothing is
+    kept to learn it, and layers run twice only where their memory is wanted."""
+    layers = [module for module in engine.inner.modules() if isinstance(module, GradientCheckpointingLayer)]
+    found = [(row, _Kept(engine, blocks).of(row, layers)) for row in rows]
+    row, plain = max(found, key=lambda pair: sum(pair[1].bytes.values()))
+    if engine.memory.fits(plain.bytes) or not layers:
+        return plain.bytes, []
+    twice = _Kept(engine, blocks).of(row, layers, checkpointed=True)
+    # Some layers ask themselves whether they train, for a dropout of their own.
+    if not _same(plain.lengths, twice.lengths):
+        return plain.bytes, []
+    # What is kept outside of them, and of one at a time on the way back.
+    return twice.bytes + max(plain.inside, key=lambda counts: sum(counts.values())), layers
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if type(tensor) in plain:
+
+class _Kept:
+    """How much autograd would keep of a forward pass, of which nothing is kept here; parameters, which are there
+    anyway, do not count.
+
+    Args:
+        engine ([`Calibration`]): Of the model.
+        blocks (`list[BoundBlock]`): Whose outputs' gradients are wanted.
+    """
+
+    def __init__(self, engine: "Calibration", blocks: "Sequence[BoundBlock]") -> None:
+        self.engine = engine
+        self.outcomes = _Outcomes(engine.inner, blocks, TokenFilter(engine.inner, engine.tokens.token_mask_fn))
+        parameters = [p for p in engine.model.parameters() if type(p) in _WITH_STORAGE]
+        self.known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+        # By storage: a reference that keeps no bytes, and by which two in one place after each other are two.
+        self.seen: dict[StorageWeakRef, tuple[torch.device, int]] = {}
+        self.inside: list[Counter[torch.device]] = []  # of each call of a layer
+        self.lengths: list[torch.Tensor] = []  # of the blocks' outputs, by which two passes are compared
+
+    def of(self, row: Mapping[str, Any], layers: Sequence[nn.Module], checkpointed: bool = False) -> "_Kept":
+        """Runs the model over a row."""
+        begun: list[int] = []
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            begun.append(len(self.seen))
+            if checkpointed:
+                # Their inputs are kept.
+                recursively_apply(self._add, [list(args), list(kwargs.values())])
+
+        def after(*_: Any) -> None:
+            self.inside.append(_by_device(list(self.seen.values())[begun.pop() :]))
+
+        with contextlib.ExitStack() as stack:
+            for layer in layers:
+                stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
+                stack.callback(layer.register_forward_hook(after).remove)
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._add, lambda _: None))
+            self.outcomes.run(self.engine.model, [row], layers if checkpointed else (), read=self._read)
+        return self
+
+    @property
+    def bytes(self) -> Counter[torch.device]:
+        """How much in all, by device."""
+        return _by_device(self.seen.values())
+
+    def _add(self, tensor: torch.Tensor) -> None:
+        # Quantized weights are tensors of other classes, without a storage of their own.
+        if type(tensor) in _WITH_STORAGE and tensor.untyped_storage().data_ptr() not in self.known:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                seen[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()
+            self.seen[StorageWeakRef(storage)] = tensor.device, storage.nbytes()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outcomes = _Outcomes(inner, blocks, TokenFilter(inner, token_mask_fn))
-        outcomes.run(model, [batch], layers)
-    return sum(seen.values()), outcomes.metrics(block for block in blocks if outcomes.sums[block.name].rows)
+    def _read(self, inputs: Mapping[str, Any], output: Any) -> None:
+        found = self.outcomes.predictions_of(inputs, output)
+        self.outcomes.score_of([part for part in found if part.values.requires_grad])
+        for called in self.outcomes.called():
+            self.lengths.append(called.detach().float().norm(dim=-1))
+            # It is kept, and so is its gradient.
+            self._add(called)
+            self._add(torch.empty_like(called))
 
 
-def _same(metrics: Mapping[str, LossMetric], others: Mapping[str, LossMetric]) -> bool:
-    pairs = [(metric.matrix, others[name].matrix) for name, metric in metrics.items()]
-    return all(functional.relative_error(*pair) < 1e-3 for pair in pairs)
+_WITH_STORAGE = (torch.Tensor, nn.Parameter)
+
+
+def _by_device(counts: Iterable[tuple[torch.device, int]]) -> Counter[torch.device]:
+    taken: Counter[torch.device] = Counter()
+    for device, count in counts:
+        taken[device] += count
+    return taken
+
+
+def _same(lengths: Sequence[torch.Tensor], again: Sequence[torch.Tensor]) -> bool:
+    return all(functional.relative_error(*pair) < 1e-3 for pair in zip(lengths, again, strict=True))
 
 
 # What the metric is measured on at most: rows, and tokens or patches in all. It is known well enough then.
 MOST_ROWS, MOST_TOKENS = 512, 32_768
+
+# Of so many parts of the memory that is left, one may go to the inputs that it is measured on: images are large.
+SAMPLE_SHARE = 2
 
 
 def loss_metrics(
@@ -270,10 +382,11 @@ class _Outcomes:
         data: Iterable[Mapping[str, Any]],
         checkpointed: Sequence[nn.Module] = (),
         progress: "Progress | None" = None,
+        read: "Callable[[Any, Any], None] | None" = None,
     ) -> None:
-        """Runs the model over the data, forward and back."""
+        """Runs the model over the data, forward and back, or with `read(inputs, output)` forward."""
         with _frozen(model), layers_checkpointed(self.inner, checkpointed):
-            hooks, read = partial(map, self._keep_output, self.blocks), self._send_back
+            hooks, read = partial(map, self._keep_output, self.blocks), read or self._send_back
             run_over(model, self.inner, data, hooks, progress, self.tokens, gradients=True, outputs=read)
 
     def metrics(self, blocks: "Iterable[BoundBlock]") -> dict[str, LossMetric]:
@@ -290,10 +403,28 @@ class _Outcomes:
 
         return block.down.register_forward_hook(hook)
 
-    def _send_back(self, inputs: Mapping[str, Any], output: Any) -> None:
+    def predictions_of(self, inputs: Mapping[str, Any], output: Any) -> list[Predictions]:
+        """What the model predicts.
+
+        Raises:
+            ValueError: It is not finite, or no predictions.
+        """
         found = predictions_of(self.inner, inputs, output)
         if not all(torch.isfinite(part.values).all() for part in found):
             raise ValueError(f"What this {type(self.inner).__name__} predicts for the calibration data is not finite.")
+        return found
+
+    def score_of(self, predictions: Sequence[Predictions]) -> torch.Tensor | None:
+        """The score of one draw of an outcome for each prediction; `None` where there is none."""
+        scores = [part.sampled_score(self.generator) for part in predictions]
+        return torch.stack(scores).sum() if scores else None
+
+    def called(self) -> list[torch.Tensor]:
+        """The outputs of the blocks in the last forward."""
+        return [output for *_, output in self._calls]
+
+    def _send_back(self, inputs: Mapping[str, Any], output: Any) -> None:
+        found = self.predictions_of(inputs, output)
         self.predictions += max(part.values.shape[0] for part in found)
         reached = [part for part in found if part.values.requires_grad]
         for draw in range(self.draws if reached and self._calls else 0):
@@ -302,10 +433,9 @@ class _Outcomes:
 
     def _add_gradients(self, predictions: Sequence[Predictions], last: bool) -> None:
         """One draw of an outcome for each prediction."""
-        total = torch.stack([part.sampled_score(self.generator) for part in predictions]).sum()
-        outputs = [output for *_, output in self._calls]
+        total = self.score_of(predictions)
         self._backward = True
-        grads = torch.autograd.grad(total, outputs, retain_graph=not last, allow_unused=True)
+        grads = torch.autograd.grad(total, self.called(), retain_graph=not last, allow_unused=True)
         self._backward = False
         for (block, mask, _), grad in zip(self._calls, grads, strict=True):
             if grad is not None:
@@ -316,27 +446,36 @@ class _Outcomes:
 
 class _GradientSums:
     def __init__(self) -> None:
-        self.matrix, self.fourth, self.rows = torch.zeros((), dtype=torch.float64), 0.0, 0
+        self.matrix: torch.Tensor | None = None
+        self.fourth, self.rows = 0.0, 0
 
     def add(self, grad: torch.Tensor, mask: torch.Tensor | None) -> None:
         rows = grad.reshape(-1, grad.shape[-1])
         if mask is not None:
             rows = rows[mask.to(rows.device).reshape(-1) > 0]
         rows = rows.float()
-        self.matrix = self.matrix.to(rows.device) + (rows.T @ rows).double()
+        if self.matrix is None:
+            width = rows.shape[1]
+            self.matrix = torch.zeros(width, width, dtype=_precision_of(width), device=rows.device)
+        self.matrix.add_(rows.T @ rows)
         self.fourth += float(rows.square().sum(1).double().square().sum())
         self.rows += rows.shape[0]
 
     def finish(self, block: "BoundBlock", predictions: int, draws: int) -> LossMetric:
-        if not self.rows:
+        """The metric. The sums are used up."""
+        if self.matrix is None or not self.rows:
             raise ValueError(
                 f"No gradient reaches block {block.name}: what the model predicts does not depend on it, or its code "
                 "runs without gradients."
             )
-        if not torch.isfinite(self.matrix).all():
+        # No product is larger than the squares on the diagonal.
+        if not torch.isfinite(self.matrix.diagonal()).all():
             raise ValueError(f"The gradients that reach block {block.name} are not finite.")
-        shrinkage = functional.shrinkage(self.matrix / self.rows, self.fourth / self.rows, self.rows)
-        return LossMetric(self.matrix / (predictions * draws), shrinkage, self.rows // draws, predictions)
+        matrix, of_a_row = self.matrix.div_(predictions * draws), predictions * draws / self.rows
+        del self.matrix
+        # By prediction in place of by token, which is another unit.
+        fourth = self.fourth / self.rows / of_a_row**2
+        return LossMetric(matrix, functional.shrinkage(matrix, fourth, self.rows), self.rows // draws, predictions)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from . import functional
+from . import functional, processes
 from .blocks import BoundBlock, Exchange, weight_and_bias
 from .modeling_layercollapse import (
     CollapsedBlock,
@@ -70,6 +70,12 @@ class Merge:
     linears: dict[str, LinearLayer]
     fit: functional.Fit
     report: BlockReport
+
+    @property
+    def bytes(self) -> int:
+        """What its linears take."""
+        parameters = (parameter for linear in self.linears.values() for parameter in linear.parameters())
+        return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
     @property
     def error(self) -> float:
@@ -217,6 +223,16 @@ def make_merge(block: BoundBlock, fit: functional.Fit, refit: bool) -> Merge:
         kept_neurons=0 if dropped else len(fit.neurons),
     )
     return Merge(block, linears, fit.shapes(), report)
+
+
+def merges_of_the_first(merges: Mapping[str, Merge]) -> dict[str, Merge]:
+    """The first process's merges of the same blocks to the same sizes, on all: what is decided by them, or fitted with
+    them in place, is to be the same everywhere."""
+    told = processes.of_the_first([(merge.fit, merge.report) for merge in merges.values()])
+    linears = [linear for merge in merges.values() for linear in merge.linears.values()]
+    processes.spread([parameter for linear in linears for parameter in linear.parameters()])
+    pairs = zip(merges.items(), told, strict=True)
+    return {name: replace(merge, fit=fit, report=report) for (name, merge), (fit, report) in pairs}
 
 
 def computed(merge: Merge) -> Callable[[torch.Tensor], torch.Tensor]:

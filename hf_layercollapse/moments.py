@@ -289,18 +289,23 @@ class MomentSums:
         sum_f.addmv_(f.T, weights)
         sum_o.addmv_(y.T, weights)
 
+    def of_all_processes(self) -> "MomentSums":
+        """These sums, over all processes from now on."""
+        numbers = torch.tensor([self.tokens, self.total], dtype=torch.float64)
+        (numbers,) = processes.summed([numbers])
+        self.tokens, self.total = int(numbers[0]), float(numbers[1])
+        self.sums = processes.summed(self.sums)
+        return self
+
     def finish(self, block: "BoundBlock", rows: int) -> BlockMoments:
-        """The moments of a block over so many different rows, of all processes. The sums are used up.
+        """The moments of a block over so many different rows. The sums are used up.
 
         Raises:
             ValueError: No token came, or one that is not finite.
         """
-        numbers = torch.tensor([self.tokens, self.total], dtype=torch.float64)
-        (numbers,) = processes.summed([numbers])
-        self.tokens, self.total = int(numbers[0]), float(numbers[1])
         if not self.tokens:
             raise ValueError(f"No calibration token reached block {block.name}.")
-        sums = processes.summed(self.sums)
+        sums = self.sums
         # No product is larger than the squares on the diagonals.
         if not all(torch.isfinite(tensor.diagonal()).all() for tensor in (sums[2], sums[4])):
             raise ValueError(not_finite(block))

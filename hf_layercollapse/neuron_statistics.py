@@ -66,6 +66,8 @@ def calibrate_affine_targets(
         if slope is not None:
             activations[name].slope.copy_(slope)
         activations[name].offset.copy_(offset)
+        # The same to the bit, whatever each process computes on.
+        processes.spread([activations[name].offset, *([] if slope is None else [activations[name].slope])])
 
 
 def score_neurons(engine: "Calibration", blocks: "Sequence[BoundBlock]") -> dict[str, torch.Tensor]:

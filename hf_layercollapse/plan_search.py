@@ -178,7 +178,7 @@ class Search:
             for block in blocks
         }
         everything, inputs = {name: None for name in self.blocks}, dict.fromkeys(self.blocks, with_inputs)
-        self.sizes = self.engine.reduce(blocks, everything, sizes, inputs, working)
+        self.sizes = _of_the_first(self.engine.reduce(blocks, everything, sizes, inputs, working))
 
     # ---- Plans ----
 
@@ -282,11 +282,15 @@ class Search:
         scored: list[Candidate] = []
         while len(scored) < len(candidates):
             part = self._next_of(candidates[len(scored) :])
-            merges = self._merges([candidate.sizes for candidate in part])
-            plans = [[merges[key] for key in _keys(candidate.sizes)] for candidate in part]
-            scores = self.score.of(self.inner, plans, self.held, progress=self.engine.progress)
+            scores = self._scores_of(part)
             scored += [replace(candidate, score=score) for candidate, score in zip(part, scores, strict=True)]
         return scored
+
+    def _scores_of(self, candidates: Sequence[Candidate]) -> list[float]:
+        """What these candidates score. Their new weights are let go when it is known: the next take as much."""
+        merges = self._merges([candidate.sizes for candidate in candidates])
+        plans = [[merges[key] for key in _keys(candidate.sizes)] for candidate in candidates]
+        return self.score.of(self.inner, plans, self.held, progress=self.engine.progress)
 
     def _next_of(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The first of these candidates, at least one, whose new weights fit half of the memory."""
@@ -342,7 +346,9 @@ class Search:
     def shape_times(self, batch: Mapping[str, Any]) -> ShapeTimes:
         """Seconds of every block at every size, on one batch."""
         how = self.options.rank_shares, self.options.multiple_of, self.options.constant_term
-        return processes.of_the_first(measure_shapes(self.model, self.inner, list(self.blocks.values()), batch, *how))
+        with processes.together():
+            found = measure_shapes(self.model, self.inner, list(self.blocks.values()), batch, *how)
+        return processes.of_the_first(found)
 
     def quickest(self, times: ShapeTimes, room: float) -> Candidate | None:
         """What is expected to lose least of all that takes no longer; `None` where nothing is so quick.
@@ -367,13 +373,21 @@ class Search:
         weights are does not matter, so none are fitted."""
         changed = [(self.blocks[name], size) for name, size in chosen.items() if not size.as_it_is]
         batch = inputs_of(batch, device_of(self.inner))
-        with Trial() as trial:
+        with processes.together(), Trial() as trial:
             for block, size in changed:
                 constant = has_constant(block, size.rank, self.options.constant_term)
                 trial.put(make_merge(block, any_fit(block, size.rank, size.count, constant), refit=False))
             models = {"dense": dense, "plan": self.timed}
             found = compare_latency(models, batch, rounds=10, warmup=2, progress=False)
         return processes.of_the_first(found)
+
+
+def _of_the_first(sizes: Mapping[str, BlockSizes]) -> dict[str, BlockSizes]:
+    """The first process's sizes, on all: what is added up has to be of the same neurons everywhere, and rounding can
+    tip a choice."""
+    parts = ("neurons", "losses", "choice", "worth_having")
+    told = processes.of_the_first({name: {part: vars(found)[part] for part in parts} for name, found in sizes.items()})
+    return {name: replace(found, **told[name]) for name, found in sizes.items()}
 
 
 def _keys(sizes: Mapping[str, BlockSize]) -> list[tuple[str, int | None, int]]:
@@ -443,10 +457,11 @@ def metric_scores(
     """`metric(model)` with each of several plans put in place in turn; what it is measured on, it knows itself."""
     scores = []
     for merges in plans:
-        with Trial() as trial:
+        with processes.together(), Trial() as trial:
             for merge in merges:
                 trial.put(merge)
-            scores.append(processes.of_the_first(float(metric(model))))
+            score = float(metric(model))
+        scores.append(processes.of_the_first(score))
     if not all(map(math.isfinite, scores)):
         raise ValueError(f"The metric must be a finite number, got {scores}.")
     return scores

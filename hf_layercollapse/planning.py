@@ -15,7 +15,7 @@ from .blocks import BoundBlock, check_weights, survey
 from .budgets import limit_of, one_budget
 from .calibration import Calibration
 from .calibration_data import both_model_inputs
-from .merging import Merge, has_constant, make_merge
+from .merging import Merge, has_constant, make_merge, parameters_of
 from .models import count_parameters, unwrap
 from .moments import BlockMoments, bytes_to_fit
 from .plan_search import (
@@ -146,7 +146,7 @@ def linearity_map(
         _block_linearity(merges[block.name].report, value - before)
         for block, value in zip(chosen, scores, strict=True)
     ]
-    return LinearityMap(before, score.name, found, read)
+    return processes.of_the_first(LinearityMap(before, score.name, found, read))
 
 
 def _linear_maps(engine: Calibration, blocks: Sequence[BoundBlock]) -> dict[str, Merge]:
@@ -158,7 +158,8 @@ def _linear_maps(engine: Calibration, blocks: Sequence[BoundBlock]) -> dict[str,
         return make_merge(block, moments.fit(), refit=True)
 
     working = {block.name: bytes_to_fit(block, 0) for block in blocks}
-    return engine.reduce(blocks, {block.name: [] for block in blocks}, as_one_map, working=working)
+    kept = {b.name: parameters_of(b, None, 0, "native") * b.down.weight.element_size() for b in blocks}
+    return engine.reduce(blocks, {block.name: [] for block in blocks}, as_one_map, working=working, kept=kept)
 
 
 def _block_linearity(report: "BlockReport", change: float) -> BlockLinearity:

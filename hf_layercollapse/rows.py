@@ -41,11 +41,13 @@ class _Row:
     Args:
         text (`bytes`): What they say without labels.
         tokens (`int`): Of one of them, padding left out; pixels count as none.
+        size (`int`): Of its inputs, in bytes.
         copies (`int`): How many there are.
     """
 
     text: bytes
     tokens: int
+    size: int
     copies: int
 
 
@@ -89,6 +91,11 @@ class DistinctRows:
     def tokens_of(self) -> dict:
         """What a row says -> its tokens, of the rows of all processes."""
         return {content: row.tokens for found in self._found for content, row in found.items()}
+
+    @property
+    def sizes(self) -> dict:
+        """What a row says -> bytes of its inputs, of the rows of all processes."""
+        return {content: row.size for found in self._found for content, row in found.items()}
 
     @property
     def texts(self) -> set:
@@ -138,10 +145,10 @@ class DistinctRows:
         for batch in self.data:
             texts = contents(batch)
             full = contents(batch, self.labels) if self.labels else texts
-            new = {}
+            new, size = {}, _bytes_of(batch) // max(1, len(texts))
             for index, content in enumerate(full):
                 if content not in found:
-                    found[content] = _Row(texts[index], _tokens_of(batch, index), 0)
+                    found[content] = _Row(texts[index], _tokens_of(batch, index), size, 0)
                     new[index] = content
             yield batch, new, full
 
@@ -156,27 +163,34 @@ def _tokens_of(batch: Mapping[str, Any], index: int) -> int:
     return ids[index].numel()
 
 
+def _bytes_of(batch: Mapping[str, Any]) -> int:
+    return sum(value.numel() * value.element_size() for value in batch.values() if isinstance(value, torch.Tensor))
+
+
 def tokens_in(batch: Any) -> int:
     """Tokens of a batch that are no padding; pixels count as none."""
     ids = batch.get("input_ids")
     return sum(_tokens_of(batch, index) for index in range(len(ids))) if isinstance(ids, torch.Tensor) else 0
 
 
-def sample(rows: DistinctRows, most_rows: int, most_tokens: int) -> list:
+def sample(rows: DistinctRows, most_rows: int, most_tokens: int, most_bytes: int | None = None) -> list:
     """Some batches of the data, always of the same rows: those whose contents have the smallest hashes. Every process
     gets them.
 
     Args:
         rows ([`DistinctRows`]): What to take them from.
         most_rows, most_tokens (`int`): How many at most; at least one row.
+        most_bytes (`int`, *optional*): Of the inputs of them all: pixels and sounds have no tokens.
     """
     chosen: dict[bytes, int] = {}
-    tokens = 0
-    for content, size in sorted(rows.tokens_of.items()):
-        if chosen and (len(chosen) == most_rows or tokens + size > most_tokens):
+    tokens, taken, sizes = 0, 0, rows.sizes
+    for content, count in sorted(rows.tokens_of.items()):
+        too_large = most_bytes is not None and taken + sizes[content] > most_bytes
+        if chosen and (len(chosen) == most_rows or tokens + count > most_tokens or too_large):
             break
         chosen[content] = len(chosen)
-        tokens += size
+        tokens += count
+        taken += sizes[content]
     found, largest = [], 1
     with processes.together():
         for batch in rows:

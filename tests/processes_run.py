@@ -3,6 +3,7 @@
 import contextlib
 import io
 import sys
+from functools import partial
 from pathlib import Path
 
 
@@ -22,7 +23,14 @@ from hf_layercollapse import (  # noqa: E402
     recover_model,
 )
 from hf_layercollapse import processes as several  # noqa: E402
+from hf_layercollapse.blocks import bind_blocks  # noqa: E402
+from hf_layercollapse.calibration import Calibration  # noqa: E402
 from hf_layercollapse.cli import main  # noqa: E402
+from hf_layercollapse.fitting import BlockFitting  # noqa: E402
+from hf_layercollapse.loss_metric import measure_metrics  # noqa: E402
+from hf_layercollapse.merging import BlockChoice  # noqa: E402
+from hf_layercollapse.plan_search import PlanOptions, Score, Search, divergences  # noqa: E402
+from hf_layercollapse.uniform_plans import LEVELS  # noqa: E402
 from tests.command_line import lines_of_words, save_text_model  # noqa: E402
 from tests.models import BY_NAME, text_inputs  # noqa: E402
 
@@ -73,6 +81,64 @@ def refused(work, kind=ValueError):
     except kind as error:
         return str(error)
     raise AssertionError("nothing was refused")
+
+
+def tipped(rank, count):
+    """What comes out where the second process is given other numbers than the first, as by rounding that tips a
+    choice."""
+    case, batches, found = BY_NAME["gpt2"], data(rank, count), {}
+    model = case.model()
+
+    def steeper(module, args, output):
+        return output * 30 if output.requires_grad and rank == 1 else output
+
+    # Other gradients: another metric of the loss.
+    model.lm_head.register_forward_hook(steeper)
+    found["metric of the loss"] = plan_collapse(model, batches, macs=0.4).to_dict()
+    # Another choice of neurons, by their weights.
+    engine, blocks = Calibration.on(model, model, batches), bind_blocks(model)
+    with torch.no_grad():
+        for block in blocks:
+            block.down.weight.mul_(torch.rand(block.hidden_features, 1) if rank == 1 else 1)
+    choices = {block.name: BlockChoice(0, 4) for block in blocks}
+    merges = BlockFitting(engine, choices, "variance").merges(blocks)
+    found["neurons"] = {name: merge.fit.neurons for name, merge in merges.items()}
+    found["merges"] = {name: [*merge.linears[block_down(merge)].parameters()] for name, merge in merges.items()}
+    # Other sizes to choose from.
+    options = PlanOptions({"macs": 0.4}, False, (None, 0.0), 1 + rank, "native", LEVELS, None, False)
+    whole = {"parameters": 10**6, "macs": sum(block.macs for block in blocks)}
+    search = Search(engine, blocks, whole, batches[:1], Score("divergence", 1.0, partial(divergences, model)), options)
+    search.look()
+    found["sizes"] = {name: [(size.rank, size.count) for size in sizes.choice] for name, sizes in search.sizes.items()}
+    return found
+
+
+def block_down(merge):
+    return merge.block.layout.down
+
+
+def no_memory(rank):
+    """What all hear where the second process alone has no memory for something."""
+    case, batches, found = BY_NAME["gpt2"], data(rank, 2), {}
+
+    def fail(*_):
+        if rank == 1:
+            raise torch.OutOfMemoryError("no memory is left")
+        return 0.0
+
+    model = case.model()
+    blocks = bind_blocks(model)
+    engine = Calibration.on(model, model, batches)
+    found["work"] = refused(lambda: engine.reduce(blocks, {b.name: [] for b in blocks}, fail), RuntimeError)
+    found["metric"] = refused(lambda: plan_collapse(model, batches, macs=0.4, metric=fail), RuntimeError)
+
+    def no_gradients(module, args, output):
+        if output.requires_grad:
+            fail()
+
+    model.lm_head.register_forward_hook(no_gradients)
+    found["gradients"] = refused(lambda: measure_metrics(engine, blocks), RuntimeError)
+    return found
 
 
 def refusals(rank, count):
@@ -136,7 +202,9 @@ def shell_refusals(rank, folder):
 if __name__ == "__main__":
     state = PartialState(cpu=True)
     assert state.num_processes == 2 and dist.is_initialized()
-    results = {"run": run(state.process_index, 2), "refused": refusals(state.process_index, 2)}
+    rank = state.process_index
+    results = {"run": run(rank, 2), "refused": refusals(rank, 2), "tipped": tipped(rank, 2)}
+    results["no memory"] = no_memory(rank)
     folder = Path(sys.argv[1])
-    results["shell"] = shell_refusals(state.process_index, folder / "shell")
-    torch.save(results, folder / f"results_{state.process_index}.pt")
+    results["shell"] = shell_refusals(rank, folder / "shell")
+    torch.save(results, folder / f"results_{rank}.pt")

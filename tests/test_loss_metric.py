@@ -14,7 +14,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hf_layercollapse import functional
 from hf_layercollapse.blocks import bind_blocks
 from hf_layercollapse.calibration import Calibration
-from hf_layercollapse.loss_metric import loss_metrics, measure_metrics
+from hf_layercollapse.data_reading import bytes_of
+from hf_layercollapse.loss_metric import (
+    _GradientSums,
+    _need_of_a_row,
+    bytes_of_metrics,
+    loss_metrics,
+    measure_metrics,
+)
 from hf_layercollapse.predictions import Predictions, predictions_of
 
 from .models import BY_NAME
@@ -93,7 +100,13 @@ def test_measuring_changes_nothing():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "vit"])
+def beside(blocks, batches):
+    """Bytes that are held while rows run: the sums, what is added to one of them, and the rows."""
+    sums = bytes_of_metrics(blocks)
+    return sum((sums + bytes_of_metrics(blocks[:1]) + bytes_of(batches)).values()), sum(sums.values())
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_what_takes_more_memory_than_there_is_runs_in_parts_and_layers_twice(name):
     case = BY_NAME[name]
     model, batches = case.model().train(), batches_of(case)
@@ -102,18 +115,33 @@ def test_what_takes_more_memory_than_there_is_runs_in_parts_and_layers_twice(nam
     handle = model.register_forward_hook(lambda *call: forwards.append(len(call[-1].logits)))
 
     def measured(batches, max_memory=None):
-        return measure_metrics(Calibration.on(model, model, batches, max_memory), blocks)
+        engine = Calibration.on(model, model, batches, max_memory)
+        room, found = engine.memory.room(), measure_metrics(engine, blocks)
+        # The sums are held from here on, and nothing else.
+        assert engine.memory.room() == room - kept
+        return found
 
+    held, kept = beside(blocks, batches)
     whole, report = measured(batches)
     assert (report.kind, report.checkpointed, report.rows) == ("loss", False, 32) and max(forwards) == 8
+    row = report.bytes // 8
     del forwards[:]
-    parts, small = measured(batches, report.bytes // 4)
-    assert not small.checkpointed and max(forwards) == 2 and small.bytes <= report.bytes // 4
+    parts, small = measured(batches, held + 2 * row)
+    assert not small.checkpointed and max(forwards) == 2 and small.bytes == 2 * row
     del forwards[:]
-    twice, least = measured(batches, 1)
-    handle.remove()
-    assert least.checkpointed and max(forwards) == 1 and least.bytes < small.bytes
+    twice, least = measured(batches, held + row - 1)
+    assert least.checkpointed and max(forwards) == 1 and least.bytes < row
     assert least.tokens == small.tokens == report.tokens > 0 and "layers run twice" in str(least)
+    del forwards[:]
+    with pytest.raises(
+        ValueError, match=rf"takes {least.bytes:,} bytes, of {least.bytes - 1:,} that there are beside"
+    ):
+        measured(batches, held + least.bytes - 1)
+    with pytest.raises(ValueError, match=rf"takes {kept:,} bytes, of {kept - 1:,} that there are, .* 3 blocks"):
+        measured(batches, kept - 1)
+    # One row was looked at, as it is and with layers that run twice.
+    assert forwards == [1, 1]
+    handle.remove()
     # What is drawn differs with the parts; in the same parts it is the same.
     again, _ = measured([b for batch in batches for b in rows_of(batch)])
     for block in blocks:
@@ -122,6 +150,49 @@ def test_what_takes_more_memory_than_there_is_runs_in_parts_and_layers_twice(nam
     assert model.training and all(module.training for module in model.modules())
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     assert layers and not any(vars(layer).get("gradient_checkpointing") for layer in layers)
+
+
+def test_fewer_images_are_looked_at_than_there_is_memory_for():
+    """They have no tokens that could be counted."""
+    case = BY_NAME["vit"]
+    model, batches = case.model(), batches_of(case)
+    blocks = bind_blocks(model)
+    whole, most = measure_metrics(Calibration.on(model, model, batches), blocks)
+    one, kept = sum(bytes_of(batches).values()) // 32, sum(bytes_of_metrics(blocks).values())
+    # Half of what is left may go to them.
+    metrics, report = measure_metrics(Calibration.on(model, model, batches, kept + 2 * 12 * one), blocks)
+    assert (most.rows, report.rows) == (32, 12) and metrics.keys() == whole.keys()
+
+
+def test_looking_at_what_a_row_takes_keeps_nothing():
+    """Neither what the pass would keep, nor a second set of sums."""
+    case = BY_NAME["bert"]
+    model, batches = case.model(), batches_of(case)
+    blocks = bind_blocks(model)
+    engine = Calibration.on(model, model, batches)
+    backward = []
+    layer = blocks[1].down
+    layer.register_forward_hook(lambda module, args, output: output.register_hook(backward.append) and None)
+    needed, layers = _need_of_a_row(engine, blocks, batches[:1])
+    assert not backward and not layers and sum(needed.values()) > 0
+    measure_metrics(engine, blocks)
+    assert len(backward) == len(batches)
+
+
+def test_the_sums_of_wide_blocks_are_float32():
+    generator = torch.Generator().manual_seed(0)
+    block = bind_blocks(BY_NAME["bert"].model())[0]
+    for width, dtype in ((16, torch.float64), (300, torch.float32)):
+        grads = [torch.randn(50, width, generator=generator) * torch.arange(1, width + 1) for _ in range(8)]
+        sums = _GradientSums()
+        for grad in grads:
+            sums.add(grad, None)
+        found, whole = sums.finish(block, 100, 2), torch.cat(grads).double()
+        expected = whole.T @ whole / 200
+        shrinkage = functional.shrinkage(whole.T @ whole / 400, float(whole.square().sum(1).square().mean()), 400)
+        assert found.matrix.dtype == dtype and found.shrunk().dtype == found.root().dtype == torch.float64
+        assert functional.relative_error(expected, found.matrix.double()) < 1e-6
+        assert found.shrinkage == pytest.approx(shrinkage, rel=1e-5) and 0 < shrinkage < 1
 
 
 def rows_of(batch):
@@ -137,8 +208,12 @@ def test_a_layer_with_a_dropout_of_its_own_is_not_run_twice():
     config = BartConfig(vocab_size=64, max_position_embeddings=32, pad_token_id=0, **sizes, **heads)
     model = BartForConditionalGeneration(config).eval()
     batches = [{**batch, "decoder_input_ids": batch["input_ids"]} for batch in batches_of(BY_NAME["bert"])]
-    _, report = measure_metrics(Calibration.on(model, model, batches, max_memory=1), bind_blocks(model))
+    blocks = bind_blocks(model)
+    _, report = measure_metrics(Calibration.on(model, model, batches), blocks)
+    row = report.bytes // 8
     assert report.kind == "loss" and not report.checkpointed
+    with pytest.raises(ValueError, match=rf"one row of the calibration data takes {row:,} bytes, of {row - 1:,} that"):
+        measure_metrics(Calibration.on(model, model, batches, beside(blocks, batches)[0] + row - 1), blocks)
 
 
 def test_gradients_that_are_not_finite_are_refused():

@@ -10,6 +10,7 @@ from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse
 from hf_layercollapse.blocks import bind_blocks
 from hf_layercollapse.calibration import Calibration, _Need
 from hf_layercollapse.memory import MemoryBudget
+from hf_layercollapse.merging import parameters_of
 from hf_layercollapse.moments import bytes_of_sums, bytes_to_choose, bytes_to_fit
 
 from .models import BY_NAME, randomize, text_inputs
@@ -106,6 +107,22 @@ def test_less_memory_is_more_passes_and_the_same_weights(options):
     assert all(torch.equal(first[name], second[name]) for name in first)
     with pytest.raises(ValueError, match=r"Block model.layers.\d.mlp alone needs .* GB .* raise `max_memory`"):
         collapse_model(llama(), config, data(), max_memory=one // 2)
+
+
+def test_in_turn_what_was_fitted_counts():
+    """It stays in place while the next blocks are fitted."""
+    config = LayerCollapseConfig(sequential=True)
+    block, *others = bind_blocks(llama())
+    one = bytes_of_sums(block, 0) + bytes_to_fit(block, 0)
+    linear = 4 * parameters_of(block, None, 0, "native")
+    enough = one + (1 + len(others)) * linear
+    collapse_model(llama(), config, data(), max_memory=enough)
+    model = llama()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"Block {others[-1].name} alone needs .* raise `max_memory`"):
+        collapse_model(model, config, data(), max_memory=enough - 100)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in after.items())
 
 
 def test_moments_are_let_go_before_the_next_are_measured():

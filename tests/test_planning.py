@@ -2,6 +2,7 @@
 
 import copy
 import json
+import weakref
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from hf_layercollapse import (
 )
 from hf_layercollapse.block_sizes import RANK_SHARES, BlockSize
 from hf_layercollapse.blocks import bind_blocks
-from hf_layercollapse.moments import bytes_of_sums
+from hf_layercollapse.data_reading import bytes_of
+from hf_layercollapse.merging import parameters_of
+from hf_layercollapse.moments import bytes_of_sums, bytes_to_fit
 from hf_layercollapse.patching import layer_collapse_config_of
 from hf_layercollapse.plan_search import first_that_holds
 from hf_layercollapse.plans import weights_fingerprint
@@ -64,6 +67,19 @@ def test_the_linearity_map_measures_each_block_alone(case):
     )
     assert row.score_change == pytest.approx(divergence(collapsed, model, scored), rel=1e-4)
     assert "R^2" in str(result) and json.dumps(result.to_dict())
+
+
+def test_the_linear_maps_count_as_memory():
+    """All of them are held until the last is measured."""
+    case = BY_NAME["gpt2"]
+    model, batches = case.model(), data_of(case)
+    block, *others = bind_blocks(model)
+    held = bytes_of(hold_back(batches)[1])[torch.device("cpu")]
+    one = bytes_of_sums(block, 0) + bytes_to_fit(block, 0)
+    linear = 4 * parameters_of(block, None, 0, "native")
+    assert others and linearity_map(model, batches, max_memory=held + one + (1 + len(others)) * linear)
+    with pytest.raises(ValueError, match="alone needs .* raise `max_memory`"):
+        linearity_map(model, batches, max_memory=held + one + (1 + len(others)) * linear - 1)
 
 
 def test_the_linearity_map_looks_at_no_labels():
@@ -181,6 +197,24 @@ def test_less_memory_is_more_passes_and_the_same_plan(case):
     assert small.point.choices == plan.point.choices and small.point.score == pytest.approx(plan.point.score)
     with pytest.raises(ValueError, match=f"Block {blocks[0].name} alone needs .* raise `max_memory`"):
         plan_collapse(model, batches, macs=0.4, max_memory=most)
+
+
+def test_what_was_measured_is_let_go_before_more_is_fitted():
+    """Candidates that do not fit the memory together take it one after the other."""
+    case = BY_NAME["gpt2"]
+    model, batches = case.model(), data_of(case)
+    native, measured, alive = set(model.modules()), [], []
+
+    def metric(model):
+        measured.extend(weakref.ref(module) for module in model.modules() if module not in native)
+        return 0.0
+
+    # The metric runs no forward: these are passes that fit what is measured next.
+    handle = model.register_forward_pre_hook(lambda *_: alive.append(sum(part() is not None for part in measured)))
+    most = max(bytes_of_sums(block, block.hidden_features) for block in find_feed_forward_blocks(model))
+    plan_collapse(model, batches, macs=0.4, metric=metric, whole_curve=True, max_memory=5 * most)
+    handle.remove()
+    assert len(measured) > 20 and max(alive) == 0
 
 
 def test_the_largest_drop():

@@ -74,6 +74,26 @@ def test_where_tensors_travel(device, backends, expected):
     assert processes.place_of(torch.device(device), backends) == torch.device(expected)
 
 
+def test_what_is_chosen_is_the_first_processs_choice(results):
+    """Sums over the neurons of one are never added to sums over the neurons of another."""
+    first, second = (result["tipped"] for result in results)
+    planned = results[0]["run"]["plan"][1]
+    for found in (first, second):
+        assert {**found["metric of the loss"], "seconds": 0, "metric": {}} == {**planned, "seconds": 0, "metric": {}}
+    assert first["neurons"] == second["neurons"] and first["sizes"] == second["sizes"]
+    for name, parameters in first["merges"].items():
+        assert all(map(torch.equal, parameters, second["merges"][name]))
+    # The second process's own would be even numbers of neurons only.
+    assert any(count % 2 for sizes in second["sizes"].values() for _, count in sizes)
+
+
+def test_what_one_process_has_no_memory_for_all_hear_of(results):
+    first, second = (result["no memory"] for result in results)
+    for name, said in first.items():
+        assert said == "OutOfMemoryError on process 1: no memory is left", name
+        assert second[name] == "no memory is left"
+
+
 def test_what_one_process_is_given_wrong_both_say(results):
     first, second = (result["refused"] for result in results)
     assert "ValueError on process 1: The calibration data is empty" in first["no data"]
