@@ -121,7 +121,7 @@ def sizes_of(
 
     Args:
         block (`BoundBlock`): What may change.
-        moments ([`moments.BlockMoments`]): Of its input, all its neurons and its output.
+        moments ([`moments.BlockMoments`]): Of its input, all its neurons and its output. They are used up.
         metric ([`loss_metric.LossMetric`], *optional*): Default: every direction of the output counts alike.
         rank_shares (`Sequence[float | None]`): See `RANK_SHARES`.
         multiple_of (`int`): Of which ranks and numbers of neurons are multiples.
@@ -131,26 +131,28 @@ def sizes_of(
     root = None if metric is None else metric.root().to(moments.cov_fo)
     dense = BlockSize(None, block.hidden_features, block.macs, block.parameters, 0.0, as_it_is=True)
     found = BlockSizes(block, constant_term, {}, {}, [], [dense])
-    about = {True: moments}
-    ranks = {rank_of(block, share, multiple_of) for share in rank_shares}
-    for rank in sorted(ranks, key=lambda rank: math.inf if rank is None else rank):
-        constant = has_constant(block, rank, constant_term)
-        if constant not in about:
-            about[constant] = moments.without_constant()
-        own = about[constant]
-        most = min((block.macs - 1 - cost_of(block, rank, 0)) // cost_of(block, 0, 1), len(own.neurons))
+    shares = {rank_of(block, share, multiple_of) for share in rank_shares}
+    ranks = sorted(shares, key=lambda rank: math.inf if rank is None else rank)
+    chosen: dict[int | None, tuple[list[int], list[float]]] = {}
+    # Those without a constant term last: moments about the origin take the place of the centred ones.
+    for rank in sorted(ranks, key=lambda rank: not has_constant(block, rank, constant_term)):
+        if moments.constant and not has_constant(block, rank, constant_term):
+            moments = moments.without_constant(in_place=True)
+        most = min((block.macs - 1 - cost_of(block, rank, 0)) // cost_of(block, 0, 1), len(moments.neurons))
         if not is_possible(block, rank, 1):
             most = min(most, 0) if rank is None else -1
         if most < 0 or (rank == 0 and most == 0):
             continue
-        order, left = _chosen(own, rank, most, root)
-        unit = 0.5 if metric is not None else 1 / max(float(own.cov_oo.trace()), 1e-300)
-        found.neurons[rank] = [own.neurons[position] for position in order]
-        found.losses[rank] = [
-            unit * functional.generalized(value, own.tokens, own.coefficients(rank, count))
+        order, left = _chosen(moments, rank, most, root)
+        unit = 0.5 if metric is not None else 1 / max(float(moments.cov_oo.trace()), 1e-300)
+        losses = [
+            unit * functional.generalized(value, moments.tokens, moments.coefficients(rank, count))
             for count, value in enumerate(left.tolist())
         ]
-        found.choice.extend(found.at(rank, count) for count in _counts(most, block, multiple_of))
+        chosen[rank] = [moments.neurons[position] for position in order], losses
+    for rank in (rank for rank in ranks if rank in chosen):
+        found.neurons[rank], found.losses[rank] = chosen[rank]
+        found.choice.extend(found.at(rank, count) for count in _counts(len(chosen[rank][0]), block, multiple_of))
     found.worth_having[:0] = worth_having(found.choice, lambda size: size.macs)
     found.choice.append(dense)
     return found

@@ -355,6 +355,12 @@ def bytes_to_choose(block: "BoundBlock", candidates: int, inputs: bool = True) -
     return of_neurons + 8 * width * (3 * width + 3 * outputs + 6 * strip)
 
 
+def bytes_in_metric(block: "BoundBlock", candidates: int, inputs: bool = True) -> int:
+    """Memory of one block's sums with outputs in another metric, and of that: `f o + 3 o^2` numbers."""
+    features, outputs = (block.in_features if inputs else 0) + candidates, block.out_features
+    return (8 if features <= NARROW_FEATURES else 4) * (features * outputs + 3 * outputs**2)
+
+
 def bytes_to_fit(block: "BoundBlock", neurons: int, inputs: bool = True, low_rank: bool = False) -> int:
     """Memory that a fit with so many neurons takes beside the sums, see [`functional.fit_block`]."""
     features, outputs = (block.in_features if inputs else 0) + neurons, block.out_features

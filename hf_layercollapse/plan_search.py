@@ -29,7 +29,7 @@ from .forward_passes import lean
 from .loss_metric import LossMetric, MetricReport, measure_metrics
 from .merging import Merge, Trial, cost_of, has_constant, is_possible, make_merge, parameters_of, stored_neurons
 from .models import device_of, evaluating, inputs_of, outputs_of
-from .moments import BlockMoments, bytes_of_sums, bytes_to_choose, bytes_to_fit
+from .moments import BlockMoments, bytes_in_metric, bytes_to_choose, bytes_to_fit
 from .plans import CollapsePlan, PlanPoint, key_of
 from .predictions import predictions_of, without_labels
 from .profiling import Latency, compare_latency
@@ -171,10 +171,9 @@ class Search:
         def sizes(block: "BoundBlock", moments: BlockMoments) -> BlockSizes:
             return sizes_of(block, moments, self.metrics.get(block.name), *how)
 
-        # Beside the choice there are the moments about the origin, and with outputs in the metric.
         working = {
             block.name: bytes_to_choose(block, block.hidden_features, with_inputs)
-            + bytes_of_sums(block, block.hidden_features, with_inputs)
+            + bytes_in_metric(block, block.hidden_features, with_inputs)
             for block in blocks
         }
         everything, inputs = {name: None for name in self.blocks}, dict.fromkeys(self.blocks, with_inputs)
