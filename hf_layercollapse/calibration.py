@@ -195,10 +195,10 @@ class Calibration:
             sums = self._sums(group, wanted, inputs, f"measuring blocks, pass{of}" if of else "measuring blocks")
             for block in group:
                 self.progress.say(f"fitting block {block.name}")
-                of_block = sums.pop(block.name).of_all_processes()
+                summed = sums.pop(block.name).of_all_processes()
                 # What only one process has no memory for, all hear of.
                 with self.progress.part(), processes.together():
-                    moments = of_block.finish(block, self.rows.distinct)
+                    moments = summed.finish(block, self.rows.distinct)
                     self.most_tokens = max(self.most_tokens, moments.tokens)
                     results[block.name] = work(block, moments)
                     del moments

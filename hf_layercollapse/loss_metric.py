@@ -227,7 +227,7 @@ def _need_of_a_row(
 ) -> tuple[Counter[torch.device], list[nn.Module]]:
     """`(bytes that a backward pass of the row that takes most keeps, by device; the layers to run twice)`. Nothing is
     kept to learn it, and layers run twice only where their memory is wanted."""
-    layers = [module for module in engine.inner.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers: list[nn.Module] = [m for m in engine.inner.modules() if isinstance(m, GradientCheckpointingLayer)]
     found = [(row, _Kept(engine, blocks).of(row, layers)) for row in rows]
     row, plain = max(found, key=lambda pair: sum(pair[1].bytes.values()))
     if engine.memory.fits(plain.bytes) or not layers:
@@ -276,7 +276,7 @@ class _Kept:
             for layer in layers:
                 stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
                 stack.callback(layer.register_forward_hook(after).remove)
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._add, lambda _: None))
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept))
             self.outcomes.run(self.engine.model, [row], layers if checkpointed else (), read=self._read)
         return self
 
@@ -291,9 +291,15 @@ class _Kept:
             storage = tensor.untyped_storage()
             self.seen[StorageWeakRef(storage)] = tensor.device, storage.nbytes()
 
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._add(tensor)
+        return tensor.new_empty(0)
+
     def _read(self, inputs: Mapping[str, Any], output: Any) -> None:
         found = self.outcomes.predictions_of(inputs, output)
-        self.outcomes.score_of([part for part in found if part.values.requires_grad])
+        reached = [part for part in found if part.values.requires_grad]
+        if reached:
+            self.outcomes.score_of(reached)
         for called in self.outcomes.called():
             self.lengths.append(called.detach().float().norm(dim=-1))
             # It is kept, and so is its gradient.
@@ -414,10 +420,9 @@ class _Outcomes:
             raise ValueError(f"What this {type(self.inner).__name__} predicts for the calibration data is not finite.")
         return found
 
-    def score_of(self, predictions: Sequence[Predictions]) -> torch.Tensor | None:
-        """The score of one draw of an outcome for each prediction; `None` where there is none."""
-        scores = [part.sampled_score(self.generator) for part in predictions]
-        return torch.stack(scores).sum() if scores else None
+    def score_of(self, predictions: Sequence[Predictions]) -> torch.Tensor:
+        """The score of one draw of an outcome for each prediction."""
+        return torch.stack([part.sampled_score(self.generator) for part in predictions]).sum()
 
     def called(self) -> list[torch.Tensor]:
         """The outputs of the blocks in the last forward."""
