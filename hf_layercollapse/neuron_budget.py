@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from transformers import TrainingArguments
 
 from . import processes
 from .blocks import BoundBlock, bind_blocks, survey
@@ -17,6 +17,10 @@ from .modeling_layercollapse import CollapsibleActivation
 from .models import count_parameters, shorten, unwrap, wide
 from .patching import collapsible_activations
 from .selection import select_blocks
+
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 # Of the steps in which alphas come to 0 and 1: those before the first neuron is told to go, and those in which it is
@@ -293,7 +297,7 @@ def refuse_neuron_budget(model: nn.Module, config: LayerCollapseConfig) -> None:
     weights_within(model, select_blocks(blocks, config.blocks, refused), config)
 
 
-def refuse_several_devices(args: TrainingArguments, sharded: bool = False) -> None:
+def refuse_several_devices(args: "TrainingArguments", sharded: bool = False) -> None:
     """Raises if squared gradients would not all be found where they are looked for.
 
     Args:
