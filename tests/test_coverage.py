@@ -80,7 +80,7 @@ def test_a_type_that_takes_too_long_or_dies_takes_no_other_with_it(monkeypatch):
 
     def ends(model_type):
         if model_type == "gpt2":
-            os.abort()
+            os.kill(os.getpid(), signal.SIGKILL)
         while model_type == "vit":
             math.sqrt(2)
         return examine(model_type)
@@ -91,7 +91,7 @@ def test_a_type_that_takes_too_long_or_dies_takes_no_other_with_it(monkeypatch):
     results = {result["model_type"]: (result["status"], result.get("reason")) for result in road.examine_all(types)}
     assert results == {
         "vit": ("not built", "took more than 8 s of CPU time"),
-        "gpt2": ("failed", f"the process died (exit status {-signal.SIGABRT})"),
+        "gpt2": ("failed", f"the process died (exit status {-signal.SIGKILL})"),
         "bert": ("passed", None),
         "opt": ("passed", None),
     }
