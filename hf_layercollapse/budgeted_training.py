@@ -100,12 +100,7 @@ class BudgetedTraining(TrainerCallback):
                 teacher does not fit.
         """
         config = self._trainer.layer_collapse_config
-        if unwrap(model)[1] or has_adapters(model):
-            raise ValueError(
-                "A `budget` is not supported for a model under an adapter or `torch.compile`: checkpoints hold the "
-                "adapter alone, and not the base that was collapsed under it. Collapse and save the base first "
-                "(`plan_collapse`, `collapse_model`), and put the adapter on that; to compile, set `torch_compile`."
-            )
+        _refuse_adapters(model)
         states = _states(model) - {"dense"}
         if states:
             raise ValueError(
@@ -128,7 +123,7 @@ class BudgetedTraining(TrainerCallback):
         trainer, model = self._trainer, self._trainer.model
         if not self.is_asked_for or "collapsed" in _states(model):
             return
-        self.check(model)  # it may be another one by now, or under an adapter
+        _refuse_adapters(model)  # one may have come since
         config, before = trainer.layer_collapse_config, dict(model.named_parameters())
         with same_random_state():
             data = self._inputs()
@@ -296,6 +291,15 @@ class BudgetedTraining(TrainerCallback):
             )
         sentences = sentence_model(self._trainer.model)
         return [batch] if sentences is None else features_in(self._trainer, sentences, batch)
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    if unwrap(model)[1] or has_adapters(model):
+        raise ValueError(
+            "A `budget` is not supported for a model under an adapter or `torch.compile`: checkpoints hold the "
+            "adapter alone, and not the base that was collapsed under it. Collapse and save the base first "
+            "(`plan_collapse`, `collapse_model`), and put the adapter on that; to compile, set `torch_compile`."
+        )
 
 
 def _parsed(options: Mapping[str, Any]) -> dict[str, Any]:
