@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from . import processes
 from .calibration_data import CalibrationData
-from .rows import DistinctRows, hold_back, not_inputs
+from .rows import DistinctRows, bytes_of, hold_back, not_inputs
 
 
 if TYPE_CHECKING:
@@ -142,11 +142,3 @@ def checked_inputs(batch: Any) -> dict:
 
 def _others(inputs: Mapping[str, Any], name: str) -> list[Any]:
     return [value for other, value in inputs.items() if other != name]
-
-
-def bytes_of(batches: Iterable[Mapping[str, Any]]) -> Counter[torch.device]:
-    """What batches take, in bytes, by device."""
-    taken: Counter[torch.device] = Counter()
-    for tensor in (value for batch in batches for value in batch.values() if isinstance(value, torch.Tensor)):
-        taken[tensor.device] += tensor.numel() * tensor.element_size()
-    return taken

@@ -16,12 +16,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import functional, processes
-from .data_reading import bytes_of
 from .forward_passes import run_over
 from .models import device_of
 from .moments import NARROW_FEATURES
 from .predictions import Predictions, predictions_of
-from .rows import row_count, take
+from .rows import bytes_of, row_count, take
 from .token_filter import TokenFilter
 from .upstream import layers_checkpointed
 

@@ -6,6 +6,7 @@ list, a generator and a shuffled loader of the same rows are the same data.
 
 import copy
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -145,7 +146,7 @@ class DistinctRows:
         for batch in self.data:
             texts = contents(batch)
             full = contents(batch, self.labels) if self.labels else texts
-            new, size = {}, _bytes_of(batch) // max(1, len(texts))
+            new, size = {}, bytes_of([batch]).total() // max(1, len(texts))
             for index, content in enumerate(full):
                 if content not in found:
                     found[content] = _Row(texts[index], _tokens_of(batch, index), size, 0)
@@ -163,8 +164,12 @@ def _tokens_of(batch: Mapping[str, Any], index: int) -> int:
     return ids[index].numel()
 
 
-def _bytes_of(batch: Mapping[str, Any]) -> int:
-    return sum(value.numel() * value.element_size() for value in batch.values() if isinstance(value, torch.Tensor))
+def bytes_of(batches: Iterable[Mapping[str, Any]]) -> Counter[torch.device]:
+    """What batches take, in bytes, by device."""
+    taken: Counter[torch.device] = Counter()
+    for tensor in (value for batch in batches for value in batch.values() if isinstance(value, torch.Tensor)):
+        taken[tensor.device] += tensor.numel() * tensor.element_size()
+    return taken
 
 
 def tokens_in(batch: Any) -> int:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 
+# A program of its own: what is below is found by this path, and so is imported after it.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch  # noqa: E402

@@ -14,7 +14,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hf_layercollapse import functional
 from hf_layercollapse.blocks import bind_blocks
 from hf_layercollapse.calibration import Calibration
-from hf_layercollapse.data_reading import bytes_of
 from hf_layercollapse.loss_metric import (
     _GradientSums,
     _need_of_a_row,
@@ -23,6 +22,7 @@ from hf_layercollapse.loss_metric import (
     measure_metrics,
 )
 from hf_layercollapse.predictions import Predictions, predictions_of
+from hf_layercollapse.rows import bytes_of
 
 from .models import BY_NAME
 

@@ -20,13 +20,12 @@ from hf_layercollapse import (
 )
 from hf_layercollapse.block_sizes import RANK_SHARES, BlockSize
 from hf_layercollapse.blocks import bind_blocks
-from hf_layercollapse.data_reading import bytes_of
 from hf_layercollapse.merging import parameters_of
 from hf_layercollapse.moments import bytes_of_sums, bytes_to_fit
 from hf_layercollapse.patching import layer_collapse_config_of
 from hf_layercollapse.plan_search import first_that_holds
 from hf_layercollapse.plans import weights_fingerprint
-from hf_layercollapse.rows import hold_back
+from hf_layercollapse.rows import bytes_of, hold_back
 from hf_layercollapse.shape_times import measure_shapes
 
 from .models import BY_NAME, divergence
