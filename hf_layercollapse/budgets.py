@@ -53,6 +53,23 @@ def limit_of(value: float, whole: int) -> int:
     return math.floor(value if value > 1 else value * whole + 1e-6)
 
 
+def least_that_works(unit: str, count: int, whole: int) -> str:
+    """What to say where a budget is too small: the smallest that can be met, as a share of the whole and as a count.
+
+    Args:
+        unit (`str`): `"parameters"` or `"macs"`.
+        count (`int`): Of the whole model's, what is left at the smallest.
+        whole (`int`): What there is.
+    """
+    if count >= whole:
+        return f"nothing can become smaller than the {whole:,} {unit} that there are."
+    digits = 3
+    while math.ceil(count / whole * 10**digits) >= 10**digits:
+        digits += 1
+    share = math.ceil(count / whole * 10**digits) / 10**digits
+    return f"the least that works is {unit}={share:g}, or {count:,} of {whole:,}."
+
+
 def room_of(unit: str, value: float, whole: Mapping[str, int], blocks: Iterable[Any]) -> int:
     """What these blocks may have of a budget of parameters of the model, or of MACs of its feed-forward blocks."""
     ours = sum(block.parameters if unit == "parameters" else block.macs for block in blocks)

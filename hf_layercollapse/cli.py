@@ -228,7 +228,7 @@ def collapse(
     MemoryBudget(max_memory)
     check_files(save_plan=save_plan, plot=plot, json=json_file)
     on, out, started = usable_device(device), Output(json_file), time.perf_counter()
-    made = CollapsePlan.load(plan) if plan is not None else None
+    made = _plan_in(plan) if plan is not None else None
     with new_folder(output) as folder:
         with processes.together():
             live, processor, read = _model_and_data(model, data, options, on, out, trust_remote_code)
@@ -243,6 +243,20 @@ def collapse(
             _save_collapsed(live, processor, report, folder, output.name, model)
     _say_collapsed(out, live, report, recovery, output)
     out.write({**_results(made, report, recovery, output), "seconds": time.perf_counter() - started})
+
+
+def _plan_in(path: Path) -> CollapsePlan:
+    """The plan that `--plan` names.
+
+    Raises:
+        ValueError: There is no such file, or it holds no plan.
+    """
+    if not path.is_file():
+        raise ValueError(f"--plan {path}: there is no such file.")
+    try:
+        return CollapsePlan.load(path)
+    except ValueError as error:
+        raise ValueError(f"--plan {error}") from error
 
 
 def _model_and_data(

@@ -48,6 +48,11 @@ FORMAT_VERSION = 1
 CODE_FILE = os.path.basename(__file__)
 SAVING_PREFIX = ".layercollapse-saving-"
 
+# What to do where something is of a newer version than this file. The package is on no index.
+INSTALL_NEWER = (
+    "Install a newer version of hf_layercollapse: `git pull` and `pip install -e .` in a clone, or a newer wheel."
+)
+
 # What a table may ask for at most: far above every real model, far below what would exhaust memory by itself.
 MAX_ENTRIES = 100_000
 MAX_WIDTH = 2**20
@@ -866,7 +871,7 @@ def validate_layer_collapse(layer_collapse):
     if version > FORMAT_VERSION:
         raise ValueError(
             f"This model was saved in version {version} of the layer_collapse format, and this code reads versions up "
-            f"to {FORMAT_VERSION}. Upgrade with `pip install -U hf_layercollapse`."
+            f"to {FORMAT_VERSION}. {INSTALL_NEWER}"
         )
     if not isinstance(layer_collapse.get("options", {}), dict):
         raise ValueError("`layer_collapse.options` must be an object.")

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from . import processes
 from .blocks import BoundBlock, bind_blocks, survey
-from .budgets import parse_budget, room_of
+from .budgets import least_that_works, limit_of, parse_budget, room_of
 from .config import LayerCollapseConfig
 from .merging import cost_of, effective_rank, is_possible, parameters_of, stored_neurons
 from .modeling_layercollapse import CollapsibleActivation
@@ -247,18 +247,25 @@ def weights_within(
     # Alphas are not what a dense model has.
     alphas = sum(activation.alpha.numel() for activation in collapsible_activations(inner).values())
     macs = sum(block.macs for block in bind_blocks(inner))
-    room = room_of(unit, value, {"parameters": count_parameters(inner) - alphas, "macs": macs}, blocks)
+    whole = {"parameters": count_parameters(inner) - alphas, "macs": macs}
+    room = room_of(unit, value, whole, blocks)
     rank = 0 if config.linear_target == "constant" else config.rank
-    whole = [block.name for block in blocks if not is_possible(block, effective_rank(block, rank), 1)]
-    if whole:
-        raise ValueError(f"Neurons of {shorten(whole)} cannot go one by one: leave these blocks out of `blocks`.")
+    indivisible = [block.name for block in blocks if not is_possible(block, effective_rank(block, rank), 1)]
+    if indivisible:
+        raise ValueError(
+            f"Neurons of {shorten(indivisible)} cannot go one by one: leave these blocks out of `blocks`."
+        )
     weights = [BlockWeights.of(block, unit, rank, config.constant_term) for block in blocks]
     least = sum(block.with_kept(0) for block in weights)
     if least > room:
         raise ValueError(
-            f"The budget {config.budget} cannot be met: it leaves {room:,} {unit} for the chosen blocks, and without "
-            f"any neuron they have {least:,}."
-            + ("" if config.linear_target == "constant" else ' With linear_target="constant" they have none.')
+            f"The budget {config.budget} cannot be met: without any neuron in the chosen blocks, "
+            + least_that_works(unit, limit_of(value, whole[unit]) - room + least, whole[unit])
+            + (
+                ""
+                if config.linear_target == "constant"
+                else ' With linear_target="constant" nothing else is left of them.'
+            )
         )
     return weights, room
 

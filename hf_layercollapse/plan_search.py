@@ -24,7 +24,7 @@ from .block_sizes import (
     sizes_of,
     worth_having,
 )
-from .budgets import limit_of, room_of
+from .budgets import least_that_works, limit_of, room_of
 from .forward_passes import lean
 from .loss_metric import LossMetric, MetricReport, measure_metrics
 from .merging import Merge, Trial, cost_of, has_constant, is_possible, make_merge, parameters_of, stored_neurons
@@ -490,9 +490,10 @@ def refuse_unreachable(whole: Mapping[str, int], blocks: "Sequence[BoundBlock]",
         smallest += min(sizes)
     room = room_of(unit, value, whole, blocks)
     if smallest > room:
+        least = limit_of(value, whole[unit]) - room + smallest
         raise ValueError(
-            f"The budget {options.budget} cannot be met: it leaves {room:,.0f} {unit} for the chosen blocks, and at "
-            f"their smallest they have {smallest:,}."
+            f"The budget {unit}={value:g} cannot be met: with the chosen blocks at their smallest, "
+            f"{least_that_works(unit, least, whole[unit])}"
         )
 
 

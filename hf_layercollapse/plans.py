@@ -19,6 +19,7 @@ from .budgets import limit_of, one_budget
 from .families import FeedForwardBlock
 from .loss_metric import MetricReport
 from .merging import BlockChoice
+from .modeling_layercollapse import INSTALL_NEWER
 from .models import written_beside
 from .reports import DataReport
 from .tables import table
@@ -186,7 +187,7 @@ class CollapsePlan:
         if values["version"] > PLAN_VERSION:
             raise ValueError(
                 f"This plan has version {values['version']}, and this code reads versions up to {PLAN_VERSION}. "
-                "Upgrade with `pip install -U hf_layercollapse`."
+                f"{INSTALL_NEWER}"
             )
         if values["version"] == 1 and "constant_term" not in values:
             values = {**values, "constant_term": "always", "version": PLAN_VERSION}
@@ -235,9 +236,12 @@ class CollapsePlan:
         with open(path, encoding="utf-8") as file:
             try:
                 values = json.load(file)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise ValueError(f"{os.fspath(path)} is not JSON: {error}.") from error
-        return cls.from_dict(values)
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
 
     def __str__(self) -> str:
         rows = [["plan", "parameters", "FFN MACs/token", "expected", self.score_name, "blocks collapsed"]]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from .budgets import limit_of
+from .budgets import least_that_works, limit_of
 from .merging import cost_of, parameters_of
 
 
@@ -59,8 +59,8 @@ def _widths_within(
         if left <= limit:
             return row
     raise ValueError(
-        f"The budget {budget} cannot be met with one width for all blocks: at the smallest, {row[0]} neurons, "
-        f"{left:,} {name} are left of {whole[name]:,}. Take a larger budget or a smaller `multiple_of`."
+        f"The budget {name}={value:g} cannot be met with one width for all blocks: at the smallest, {row[0]} neurons, "
+        f"{least_that_works(name, left, whole[name])} Or take a smaller `multiple_of`."
     )
 
 

@@ -258,7 +258,11 @@ def test_options_that_contradict(bert, text_file, tmp_path, error, unplanned):
     for more in (["--blocks", "last:2"], ["--uniform-width"], ["--multiple-of", "8"], ["--save-plan", "a.json"]):
         assert "--plan says which blocks" in error(*plan, *more)
     assert "Pass either" in error(*plan, "--budget", "macs=0.5")
-    assert "plan.json" in error(*plan)
+    assert f"--plan {tmp_path / 'plan.json'}: there is no such file" in error(*plan)
+    (tmp_path / "plan.json").write_text("[]")
+    assert f"--plan {tmp_path / 'plan.json'}: This is no collapse plan" in error(*plan)
+    (tmp_path / "plan.json").write_text("text")
+    assert f"--plan {tmp_path / 'plan.json'} is not JSON" in error(*plan)
     for budget in ("macs=0", "macs=1.5", "parameters=-2", "latency=2", "max_drop=-1", "parameters=nan"):
         assert "must be" in error(*collapse, "--budget", budget)
 

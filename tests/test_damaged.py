@@ -136,7 +136,10 @@ CONFIG_DAMAGE = {
     "table-list": (put("layer_collapse", value=[]), ["layer_collapse"]),
     "table-string": (put("layer_collapse", value="all"), ["layer_collapse"]),
     "no-version": (drop("layer_collapse", "version"), ["layer_collapse.version"]),
-    "future-version": (put("layer_collapse", "version", value=2), ["version 2", "pip install -U"]),
+    "future-version": (
+        put("layer_collapse", "version", value=2),
+        ["version 2", "a newer version of hf_layercollapse"],
+    ),
     "version-string": (put("layer_collapse", "version", value="1"), ["layer_collapse.version", "'1'"]),
     "version-bool": (put("layer_collapse", "version", value=True), ["layer_collapse.version"]),
     "version-float": (put("layer_collapse", "version", value=1.0), ["layer_collapse.version"]),

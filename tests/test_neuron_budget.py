@@ -366,7 +366,9 @@ def test_a_size_that_cannot_be_is_refused_before_anything_changed(patched, tmp_p
         apply_layer_collapse(model, LayerCollapseConfig(**options))
     before = state_of(model)
     config = {**BUDGET, "linear_target": "identity", "budget": "macs=0.1"}
-    with pytest.raises(ValueError, match='cannot be met.*linear_target="constant"'):
+    with pytest.raises(
+        ValueError, match='the least that works is macs=0.2, or 768 of 3,840.*linear_target="constant"'
+    ):
         budget_trainer("bert", tmp_path, config, model=model)
     assert_same(state_of(model), before)
     assert bool(collapsible_activations(model)) == patched

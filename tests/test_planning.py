@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import weakref
 
 import pytest
@@ -499,8 +500,24 @@ def test_every_block_can_be_dropped():
     assert set(plan.point.choices.values()) == {(0, 0)} and plan.point.macs == least
     collapse_model(model, plan=plan, calibration_data=data_of(case))
     assert {block.hidden_features for block in find_feed_forward_blocks(model)} == {1}
-    with pytest.raises(ValueError, match="cannot be met: it leaves"):
+    whole = sum(block.macs for block in blocks)
+    with pytest.raises(
+        ValueError, match=f"cannot be met.*the least that works is macs=0.025, or {least} of {whole:,}"
+    ):
         plan_collapse(case.model(), [], macs=least - 1, multiple_of=8)
+
+
+@pytest.mark.parametrize("unit", ["macs", "parameters"])
+@pytest.mark.parametrize("options", [{}, {"rank_shares": [0.25]}, {"uniform_width": True}], ids=str)
+def test_the_least_budget_that_is_named_works(unit, options):
+    case = BY_NAME["bert"]
+    with pytest.raises(ValueError, match="cannot be met") as refused:
+        plan_collapse(case.model(), data_of(case), **{unit: 0.001}, **options)
+    share, count = re.search(rf"the least that works is {unit}=([\d.]+), or ([\d,]+) of", str(refused.value)).groups()
+    plan = plan_collapse(case.model(), data_of(case), **{unit: float(share)}, **options)
+    assert vars(plan.point)[unit] <= int(count.replace(",", "")) + 20
+    with pytest.raises(ValueError, match="cannot be met"):
+        plan_collapse(case.model(), data_of(case), **{unit: int(count.replace(",", "")) - 1}, **options)
 
 
 def test_outputs_that_are_no_predictions():

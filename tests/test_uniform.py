@@ -175,7 +175,12 @@ def refused(name, match, error=ValueError, **options):
 
 def test_widths_that_cannot_be():
     refused("llama", "no chosen block has more than 48", multiple_of=64)
-    refused("llama", "cannot be met with one width.*at the smallest, 32 neurons", parameters=0.3, multiple_of=32)
+    refused(
+        "llama",
+        "cannot be met with one width.*at the smallest, 32 neurons, the least that works is",
+        parameters=0.3,
+        multiple_of=32,
+    )
     refused("dinov2", "is a multiple of 80, as `multiple_of` and `mlp_ratio`", multiple_of=5)
     refused("llama", "`multiple_of` must be", multiple_of=0)
     refused("llama", "leave `rank_shares` out", rank_shares=(0.5, 0.0))
