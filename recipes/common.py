@@ -76,6 +76,13 @@ class DataArguments:
         default=None, metadata={"help": "Column of the second text, for pairs of them."}
     )
     label_column: str = field(default="label", metadata={"help": "Column of the class."})
+    class_names: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What the classes are called, in the order of their numbers. Default: as the data, or else the "
+            "model's config, call them."
+        },
+    )
     max_length: int = field(default=128, metadata={"help": "Tokens of a text, at most; or of each block of text."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Rows to train on: the first, shuffled."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Rows to evaluate on: the first."})
@@ -104,6 +111,14 @@ class DataArguments:
         """Where the processor, and the model or its config, are."""
         return self.model_name_or_path or self.config_name
 
+    @property
+    def classes(self):
+        """Fields of a config for the classes of these names."""
+        return {
+            "id2label": dict(enumerate(self.class_names)),
+            "label2id": {n: i for i, n in enumerate(self.class_names)},
+        }
+
     def to_also_test(self):
         """The same with the rows of `also_test` for the evaluation; nothing of it is trained on."""
         files = {"dataset_name": None, "dataset_config_name": None, "train_file": self.also_test, "held_out": 0}
@@ -121,6 +136,47 @@ class DataArguments:
         if self.config_overrides is not None:
             config.update_from_string(self.config_overrides)
         return auto_class.from_config(config)
+
+
+def names_of_classes(rows, column, known):
+    """What the classes of these rows are called, in the order of their numbers.
+
+    A `ClassLabel` column says it. The numbers 0 to n-1 are the model's classes; other whole numbers and texts are
+    names, in the model's order where they are its own, else in theirs.
+
+    Args:
+        known (`dict[str, int]`): Class name -> its number in the model, as its config has it (`label2id`).
+
+    Raises:
+        ValueError: The column holds no classes.
+    """
+    feature = rows.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return feature.names
+    found, order = set(rows[column]), sorted(known, key=known.get)
+    if not all(isinstance(value, (int, str)) for value in found):
+        raise ValueError(
+            f"The column {column!r} must hold a class a row, as text or a whole number, got {feature.dtype}"
+            + (" with empty cells." if None in found else ".")
+        )
+    if found == set(range(len(found))):
+        return order if len(order) == len(found) else [f"LABEL_{number}" for number in range(len(found))]
+    names = [str(value) for value in sorted(found)]
+    return order if set(names) == set(order) else names
+
+
+def class_numbers(rows, column, names):
+    """`{value of the column: number of its class}`; what is no name is a number already.
+
+    Raises:
+        ValueError: There are classes that are not among these.
+    """
+    feature, numbers = rows.features[column], {name: number for number, name in enumerate(names)}
+    called = feature.int2str if isinstance(feature, datasets.ClassLabel) else str
+    found = {value: numbers.get(called(value), value) for value in set(rows[column])}
+    if unknown := sorted(str(value) for value, number in found.items() if number not in range(len(names))):
+        raise ValueError(f"The column {column!r} has classes that training rows have not: {', '.join(unknown)}.")
+    return {value: int(number) for value, number in found.items()}
 
 
 @dataclass
@@ -262,8 +318,8 @@ def run(task, description, arguments=None):
     # Images are turned into tensors when a batch needs them; the Trainer would remove the columns they come from.
     arguments.remove_unused_columns = False
     with arguments.main_process_first(desc="reading the data"):
-        further = None if data.also_test is None else task(data.to_also_test()).validation
         task = task(data)
+        further = None if data.also_test is None else type(task)(task.data.to_also_test()).validation
     model = task.make_model()
     if not recipe.train_embeddings:
         model.get_input_embeddings().requires_grad_(False)

@@ -9,12 +9,14 @@
 """
 
 import gzip
+from dataclasses import replace
+from functools import partial
 
 import datasets
 import numpy as np
 import torch
-from common import load_rows, run
-from transformers import AutoImageProcessor, AutoModelForImageClassification, DefaultDataCollator
+from common import class_numbers, load_rows, names_of_classes, run
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, DefaultDataCollator
 
 from hf_layercollapse.metrics import Accuracy
 
@@ -42,22 +44,26 @@ class ImageClassification:
     peft_task, head = None, ["classifier"]  # peft has no such task
 
     def __init__(self, data):
-        self.data = data
         self.processor = AutoImageProcessor.from_pretrained(data.source)
         train, validation = load_rows(data, {("-images-idx3-ubyte.gz",): load_idx, ("",): load_folder})
         self.column = data.input_column or "image"
-        self.classes = len(set(train[data.label_column]))
-        self.train, self.validation = train.with_transform(self.augmented), validation.with_transform(self.plain)
+        column, known = data.label_column, AutoConfig.from_pretrained(data.source).label2id
+        self.data = replace(data, class_names=data.class_names or names_of_classes(train, column, known))
+        numbers = [class_numbers(rows, column, self.data.class_names) for rows in (train, validation)]
+        self.train = train.with_transform(partial(self.augmented, numbers=numbers[0]))
+        self.unmirrored = train.with_transform(partial(self.plain, numbers=numbers[0]))
+        self.validation = validation.with_transform(partial(self.plain, numbers=numbers[1]))
         self.collate = DefaultDataCollator()
 
-    def plain(self, rows):
+    def plain(self, rows, numbers):
         images = [self._array(image) for image in rows[self.column]]
         pixels = self.processor(images, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
-        return {"pixel_values": pixels, "labels": torch.tensor(rows[self.data.label_column])}
+        labels = [numbers[value] for value in rows[self.data.label_column]]
+        return {"pixel_values": pixels, "labels": torch.tensor(labels)}
 
-    def augmented(self, rows):
+    def augmented(self, rows, numbers):
         """Each image is mirrored or not; the transformation that changes no pixel."""
-        encoded = self.plain(rows)
+        encoded = self.plain(rows, numbers)
         mirrored = torch.rand(len(encoded["labels"]), 1, 1, 1) < 0.5
         encoded["pixel_values"] = torch.where(mirrored, encoded["pixel_values"].flip(-1), encoded["pixel_values"])
         return encoded
@@ -70,13 +76,11 @@ class ImageClassification:
 
     def make_model(self):
         # The head of a pretrained model may have other classes.
-        return self.data.make_model(
-            AutoModelForImageClassification, num_labels=self.classes, ignore_mismatched_sizes=True
-        )
+        return self.data.make_model(AutoModelForImageClassification, **self.data.classes, ignore_mismatched_sizes=True)
 
     def batches(self, samples=None, skip=0, validation=False, batch_size=64):
         """Labelled batches of training images (or of the validation split), none of them mirrored."""
-        rows = self.validation if validation else self.train.with_transform(self.plain)
+        rows = self.validation if validation else self.unmirrored
         stop = len(rows) if samples is None else min(skip + samples, len(rows))
         return [rows[start : min(start + batch_size, stop)] for start in range(skip, stop, batch_size)]
 

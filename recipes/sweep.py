@@ -262,6 +262,9 @@ def draw(content, names, paths):
 
 def main(words=None):
     words = sys.argv[1:] if words is None else list(words)
+    if words and words[0] in ("-h", "--help"):
+        print(__doc__)
+        return
     if not words or not words[0].endswith((".yaml", ".yml")):
         raise SystemExit(__doc__)
     sweep = Sweep.load(words.pop(0))

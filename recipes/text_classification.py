@@ -6,14 +6,16 @@
         --output_dir runs/bert-sst2
 
 `--train_file` and `--validation_file` take .csv, .tsv, .json(l) and .parquet files with a text and a class column
-(`--input_column`, `--label_column`). Options of a YAML file come first, those of the command line win. Everything
-that TrainingArguments and LayerCollapseConfig know is an option too. On several GPUs:
+(`--input_column`, `--label_column`; classes are numbers or names). Options of a YAML file come first, those of the
+command line win. Everything that TrainingArguments and LayerCollapseConfig know is an option too. On several GPUs:
 `accelerate launch --config_file recipes/accelerate_configs/ddp.yaml recipes/text_classification.py ...`.
 """
 
+from dataclasses import replace
+
 import torch
-from common import TABLES, load_rows, run
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from common import TABLES, class_numbers, load_rows, names_of_classes, run
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from hf_layercollapse.metrics import Accuracy
 
@@ -25,26 +27,32 @@ class TextClassification:
     peft_task, head = "SEQ_CLS", None
 
     def __init__(self, data):
-        self.data = data
         self.processor = AutoTokenizer.from_pretrained(data.source)
         train, validation = load_rows(data, TABLES)
         texts = [data.input_column or "text"] + ([data.second_input_column] if data.second_input_column else [])
         for name in (*texts, data.label_column):
             if name not in train.column_names:
                 raise ValueError(f"The data has no column {name!r}, only {train.column_names}.")
-        self.classes = len(set(train[data.label_column]))
+        column, known = data.label_column, AutoConfig.from_pretrained(data.source).label2id
+        self.data = replace(data, class_names=data.class_names or names_of_classes(train, column, known))
 
-        def encode(rows):
+        def encode(rows, numbers):
             encoded = self.processor(*(rows[text] for text in texts), truncation=True, max_length=data.max_length)
-            return {**encoded, "labels": rows[data.label_column]}
+            return {**encoded, "labels": [numbers[value] for value in rows[column]]}
 
         self.train, self.validation = (
-            rows.map(encode, batched=True, remove_columns=rows.column_names) for rows in (train, validation)
+            rows.map(
+                encode,
+                batched=True,
+                remove_columns=rows.column_names,
+                fn_kwargs={"numbers": class_numbers(rows, column, self.data.class_names)},
+            )
+            for rows in (train, validation)
         )
         self.collate = DataCollatorWithPadding(self.processor)
 
     def make_model(self):
-        return self.data.make_model(AutoModelForSequenceClassification, num_labels=self.classes)
+        return self.data.make_model(AutoModelForSequenceClassification, **self.data.classes)
 
     def batches(self, samples=None, skip=0, validation=False, batch_size=32):
         """Labelled batches of training rows (or of the validation split), of like lengths together."""

@@ -136,7 +136,7 @@ class Comparison:
         self.ordering = self.task.batches(min(arguments.order_samples, scored), skip=fitted)
         self.tests = {"validation": self.task.batches(validation=True)}
         if data.also_test is not None:
-            further = TASKS[arguments.task](data.to_also_test())
+            further = TASKS[arguments.task](self.task.data.to_also_test())
             self.tests[Path(data.also_test).stem] = further.batches(validation=True)
         self.blocks = find_feed_forward_blocks(self.model)
         self.macs = sum(block.macs for block in self.blocks)

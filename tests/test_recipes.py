@@ -320,6 +320,68 @@ def test_pairs_of_texts_and_a_new_model(text, tmp_path):
     assert len(two.train[0]["input_ids"]) == 2 * len(one.train[0]["input_ids"])
 
 
+@pytest.mark.parametrize(
+    ("named", "known", "names"),
+    [
+        ({0: "neg", 1: "pos"}, None, ["neg", "pos"]),
+        ({0: "neg", 1: "pos"}, ["pos", "neg"], ["pos", "neg"]),  # a model that was trained on them
+        ({0: 1, 1: 5}, None, ["1", "5"]),  # stars
+        ({0: 0, 1: 1}, ["bad", "good"], ["bad", "good"]),
+        ({0: 0, 1: 1}, None, ["LABEL_0", "LABEL_1"]),
+    ],
+)
+def test_classes_of_a_file_are_numbers_or_names(text, tmp_path, named, known, names):
+    """The head has the data's classes under their names, the model's own where it has them; a file to test on that
+    holds one class alone means the same by it."""
+    from common import DataArguments
+    from text_classification import TextClassification
+
+    if known is not None:
+        path = tmp_path / "model" / "config.json"
+        of_names = {"id2label": dict(enumerate(known)), "label2id": {name: i for i, name in enumerate(known)}}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **of_names}))
+    for file, rows, kept in (("train", 20, (0, 1)), ("dev", 6, (0, 1)), ("other", 6, (1,))):
+        lines = [f"{sentence},{named[label]}" for sentence, label in sentences(rows) if label in kept]
+        (tmp_path / f"{file}.csv").write_text("\n".join(["sentence,label", *lines]) + "\n")
+    task = TextClassification(
+        DataArguments(
+            config_name=str(tmp_path / "model"),
+            train_file=str(tmp_path / "train.csv"),
+            validation_file=str(tmp_path / "dev.csv"),
+            also_test=str(tmp_path / "other.csv"),
+            input_column="sentence",
+        )
+    )
+    config = task.make_model().config
+    assert [config.id2label[number] for number in range(config.num_labels)] == names
+    called = {names.index(str(value)) if str(value) in names else value for value in (named[1],)}
+    assert set(TextClassification(task.data.to_also_test()).validation["labels"]) == called
+    assert set(task.validation["labels"]) == {0, 1}
+
+
+def test_columns_that_are_no_classes(text, tmp_path):
+    from common import DataArguments
+    from text_classification import TextClassification
+
+    def read(train, dev="a,x\nb,y"):
+        for file, content in (("train", train), ("dev", dev)):
+            (tmp_path / f"{file}.csv").write_text(f"text,label\n{content}\n")
+        return TextClassification(
+            DataArguments(
+                model_name_or_path=str(tmp_path / "model"),
+                train_file=str(tmp_path / "train.csv"),
+                validation_file=str(tmp_path / "dev.csv"),
+            )
+        )
+
+    with pytest.raises(ValueError, match="as text or a whole number, got .* with empty cells"):
+        read("a,x\nb,\nc,y")
+    with pytest.raises(ValueError, match="as text or a whole number, got float64"):
+        read("a,0.5\nb,0.7")
+    with pytest.raises(ValueError, match="classes that training rows have not: z"):
+        read("a,x\nb,y", "a,x\nb,z")
+
+
 def test_a_teacher_teaches_a_control_what_it_predicts(text, tmp_path):
     """The term that the control adds is the distance from the teacher: none where the student is the teacher."""
     from common import run
