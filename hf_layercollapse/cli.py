@@ -53,7 +53,7 @@ from .profiling import Latency, compare_latency, measure_speedup
 from .recovery import RecoveryReport, recover_model
 from .sentence_models import KIND_FILES, load_sentence_model, saved_kind, sentence_model
 from .tables import table
-from .upstream import is_causal_language_model
+from .upstream import is_causal_language_model, is_classifier
 
 
 if TYPE_CHECKING:
@@ -387,7 +387,11 @@ def compare(
     device: Device = "cpu",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Compares two models on the same data: accuracy or perplexity, size and latency, side by side."""
+    """Compares two models on the same data: quality, size and latency, side by side.
+
+    Quality is the perplexity of causal language models; with --label-column the accuracy of classifiers; else how far
+    predictions are from those of DENSE.
+    """
     check_files(json=json_file, card=card)
     on, out = usable_device(device), Output(json_file)
     given = {"dense": dense, "control": control, "collapsed": collapsed}
@@ -405,6 +409,8 @@ def compare(
         source=(data, options.data_config, None if Path(data).exists() else options.split),
     )
     out.say(result)
+    if result.metric == "divergence" and options.label_column is None and is_classifier(models["dense"]):
+        out.say("Without labels predictions are compared; --label-column measures the accuracy.")
     out.write(result.to_dict())
     if card is not None:
         base = None if Path(dense).exists() else dense

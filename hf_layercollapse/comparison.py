@@ -20,13 +20,13 @@ from ._version import __version__
 from .calibration_data import model_inputs
 from .intervals import (
     accuracy_interval,
-    bootstrap_interval,
+    mean_interval,
     paired_difference,
     paired_perplexity_difference,
     perplexity_interval,
 )
-from .models import device_of, evaluating, inputs_of, outputs_of, unwrap
-from .predictions import predictions_of
+from .models import carriers_of, device_of, evaluating, inputs_of, outputs_of, unwrap
+from .predictions import UNITS, Predictions, predictions_of, without_labels
 from .profiling import Latency, compare_latency, count_macs, count_parameters, describe_hardware, weights_size
 from .rows import IGNORED
 from .scoring import SECRET
@@ -36,6 +36,15 @@ from .upstream import is_causal_language_model
 
 
 CONFIDENCE = 0.95
+
+# What a model reads -> what MACs are counted for, and what the shape of a batch is counted in.
+READS = {
+    "input_ids": ("token", "tokens"),
+    "pixel_values": ("image", "pixels"),
+    "pixel_values_videos": ("video", "pixels"),
+    "input_values": ("sound", "samples"),
+    "input_features": ("sound", "features"),
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class MeasuredModel:
         differences (`dict[str, tuple[float, float, float]]`): Name of each earlier model -> the quality of this minus
             the quality of that, paired on the same examples, and its 95 % interval.
         parameters (`int`): Shared ones counted once.
-        macs (`float`): Multiply-accumulates in linear and convolution layers, per token or image.
+        macs (`float`): Multiply-accumulates in linear and convolution layers, per token, image or what else is read.
         bytes (`int`, *optional*): Of the weight files, where there are any.
         latency (`float`): Median seconds of a call.
         latency_quartiles (`tuple[float, float]`): Of the same.
@@ -76,16 +85,17 @@ class Comparison:
     """Models measured on the same data, in one process. Prints as a table.
 
     Args:
-        metric (`str`): `"accuracy"` (higher is better), `"perplexity"` (lower) or `"divergence"` (lower; of the first
-            model 0, see [`predictions`]).
+        metric (`str`): `"accuracy"` (higher is better), `"perplexity"` (lower) or `"divergence"` (lower): how far
+            predictions are from the first model's, see [`predictions`].
         examples (`int`): Inputs, or sequences, that quality was measured on.
-        unit (`str`): What MACs are counted for: `"token"` or `"image"`.
+        unit (`str`): What MACs are counted for: `"token"`, `"image"`, `"sound"`, `"video"` or `"input"`.
         models (`list[MeasuredModel]`): The first is what ratios refer to.
         call (`str`): What one timed call was given.
         rounds (`int`): How many calls of each model were timed.
         hardware (`str`): What it ran on.
         data (`str`, *optional*), data_config (`str`, *optional*), split (`str`, *optional*): What it was measured on.
         versions (`dict[str, str]`): Of Python and the libraries.
+        measured_in (`str`, *optional*): Unit of a divergence, one of [`predictions.UNITS`].
     """
 
     metric: str
@@ -99,6 +109,7 @@ class Comparison:
     data_config: str | None = None
     split: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    measured_in: str | None = None
 
     def __getitem__(self, name: str) -> MeasuredModel:
         """The model of this name.
@@ -143,7 +154,8 @@ class Comparison:
         """What was measured as rows of text: the head, then one for each quantity, a column for each model."""
         first, *others = self.models
         rows = [["", *(model.name for model in self.models)]]
-        rows.append([self.metric, *(_text(self.metric, model.quality) for model in self.models)])
+        unit = f", {self.measured_in}" if self.measured_in else ""
+        rows.append([f"{self.metric}{unit}", *(_text(self.metric, model.quality) for model in self.models)])
         rows.append(["  95 % interval", *(_range(self.metric, model.interval) for model in self.models)])
         for base in self.models[:-1]:
             if any(base.name in model.differences for model in others):
@@ -170,6 +182,7 @@ class Comparison:
     def __str__(self) -> str:
         where = " ".join(str(part) for part in (self.data, self.data_config, self.split) if part is not None)
         measured = f"{self.metric}: {self.examples:,} examples" + (f" of {where}" if where else "")
+        measured += f", predictions from those of {self.models[0].name}" if self.metric == "divergence" else ""
         timed = f"latency: median of {self.rounds} calls with {self.call}, in turn, on {self.hardware}"
         return f"{table(self.rows())}\n{measured}\n{timed}"
 
@@ -209,13 +222,13 @@ def compare_models(
     progress: bool = True,
     processing_class: Any = None,
 ) -> Comparison:
-    """Measures models side by side: accuracy or perplexity on the same inputs, size, and latency in turn.
+    """Measures models side by side: quality on the same inputs, size, and latency in turn.
 
-    Accuracy, for heads that give one class for each input, needs batches with `labels`; causal language models are
-    measured by the perplexity of their own inputs, padding left out, or of the `labels` where there are any that are
-    not -100. Objects of sentence-transformers need no labels: each is measured by how far its embeddings are from the
-    first one's (cosine distance; half the relative squared error, if they are compared otherwise), or its scores (half
-    the squared error). `CrossEncoder`s that give classes are measured by accuracy, if there are `labels`.
+    Quality is the perplexity of causal language models on their own inputs, padding left out, or on the `labels` where
+    there are any that are not -100; the accuracy of heads that give one class for each input, where batches have
+    `labels`; and of everything else, without labels too, the divergence of predictions from the first model's: in nats
+    of classes (of inputs, tokens, pixels) and of several labels, half the squared error of values, the cosine distance
+    of embeddings; half the relative squared error of those that an object of sentence-transformers compares otherwise.
 
     Args:
         models (`dict[str, nn.Module]`): What each is called -> the model, all on one device, of one kind. The first is
@@ -233,8 +246,8 @@ def compare_models(
         [`Comparison`]
 
     Raises:
-        ValueError: There are fewer than two models, no data, a head that has none of these measures, labels that are
-            none of its classes, or embeddings of different widths.
+        ValueError: There are fewer than two models, no data, outputs that are no predictions or differ in shape, or
+            labels that are none of a head's classes.
     """
     if len(models) < 2:
         raise ValueError(f"A comparison needs at least two models, got {list(models)}.")
@@ -242,36 +255,43 @@ def compare_models(
     if not batches:
         raise ValueError("The data is empty: it must give at least one batch of model inputs.")
     metric = _metric_of(models, batches)
-    device = device_of(next(iter(models.values())))
-    timed, unit, call = _timed_call(batches, device)
     first = next(iter(models.values()))
+    device = device_of(first)
+    timed, main = _timed_call(first, batches, device)
+    unit, counted = READS.get(main, ("input", "numbers"))
     scores = {name: _score(model, batches, metric, name, progress, first) for name, model in models.items()}
     latencies = compare_latency(models, timed, rounds, warmup, progress)
-    qualities = _qualities(metric, scores)
-    sizes = {name: _sizes(model, name, timed, unit, folders) for name, model in models.items()}
+    qualities = _qualities(metric, {name: score.arrays for name, score in scores.items()})
+    units = timed[main].numel() if unit == "token" else len(timed[main])
+    sizes = {name: _sizes(model, name, timed, units, folders) for name, model in models.items()}
     dataset, config, split = (*source, None, None, None)[:3]
     return Comparison(
         metric=metric,
-        examples=len(scores[next(iter(models))][0]),
+        examples=len(next(iter(scores.values())).arrays[0]),
         unit=unit,
         models=[_measured(name, qualities[name], sizes[name], latencies[name]) for name in models],
-        call=call,
+        call=f"a batch of {'x'.join(map(str, timed[main].shape))} {counted}",
         rounds=rounds,
         hardware=describe_hardware(device),
         data=dataset,
         data_config=config,
         split=split,
         versions=_versions(),
+        measured_in=next(iter(scores.values())).unit,
     )
 
 
-def _timed_call(batches: Sequence[Mapping[str, Any]], device: torch.device) -> tuple[dict[str, Any], str, str]:
-    """`(inputs, unit, words)`: the largest batch, without labels, what MACs are counted for, and how it is called."""
-    timed = max(batches, key=_count)
-    timed = inputs_of({name: value for name, value in timed.items() if name != "labels"}, device)
-    images = "pixel_values" in timed
-    shape = "x".join(map(str, timed["pixel_values" if images else "input_ids"].shape))
-    return timed, "image" if images else "token", f"a batch of {shape} {'pixels' if images else 'tokens'}"
+def _timed_call(
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], device: torch.device
+) -> tuple[dict[str, Any], str]:
+    """`(inputs, name of what the model reads among them)` of the largest batch, without labels if it runs without."""
+    inner = unwrap(model)[0]
+    timed = inputs_of(without_labels(inner, max(batches, key=_count)), device)
+    tensors = {name: value for name, value in timed.items() if isinstance(value, torch.Tensor)}
+    own = [carrier.main_input_name for _, carrier in carriers_of(inner)]
+    # Of a model in several parts some batches have only what one of these reads.
+    known = [name for name in (*own, *READS) if name in tensors]
+    return timed, known[0] if known else max(tensors, key=lambda name: tensors[name].numel())
 
 
 def _qualities(metric: str, scores: Mapping[str, tuple[np.ndarray, ...]]) -> dict[str, dict[str, Any]]:
@@ -285,10 +305,9 @@ def _qualities(metric: str, scores: Mapping[str, tuple[np.ndarray, ...]]) -> dic
 
 
 def _sizes(
-    model: nn.Module, name: str, timed: Mapping[str, Any], unit: str, folders: Mapping[str, str] | None
+    model: nn.Module, name: str, timed: Mapping[str, Any], units: int, folders: Mapping[str, str] | None
 ) -> dict[str, Any]:
-    """Parameters, MACs per token or image, and bytes of one model."""
-    units = timed["pixel_values"].shape[0] if unit == "image" else timed["input_ids"].numel()
+    """Parameters, MACs per token, image or what else is read, and bytes of one model."""
     return {
         "parameters": count_parameters(model),
         "macs": count_macs(model, timed) / units,
@@ -333,13 +352,7 @@ def _metric_of(models: Mapping[str, nn.Module], batches: Sequence[Mapping[str, A
         return "perplexity"
     if all(_is_of_classes(batch.get("labels")) for batch in batches) and all(map(_has_classes, inner)):
         return "accuracy"
-    if of_sentences != {"NoneType"}:
-        return "divergence"
-    raise ValueError(
-        f"A comparison measures the accuracy of heads that give one class for each input, with `labels` of shape "
-        f"(batch,) in the data (from the shell: --label-column), or the perplexity of causal language models; got "
-        f"{[_described(model) for model in inner]} and batches of {sorted(batches[0])}."
-    )
+    return "divergence"
 
 
 def _is_of_classes(labels: Any) -> bool:
@@ -354,55 +367,79 @@ def _has_classes(model: Any) -> bool:
     return (model.config.num_labels or 0) > 1 and model.config.problem_type in (None, "single_label_classification")
 
 
-def _described(model: Any) -> str:
-    name = type(model).__name__
-    if not isinstance(model, PreTrainedModel) or _has_classes(model):
-        return name
-    return f"{name} ({model.config.problem_type or 'regression'}, {model.config.num_labels} labels)"
+@dataclass(frozen=True)
+class _Score:
+    """What was measured of each example.
+
+    Args:
+        arrays (`tuple[np.ndarray, ...]`): Whether it is right; or what is summed over it, and over how many tokens or
+            predictions.
+        unit (`str`, *optional*): Of a divergence.
+    """
+
+    arrays: tuple[np.ndarray, ...]
+    unit: str | None = None
 
 
 def _score(
     model: Any, batches: Sequence[Mapping[str, Any]], metric: str, name: str, progress: bool, first: nn.Module
-) -> tuple[np.ndarray, ...]:
-    """Whether each example is right, each sequence's summed loss and its tokens, or how far each prediction is from
-    the first model's: a tuple of arrays."""
+) -> _Score:
     if metric == "divergence":
-        return (_divergences(model, batches, name, progress, first),)
+        found = _divergences(model, batches, name, progress, first)
+        if not np.isfinite(found.arrays[0]).all():
+            raise ValueError(f"How far predictions of {name} are from the first model's is not finite.")
+        return found
     parts: list[tuple[np.ndarray, ...]] = []
-    device = device_of(model)
+    device, inner = device_of(model), unwrap(model)[0]
     with evaluating(model), torch.no_grad():
         for batch in tqdm(batches, desc=f"Scoring {name}", leave=False, disable=not progress):
             batch = inputs_of(batch, device)
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
-            logits = outputs_of(model, inputs)["logits"]
+            logits = outputs_of(model, without_labels(inner, batch))["logits"]
             if metric == "accuracy":
                 _check_logits(name, logits, batch["labels"])
                 parts.append(((logits.argmax(-1) == batch["labels"]).cpu().numpy(),))
             else:
                 parts.append(_losses(logits, batch))
-    score = tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    score = _joined(parts)
     if metric == "perplexity" and not np.isfinite(score[0]).all():
         raise ValueError(f"The loss of {name} is not finite.")
-    return score
+    return _Score(score)
+
+
+def _joined(parts: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+    return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
 
 def _divergences(
     model: nn.Module, batches: Sequence[Mapping[str, Any]], name: str, progress: bool, first: nn.Module
-) -> np.ndarray:
-    """How far each prediction is from the first model's; 0 of that itself."""
-    parts, device, inner = [], device_of(model), unwrap(model)[0]
+) -> _Score:
+    """How far the predictions for each example are from the first model's; 0 of that itself."""
+    parts, device, inner, unit = [], device_of(model), unwrap(model)[0], None
     with evaluating(first), evaluating(model), torch.no_grad():
         for batch in tqdm(batches, desc=f"Scoring {name}", leave=False, disable=not progress):
-            inputs = inputs_of(batch, device)
-            pairs = [predictions_of(inner, inputs, outputs_of(each, inputs)) for each in (model, first)]
-            for now, then in zip(*pairs, strict=True):
-                if now.kind != then.kind or now.values.shape != then.values.shape:
-                    raise ValueError(
-                        f"{name} gives {now.kind} predictions of shape {tuple(now.values.shape)} for a batch, and the "
-                        f"first model {then.kind} ones of {tuple(then.values.shape)}: they cannot be compared."
-                    )
-                parts.append(now.divergence_from(then).cpu().numpy())
-    return np.concatenate(parts)
+            batch = inputs_of(batch, device)
+            inputs = without_labels(inner, batch)
+            now, then = (predictions_of(inner, batch, outputs_of(each, inputs)) for each in (model, first))
+            parts.append(_by_input(now, then, name))
+            unit = UNITS[now[0].kind]
+    return _Score(_joined(parts), unit)
+
+
+def _by_input(
+    predictions: Sequence[Predictions], reference: Sequence[Predictions], name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """`(sums, counts)`: how far predictions are apart for one batch, shape `(inputs,)` each."""
+    divergences, owners = [], []
+    for now, then in zip(predictions, reference, strict=True):
+        if now.kind != then.kind or now.values.shape != then.values.shape:
+            raise ValueError(
+                f"{name} gives {now.kind} predictions of shape {tuple(now.values.shape)} for a batch, and the "
+                f"first model {then.kind} ones of {tuple(then.values.shape)}: they cannot be compared."
+            )
+        divergences.append(now.divergence_from(then).double().cpu())
+        owners.append(torch.arange(len(now.values)) if now.inputs is None else now.inputs.cpu())
+    divergence, owner = torch.cat(divergences).numpy(), torch.cat(owners).numpy()
+    return np.bincount(owner, divergence), np.bincount(owner)
 
 
 def _check_logits(name: str, logits: torch.Tensor, labels: torch.Tensor) -> None:
@@ -411,7 +448,7 @@ def _check_logits(name: str, logits: torch.Tensor, labels: torch.Tensor) -> None
     if logits.shape[:-1] != labels.shape or classes < 2:
         raise ValueError(
             f"{name} gives outputs of shape {tuple(logits.shape)} for {labels.shape[0]} inputs: an accuracy needs one "
-            "score for each of several classes."
+            "score for each of several classes. Without labels predictions are compared with the first model's."
         )
     if bool(((labels < 0) | (labels >= classes)).any()):
         raise ValueError(
@@ -436,18 +473,18 @@ def _losses(logits: torch.Tensor, batch: Mapping[str, Any]) -> tuple[np.ndarray,
 def _quality(metric: str, score: tuple[np.ndarray, ...]) -> tuple[float, tuple[float, float]]:
     if metric == "accuracy":
         return float(score[0].mean()), accuracy_interval(int(score[0].sum()), len(score[0]), CONFIDENCE)
-    if metric == "divergence":
-        return float(score[0].mean()), bootstrap_interval(score[0], None, CONFIDENCE)
-    losses, tokens = score
-    value, low, high = perplexity_interval(losses, tokens, CONFIDENCE)
+    interval = perplexity_interval if metric == "perplexity" else mean_interval
+    value, low, high = interval(*score, confidence=CONFIDENCE)
     return value, (low, high)
 
 
 def _paired(
     metric: str, score: tuple[np.ndarray, ...], baseline: tuple[np.ndarray, ...]
 ) -> tuple[float, float, float]:
-    if metric != "perplexity":
+    if metric == "accuracy":
         return paired_difference(score[0], baseline[0], CONFIDENCE)
+    if metric == "divergence":
+        return mean_interval(*score, baseline=baseline[0], confidence=CONFIDENCE)
     return paired_perplexity_difference(score[0], baseline[0], score[1], CONFIDENCE)
 
 
@@ -473,7 +510,8 @@ def prediction_divergence(
     batches = list(model_inputs(data, processing_class, model))
     if not batches:
         raise ValueError("The data is empty: it must give at least one batch of model inputs.")
-    return float(_divergences(model, batches, "the model", False, reference).mean(dtype=np.float64))
+    sums, counts = _divergences(model, batches, "the model", False, reference).arrays
+    return float(sums.sum() / counts.sum())
 
 
 def weights_folder(name: str) -> str:

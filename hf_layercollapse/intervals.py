@@ -144,26 +144,68 @@ def paired_perplexity_difference(
     Returns:
         `(difference, low, high)`.
     """
-    losses, tokens = np.asarray(losses, dtype=float), np.asarray(tokens, dtype=float)
-    baseline = None if baseline_losses is None else np.asarray(baseline_losses, dtype=float)
-    if losses.ndim != 1 or losses.shape != tokens.shape or (baseline is not None and baseline.shape != losses.shape):
-        raise ValueError("Losses and tokens must be one number for each sequence, of the same sequences.")
-    if tokens.sum() < 1:
+    return _resampled_mean(losses, baseline_losses, tokens, np.exp, confidence, resamples, seed)
+
+
+def mean_interval(
+    sums: ArrayLike,
+    counts: ArrayLike,
+    baseline: ArrayLike | None = None,
+    confidence: float = 0.95,
+    resamples: int = 2_000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Mean over all that was measured, where that is several numbers for each input, and the interval that holds it on
+    unlimited inputs of this kind, by a bootstrap that draws inputs: numbers of one input are no independent examples.
+
+    Args:
+        sums (array of `float`): Of each input, summed over what was measured of it.
+        counts (array of `int`): How many those are.
+        baseline (array of `float`, *optional*): Sums of another model on the *same* inputs. Then it is the difference
+            of the means, paired.
+        confidence (`float`): In (0, 1).
+        resamples (`int`): Bootstrap samples.
+        seed (`int`): Of the samples.
+
+    Returns:
+        `(mean, low, high)`.
+
+    Raises:
+        ValueError: The shapes differ, or nothing was measured.
+    """
+    return _resampled_mean(sums, baseline, counts, np.asarray, confidence, resamples, seed)
+
+
+def _resampled_mean(
+    sums: ArrayLike,
+    baseline_sums: ArrayLike | None,
+    counts: ArrayLike,
+    transform: Callable[[np.ndarray], np.ndarray],
+    confidence: float,
+    resamples: int,
+    seed: int,
+) -> tuple[float, float, float]:
+    """`(value, low, high)` of a function of `sum(sums) / sum(counts)`, or of its difference from the baseline's."""
+    sums, numbers = np.asarray(sums, dtype=float), np.asarray(counts, dtype=float)
+    baseline = None if baseline_sums is None else np.asarray(baseline_sums, dtype=float)
+    if sums.ndim != 1 or sums.shape != numbers.shape or (baseline is not None and baseline.shape != sums.shape):
+        raise ValueError("Sums and counts (losses and tokens) must be one number for each input, of the same inputs.")
+    if numbers.sum() < 1:
         raise ValueError("There is no predicted token.")
     _z(confidence)
 
-    def value(counts: np.ndarray) -> np.ndarray:
-        total = counts @ tokens
-        found = np.exp(counts @ losses / total)
-        return found if baseline is None else found - np.exp(counts @ baseline / total)
+    def value(drawn: np.ndarray) -> np.ndarray:
+        total = drawn @ numbers
+        found = transform(drawn @ sums / total)
+        return found if baseline is None else found - transform(drawn @ baseline / total)
 
-    # A few samples at a time: all at once would be an array of samples by sequences.
-    rng, count = np.random.default_rng(seed), len(losses)
-    drawn: list[np.ndarray] = []
-    while len(drawn) < resamples:
-        counts = rng.multinomial(count, np.full(count, 1 / count), size=min(100, resamples - len(drawn)))
-        drawn.extend(value(counts[counts @ tokens > 0]))
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    # A few samples at a time: all at once would be an array of samples by inputs.
+    rng, count = np.random.default_rng(seed), len(sums)
+    found: list[np.ndarray] = []
+    while len(found) < resamples:
+        drawn = rng.multinomial(count, np.full(count, 1 / count), size=min(100, resamples - len(found)))
+        found.extend(value(drawn[drawn @ numbers > 0]))
+    low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(value(np.ones(count))), float(low), float(high)
 
 

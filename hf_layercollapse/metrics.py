@@ -12,6 +12,7 @@ import numpy as np
 
 from .intervals import accuracy_interval as accuracy_interval
 from .intervals import bootstrap_interval as bootstrap_interval
+from .intervals import mean_interval as mean_interval
 from .intervals import paired_difference as paired_difference
 from .intervals import paired_perplexity_difference as paired_perplexity_difference
 from .intervals import perplexity_interval as perplexity_interval

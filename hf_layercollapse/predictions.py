@@ -19,6 +19,15 @@ from transformers.modeling_utils import PreTrainedModel
 from . import functional
 
 
+# Kind of predictions -> unit of how far they are apart.
+UNITS = {
+    "classes": "nats",
+    "labels": "nats",
+    "values": "squared error / 2",
+    "embedding": "cosine distance",
+    "vector": "relative squared error / 2",
+}
+
 # Numbers that are compared at a time.
 COMPARED = 2**24
 
@@ -34,10 +43,12 @@ class Predictions:
         kind (`str`): `"classes"` (of a softmax), `"labels"` (a sigmoid each), `"values"`, `"embedding"` or
             `"vector"`.
         values (`Tensor`): Shape `(n, c)`: logits, values, embeddings or vectors, one row a prediction.
+        inputs (`Tensor`, *optional*): Shape `(n,)`: of which input of the batch each is. Default: one of each.
     """
 
     kind: str
     values: torch.Tensor
+    inputs: torch.Tensor | None = None
 
     def divergence_from(self, reference: "Predictions") -> torch.Tensor:
         """How far each prediction is from what it was, shape `(n,)`, >= 0: `KL(reference || self)` in nats, half the
@@ -119,9 +130,12 @@ def predictions_of(model: nn.Module, inputs: Mapping[str, Any], outputs: Any) ->
         return [Predictions("classes", given[name]) for name in ("start_logits", "end_logits")]
     logits = given.get("logits")
     if logits is not None and logits.dim() == 4:  # segmentation: (inputs, classes, height, width)
-        return [Predictions("classes", logits.movedim(1, -1).flatten(0, -2))]
-    if logits is not None and logits.dim() in (2, 3):
-        return [Predictions(_kind_of(model, inputs, logits), _real_rows(model, inputs, logits))]
+        pixels = logits.movedim(1, -1)
+        return [Predictions("classes", pixels.flatten(0, -2), _inputs_of_rows(pixels))]
+    if logits is not None and logits.dim() == 2:
+        return [Predictions(_kind_of(model, inputs, logits), logits)]
+    if logits is not None and logits.dim() == 3:
+        return [_of_tokens(model, inputs, logits)]
     if "sentence_vector" in given:
         return [Predictions("vector", given["sentence_vector"])]
     embeddings = [given[name] for name in _EMBEDDINGS if name in given and given[name].dim() == 2]
@@ -166,10 +180,18 @@ def _real_mask(model: Any, inputs: Mapping[str, Any], shape: Sequence[int]) -> t
     return mask if isinstance(mask, torch.Tensor) and mask.shape == shape else None
 
 
-def _real_rows(model: Any, inputs: Mapping[str, Any], logits: torch.Tensor) -> torch.Tensor:
-    rows = logits.reshape(-1, logits.shape[-1])
-    mask = _real_mask(model, inputs, logits.shape[:-1]) if logits.dim() == 3 else None
-    return rows if mask is None else rows[mask.reshape(-1).to(rows.device) > 0]
+def _of_tokens(model: Any, inputs: Mapping[str, Any], logits: torch.Tensor) -> Predictions:
+    rows, owners = logits.flatten(0, -2), _inputs_of_rows(logits)
+    mask = _real_mask(model, inputs, logits.shape[:-1])
+    if mask is not None:
+        real = mask.reshape(-1).to(rows.device) > 0
+        rows, owners = rows[real], owners[real]
+    return Predictions(_kind_of(model, inputs, logits), rows, owners)
+
+
+def _inputs_of_rows(values: torch.Tensor) -> torch.Tensor:
+    """Of which input each row is, of values of shape `(inputs, ..., c)`."""
+    return torch.arange(values.shape[0], device=values.device).repeat_interleave(values[0, ..., 0].numel())
 
 
 def _mean_of_real(model: Any, inputs: Mapping[str, Any], hidden: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from .data_reading import split_data
 from .memory import MemoryBudget
 from .models import device_of, evaluating, inputs_of, outputs_of, unwrap
 from .patching import alpha_parameters
-from .predictions import Predictions, predictions_of, without_labels
+from .predictions import UNITS, Predictions, predictions_of, without_labels
 from .sentence_models import sentence_model
 from .tables import table
 from .token_filter import is_encoder_decoder
@@ -276,20 +276,11 @@ class _Targets:
         given = inputs_of(inputs, device_of(self.teacher))
         with torch.no_grad():
             found = _predicted("teacher", self.teacher, self.inner, given)
-        self.unit = self.unit or _UNITS[found[0].kind]
+        self.unit = self.unit or UNITS[found[0].kind]
         if self.top_k is None:
             return found
         self._kept[key] = [_Largest.of(part, self.top_k) for part in found]
         return self._kept[key]
-
-
-_UNITS = {
-    "classes": "nats",
-    "labels": "nats",
-    "values": "squared error / 2",
-    "embedding": "cosine distance",
-    "vector": "relative squared error / 2",
-}
 
 
 @dataclass(frozen=True)

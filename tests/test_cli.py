@@ -5,10 +5,18 @@ import json
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForSequenceClassification,
+)
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from typer.testing import CliRunner
 
@@ -19,7 +27,7 @@ from hf_layercollapse.comparison import Comparison
 from hf_layercollapse.upstream import TRANSFORMERS
 
 from .command_line import fails, lines_of_words, run, save_text_model
-from .models import BY_NAME, needs_exporters, needs_torchvision
+from .models import BY_NAME, needs_exporters, needs_torchvision, randomize
 
 
 @pytest.fixture
@@ -174,6 +182,36 @@ def test_compare(classifier, tmp_path):
     assert entry.metric_value == pytest.approx(found["collapsed"].quality, abs=1e-6)
 
 
+def test_compare_without_labels(classifier, tmp_path):
+    """By predictions; a classifier's accuracy is one option away, a masked language model has none."""
+    folder, data = classifier
+    result = run("compare", folder, folder, "--data", data, "--rounds", 2)
+    assert result.exit_code == 0, result.output
+    assert "divergence, nats" in result.output and "--label-column measures the accuracy" in result.output
+    masked = tmp_path / "masked"
+    randomize(AutoModelForMaskedLM.from_config(BY_NAME["bert"].config())).save_pretrained(masked)
+    asked = ["--processor", folder, "--rounds", 2, "--json", tmp_path / "found.json"]
+    result = run("compare", masked, masked, "--data", data, *asked)
+    assert result.exit_code == 0, result.output
+    assert "divergence: 160 examples of" in result.output and "--label-column" not in result.output
+    assert json.loads((tmp_path / "found.json").read_text())["measured_in"] == "nats"
+
+
+def test_compare_sounds(tmp_path):
+    folder, data = tmp_path / "model", tmp_path / "sounds.parquet"
+    sizes = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    convolutions = {"conv_dim": (8, 8), "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_feat_extract_layers": 2}
+    config = Wav2Vec2Config(**sizes, **convolutions, num_conv_pos_embedding_groups=2, classifier_proj_size=8)
+    Wav2Vec2ForSequenceClassification(config).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor().save_pretrained(folder)
+    waves = np.random.default_rng(0).normal(size=(16, 800))
+    sounds = [{"array": wave.tolist(), "sampling_rate": 16_000} for wave in waves]
+    Dataset.from_dict({"audio": sounds, "label": [0, 1] * 8}).to_parquet(data)
+    result = run("compare", folder, folder, "--data", data, "--label-column", "label", "--rounds", 2)
+    assert result.exit_code == 0, result.output
+    assert "MACs per sound" in result.output and "accuracy: 16 examples" in result.output
+
+
 def test_errors_are_one_line(classifier, tmp_path, monkeypatch, capsys):
     folder, data = classifier
 
@@ -192,7 +230,6 @@ def test_errors_are_one_line(classifier, tmp_path, monkeypatch, capsys):
     assert "not an empty folder" in error(
         "collapse", folder, "--data", data, "--output", folder, "--budget", "macs=0.5"
     )
-    assert "--label-column" in error("compare", folder, folder, "--data", data)
     error("inspect", tmp_path / "nothing")
     assert not (tmp_path / "out").exists()
 

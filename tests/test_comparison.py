@@ -5,19 +5,30 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
+)
 
 from hf_layercollapse import LayerCollapseConfig, collapse_model, prediction_divergence
 from hf_layercollapse.comparison import Comparison, compare_models, weights_folder
 from hf_layercollapse.metrics import (
     accuracy_interval,
+    mean_interval,
     paired_difference,
     paired_perplexity_difference,
     perplexity_interval,
 )
 from hf_layercollapse.profiling import macs_per_token, weights_size
 
-from .models import BY_NAME, divergence
+from .models import BY_NAME, divergence, image_inputs, randomize, text_inputs
 
 
 def labelled(count=6, batch=8):
@@ -98,14 +109,22 @@ def test_language_models():
     assert high - low < 0.5 * (found["dense"].interval[1] - found["dense"].interval[0])
 
 
+class OnlyALoss(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(1, 1)
+
+    def forward(self, input):
+        return {"loss": super().forward(input).sum()}
+
+
 def test_what_is_refused():
     model = BY_NAME["bert"].model()
     with pytest.raises(ValueError, match="at least two"):
         compare_models({"dense": model}, labelled())
     with pytest.raises(ValueError, match="empty"):
         compare_models({"dense": model, "other": model}, [])
-    with pytest.raises(ValueError, match="label-column"):
-        compare_models({"dense": model, "other": model}, [BY_NAME["bert"].inputs()])
+    with pytest.raises(ValueError, match="nothing is known to be a prediction"):
+        compare_models({"dense": OnlyALoss(), "other": OnlyALoss()}, [{"input": torch.ones(2, 1)}])
 
 
 def test_perplexity_intervals():
@@ -127,6 +146,19 @@ def test_perplexity_intervals():
         perplexity_interval([1.0, 2.0], [3])
 
 
+def test_intervals_of_means_over_several_predictions():
+    """Predictions of one input are no independent examples: all of them come and go with it."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(5, 50, size=300)
+    values = [rng.normal(rng.gamma(2.0), 0.1, size=count) for count in counts]
+    sums = np.array([value.sum() for value in values])
+    mean, low, high = mean_interval(sums, counts)
+    assert mean == pytest.approx(np.concatenate(values).mean())
+    error = np.sqrt(np.sum((sums - mean * counts) ** 2)) / counts.sum()
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert mean_interval(sums, counts, baseline=sums) == (0, 0, 0)
+
+
 def test_the_folder_of_weights(tmp_path):
     collapsed("gpt2").save_pretrained(tmp_path)
     assert weights_folder(str(tmp_path)) == str(tmp_path)
@@ -143,16 +175,113 @@ def test_labels_that_are_no_classes(label):
         compare_models(models, data, rounds=2, progress=False)
 
 
-@pytest.mark.parametrize("kind", ["one label", "multi_label_classification", "regression"])
-def test_heads_without_classes(kind):
+def wav2vec2(seed=0, **options):
+    sizes = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    convolutions = {"conv_dim": (8, 8), "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_feat_extract_layers": 2}
+    options = {"num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8, "num_labels": 3, **options}
+    torch.manual_seed(seed)
+    return Wav2Vec2ForSequenceClassification(Wav2Vec2Config(**sizes, **convolutions, **options)).eval()
+
+
+def sounds(seed=0, batch=8):
+    return {"input_values": torch.randn(batch, 800, generator=torch.Generator().manual_seed(seed))}
+
+
+def test_sounds():
+    """What is timed, and what MACs are counted by, is what the model reads."""
+    data = [{**sounds(seed), "labels": torch.arange(8) % 3} for seed in range(3)]
+    found = compare_models({"dense": wav2vec2(), "other": wav2vec2(1)}, data, rounds=2, warmup=0, progress=False)
+    assert (found.metric, found.examples, found.unit) == ("accuracy", 24, "sound")
+    assert found["dense"].macs == macs_per_token(wav2vec2(), sounds(), tokens=8)
+    assert "a batch of 8x800 samples" in str(found) and "MACs per sound" in str(found)
+
+
+def headed(kind, seed=0):
+    """A BERT whose head gives no classes."""
     config = BY_NAME["bert"].config()
-    if kind == "one label":
-        config.num_labels = 1
-    else:
-        config.problem_type = kind
-    models = {name: BY_NAME["bert"].model(config=config) for name in ("dense", "small")}
-    with pytest.raises(ValueError, match="one class for each input.*labels\\)"):
-        compare_models(models, labelled(2), rounds=2, progress=False)
+    torch.manual_seed(seed)
+    if kind == "masked":
+        return randomize(AutoModelForMaskedLM.from_config(config), seed).eval()
+    if kind == "encoder":
+        return randomize(BertModel(config), seed).eval()
+    config.num_labels, config.problem_type = 1 if kind == "one label" else 3, kind if "_" in kind else None
+    return BY_NAME["bert"].model(seed, config=config)
+
+
+HEADS = {
+    "masked": "nats",
+    "encoder": "cosine distance",
+    "one label": "squared error / 2",
+    "multi_label_classification": "nats",
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_heads_without_classes(kind):
+    """Predictions are compared with the first model's; each input counts once for the interval."""
+    dense, other = headed(kind), headed(kind, seed=3)
+    data = [text_inputs(batch=4, seed=seed) for seed in range(5)]
+    for index, batch in enumerate(data):
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][index % 4, 3:] = 0
+    found = compare_models({"dense": dense, "same": headed(kind), "other": other}, data, rounds=2, progress=False)
+    assert (found.metric, found.examples, found.measured_in) == ("divergence", 20, HEADS[kind])
+    assert found["other"].quality == pytest.approx(prediction_divergence(other, dense, data))
+    assert found["dense"].quality == found["same"].quality == pytest.approx(0, abs=1e-6)
+    low, high = found["other"].interval
+    assert 0 < low < found["other"].quality < high
+    difference = found["other"].differences["dense"]
+    assert difference == pytest.approx((found["other"].quality, low, high), abs=1e-6)
+    assert f"divergence, {HEADS[kind]}" in str(found) and "from those of dense" in str(found)
+    # And back from a file of before there was a unit.
+    values = found.to_dict()
+    del values["measured_in"]
+    assert Comparison.from_dict(values).rows()[1][0] == "divergence"
+
+
+def test_labels_of_no_classes_are_passed_over():
+    """Those of a regression, and of masked tokens: predictions are compared all the same."""
+    for kind, labels in (("one label", torch.rand(8)), ("masked", torch.full((8, 7), -100))):
+        data = [text_inputs(batch=8, seed=seed) for seed in range(2)]
+        models = {"dense": headed(kind), "other": headed(kind, seed=3)}
+        without = compare_models(models, data, rounds=2, progress=False)
+        found = compare_models(models, [{**batch, "labels": labels} for batch in data], rounds=2, progress=False)
+        assert found.metric == "divergence" and found["other"].quality == without["other"].quality
+
+
+def test_classifiers_without_labels():
+    models = {"dense": BY_NAME["bert"].model(), "small": collapsed("bert")}
+    data = [BY_NAME["bert"].inputs(batch=8, seed=seed) for seed in range(3)]
+    found = compare_models(models, data, rounds=2, progress=False)
+    assert (found.metric, found.measured_in, found.examples) == ("divergence", "nats", 24)
+
+
+def t5(seed=0):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+    return randomize(T5ForConditionalGeneration(T5Config(vocab_size=64, **sizes)), seed).eval()
+
+
+def captioner(seed=0):
+    """Two models in one: it reads what its encoder does."""
+    encoder, decoder = BY_NAME["vit"].config(), BY_NAME["gpt2"].config()
+    decoder.is_decoder = decoder.add_cross_attention = True
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    return randomize(VisionEncoderDecoderModel(config), seed).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs", "unit", "call"),
+    [(t5, text_inputs, "token", "4x7 tokens"), (captioner, image_inputs, "image", "4x3x8x8 pixels")],
+)
+def test_encoders_with_decoders(make, inputs, unit, call):
+    """Decoder inputs are made from the labels, so that these are timed too."""
+    data = [{**inputs(batch=4, seed=seed), "labels": text_inputs(4, 5, seed + 9)["input_ids"]} for seed in range(3)]
+    data[0]["labels"][0, 2:] = -100
+    models = {"dense": make(), "other": make(1)}
+    found = compare_models(models, data, rounds=2, warmup=0, progress=False)
+    assert (found.metric, found.examples, found.unit) == ("divergence", 12, unit) and call in found.call
+    assert found["other"].quality == pytest.approx(prediction_divergence(models["other"], models["dense"], data))
 
 
 def test_the_perplexity_is_of_the_labels_where_there_are_any():
