@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import is_compiled_module
 from torch import nn
 
-from . import processes
+from . import functional, processes
 from .adapters import is_copied, restored_on_error
 from .blocks import BoundBlock, bind_blocks, check_weights, confirm_wiring, survey
 from .calibration import RANGE_TOKENS, Calibration
@@ -503,7 +503,7 @@ def _largest_difference(engine: Calibration, merges: Sequence[Merge], restored: 
                 trial.restore(restored)
                 after = first_tensor(outputs_of(model, inputs))
             pairs = zip(_by_rows(before), _by_rows(after), strict=True)
-            largest = max([largest, *(float((a.float() - b.float()).abs().max()) for a, b in pairs)])
+            largest = functional.largest([largest, *(float((a.float() - b.float()).abs().max()) for a, b in pairs)])
     return largest
 
 

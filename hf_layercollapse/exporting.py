@@ -26,6 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from . import functional
 from .families import find_feed_forward_blocks
 from .models import evaluating, refuse_objects_around, shorten, unwrap, written_beside
 from .profiling import weights_size
@@ -399,7 +400,7 @@ def _copy(inputs: Any) -> Any:
 
 def _compare(model: Any, runtime: Any, samples: Any) -> Any:
     """`(largest difference, largest value)` of the first output; of a cache too, if it has one."""
-    difference = largest = 0.0
+    found, values = [0.0], [0.0]
     for sample in samples:
         flags = {"use_cache": True} if "past_key_values" in sample.inputs else {}
         expected = model(**_copy(sample.inputs), **flags)
@@ -411,11 +412,13 @@ def _compare(model: Any, runtime: Any, samples: Any) -> Any:
         for one, other in pairs:
             if one.shape != other.shape:
                 raise ValueError(f"The export gives {tuple(other.shape)} for {tuple(one.shape)} on {sample.name}.")
-        differences = [float((one.float() - other.float()).abs().max()) for one, other in pairs if one.numel()]
-        # max() would pass over NaN.
-        difference = max([difference, *differences], key=lambda value: (value != value, value))
-        largest = max(largest, float(expected[0].abs().max()))
-    return difference, largest
+        found += [_difference(one, other) for one, other in pairs if one.numel()]
+        values.append(float(expected[0].abs().max()))
+    return functional.largest(found), functional.largest(values)
+
+
+def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one.float() - other.float()).abs().max())
 
 
 class ExportedRuntime(nn.Module):
@@ -482,11 +485,10 @@ def _export_stock(model: Any, samples: Any, folder: Any) -> Any:
     with tempfile.TemporaryDirectory() as work:
         actual = logits_without_plugin(folder, [sample.inputs for sample in samples], work)
     expected = [model(**sample.inputs)[0] for sample in samples]
-    pairs = list(zip(expected, actual, strict=True))
     return {
         "bytes": weights_size(folder),
-        "difference": max(float((one.float() - other.float()).abs().max()) for one, other in pairs),
-        "largest": max(float(one.abs().max()) for one in expected),
+        "difference": functional.largest(map(_difference, expected, actual)),
+        "largest": functional.largest(float(one.abs().max()) for one in expected),
         "shapes": [sample.name for sample in samples],
         "inputs": [],
         "outputs": [],

@@ -7,7 +7,7 @@ they were summed in.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -738,6 +738,11 @@ def linear_as_neurons(
 def gaussian_inputs(width: int, rows: int = 1024, seed: int = 0) -> torch.Tensor:
     """The inputs on which every merge is measured: standard normal, shape `(rows, width)`, float32, on the CPU."""
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest of some numbers, NaN if one of them is: `max` passes over it unless it comes first."""
+    return max(values, key=lambda value: (value != value, value))
 
 
 def relative_error(expected: torch.Tensor, actual: torch.Tensor) -> float:

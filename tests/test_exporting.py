@@ -15,7 +15,7 @@ from hf_layercollapse.profiling import compare_latency
 from hf_layercollapse.upstream import TRANSFORMERS
 
 from .models import BY_NAME, image_inputs, randomize, text_inputs
-from .test_stock import t5
+from .test_stock import collapsed, t5
 
 
 def llama():
@@ -167,6 +167,15 @@ def test_stock(tmp_path):
     assert "without this package" in str(report) and not report.cache
     assert report.to_dict()["stock"]["parameters_stock"] == report.stock.parameters_stock
     assert type(load_exported(tmp_path / "out")).__module__ == "transformers.models.bert.modeling_bert"
+
+
+def test_outputs_that_are_no_numbers_are_refused(tmp_path):
+    """Also where the first sample that is compared has none."""
+    model, _ = collapsed("bert", rank=5)
+    model.bert.embeddings.position_embeddings.weight.data[8] = float("nan")
+    with pytest.raises(ValueError, match="differs from it by nan"):
+        export_model(model, masked(2, 9), tmp_path / "out", to="stock")
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.fixture(scope="module")

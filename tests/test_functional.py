@@ -1,5 +1,7 @@
 """The mathematics, against the definition in float64."""
 
+import math
+
 import pytest
 import torch
 
@@ -349,6 +351,14 @@ def test_embedding_loss():
     torch.testing.assert_close(functional.embedding_loss(zeros, teacher), torch.full((5,), 2.0))
     expected = 1 + student.square().sum(-1)
     torch.testing.assert_close(functional.embedding_loss(student, zeros).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_the_largest_is_no_number_if_one_is_none(place):
+    values = [1.0, 3.0, 2.0]
+    assert functional.largest(values) == 3.0
+    values[place] = float("nan")
+    assert math.isnan(functional.largest(values))
 
 
 def test_relative_error():
