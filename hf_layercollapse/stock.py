@@ -30,7 +30,6 @@ from .widths import (
     build_native,
     governing_fields,
     native_config,
-    part_of,
     resized_blocks,
     shapes_outside,
     value_for,
@@ -49,7 +48,8 @@ class StockReport:
 
     Args:
         model_type (`str`): Native model type.
-        fields (`dict[str, tuple]`): Field of the config -> (native value, new value).
+        fields (`dict[str, tuple]`): Field of the config -> (native value, new value); lists where it has a value for
+            each layer.
         parameters_dense, parameters_collapsed, parameters_stock (`int`): Of the whole model.
         macs_dense, macs_collapsed, macs_stock (`int`): Multiply-accumulates per token in the feed-forward blocks.
         errors (`dict[str, float]`): Block -> relative error of the stock against the collapsed block, on Gaussian
@@ -84,7 +84,7 @@ class StockReport:
         return (
             f"{table(rows)}\nnative {self.model_type} with {changes}: {saved:.1%} fewer parameters than dense, where "
             f"the collapsed model has {possible:.1%} fewer; largest relative error of a block "
-            f"{max(self.errors.values()):.1e}"
+            f"{functional.largest(self.errors.values()):.1e}"
         )
 
 
@@ -153,7 +153,7 @@ def export_stock(model: PreTrainedModel) -> tuple[PreTrainedModel, StockReport]:
         {name: _error(model, blocks[name], bind(native, stock_blocks[name])) for name in wanted},
     )
     eps = torch.finfo(model.dtype).eps
-    if max(report.errors.values()) > TOLERANCE * eps:
+    if not functional.largest(report.errors.values()) <= TOLERANCE * eps:  # not (NaN) either
         raise ValueError(f"The native blocks do not compute what the collapsed ones do: {report.errors}.")
     return native, report
 
@@ -435,15 +435,13 @@ def _with_widths(
             f"{needed[missing[0]]} of {native_blocks[missing[0]].hidden_features}."
         )
     changed, fields = copy.deepcopy(config), {}
-    for path, name in dict.fromkeys(governed.values()):
-        names = [block for block in governed if governed[block] == (path, name)]
-        width = max(needed[block] for block in names)
-        part, old = part_of(changed, path), getattr(part_of(config, path), name)
-        new = value_for(name, old, width, native_blocks[names[0]].in_features)
+    for field in dict.fromkeys(governed.values()):
+        names = [block for block in governed if governed[block] == field]
         if not any(block in wanted for block in names):
             continue
-        setattr(part, name, new)
-        fields[".".join((*path, name))] = (old, new)
+        width = max(needed[block] for block in names)
+        field.set(changed, value_for(field.name, field.value(config), width, native_blocks[names[0]].in_features))
+        fields[".".join((*field.path, field.name))] = (field.whole(config), field.whole(changed))
     return changed, fields
 
 

@@ -23,6 +23,8 @@ def native_config(config: Any) -> Any:
         native_class = built_class.native_class
         config.__dict__.pop("layer_collapse")
         config.__class__ = native_class
+        # An adapter on the native model would otherwise name the collapsed folder as its base.
+        config.name_or_path = ""
     return config
 
 
@@ -52,7 +54,38 @@ def resized_blocks(model: nn.Module, native_blocks: Mapping[str, FeedForwardBloc
     return resized
 
 
-def part_of(config: Any, path: Iterable[str]) -> Any:
+@dataclasses.dataclass(frozen=True)
+class WidthField:
+    """A value of a native config that sets the hidden width of blocks.
+
+    Args:
+        path (`tuple[str, ...]`): Of the config inside the config.
+        name (`str`): Of its field.
+        layer (`int`, *optional*): The place in a field that has a value for each layer.
+    """
+
+    path: tuple[str, ...]
+    name: str
+    layer: int | None = None
+
+    def whole(self, config: Any) -> Any:
+        """What the field holds: a number, or a list of one for each layer."""
+        return getattr(_part_of(config, self.path), self.name)
+
+    def value(self, config: Any) -> Any:
+        """The number that sets the width."""
+        whole = self.whole(config)
+        return whole if self.layer is None else whole[self.layer]
+
+    def set(self, config: Any, value: Any) -> None:
+        """Changes the number in a config in place."""
+        if self.layer is not None:
+            whole = self.whole(config)
+            value = [*whole[: self.layer], value, *whole[self.layer + 1 :]]
+        setattr(_part_of(config, self.path), self.name, value)
+
+
+def _part_of(config: Any, path: Iterable[str]) -> Any:
     """The config inside a config that a path of attributes leads to."""
     for name in path:
         config = getattr(config, name)
@@ -66,32 +99,42 @@ def _config_parts(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tup
             yield from _config_parts(getattr(config, name), (*path, name))
 
 
-def governing_fields(
-    model: nn.Module, config: Any, native_blocks: Mapping[str, BoundBlock]
-) -> dict[str, tuple[tuple[str, ...], str]]:
-    """Block -> the config field that sets its hidden width, `(path of the config inside the config, name)`; seen by
-    building models with each field changed."""
-    governed: dict[str, Any] = {}
+def governing_fields(model: nn.Module, config: Any, native_blocks: Mapping[str, BoundBlock]) -> dict[str, WidthField]:
+    """Block -> the value of the config that sets its hidden width; seen by building models with each field changed."""
+    governed: dict[str, WidthField] = {}
     hidden = {block.hidden_features for block in native_blocks.values()}
     features = {block.in_features for block in native_blocks.values()}
     for path, part in _config_parts(config):
         values = part.to_dict()
         for name in (*WIDTH_FIELDS, *RATIO_FIELDS):
-            if name not in values:
-                continue
-            old = values[name]
-            if name in RATIO_FIELDS:
-                fits = isinstance(old, (int, float)) and any(int(width * old) in hidden for width in features)
-            else:
-                fits = old is None or old in hidden
-            if not fits:
+            if name not in values or not _may_set_widths(name, values[name], hidden, features):
                 continue
             changed = copy.deepcopy(config)
-            setattr(part_of(changed, path), name, 2 * (max(hidden) if old is None else old))
+            fields = _told_apart(path, name, values[name], max(hidden))
+            for field, value in fields.items():
+                field.set(changed, value)
             for block in resized_blocks(build_native(model, changed, meta=True), native_blocks).values():
                 if block.hidden_features != native_blocks[block.name].hidden_features:
-                    governed.setdefault(block.name, (path, name))
+                    own = [field for field in fields if len(fields) == 1 or fields[field] == block.hidden_features]
+                    if own:
+                        governed.setdefault(block.name, own[0])
     return governed
+
+
+def _may_set_widths(name: str, value: Any, hidden: set[int], features: set[int]) -> bool:
+    """Whether a field has a value that blocks of these hidden widths and input widths may come of."""
+    if name in RATIO_FIELDS:
+        return isinstance(value, (int, float)) and any(int(width * value) in hidden for width in features)
+    if isinstance(value, (list, tuple)):  # one for each layer
+        return bool(value) and all(isinstance(each, int) and each in hidden for each in value)
+    return value is None or (isinstance(value, int) and value in hidden)
+
+
+def _told_apart(path: tuple[str, ...], name: str, value: Any, widest: int) -> dict[WidthField, Any]:
+    """What a field sets -> a value that no block has now, another one for each layer where it has one for each."""
+    if isinstance(value, (list, tuple)):
+        return {WidthField(path, name, layer): 2 * widest + layer for layer in range(len(value))}
+    return {WidthField(path, name): 2 * (widest if value is None else value)}
 
 
 def value_for(field: str, old: Any, width: int, features: int) -> float:
@@ -120,13 +163,13 @@ class WidthGroup:
     """Blocks that have one hidden width in the native class.
 
     Args:
-        field (`tuple`): What sets it: path of the config inside the config, and name.
+        field (`WidthField`): What sets it.
         blocks (`list[FeedForwardBlock]`): In forward order.
         width (`int`): The hidden width now, of the narrowest where some are narrower.
         step (`int`): What smaller widths are multiples of.
     """
 
-    field: tuple[tuple[str, ...], str]
+    field: WidthField
     blocks: list[BoundBlock]
     width: int
     step: int
@@ -150,9 +193,8 @@ def check_native(model: PreTrainedModel, groups: Sequence[WidthGroup], widths: S
     native_blocks = {block.name: block for block in bind_blocks(dense)}
     wanted: dict[str, Any] = {}
     for group, width in zip(groups, widths, strict=True):
-        path, name = group.field
-        old = getattr(part_of(config, path), name)
-        setattr(part_of(config, path), name, value_for(name, old, width, group.blocks[0].in_features))
+        field, features = group.field, group.blocks[0].in_features
+        field.set(config, value_for(field.name, field.value(config), width, features))
         wanted |= {block.name: width for block in group.blocks}
     narrow = build_native(model, config, meta=True)
     found = {name: block.hidden_features for name, block in resized_blocks(narrow, native_blocks).items()}
@@ -160,7 +202,7 @@ def check_native(model: PreTrainedModel, groups: Sequence[WidthGroup], widths: S
     if other or any(found[name] != width for name, width in wanted.items()):
         name = next((name for name, width in wanted.items() if found[name] != width), next(iter(wanted)))
         raise ValueError(
-            f"`{groups[0].field[1]}` of {type(config).__name__} does not set the width of these blocks and nothing "
+            f"`{groups[0].field.name}` of {type(config).__name__} does not set the width of these blocks and nothing "
             f"else: for {wanted[name]} neurons of {name} it gives {found[name]}"
             + (", and weights outside of the blocks change too" if other else "")
             + ". Leave `uniform_width` out."
@@ -187,7 +229,7 @@ def width_groups(model: Any, chosen: Sequence[BoundBlock], multiple_of: int = 1)
         left_out = [name for name in names if name not in named]
         if left_out:
             raise ValueError(
-                f"`{field[1]}` of the config sets the width of all these blocks, and one width is for all or none: "
+                f"`{field.name}` of the config sets the width of all these blocks, and one width is for all or none: "
                 f"`blocks` leaves out, or a collapse has made linear, {left_out[:6]}. Choose all of them, or leave "
                 "`uniform_width` out."
             )
@@ -198,18 +240,17 @@ def width_groups(model: Any, chosen: Sequence[BoundBlock], multiple_of: int = 1)
         if step > width:
             raise ValueError(
                 f"No width of block {blocks[0].name}, which has {width} neurons, is a multiple of {step}"
-                + ("." if step == multiple_of else f", as `multiple_of` and `{field[1]}` of the config want it.")
+                + ("." if step == multiple_of else f", as `multiple_of` and `{field.name}` of the config want it.")
             )
         groups.append(WidthGroup(field, blocks, width, step))
     return groups
 
 
-def _is_coarse(config: Any, field: tuple[tuple[str, ...], str]) -> bool:
-    path, name = field
-    return name in RATIO_FIELDS and isinstance(getattr(part_of(config, path), name), int)
+def _is_coarse(config: Any, field: WidthField) -> bool:
+    return field.name in RATIO_FIELDS and isinstance(field.value(config), int)
 
 
-def _fields_of(model: Any, chosen: Sequence[BoundBlock]) -> dict[str, tuple[tuple[str, ...], str]]:
+def _fields_of(model: Any, chosen: Sequence[BoundBlock]) -> dict[str, WidthField]:
     """Name of a native block -> the field that sets its width, where it sets that of a chosen one."""
     config = native_config(model.config)
     dense = build_native(model, config, meta=True)
@@ -219,8 +260,8 @@ def _fields_of(model: Any, chosen: Sequence[BoundBlock]) -> dict[str, tuple[tupl
         if block.name not in governed:
             raise ValueError(
                 f"No field of {type(config).__name__} sets the hidden width of {block.name} alone or with others of "
-                f"its width (tried {', '.join(WIDTH_FIELDS + RATIO_FIELDS)}): its native class is built at one width, "
-                "or at one for each layer. Leave `uniform_width` out."
+                f"its width (tried {', '.join(WIDTH_FIELDS + RATIO_FIELDS)}): its native class is built at one width. "
+                "Leave `uniform_width` out."
             )
     wanted = {governed[block.name] for block in chosen}
     return {name: field for name, field in governed.items() if field in wanted}

@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BartConfig,
     BloomConfig,
+    Gemma3nTextConfig,
     GraniteConfig,
     LlamaConfig,
     Phi3Config,
+    PreTrainedModel,
     Qwen2Config,
     T5Config,
     ViTConfig,
@@ -52,6 +55,20 @@ def decoder(config_class, **kwargs):
     return randomize(AutoModelForCausalLM.from_config(config)).eval()
 
 
+def gemma3n():
+    """A width for each layer."""
+    return decoder(
+        Gemma3nTextConfig,
+        head_dim=8,
+        vocab_size_per_layer_input=64,
+        hidden_size_per_layer_input=8,
+        laurel_rank=4,
+        num_kv_shared_layers=0,
+        layer_types=["full_attention"] * 2,
+        activation_sparsity_pattern=[0.0, 0.0],
+    )
+
+
 def bart():
     config = BartConfig(
         vocab_size=64,
@@ -77,6 +94,7 @@ MODELS = {name: (case.model, case.inputs) for name, case in BY_NAME.items()} | {
     "granite": (lambda: decoder(GraniteConfig), text_inputs),
     "qwen2": (lambda: decoder(Qwen2Config), text_inputs),
     "phi3": (lambda: decoder(Phi3Config), text_inputs),
+    "gemma3n": (gemma3n, text_inputs),
     "bart": (bart, seq2seq_inputs),
     "t5": (t5, seq2seq_inputs),
 }
@@ -156,6 +174,17 @@ def test_the_native_model_computes_the_same(name, options):
     assert ("mlp_bias" in report.fields) == (name in ("llama", "granite") and rank > 0)
 
 
+def test_an_adapter_on_it_names_its_own_folder(tmp_path):
+    collapsed("bert", rank=5)[0].save_pretrained(tmp_path / "collapsed")
+    native, _ = export_stock(BY_NAME["bert"].auto_class.from_pretrained(tmp_path / "collapsed"))
+    parts = [part for part in native.modules() if isinstance(part, PreTrainedModel)]
+    assert len(parts) > 1 and {(part.name_or_path, part.config.name_or_path) for part in parts} == {("", "")}
+    native.save_pretrained(tmp_path / "native")
+    native = BY_NAME["bert"].auto_class.from_pretrained(tmp_path / "native")
+    adapted = get_peft_model(native, LoraConfig(target_modules=["intermediate.dense"]))
+    assert adapted.peft_config["default"].base_model_name_or_path == str(tmp_path / "native")
+
+
 @pytest.mark.parametrize("name", ["bert", "vit", "llama"])
 def test_loads_in_a_process_without_the_package(name, tmp_path):
     model, batch = collapsed(name, rank=5, keep_neurons=4)
@@ -191,6 +220,18 @@ def test_different_widths_are_padded():
         torch.testing.assert_close(
             native(**inputs(seed=5)).logits, model.eval()(**inputs(seed=5)).logits, rtol=1e-5, atol=3e-6
         )
+
+
+def test_a_width_for_each_layer_needs_no_padding():
+    model, data = gemma3n(), [text_inputs(seed=seed) for seed in range(20)]
+    for layer, count in enumerate((20, 12)):
+        collapse_model(model, LayerCollapseConfig(blocks=[layer], rank=0, keep_neurons=count), data)
+    native, report = export_stock(model.eval())
+    assert report.fields == {"intermediate_size": ([48, 48], [20, 12])}
+    assert report.parameters_stock == report.parameters_collapsed
+    batch = text_inputs(seed=77)
+    with torch.no_grad():
+        torch.testing.assert_close(native(**batch).logits, model(**batch).logits, rtol=1e-5, atol=3e-6)
 
 
 def test_one_part_of_an_encoder_decoder():
@@ -244,6 +285,14 @@ def test_bfloat16_and_the_model_itself_is_not_changed():
     assert native.dtype == torch.bfloat16
     with torch.no_grad():
         torch.testing.assert_close(native(**batch).logits, model(**batch).logits, rtol=0.05, atol=0.05)
+
+
+def test_a_block_that_gives_no_numbers_is_refused():
+    """Also where it is not the first."""
+    model, _ = collapsed("bert", rank=5)
+    model.bert.encoder.layer[2].output.dense.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="do not compute what the collapsed ones do.*nan"):
+        export_stock(model)
 
 
 def refused(name, blocks="all", **options):

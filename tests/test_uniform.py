@@ -55,7 +55,7 @@ assert not [module for module in sys.modules if module.startswith("hf_layercolla
 
 
 def planned(name, **options):
-    make, inputs = ALL[name]
+    make, inputs = {**MODELS, **ALL}[name]
     model, data = make(), [inputs(seed=seed) for seed in range(24)]
     plan = plan_collapse(model, data, **{"parameters": 0.8, "uniform_width": True, "multiple_of": 4, **options})
     collapse_model(model, plan=plan, calibration_data=data)
@@ -143,6 +143,15 @@ def test_two_towers_get_the_same_share_each():
     plan = plan_collapse(model, data, macs=0.5, uniform_width=True, metric=lambda model: 0.0, evaluation_data=data[:1])
     assert {count for name, (_, count) in plan.point.choices.items() if "text" in name} == {20}
     assert {count for name, (_, count) in plan.point.choices.items() if "vision" in name} == {32}
+
+
+def test_a_width_for_each_layer():
+    """Where all have one, all get one."""
+    model, plan, inputs = planned("gemma3n", parameters=0.9)
+    (width,) = {count for _, count in plan.point.choices.values()}
+    native, report = export_stock(model)
+    assert report.fields == {"intermediate_size": ([48, 48], [width, width])}
+    torch.testing.assert_close(logits(native, inputs), logits(model, inputs), rtol=1e-5, atol=3e-6)
 
 
 def test_blocks_that_are_narrower_already():
