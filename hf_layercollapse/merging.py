@@ -370,11 +370,12 @@ def _make_linear(like: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         linear.bias.copy_(torch.zeros(()) if bias is None else bias)
     linear.requires_grad_(like.weight.requires_grad)
     mark_initialized(linear)
-    return linear.train(like.training)
+    return linear
 
 
 def put_in_place(merge: Merge, exchanges: list[Exchange] | None = None) -> list[Exchange]:
-    """Puts what a block becomes where it was.
+    """Puts what a block becomes where it was. What is new there is in the mode that the block is in now; what goes on
+    to run there keeps its own.
 
     Args:
         exchanges (`list`, *optional*): Gets every [`Exchange`] as it is made.
@@ -382,11 +383,14 @@ def put_in_place(merge: Merge, exchanges: list[Exchange] | None = None) -> list[
     Returns:
         `list[Exchange]`, in order. The modules that now stand there say what the replacement table holds of them.
     """
-    training = merge.linears[merge.block.layout.down].training
-    exchanges = [] if exchanges is None else exchanges
+    holder = merge.block.module
+    standing, exchanges = set(holder.modules()), [] if exchanges is None else exchanges
     for path, module in _replacements(merge).items():
         mark_initialized(module)
-        exchanges.append(merge.block.exchange(path, module.train(training)))
+        for part in module.modules():
+            if part not in standing:
+                part.training = holder.training
+        exchanges.append(merge.block.exchange(path, module))
     return exchanges
 
 
