@@ -44,9 +44,10 @@ from .collapsing import collapse_model
 from .comparison import compare_models, weights_folder
 from .data_files import format_of, is_path, load_rows
 from .families import find_feed_forward_blocks, refused_blocks
+from .forward_passes import lean
 from .memory import MemoryBudget
 from .model_card import auto_class_of, create_model_card, loader_of
-from .models import carriers_of, count_parameters, device_of, inputs_of, outputs_of
+from .models import carriers_of, count_parameters, device_of, inputs_of, outputs_of, unwrap
 from .planning import linearity_map, plan_collapse
 from .plans import CollapsePlan
 from .profiling import Latency, compare_latency, measure_speedup
@@ -360,7 +361,7 @@ def _results(
 
 def _estimate(model: nn.Module, batches: Any, planned: bool, recovery_steps: int) -> str:
     """How long it is going to take, from the time of one batch."""
-    batch = inputs_of(next(iter(batches)), device_of(model))
+    batch = lean(unwrap(model)[0], inputs_of(next(iter(batches)), device_of(model)))
     with torch.no_grad():
         outputs_of(model, batch)
         started = time.perf_counter()

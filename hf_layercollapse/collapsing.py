@@ -51,7 +51,6 @@ from .patching import (
     unwrap_savable,
 )
 from .plans import CollapsePlan
-from .predictions import without_labels
 from .progress import Progress
 from .reports import BlockReport, CollapseReport
 from .selection import select_blocks
@@ -493,7 +492,7 @@ def _largest_difference(engine: Calibration, merges: Sequence[Merge], restored: 
     engine.progress.say("comparing outputs")
     with evaluating(model):
         for batch in batches:
-            inputs = lean(inner, without_labels(inner, inputs_of(batch, device)))
+            inputs = lean(inner, inputs_of(batch, device))
             before = first_tensor(outputs_of(model, inputs))
             if not before.isfinite().all():
                 raise ValueError("The calibration data gives outputs that are not finite.")

@@ -121,12 +121,12 @@ def _enough(*_: Any) -> None:
 
 
 def lean(inner: Any, inputs: Mapping[str, Any], outputs: bool = True) -> dict[str, Any]:
-    """Model inputs with which nothing is computed that nobody reads: no key-value cache and, unless the outputs are
-    read, no loss and the logits of the last token only."""
+    """Model inputs with which nothing is computed that nobody reads: no loss, no key-value cache and, unless the
+    outputs are read, the logits of the last token only."""
+    given = without_labels(inner, inputs)
     if not isinstance(inner, PreTrainedModel):
-        return dict(inputs)
+        return given
     taken = inspect.signature(inner.forward).parameters
-    given = dict(inputs) if outputs else without_labels(inner, inputs)
     if "use_cache" in taken:
         given.setdefault("use_cache", False)
     if "logits_to_keep" in taken and not outputs:

@@ -371,7 +371,7 @@ class Search:
         """[`profiling.Latency`] of the model with these sizes, relative to `dense`, a copy of it as it is. What the
         weights are does not matter, so none are fitted."""
         changed = [(self.blocks[name], size) for name, size in chosen.items() if not size.as_it_is]
-        batch = inputs_of(batch, device_of(self.inner))
+        batch = inputs_of(without_labels(self.inner, batch), device_of(self.inner))
         with processes.together(), Trial() as trial:
             for block, size in changed:
                 constant = has_constant(block, size.rank, self.options.constant_term)
@@ -422,7 +422,7 @@ def divergences(
     with processes.together(), evaluating(model):
         for batch in data:
             inputs = inputs_of(batch, device)
-            given = lean(inner, without_labels(inner, inputs))
+            given = lean(inner, inputs)
             reference = predictions_of(inner, inputs, outputs_of(model, given))
             count += sum(part.values.shape[0] for part in reference)
             for index, merges in enumerate(plans):

@@ -307,6 +307,9 @@ def test_how_far_predictions_are_apart():
     model.train()
     assert prediction_divergence(model, dense, batches[8:]) == pytest.approx(expected, rel=1e-5) and expected > 0
     assert model.training and not dense.training
+    # As the test splits of GLUE have them: none.
+    unlabelled = [{**batch, "labels": torch.full((2,), -1)} for batch in batches[8:]]
+    assert prediction_divergence(model, dense, unlabelled) == pytest.approx(expected, rel=1e-5)
     config = case.config()
     config.num_labels = 5
     with pytest.raises(ValueError, match="they cannot be compared"):

@@ -17,6 +17,7 @@ from hf_layercollapse import (
 )
 from hf_layercollapse.blocks import bind_blocks
 from hf_layercollapse.calibration import Calibration
+from hf_layercollapse.loss_metric import measure_metrics
 from hf_layercollapse.moments import bytes_of_sums
 from hf_layercollapse.progress import Progress
 
@@ -43,12 +44,14 @@ def test_a_language_model_makes_no_cache_and_one_token_of_logits():
         assert output.past_key_values is None and output.logits.shape[1] == 1 and output.loss is None
 
 
-def test_what_is_scored_has_all_its_logits_and_no_cache():
+def test_what_is_scored_has_all_its_logits_no_cache_and_no_loss():
     model = llama()
     seen = given_to(model)
-    linearity_map(model, data())
+    batches = [{**batch, "labels": batch["input_ids"]} for batch in data()]
+    linearity_map(model, batches)
+    measure_metrics(Calibration.on(model, model, batches), bind_blocks(model))
     whole = [output for _, output in seen if output.logits.shape[1] == 7]
-    assert len(whole) >= 5 and all(output.past_key_values is None for _, output in seen)
+    assert len(whole) >= 5 and all(output.past_key_values is None and output.loss is None for _, output in seen)
 
 
 def test_what_was_asked_for_stays():

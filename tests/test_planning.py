@@ -38,6 +38,11 @@ def data_of(case, batches=24, labels=True):
     return [case.batch(seed=seed) if labels else case.inputs(seed=seed) for seed in range(batches)]
 
 
+def unlabelled(case):
+    """Rows as the test splits of GLUE have them: with labels that are none."""
+    return [{**case.inputs(seed=seed), "labels": torch.full((2,), -1)} for seed in range(24)]
+
+
 def plan_of(case, **budget):
     model = case.model()
     return model, plan_collapse(model, data_of(case), **budget)
@@ -87,6 +92,33 @@ def test_the_linearity_map_looks_at_no_labels():
     with_labels = linearity_map(case.model(), data_of(case))
     without = linearity_map(case.model(), data_of(case, labels=False))
     assert with_labels.blocks == without.blocks and all(block.score_change > 0 for block in without.blocks)
+
+
+def test_a_plan_looks_at_no_labels():
+    case = BY_NAME["bert"]
+    given = unlabelled(case), data_of(case, labels=False)
+    with_labels, without = (plan_collapse(case.model(), batches, macs=0.4) for batches in given)
+    assert with_labels.to_dict() | {"seconds": 0, "metric": 0} == without.to_dict() | {"seconds": 0, "metric": 0}
+    assert with_labels.metric.tokens == without.metric.tokens
+
+
+def test_dropout_counts_for_nothing_whatever_the_mode_of_the_model():
+    """And every module is in its own mode afterwards, also a dropout that goes on to run behind a collapsed block."""
+    case, batches = BY_NAME["gpt2"], data_of(BY_NAME["gpt2"])
+
+    def measured(training):
+        model = case.model().train(training)
+        model.get_submodule(case.blocks()[1]).dropout.eval()
+        modes = {name: module.training for name, module in model.named_modules()}
+        found = linearity_map(model, batches), plan_collapse(model, batches, macs=0.4)
+        assert {name: module.training for name, module in model.named_modules()} == modes
+        report = collapse_model(model, plan=found[1], calibration_data=batches)
+        blocks = [model.get_submodule(name) for name in case.blocks()]
+        assert [block.dropout.training for block in blocks] == [training, False, training]
+        assert all(block.c_proj.training is training for block in blocks)
+        return found[0].blocks, [candidate.score for candidate in found[1].candidates], report.largest_logit_difference
+
+    assert measured(True) == measured(False)
 
 
 def test_the_linearity_map_by_a_metric():
@@ -250,7 +282,7 @@ def test_a_latency_budget():
     case = BY_NAME["bert"]
     # Whatever this machine says of a toy: the smallest plan, or a refusal that names what was measured.
     try:
-        _, plan = plan_of(case, latency=0.97)
+        plan = plan_collapse(case.model(), unlabelled(case), latency=0.97)
     except ValueError as error:
         assert "of the dense model's time" in str(error)
     else:
