@@ -123,6 +123,8 @@ class AlphaTraining(TrainerCallback):
 
     def forget(self) -> None:
         """To be called when the optimizer is let go."""
+        if self.steps is not None:
+            self.steps.leave()
         self.steps = None
 
     def exchanged(self) -> None:

@@ -37,6 +37,7 @@ class CollapsedEvaluation:
         self._trainer: Any = trainer
         self._blocks = blocks
         self._names: dict[str, str] = {}  # metric -> its name with the ready blocks collapsed
+        self._is_choosing = False
 
     # ---- Two passes ----
 
@@ -73,6 +74,9 @@ class CollapsedEvaluation:
             self._trainer.gather_function = gather
             collapsed = self._loop_as_if_collapsed(loop)
         self._add(output.metrics, (collapsed or output).metrics, metric_key_prefix)
+        compared = self._compared_with_best(output.metrics) if self._is_choosing else None
+        if compared is not None and compared[0] > 0:
+            self._trainer.state.best_metric = None
         return output
 
     def _add(self, metrics: dict[str, Any], collapsed: Mapping[str, Any], prefix: str) -> None:
@@ -139,19 +143,41 @@ class CollapsedEvaluation:
 
     # ---- What is made of the metrics ----
 
-    def is_best(self, is_best: Callable, metrics: dict[str, float], trial: Any) -> bool:
-        """Whether a checkpoint is the best one until now: of those with the most ready blocks, by the metric with
-        these collapsed. `is_best` is the Trainer's own judgement, by the metric alone, which sets its state.
-        """
+    @contextlib.contextmanager
+    def before_a_choice(self) -> Iterator[None]:
+        """In which an evaluation that has more ready blocks than the best one finds no best one: what is told of an
+        evaluation (early stopping) compares with it by the metric alone, before `is_best` is asked."""
+        state = self._trainer.state
+        best, self._is_choosing = state.best_metric, True
+        try:
+            yield
+        finally:
+            state.best_metric, self._is_choosing = best, False
+
+    def _compared_with_best(self, metrics: Mapping[str, float]) -> tuple[float, bool] | None:
+        """`(how many more ready blocks there are than at the best evaluation until now, whether the metric with these
+        collapsed is better)`; `None` where there is nothing to compare."""
         trainer, state = self._trainer, self._trainer.state
         key = trainer.args.metric_for_best_model or ""
         key = key if key.startswith("eval_") else f"eval_{key}"
         collapsed = self._names.get(key, key)
-        if trainer.layer_collapse_config is not None and state.best_global_step and collapsed in metrics:
-            ready, ready_then = self._blocks.count_ready(), self._logged_when_best(READY_BLOCKS, 0)
-            value, value_then = metrics[collapsed], self._logged_when_best(collapsed, state.best_metric)
-            better = value > value_then if trainer.args.greater_is_better else value < value_then
-            if math.isnan(value) or ready < ready_then or (ready == ready_then and not better):
+        if trainer.layer_collapse_config is None or not state.best_global_step or collapsed not in metrics:
+            return None
+        value, value_then = metrics[collapsed], self._logged_when_best(collapsed, state.best_metric)
+        if math.isnan(value):
+            return -math.inf, False
+        more = self._blocks.count_ready() - self._logged_when_best(READY_BLOCKS, 0)
+        return more, value > value_then if trainer.args.greater_is_better else value < value_then
+
+    def is_best(self, is_best: Callable, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether a checkpoint is the best one until now: of those with the most ready blocks, by the metric with
+        these collapsed. `is_best` is the Trainer's own judgement, by the metric alone, which sets its state.
+        """
+        state = self._trainer.state
+        compared = self._compared_with_best(metrics)
+        if compared is not None:
+            more_ready, better = compared
+            if more_ready < 0 or (more_ready == 0 and not better):
                 return False
             state.best_metric = None
         best = is_best(metrics, trial)

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,10 @@ def refuse_steps_in_backward(args: TrainingArguments) -> None:
         )
 
 
+# Of each optimizer, what hides alphas from it and steps them: there is one at a time that does.
+_HOOKS: weakref.WeakKeyDictionary[Optimizer, list[RemovableHandle]] = weakref.WeakKeyDictionary()
+
+
 class AlphaSteps:
     """Makes an optimizer leave alphas alone, and steps them itself, with the penalty: `alpha -= lr * gradient` of
     `loss + strength * penalty`, clamped to [0, 1].
@@ -81,7 +86,8 @@ class AlphaSteps:
     groups say of learning rate and decay does not touch them.
 
     Args:
-        optimizer (`torch.optim.Optimizer`): Changed in place: hooks around its `step` hide the alphas' gradients.
+        optimizer (`torch.optim.Optimizer`): Changed in place: hooks around its `step` hide the alphas' gradients. They
+            take the place of those of an earlier one, which a Trainer made that had this optimizer before.
         alphas (`list[nn.Parameter]`): Taken out of the optimizer's other groups.
         config ([`LayerCollapseConfig`]): `alpha_learning_rate` and `alpha_lr_schedule` are used.
         strength (`Callable[[], float]`): Gives the strength of the penalty in the step that is being taken.
@@ -111,7 +117,13 @@ class AlphaSteps:
         self._warned = False
         # What `alpha_lr_schedule="same"` compares with; a schedule sets it too.
         optimizer.param_groups[0].setdefault("initial_lr", optimizer.param_groups[0]["lr"])
+        self.leave()
         self._join(scheduled)
+
+    def leave(self) -> None:
+        """The optimizer steps as it would by itself from here on."""
+        for handle in _HOOKS.pop(self.optimizer, []):
+            handle.remove()
 
     def _join(self, scheduled: bool) -> None:
         if scheduled:
@@ -122,8 +134,10 @@ class AlphaSteps:
             rate = self.config.alpha_learning_rate
             self.optimizer.add_param_group({"params": self.alphas, "lr": rate, "weight_decay": 0.0})
         let_the_scaler_unscale(self.optimizer)
-        self.optimizer.register_step_pre_hook(self._hide)
-        self.optimizer.register_step_post_hook(self._show_and_step)
+        _HOOKS[self.optimizer] = [
+            self.optimizer.register_step_pre_hook(self._hide),
+            self.optimizer.register_step_post_hook(self._show_and_step),
+        ]
 
     def follow(self, model: nn.Module, alone: bool) -> None:
         """Drives those alphas too that have become trainable since.

@@ -293,7 +293,8 @@ class LayerCollapseTrainerMixin(InFrontOf):
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
         # After what an evaluation found, and before the checkpoint of the same step.
-        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        with self._evaluation.before_a_choice():
+            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
         self._progressive.collapse_ready()
         return metrics
 

@@ -576,6 +576,43 @@ def test_optimizers_made_by_the_user(scheduler, patched_before, tmp_path):
     assert len(parameters) == len(set(parameters)) == len(list(model.parameters()))
 
 
+@pytest.mark.parametrize("trainer_class", [LayerCollapseTrainer, Trainer])
+def test_an_optimizer_that_goes_from_one_trainer_to_the_next(trainer_class, tmp_path):
+    """The last one drives alphas, once a step."""
+    config = LayerCollapseConfig(alpha_learning_rate=0.1)
+    model = apply_layer_collapse(model_of(BY_NAME["bert"]), config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(3):
+        set_alphas(model, *[0.0] * LAYERS)
+        trainer = trainer_for(
+            "bert",
+            tmp_path,
+            config=config if trainer_class is LayerCollapseTrainer else False,
+            model=model,
+            trainer_class=trainer_class,
+            optimizers=(optimizer, None),
+            callbacks=[] if trainer_class is LayerCollapseTrainer else [LayerCollapseCallback()],
+            compute_loss_func=zero_loss,
+            args={"max_steps": 2},
+        )
+        trainer.train()
+        assert list(map(float, alphas_of(model).values())) == pytest.approx([1 - 0.8**2] * LAYERS)
+
+
+def test_an_optimizer_that_is_let_go_steps_by_itself():
+    alpha = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([alpha], lr=0.5)
+    steps = AlphaSteps(optimizer, [alpha], LayerCollapseConfig(alpha_learning_rate=0.1), lambda: 1.0)
+    alpha.grad = torch.zeros(1)
+    optimizer.step()
+    assert float(alpha.detach()) == pytest.approx(0.2) and steps.taken == 1
+    steps.leave()
+    alpha.grad = torch.ones(1)
+    optimizer.param_groups[-1]["lr"] = 0.5
+    optimizer.step()
+    assert float(alpha.detach()) == pytest.approx(-0.3) and steps.taken == 1
+
+
 def test_alphas_have_their_own_group_without_decay(tmp_path):
     config = {"initial_alpha": 0.5, "penalty_strength": 0.0}
     args = {"max_steps": 2, "weight_decay": 0.5, "learning_rate": 0.1}
@@ -985,6 +1022,41 @@ def test_upstream_would_choose_the_least_collapsed(tmp_path):
     )
     trainer.train()
     assert trainer.state.best_global_step == 5
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_early_stopping_goes_on_while_more_blocks_get_ready(resumed, tmp_path):
+    """Each evaluation is the best until all are ready, though the metric falls."""
+
+    def trainer():
+        alphas = [tuple(0.97 if block < step else 0.1 for block in range(LAYERS)) for step in range(1, 9)]
+        made = trainer_for(
+            "bert",
+            tmp_path,
+            config={"penalty_strength": 0.0},
+            compute_metrics=lambda prediction: {"accuracy": 0.9 - 0.1 * made.state.global_step},
+            callbacks=[SetAlphas(alphas), EarlyStoppingCallback(2)],
+            args={
+                "max_steps": 8,
+                "eval_strategy": "steps",
+                "eval_steps": 1,
+                "save_strategy": "steps",
+                "save_steps": 1,
+                "load_best_model_at_end": True,
+                "metric_for_best_model": "accuracy",
+                "restore_callback_states_from_checkpoint": True,
+            },
+        )
+        return made
+
+    made = trainer()
+    made.train()
+    if resumed:
+        made = trainer()
+        made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert made.state.global_step == LAYERS + 2
+    assert made.state.best_global_step == LAYERS
+    assert made.state.best_metric == pytest.approx(0.9 - 0.1 * LAYERS)
 
 
 def test_early_stopping_stops_when_nothing_gets_better(tmp_path):
