@@ -241,7 +241,8 @@ def collapse(
             _show_plan(made, out, save_plan, plot)
         report, recovery = _collapsed_and_recovered(live, made, read, recovery_steps, max_memory)
         with processes.together():
-            _save_collapsed(live, processor, report, folder, output.name, model)
+            card = {"report": report, "plan": made, "recovery": recovery, "name": output.name}
+            _save_collapsed(live, processor, card, folder, model)
     _say_collapsed(out, live, report, recovery, output)
     out.write({**_results(made, report, recovery, output), "seconds": time.perf_counter() - started})
 
@@ -319,8 +320,9 @@ def _collapsed_and_recovered(
     return report, recover_model(model, teacher, batches, max_steps=recovery_steps)
 
 
-def _save_collapsed(model: Any, processor: Any, report: "CollapseReport", folder: Any, name: str, source: str) -> None:
-    """Writes a collapsed model with its card and its processor, where a folder was made for that."""
+def _save_collapsed(model: Any, processor: Any, card: Mapping[str, Any], folder: Any, source: str) -> None:
+    """Writes a collapsed model with its card (what it is made from) and its processor, where a folder was made for
+    that."""
     if folder is None:
         return
     sentences = sentence_model(model)
@@ -330,7 +332,7 @@ def _save_collapsed(model: Any, processor: Any, report: "CollapseReport", folder
     else:
         sentences.save_pretrained(str(folder), create_model_card=False)
     base = None if Path(source).exists() else source
-    create_model_card(model, report, name=name, base_model=base).save(folder / "README.md")
+    create_model_card(model, **card, base_model=base).save(folder / "README.md")
 
 
 def _say_collapsed(

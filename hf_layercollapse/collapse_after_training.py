@@ -62,7 +62,8 @@ class CollapseAfterTraining:
         if self._budgeted.is_asked_for:
             return self._budgeted.report_of_now()
         if reports and not self._blocks.activations():
-            return _joined(reports)
+            trainer.collapse_report = _joined(reports)
+            return trainer.collapse_report
         config, model = self._options(), self._sharding.whole_model()
         work = partial(collapse_model, model, config, calibration_data, max_error=max_error, allow_none=allow_none)
         report = self._sharding.on_all_processes(model, work)

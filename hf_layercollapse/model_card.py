@@ -3,26 +3,24 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ._version import __version__
+from .blocks import BoundBlock, bind_blocks
+from .card_sentences import Making, how, largest_difference, method, summary
 from .comparison import Comparison
-from .families import FeedForwardBlock, find_feed_forward_blocks
 from .modeling_layercollapse import FORMAT_VERSION
 from .models import unwrap
 from .patching import layer_collapse_config_of
+from .plans import CollapsePlan
+from .recovery import RecoveryReport
 from .reports import CollapseReport
 from .sentence_models import sentence_model
 from .tables import markdown
 from .upstream import model_mapping
-
-
-if TYPE_CHECKING:
-    from .config import LayerCollapseConfig
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -57,6 +55,9 @@ def create_model_card(
     report: CollapseReport | None = None,
     comparison: Comparison | None = None,
     *,
+    plan: CollapsePlan | None = None,
+    recovery: RecoveryReport | None = None,
+    trained_since: bool = False,
     name: str | None = None,
     compared_as: str = "collapsed",
     base_model: str | None = None,
@@ -79,6 +80,11 @@ def create_model_card(
             far off that is.
         comparison ([`Comparison`], *optional*): From [`compare_models`] or `layercollapse compare --json-file`, for
             quality, size and latency beside the dense model and controls, and the `model-index`.
+        plan ([`CollapsePlan`], *optional*): By which it collapsed, from [`plan_collapse`].
+        recovery ([`RecoveryReport`], *optional*): From [`recover_model`], if that came after the collapse.
+        trained_since (`bool`): Whether weights were trained in another way since `report` was made: its errors are
+            then of the model before that. A Trainer of this package says so by itself in its card, and a model
+            that it collapsed to a budget knows it.
         name (`str`, *optional*): Of the model. Default: that of `repo_id`, or of its class.
         compared_as (`str`): What the comparison calls this model.
         base_model (`str`, *optional*): Name on the Hub of the model that this one was made from.
@@ -88,14 +94,26 @@ def create_model_card(
         evaluation (`dict`, *optional*): Further measurements of this model to list, by name.
 
     Raises:
-        TypeError: `report` or `comparison` is of a wrong type.
+        TypeError: `report`, `comparison`, `plan` or `recovery` is of a wrong type.
         ValueError: The model is neither patched nor collapsed, or the comparison has no model called `compared_as`.
     """
-    _check(report, comparison, compared_as)
+    given = {"report": (report, CollapseReport), "comparison": (comparison, Comparison)}
+    _check_types(**given, plan=(plan, CollapsePlan), recovery=(recovery, RecoveryReport))
+    if comparison is not None:
+        _check_name(comparison, compared_as)
     inner, _ = unwrap(model)
-    blocks = find_feed_forward_blocks(inner)
+    blocks = bind_blocks(inner)
     if all(block.state == "dense" for block in blocks):
         raise ValueError("The model is dense: a card says which blocks are patched or collapsed.")
+    making = Making(
+        [_form(block) for block in blocks if block.state == "collapsed"],
+        sum(block.state == "patched" for block in blocks),
+        report,
+        layer_collapse_config_of(inner),
+        plan,
+        recovery,
+        trained_since,
+    )
     name = name or (repo_id.split("/")[-1] if repo_id else type(inner).__name__)
     metadata = {"language": language, "license": license, "base_model": base_model, "model_name": name}
     return ModelCard.from_template(
@@ -106,18 +124,18 @@ def create_model_card(
         repo_id=repo_id or "path/or/name-of-this-model",
         training=training,
         evaluation=evaluation,
-        **_of_model(model, blocks, report),
+        **_of_model(model, blocks, making),
         **_of_comparison(comparison),
     )
 
 
-def _check(report: Any, comparison: Any, compared_as: Any) -> None:
-    if report is not None and not isinstance(report, CollapseReport):
-        raise TypeError(f"`report` must be a CollapseReport, got {type(report).__name__}.")
-    if comparison is None:
-        return
-    if not isinstance(comparison, Comparison):
-        raise TypeError(f"`comparison` must be a Comparison, got {type(comparison).__name__}.")
+def _check_types(**given: tuple[Any, type]) -> None:
+    for name, (value, kind) in given.items():
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"`{name}` must be a {kind.__name__}, got {type(value).__name__}.")
+
+
+def _check_name(comparison: Comparison, compared_as: str) -> None:
     names = [measured.name for measured in comparison.models]
     if compared_as not in names:
         raise ValueError(f"The comparison has no model called {compared_as!r}, it has {names}: say `compared_as`.")
@@ -183,17 +201,20 @@ def loader_of(model: nn.Module) -> Loader:
     return Loader("transformers", name, f"{name}.from_pretrained")
 
 
-def _of_model(model: nn.Module, blocks: Sequence[FeedForwardBlock], report: CollapseReport | None) -> dict[str, Any]:
+def _of_model(model: nn.Module, blocks: Sequence[BoundBlock], making: Making) -> dict[str, Any]:
     """What the template says of the model and its blocks."""
     return {
         "block_count": len(blocks),
-        "collapsed_count": sum(block.state == "collapsed" for block in blocks),
-        "patched_count": sum(block.state == "patched" for block in blocks),
-        "methods": _methods(report, layer_collapse_config_of(unwrap(model)[0])),
-        "block_table": markdown(_block_rows(blocks, report)),
-        "report": report,
+        "collapsed_count": len(making.forms),
+        "patched_count": making.patched,
+        "summary": summary(making),
+        "method": method(making),
+        "by_penalty": making.by_penalty,
+        "how": how(making),
+        "block_table": markdown(_block_rows(blocks, making)),
+        "report": making.report,
+        "largest_difference": largest_difference(making),
         "loader": loader_of(model),
-        "package_version": __version__,
         "format_version": FORMAT_VERSION,
     }
 
@@ -241,58 +262,15 @@ def _where(comparison: Comparison) -> str:
     return " ".join(parts)
 
 
-def _methods(report: CollapseReport | None, config: "LayerCollapseConfig | None") -> Any:
-    """Sentences on how blocks became what they are."""
-    found = {block.method for block in report.blocks if block.outcome == "collapsed"} if report is not None else set()
-    sentences = []
-    if any(block.alpha is not None for block in report.blocks) if report is not None else False:
-        targets = {"affine": "each neuron's calibrated line", "constant": "each neuron's mean"}
-        target = targets.get(config.linear_target if config else "", "the identity")
-        sentences.append(
-            "Training drove each block's alpha, which blends its activation with a line "
-            f"({target}), towards 1 with a penalty on `(1 - alpha)^2`."
-        )
-    if "merged" in found:
-        sentences.append("Merged blocks are the product of their linears, with the activation taken as that line.")
-    if "refit" in found:
-        sentences.append(
-            "Refit blocks are the least-squares map of what they computed on calibration data; errors and R^2 are "
-            "measured on that data."
-        )
-    if "dropped" in found:
-        sentences.append("Dropped blocks give a constant; one neuron of zeros keeps their place.")
-    if config is not None and config.budget is not None and not config.plans:
-        sentences.append(
-            f"Alphas were told which neurons go to come to the budget `{config.budget}`: those that the loss depends "
-            "on least."
-        )
-    if config is not None and config.plans:
-        sentences.append(
-            f"Before the first step of training blocks collapsed to a budget, `{config.budget}`, by a plan that was "
-            "made from inputs without labels."
-        )
-    if config is not None and config.distils:
-        weights = [
-            f"distillation weight {config.distillation_weight:g}",
-            f"hidden state weight {config.hidden_state_weight:g}",
-            f"temperature {config.temperature:g}",
-        ]
-        if config.task_loss_weight != 1:
-            weights.append(f"weight of the task's own loss {config.task_loss_weight:g}")
-        sentences.append(f"Training had a teacher: {', '.join(weights)}.")
-    return sentences
-
-
-def _block_rows(blocks: Sequence[FeedForwardBlock], report: CollapseReport | None) -> list[Any]:
-    reported = {} if report is None else {block.name: block for block in report.blocks}
+def _block_rows(blocks: Sequence[BoundBlock], making: Making) -> list[Any]:
+    reported = {block.name: block for block in making.reported}
     columns = ["block", "kind", "now", "parameters"]
+    then = f" {making.moment}" if making.moment else ""
     measured = {
         "method": lambda block: block.method,
         "alpha before": lambda block: None if block.alpha is None else f"{block.alpha:.4f}",
-        "R^2": lambda block: None if block.r2 is None else f"{block.r2:.4f}",
-        "relative error": lambda block: _scientific(
-            block.error if block.calibration_error is None else block.calibration_error
-        ),
+        f"R^2{then}": lambda block: None if block.r2 is None else f"{block.r2:.4f}",
+        f"relative error{then}": lambda block: _scientific(block.measured_error),
     }
     measured = {
         column: value for column, value in measured.items() if any(value(block) for block in reported.values())
@@ -304,7 +282,7 @@ def _block_rows(blocks: Sequence[FeedForwardBlock], report: CollapseReport | Non
         parameters = f"{block.parameters:,}"
         if entry is not None and entry.parameters_before != block.parameters:
             parameters = f"{entry.parameters_before:,} -> {parameters}"
-        row = [f"`{block.name}`", block.kind, _form(block, entry), parameters]
+        row = [f"`{block.name}`", block.kind, _form_in_words(block), parameters]
         row += ["" if block.alpha is None else f"{block.alpha:.4f}"] if alphas else []
         rows.append(row + ["" if entry is None else value(entry) or "" for value in measured.values()])
     return rows
@@ -314,13 +292,29 @@ def _scientific(value: float | None) -> str | None:
     return None if value is None else f"{value:.1e}"
 
 
-def _form(block: FeedForwardBlock, entry: Any) -> str:
-    if block.state != "collapsed":
-        return block.state
-    if block.can_collapse:
-        return f"{block.hidden_features} neurons"
-    rank = f"rank {entry.rank}" if entry is not None and entry.rank is not None else "linear"
-    return f"{rank} + {block.hidden_features} neurons" if block.hidden_features else rank
+def _form(block: BoundBlock) -> str:
+    """What a collapsed block is, one of [`card_sentences.FORMS`]."""
+    if block.rank:
+        return "linear and neurons" if block.hidden_features else "linear"
+    return "dropped" if _gives_nothing(block) else "neurons"
+
+
+def _gives_nothing(block: BoundBlock) -> bool:
+    if block.hidden_features > 1:
+        return False
+    with block.weights_present():
+        return not block.down.weight.is_meta and not block.down.weight.any()
+
+
+def _form_in_words(block: BoundBlock) -> str:
+    """With its sizes, of a block in whatever state."""
+    if block.state != "collapsed" or _form(block) == "dropped":
+        return block.state if block.state != "collapsed" else "dropped"
+    neurons = f"{block.hidden_features} neuron{'' if block.hidden_features == 1 else 's'}"
+    if not block.rank:
+        return neurons
+    linear = "linear" if block.rank == block.in_features else f"rank {block.rank}"
+    return f"{linear} + {neurons}" if block.hidden_features else linear
 
 
 def auto_class_of(config: PreTrainedConfig, architecture: str | None = None) -> str:

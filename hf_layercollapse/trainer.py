@@ -139,6 +139,7 @@ class LayerCollapseTrainerMixin(InFrontOf):
         self.add_callback(self._teaching)
         self.add_callback(self._alphas)
         self.add_callback(self._budgeted)
+        self.add_callback(self._card)
         self._alphas.warn_of_frozen()
 
     # ---- What the hooks below hand on to ----

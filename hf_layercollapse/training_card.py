@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.modeling_utils import PreTrainedModel
 
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 TIMES = ("runtime", "per_second", "preparation_time")
 
 
-class TrainingCard:
-    """Writes the card of a Trainer's model.
+class TrainingCard(TrainerCallback):
+    """Writes the card of a Trainer's model. As a callback it sees whether weights were trained after a collapse.
 
     Args:
         trainer ([`LayerCollapseTrainerMixin`]): Has the model, its last collapse and evaluation.
@@ -34,6 +35,12 @@ class TrainingCard:
     def __init__(self, trainer: LayerCollapseTrainerMixin) -> None:
         self._trainer: Any = trainer
         self._base_model: str | None = None  # what the model was before it was patched, by name
+        self._trained: list[Any] = []  # the report that there was in the last step of training
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trained = [self._trainer.collapse_report]
 
     def remember_base(self, model: nn.Module) -> None:
         """To be called before a model is patched, which makes it forget its name."""
@@ -62,6 +69,8 @@ class TrainingCard:
             model,
             self._trainer.collapse_report,
             comparison,
+            plan=self._trainer.collapse_plan,
+            trained_since=any(report is self._trainer.collapse_report for report in self._trained),
             name=metadata["model_name"] or Path(self._trainer.args.output_dir).name,
             base_model=base if base and not os.path.isdir(base) else None,
             repo_id=self._trainer.hub_model_id,

@@ -133,6 +133,10 @@ def test_collapse_saves_a_model_that_loads(classifier, tmp_path):
     arguments[-1] = tmp_path / "recovered"
     result = run("collapse", folder, *arguments, "--plan", plan, "--recovery-steps", 8)
     assert result.exit_code == 0 and "divergence from the teacher in nats" in result.output
+    # The card of each says how it was made.
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("small", "recovered")]
+    assert all("A plan for the budget `macs=0.4` chose which blocks" in card for card in cards)
+    assert ["recovery of 8 steps" in card or "for 8 steps" in card for card in cards] == [False, True]
     recovered = AutoModelForSequenceClassification.from_pretrained(tmp_path / "recovered")
     assert recovered.state_dict().keys() == loaded.state_dict().keys()
 

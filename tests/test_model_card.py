@@ -1,16 +1,24 @@
 """The card, whole: every line of it is expected, and nothing that was not measured."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model
+from hf_layercollapse import (
+    LayerCollapseConfig,
+    apply_layer_collapse,
+    collapse_model,
+    plan_collapse,
+    recover_model,
+)
 from hf_layercollapse.comparison import compare_models
 from hf_layercollapse.model_card import create_model_card
-from tests.models import BY_NAME
+from tests.models import BY_NAME, randomize
 from tests.training import set_alphas, trainer_for
 
 
@@ -49,7 +57,7 @@ model-index:
 
 \# tiny
 
-\[google-bert/bert-base-uncased\]\(https://huggingface\.co/google-bert/bert-base-uncased\) in which 2 of 3 feed-forward blocks are collapsed: .* LayerCollapse \(\[arXiv 2311\.17943\]\(https://arxiv\.org/abs/2311\.17943\)\), as `hf_layercollapse` \S+ implements it\.
+\[google-bert/bert-base-uncased\]\(https://huggingface\.co/google-bert/bert-base-uncased\) in which 2 of 3 feed-forward blocks are collapsed: each is a linear map with some of its neurons beside it\. `hf_layercollapse` \S+ fitted them to data; the package is named after LayerCollapse \(\[arXiv 2311\.17943\]\(https://arxiv\.org/abs/2311\.17943\)\), which trains blocks to be linear instead\.
 
 \#\# How to load it
 
@@ -70,7 +78,7 @@ model = AutoModelForSequenceClassification\.from_pretrained\("me/tiny", trust_re
 
 \#\# Feed-forward blocks
 
-Refit blocks are the least-squares map of what they computed on calibration data; errors and R\^2 are measured on that data\.
+In refit blocks the linear map and the output weights of the neurons that stay are the least-squares fit to what they computed on calibration data \(32 rows, 224 tokens\)\. R\^2 and relative errors are estimates for other data of the kind, by generalised cross-validation\.
 
 \| block \| kind \| now \| parameters \| method \| R\^2 \| relative error \|
 \| --- \| ---: \| ---: \| ---: \| ---: \| ---: \| ---: \|
@@ -117,6 +125,8 @@ Accuracy was measured on 32 examples of stanfordnlp/sst2 validation, the same fo
 `config\.json` holds .*
 
 \#\# Citation
+
+Of the paper that the package is named after:
 
 ```bibtex
 @article\{{shabgahi2023layercollapse,
@@ -196,7 +206,14 @@ def test_patched_and_merged():
     text = create_model_card(model, report).content
     assert "2 of 3 feed-forward blocks are collapsed" in text and "and 1 of 3 feed-forward blocks carry an" in text
     assert "| `bert.encoder.layer.2` | plain | linear | 1,336 -> 272 |" in text and "| merged | 0.9800 |" in text
-    assert "Training drove each block's alpha" in text and "Refit" not in text
+    assert "Training drove each block's alpha" in text and "refit" not in text
+    assert "The method is LayerCollapse ([arXiv 2311.17943]" in text
+    assert "2 of 3 feed-forward blocks are collapsed: each is one linear map, and 1 of 3" in text
+    assert (
+        "cross-validation" not in text
+        and "relative error is that on standard-normal" in text
+        and "named after" not in text
+    )
 
 
 def test_what_is_refused():
@@ -229,3 +246,134 @@ def test_the_trainers_card(tmp_path):
     plain = trainer_for("bert", tmp_path / "plain", False)
     plain.create_model_card()
     assert "LayerCollapse" not in (tmp_path / "plain" / "README.md").read_text().replace("LayerCollapseTrainer", "")
+
+
+def rows_of(case, count=12):
+    return [BY_NAME[case].inputs(batch=8, seed=i) for i in range(count)]
+
+
+BESIDE = "it is a linear map with some of its neurons beside it"
+FORMS = [
+    ({"blocks": [1]}, "it is one linear map", "linear"),
+    ({"blocks": [0, 1]}, "each is one linear map", "linear"),
+    (
+        {"blocks": [1], "keep_neurons": 3},
+        "it is a linear map with some of its neurons beside it",
+        "linear + 3 neurons",
+    ),
+    (
+        {"blocks": [1], "rank": 2, "keep_neurons": 3},
+        "it is a linear map with some of its neurons beside it",
+        "rank 2 + 3 neurons",
+    ),
+    ({"blocks": "all", "rank": 0, "keep_neurons": 39}, "each keeps some of its neurons", "39 neurons"),
+]
+
+
+@pytest.mark.parametrize(("options", "words", "form"), FORMS)
+def test_what_blocks_became(options, words, form):
+    """With the report and without: the model shows it."""
+    model = BY_NAME["bert"].model()
+    report = collapse_model(model, LayerCollapseConfig(**options), calibration_data=rows_of("bert"))
+    for given in (report, None):
+        text = create_model_card(model, given).content
+        assert f"feed-forward blocks are collapsed: {words}. " in text and f"| plain | {form} | " in text
+        assert "two wide matrices" not in text and "The method is" not in text
+    assert "That was done with `hf_layercollapse`, which is named after LayerCollapse" in text
+
+
+def test_several_forms_gated_blocks_and_a_plan():
+    """A plan that makes something else of each block; one is gone."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 40, "num_attention_heads": 2, "num_hidden_layers": 4}
+    model = randomize(LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))).eval()
+    plan = plan_collapse(model, rows_of("gpt2"), macs=0.5)
+    wanted = {f"model.layers.{i}.mlp": choice for i, choice in enumerate([(None, 0), (None, 5), (0, 9), (0, 0)])}
+    plan = replace(plan, curve=[replace(plan.point, choices=wanted)], chosen=0)
+    # Those neurons that it has not ordered.
+    plan = replace(plan, neurons={name: {rank: list(range(40)) for rank in ("full", "0")} for name in wanted})
+    report = collapse_model(model, plan=plan, calibration_data=rows_of("gpt2"))
+    text = create_model_card(model, report, plan=plan).content
+    forms = "1 is one linear map, 1 is a linear map with some of its neurons beside it, 1 keeps some of its neurons, "
+    assert f"4 of 4 feed-forward blocks are collapsed: {forms}1 is dropped. " in text
+    assert "| `model.layers.3.mlp` | gated | dropped | " in text
+    assert "A plan for the budget `macs=0.5` chose which blocks collapse, and how." in text
+    # Training may give its one neuron something to say.
+    with torch.no_grad():
+        model.model.layers[3].mlp.down_proj.weight.fill_(0.1)
+    assert "| `model.layers.3.mlp` | gated | 1 neuron | " in create_model_card(model).content
+
+
+def recovered(**options):
+    dense, (model, report) = BY_NAME["bert"].model(), collapsed()
+    data = rows_of("bert")
+    return model, report, recover_model(model, dense, data, **options)
+
+
+def test_what_was_recovered():
+    model, report, recovery = recovered(max_steps=12, learning_rate=1e-4)
+    assert recovery.best_step > 0
+    text = create_model_card(model, report, recovery=recovery).content
+    assert "| method | R^2 before recovery | relative error before recovery |" in text
+    kept = f"those of step {recovery.best_step} kept"
+    assert f"for 12 steps towards the dense model's predictions, without labels, and {kept}" in text
+    assert (
+        f"predictions held aside their divergence went from {recovery.before:.3g} to {recovery.after:.3g} nats" in text
+    )
+    assert "Before recovery the largest difference of an output on calibration data was" in text
+    # One that gained nothing left the fits as they were.
+    model, report, recovery = recovered(max_steps=1, learning_rate=1e-30)
+    assert recovery.best_step == 0
+    text = create_model_card(model, report, recovery=recovery).content
+    assert "gained nothing" in text and "| R^2 | relative error |" in text and "The largest difference" in text
+    with pytest.raises(TypeError, match="`recovery` must be a RecoveryReport, got dict"):
+        create_model_card(model, report, recovery={})
+    with pytest.raises(TypeError, match="`plan` must be a CollapsePlan, got dict"):
+        create_model_card(model, report, plan={})
+
+
+BEFORE = "| R^2 before training | relative error before training |"
+
+
+def test_what_was_trained_afterwards(tmp_path):
+    """By a loop of one's own, or by the Trainer, which knows."""
+    model, report = collapsed()
+    assert BEFORE not in create_model_card(model, report).content
+    text = create_model_card(model, report, trained_since=True).content
+    assert BEFORE in text and "Then the weights were trained on" in text
+    assert "Before training the largest difference of an output on calibration data was" in text
+    # A plan before the first step.
+    trainer = trainer_for("bert", tmp_path, {"budget": "macs=0.3", "budget_samples": 32}, args={"max_steps": 2})
+    trainer.train()
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert BEFORE in text and "largest difference of an output on calibration data was" in text
+    assert "A plan for the budget `macs=0.3`, made from inputs without labels" in text and "The method is" not in text
+    # The report says so too where it is given by hand.
+    assert BEFORE in create_model_card(trainer.model, trainer.collapse()).content
+
+
+def test_what_was_trained_after_a_collapse_that_ended_training(tmp_path):
+    config = {"alpha_learning_rate": 0.4, "collapse_threshold": 0.4}
+    trainer = trainer_for("bert", tmp_path, config, args={"max_steps": 6, "learning_rate": 1e-4})
+    trainer.train()
+    trainer.collapse(rows_of("bert"))
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "| R^2 | relative error |" in text and "The method is LayerCollapse" in text and "trained on" not in text
+    trainer.train()
+    trainer.create_model_card()
+    assert BEFORE in (tmp_path / "README.md").read_text()
+
+
+def test_blocks_that_collapsed_while_training_went_on(tmp_path):
+    """The report of all of them is in the card, also where none is left for the end."""
+    config = {"alpha_learning_rate": 0.4, "collapse_threshold": 0.4, "progressive": True}
+    args = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = trainer_for("bert", tmp_path, config, args=args)
+    trainer.train()
+    report = trainer.collapse()
+    assert len(report.collapsed) == 3 and trainer.collapse_report is report
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "| relative error when it collapsed |" in text and "Blocks collapsed while training went on" in text
