@@ -244,25 +244,33 @@ def fit_size(
     moments: "BlockMoments",
     positions: Iterable[int],
     rank: int | None,
-    metric: "LossMetric | None" = None,
+    root: torch.Tensor | None = None,
     constant: bool = True,
 ) -> functional.Fit:
-    """The weights of a size: the linear map's input directions are chosen in the metric, everything that is computed
-    from them and from the neurons is plain least squares.
+    """The weights of a size: the linear map's input directions are chosen in the metric of the loss, everything that
+    is computed from them and from the neurons is plain least squares.
 
     Args:
         positions (`Sequence[int]`): Of the kept neurons among those of the moments.
         rank (`int`, *optional*): Of the linear map; `None`: full.
+        root (`Tensor`, *optional*): `S`, see [`root_to_fit`]. Default: every direction of the output counts alike.
         constant (`bool`): Whether there is a constant term.
     """
     kept = moments.restricted(sorted(positions, key=lambda position: moments.neurons[position]), rank != 0)
     if kept.constant and not constant:
         kept = kept.without_constant()
-    if not rank or metric is None:
+    if not rank or root is None:
         return kept.fit(rank)
-    cov_fo = kept.cov_fo @ metric.root().to(kept.cov_fo)
-    right = functional.reduced_rank(kept.cov_ff, cov_fo, kept.width, rank, kept.ridge)[1]
+    right = functional.reduced_rank(kept.cov_ff, kept.cov_fo @ root, kept.width, rank, kept.ridge)[1]
     return kept.fit(rank, right_ri=right)
+
+
+def root_to_fit(
+    moments: "BlockMoments", ranks: Iterable[int | None], metric: "LossMetric | None"
+) -> torch.Tensor | None:
+    """`S` of a block's [`LossMetric`] `S S`, for all fits to its moments with maps of these ranks; `None` where none
+    of them depends on it."""
+    return None if metric is None or not any(ranks) else metric.root().to(moments.cov_fo)
 
 
 def any_fit(block: BoundBlock, rank: int | None, count: int, constant: bool) -> functional.Fit:

@@ -415,8 +415,9 @@ def _merges_of(chosen: _Chosen, engine: Calibration | None, options: LayerCollap
     else:
         _refuse_fitted_chains(ready, refit)
         merges = _merge_all(ready, fitting.merges(refit), threshold)
-    # The same to the bit, whatever each process computes on.
-    linears = [linear for merge in merges for linear in merge.linears.values()]
+    # The same to the bit, whatever each process computes on; those that were fitted are.
+    fitted = {block.name for block in refit}
+    linears = [linear for merge in merges if merge.block.name not in fitted for linear in merge.linears.values()]
     processes.spread([parameter for linear in linears for parameter in linear.parameters()])
     return merges
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import functional, processes
-from .block_sizes import fit_size
+from .block_sizes import fit_size, root_to_fit
 from .calibration import Calibration
 from .loss_metric import bytes_of_metrics, measure_metrics
 from .merging import Merge, cost_of, effective_rank, has_constant, make_merge, merges_of_the_first
@@ -65,7 +65,8 @@ class BlockFitting:
             constant = has_constant(block, rank, self.constant_term)
             if block.name in metrics:
                 everything = range(len(moments.neurons))
-                return result(block, fit_size(moments, everything, rank, metrics[block.name], constant))
+                root = root_to_fit(moments, [rank], metrics[block.name])
+                return result(block, fit_size(moments, everything, rank, root, constant))
             if not constant:
                 moments = moments.without_constant(in_place=True)
             return result(block, best_fit(moments, rank, open_choices[block.name]))

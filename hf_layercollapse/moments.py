@@ -364,5 +364,6 @@ def bytes_in_metric(block: "BoundBlock", candidates: int, inputs: bool = True) -
 def bytes_to_fit(block: "BoundBlock", neurons: int, inputs: bool = True, low_rank: bool = False) -> int:
     """Memory that a fit with so many neurons takes beside the sums, see [`functional.fit_block`]."""
     features, outputs = (block.in_features if inputs else 0) + neurons, block.out_features
-    solved = 8 * features * (2 * outputs + 5 * min(functional.STRIP, outputs)) + 16 * outputs**2
+    # For a low rank also what the outputs are multiplied by to be in the metric of the loss.
+    solved = 8 * features * (2 * outputs + 5 * min(functional.STRIP, outputs)) + (24 if low_rank else 16) * outputs**2
     return (4 + (24 if low_rank else 16)) * features**2 + solved

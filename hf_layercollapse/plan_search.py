@@ -21,6 +21,7 @@ from .block_sizes import (
     any_fit,
     fit_size,
     rank_of,
+    root_to_fit,
     sizes_of,
     worth_having,
 )
@@ -328,11 +329,12 @@ class Search:
 
         def merges(block: "BoundBlock", moments: BlockMoments) -> dict[tuple[str, int | None, int], Merge]:
             position = {neuron: index for index, neuron in enumerate(moments.neurons)}
+            root = root_to_fit(moments, [rank for rank, _ in wanted[block.name]], self.metrics.get(block.name))
             found = {}
             for rank, count in wanted[block.name]:
                 chosen = [position[neuron] for neuron in self.sizes[block.name].neurons[rank][:count]]
                 constant = has_constant(block, rank, self.options.constant_term)
-                fit = fit_size(moments, chosen, rank, self.metrics.get(block.name), constant)
+                fit = fit_size(moments, chosen, rank, root, constant)
                 found[block.name, rank, count] = make_merge(block, fit, refit=True)
             return found
 

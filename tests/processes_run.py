@@ -118,6 +118,23 @@ def block_down(merge):
     return merge.block.layout.down
 
 
+def sent(rank):
+    """What the first process sends of a patched model's merges, of which one block is fitted to data."""
+    case, batches, tensors = BY_NAME["bert"], data(rank, 2), []
+    model = apply_layer_collapse(case.model(), LayerCollapseConfig())
+    with torch.no_grad():
+        for number, block in enumerate(bind_blocks(model)):
+            block.activation.alpha.fill_(1.0 if number else 0.97)
+    spread = several.spread
+    several.spread = lambda parameters: (tensors.extend(parameters), spread(parameters))
+    try:
+        collapse_model(model, calibration_data=batches)
+    finally:
+        several.spread = spread
+    kept = [id(tensor) for tensor in tensors]
+    return [kept.count(id(parameter)) for block in bind_blocks(model) for parameter in block.down.parameters()]
+
+
 def no_memory(rank):
     """What all hear where the second process alone has no memory for something."""
     case, batches, found = BY_NAME["gpt2"], data(rank, 2), {}
@@ -205,7 +222,7 @@ if __name__ == "__main__":
     assert state.num_processes == 2 and dist.is_initialized()
     rank = state.process_index
     results = {"run": run(rank, 2), "refused": refusals(rank, 2), "tipped": tipped(rank, 2)}
-    results["no memory"] = no_memory(rank)
+    results["no memory"], results["sent"] = no_memory(rank), sent(rank)
     folder = Path(sys.argv[1])
     results["shell"] = shell_refusals(rank, folder / "shell")
     torch.save(results, folder / f"results_{rank}.pt")

@@ -21,6 +21,7 @@ from hf_layercollapse import (
 )
 from hf_layercollapse.block_sizes import RANK_SHARES, BlockSize
 from hf_layercollapse.blocks import bind_blocks
+from hf_layercollapse.loss_metric import LossMetric
 from hf_layercollapse.merging import parameters_of
 from hf_layercollapse.moments import bytes_of_sums, bytes_to_fit
 from hf_layercollapse.patching import layer_collapse_config_of
@@ -287,6 +288,21 @@ def test_a_latency_budget():
         assert "of the dense model's time" in str(error)
     else:
         assert 0 < plan.latency <= 0.97
+
+
+def test_a_metric_is_taken_to_its_root_once_for_all_sizes_of_a_block(monkeypatch):
+    case, root, taken = BY_NAME["bert"], LossMetric.root, []
+
+    def counted(metric):
+        taken.append(metric)
+        return root(metric)
+
+    monkeypatch.setattr(LossMetric, "root", counted)
+    plan = plan_collapse(case.model(), data_of(case), macs=0.4, rank_shares=(1 / 4, 1 / 8, 0.0), points=[0.5, 0.6])
+    sizes = {(name, *size) for point in plan.curve if point.score is not None for name, size in point.choices.items()}
+    assert sum(rank not in (0, None) for _, rank, _ in sizes) > len(case.blocks())
+    # To choose, to fit what is measured at the further sizes, and at the budget.
+    assert len(taken) <= 3 * len(case.blocks())
 
 
 @every_case

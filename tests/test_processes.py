@@ -87,6 +87,10 @@ def test_what_is_chosen_is_the_first_processs_choice(results):
     assert any(count % 2 for sizes in second["sizes"].values() for _, count in sizes)
 
 
+def test_what_blocks_become_is_sent_once(results):
+    assert [result["sent"] for result in results] == [[1] * 6] * 2
+
+
 def test_what_one_process_has_no_memory_for_all_hear_of(results):
     first, second = (result["no memory"] for result in results)
     for name, said in first.items():
