@@ -14,7 +14,8 @@ from transformers.modeling_utils import PreTrainedModel
 from . import functional
 from .config import LayerCollapseConfig
 from .families import FeedForwardBlock, find_feed_forward_blocks
-from .models import is_transformers_model, shorten, unwrap
+from .forward_passes import lean
+from .models import in_type_of, is_transformers_model, shorten, unwrap
 from .patching import collapsible_activations, layer_collapse_config_of, remove_layer_collapse
 from .predictions import holds_predictions, predictions_of
 from .selection import select_blocks
@@ -247,7 +248,7 @@ class Distillation:
 
     def _lessons(self, inputs: Mapping[str, Any], seen: Seen, label_names: Sequence[str]) -> list[Lesson]:
         if not seen.takes_one_dict:
-            taught, expected = self._run_teacher(inputs, **self.without_labels(inputs, label_names))
+            taught, expected = self._run_teacher(inputs, self.without_labels(inputs, label_names))
             return [Lesson(inputs, seen.outputs, taught, seen.hidden, expected)]
         if is_transformers_model(self.teacher):
             raise ValueError(
@@ -256,8 +257,7 @@ class Distillation:
             )
         lessons = []
         for (features,), options, outputs, hidden in seen.calls():
-            # Modules put what they compute into the dict that they are given.
-            taught, expected = self._run_teacher(features, dict(features), **options)
+            taught, expected = self._run_teacher(features, features, options)
             lessons.append(Lesson(features, outputs, taught, hidden, expected))
         return lessons
 
@@ -268,15 +268,20 @@ class Distillation:
 
     @torch.no_grad()
     def _run_teacher(
-        self, inputs: Mapping[str, Any], *args: Any, **kwargs: Any
+        self, inputs: Mapping[str, Any], given: Mapping[str, Any], options: Mapping[str, Any] | None = None
     ) -> tuple[Any, dict[str, list[torch.Tensor]]]:
+        """What the teacher gives, and its blocks, for what of a batch it is to be given: as names or, with `options`
+        (which may be none), as one dict beside them."""
         device = next(value.device for value in inputs.values() if isinstance(value, torch.Tensor))
         if self._device != device:
             if not vars(unwrap(self.teacher)[0]).get("hf_device_map"):
                 self.teacher.to(device)
             self._device = device
+        # A dict of its own: modules put what they compute into the one that they are given.
+        given = in_type_of(self.teacher, lean(unwrap(self.teacher)[0], given))
         with self.watching(self.teacher, self.teacher) as expected:
-            return self.teacher(*args, **kwargs), expected.hidden
+            taught = self.teacher(**given) if options is None else self.teacher(given, **options)
+        return taught, expected.hidden
 
     def _head_losses(self, lesson: Lesson) -> Iterable[torch.Tensor]:
         outputs = lesson.outputs

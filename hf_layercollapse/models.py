@@ -13,7 +13,7 @@ from accelerate.utils import align_module_device, has_offloaded_params, is_compi
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from .modeling_layercollapse import SAVING_PREFIX, children_of
+from .modeling_layercollapse import SAVING_PREFIX, CollapsibleActivation, children_of
 from .rows import not_inputs
 from .sentence_models import predicted, sentence_model
 from .upstream import align_hook_of, uncompiled
@@ -97,8 +97,34 @@ def refuse_objects_around(model: nn.Module) -> None:
 
 def outputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
     """What a model gives for a batch of its inputs: the one place where a model runs on calibration data."""
-    sentences = sentence_model(model)
+    sentences, inputs = sentence_model(model), in_type_of(model, inputs)
     return model(**inputs) if sentences is None else predicted(sentences, model, inputs)
+
+
+def in_type_of(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch whose floats (pictures, sounds, embeddings) are of the type that the model's weights are: that of the
+    first one, as transformers' pipelines give them. Many families' first layer casts nothing, and what is computed
+    for one model may be given to another in half precision. Labels stay: they meet outputs, not weights."""
+    own = _type_of(model)
+    return {
+        name: value.to(own) if _is_float(value) and own is not None and "label" not in name else value
+        for name, value in inputs.items()
+    }
+
+
+def _type_of(model: nn.Module) -> torch.dtype | None:
+    """Of a model's first floating weight; an activation's own stay float32 whatever the model is."""
+    weights = (
+        parameter
+        for module in model.modules()
+        if not isinstance(module, CollapsibleActivation)
+        for parameter in module.parameters(recurse=False)
+    )
+    return next((weight.dtype for weight in weights if _is_float(weight)), None)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _refuse_wrapped(module: nn.Module, which: str) -> None:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from . import processes
 from .calibration_data import both_model_inputs
 from .data_reading import split_data
+from .forward_passes import lean
 from .memory import MemoryBudget
 from .models import device_of, evaluating, inputs_of, outputs_of, unwrap
 from .patching import alpha_parameters
@@ -251,7 +252,7 @@ def _predicted(who: str, model: nn.Module, inner: Any, inputs: Mapping[str, Any]
         ValueError: The model cannot take it.
     """
     try:
-        outputs = outputs_of(model, without_labels(inner, inputs))
+        outputs = outputs_of(model, lean(inner, without_labels(inner, inputs)))
     except (IndexError, KeyError, TypeError) as error:  # ids beyond the vocabulary, inputs of another kind of model
         shapes = {name: list(value.shape) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
         raise ValueError(

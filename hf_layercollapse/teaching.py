@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .config import LayerCollapseConfig
 from .distillation import Distillation, check_teacher, teacher_for
-from .models import device_of, evaluating, inputs_of
+from .models import device_of, evaluating, in_type_of, inputs_of
 from .random_state import same_random_state
 from .sentence_models import features_in, sentence_model
 from .upstream import loss_is_scaled
@@ -79,7 +79,8 @@ class Teaching(TrainerCallback):
         # Of blocks `check` knows enough; they are compared once they are patched or collapsed.
         heads = LayerCollapseConfig(distillation_weight=config.distillation_weight, temperature=config.temperature)
         teacher = model if self._given is None else self._given
-        distillation, inputs = Distillation(heads, teacher, model), inputs_of(batch, device_of(model))
+        distillation = Distillation(heads, teacher, model)
+        inputs = in_type_of(model, inputs_of(batch, device_of(model)))
         with torch.no_grad(), evaluating(model), evaluating(teacher):
             with distillation.watching(model, model) as seen:
                 if sentence_model(model) is None:

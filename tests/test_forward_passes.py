@@ -2,27 +2,44 @@
 
 import copy
 import time
+from collections import OrderedDict
 
 import pytest
 import torch
-from transformers import AlbertConfig, AlbertModel, BertModel, LlamaModel, T5Config, T5ForConditionalGeneration
+from torch import nn
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    BertModel,
+    LlamaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForAudioClassification,
+)
 
 from hf_layercollapse import (
+    CollapsibleActivation,
     LayerCollapseConfig,
     apply_layer_collapse,
     collapse_model,
+    compare_models,
     find_feed_forward_blocks,
     linearity_map,
     plan_collapse,
+    prediction_divergence,
+    recover_model,
 )
 from hf_layercollapse.blocks import bind_blocks
 from hf_layercollapse.calibration import Calibration
 from hf_layercollapse.loss_metric import measure_metrics
+from hf_layercollapse.models import in_type_of
 from hf_layercollapse.moments import bytes_of_sums
 from hf_layercollapse.progress import Progress
 
 from .models import BY_NAME, HIDDEN, VOCABULARY, WIDTH, randomize, text_inputs
 from .test_memory import data, llama
+from .training import trainer_for
 
 
 def given_to(model):
@@ -60,6 +77,95 @@ def test_what_was_asked_for_stays():
     batches = [{**batch, "use_cache": True, "logits_to_keep": 2} for batch in data()]
     Calibration.on(model, model, batches).run("", lambda: ())
     assert seen and all(output.past_key_values is not None and output.logits.shape[1] == 2 for _, output in seen)
+
+
+@pytest.mark.parametrize("use", ["recover", "divergence", "compare", "teacher"])
+def test_predictions_make_no_cache(use, tmp_path):
+    case = BY_NAME["gpt2"]
+    dense, model = case.model(), case.model(seed=1)
+    seen = [given_to(dense), given_to(model)]
+    batches = [case.inputs(batch=2, seed=seed) for seed in range(8)]
+    if use == "recover":
+        recover_model(model, dense, batches, max_steps=2)
+    elif use == "divergence":
+        prediction_divergence(model, dense, batches)
+    elif use == "compare":
+        compare_models({"dense": dense, "other": model}, batches, rounds=2, warmup=0, progress=False)
+        seen = [[(kwargs, output) for kwargs, output in each if "use_cache" in kwargs] for each in seen]  # not timed
+        assert len(seen[0]) == len(seen[1]) == len(batches)
+    else:
+        trainer_for(case, tmp_path, {"distillation_weight": 1.0}, model=model, teacher=dense).train()
+        del seen[1]  # the Trainer's own
+    for calls in seen:
+        assert calls and all(output.past_key_values is None for _, output in calls)
+
+
+def audio_model(dtype, seed=0):
+    """Its first layer is a convolution, which casts nothing."""
+    torch.manual_seed(seed)
+    config = WhisperConfig(
+        vocab_size=64,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        num_mel_bins=8,
+        max_source_positions=16,
+        pad_token_id=0,
+        classifier_proj_size=8,
+        num_labels=4,
+    )
+    model = WhisperForAudioClassification(config)
+    randomize(model)
+    return model.to(dtype).eval()
+
+
+def sounds(dtype, count=8):
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_features": torch.randn(4, 8, 32, generator=generator).to(dtype)} for _ in range(count)]
+
+
+BOTH_TYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+
+
+@BOTH_TYPES
+def test_a_model_is_given_floats_of_its_own_type(dtype):
+    """Whatever those of the data are: a model and its teacher, or two that are compared, may be of two types."""
+    dense, model = audio_model(torch.bfloat16), audio_model(torch.bfloat16)
+    collapse_model(model, LayerCollapseConfig(keep_neurons=12), calibration_data=sounds(dtype))
+    before = prediction_divergence(model, dense.float(), sounds(dtype))
+    assert 0 < before == pytest.approx(prediction_divergence(model.float(), dense, sounds(dtype)), rel=0.2)
+
+
+@BOTH_TYPES
+def test_a_model_and_its_teacher_may_be_of_two_types(dtype, tmp_path):
+    model, teacher = audio_model(torch.bfloat16, seed=1), audio_model(torch.bfloat16)
+    data = sounds(dtype)
+    report = recover_model(model, teacher, data, max_steps=4)
+    assert report.steps == 4 and model.dtype == torch.bfloat16
+    rows = [{"input_features": sound, "labels": 0} for batch in data for sound in batch["input_features"].float()]
+    trainer = trainer_for("bert", tmp_path, {"distillation_weight": 1.0}, model.float(), train=rows, teacher=teacher)
+    trainer.train()
+    assert trainer.state.log_history[0]["layer_collapse/distillation_loss"] > 0
+
+
+def test_an_activation_s_own_float32_says_nothing_of_the_model():
+    model = nn.Sequential(OrderedDict(act=nn.GELU(), up=nn.Linear(4, 4)))
+    model.act = CollapsibleActivation(nn.GELU(), 4)
+    batch = {"inputs_embeds": torch.ones(1), "labels": torch.ones(1), "input_ids": torch.ones(1).long()}
+    given = in_type_of(model.bfloat16(), batch)
+    assert [value.dtype for value in given.values()] == [torch.bfloat16, torch.float32, torch.int64]
+
+
+def test_pictures_are_compared_in_each_model_s_own_type():
+    case = BY_NAME["vit"]
+    batches = [{**case.inputs(batch=4, seed=seed), "labels": torch.zeros(4).long()} for seed in range(2)]
+    models = {"dense": case.model(), "half": case.model().half()}
+    found = compare_models(models, batches, rounds=2, warmup=0, progress=False)
+    assert found["half"].quality == found["dense"].quality
 
 
 def calls_of_layers(model, layers):
