@@ -17,13 +17,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
-from .modeling_layercollapse import CODE_FILE, SAVING_PREFIX
+from .modeling_layercollapse import CODE_FILE, OLD_SAVING_PREFIX, SAVING_PREFIX
 
 
 if TYPE_CHECKING:
     from .trainer import LayerCollapseTrainerMixin
 
 logger = logging.get_logger(__name__)
+
+# What folders in that of a run are for that hold no checkpoint.
+_PURPOSES = ("checkpoint", "deleted")
 
 
 class CheckpointFolders:
@@ -85,7 +88,12 @@ class CheckpointFolders:
         trainer, step = self._trainer, self._trainer.state.global_step
         name, staging = f"{PREFIX_CHECKPOINT_DIR}-{step}", os.path.join(run_folder, f"{SAVING_PREFIX}checkpoint")
         if trainer.is_local_process_zero():
-            _remove(staging)  # left by a run that was killed
+            for left in (
+                f"{SAVING_PREFIX}checkpoint",
+                f"{OLD_SAVING_PREFIX}checkpoint",
+                f"{OLD_SAVING_PREFIX}deleted",
+            ):
+                _remove(os.path.join(run_folder, left))  # by a run that was killed
         self._wait()
         self.staging = staging
         try:

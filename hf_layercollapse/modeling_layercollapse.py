@@ -46,7 +46,10 @@ logger = logging.get_logger(__name__)
 MODEL_TYPE = "layercollapse"
 FORMAT_VERSION = 1
 CODE_FILE = os.path.basename(__file__)
-SAVING_PREFIX = ".layercollapse-saving-"
+# Of folders in which something is being written. The Trainer's pushes of a whole folder pass over names with an
+# underscore in front.
+SAVING_PREFIX = "_layercollapse-saving-"
+OLD_SAVING_PREFIX = ".layercollapse-saving-"  # what versions before 2026-11-26 left when they were killed
 
 # What to do where something is of a newer version than this file. The package is on no index.
 INSTALL_NEWER = (
@@ -1865,7 +1868,8 @@ def _folder_beside(folder):
     with contextlib.ExitStack() as in_use:
         with _lock(folder) as alone:
             # Without locks, what somebody is saving at the moment looks the same.
-            left = [name for name in os.listdir(folder) if alone and name.startswith(SAVING_PREFIX)]
+            prefixes = (SAVING_PREFIX, OLD_SAVING_PREFIX)
+            left = [name for name in os.listdir(folder) if alone and name.startswith(prefixes)]
             for path in (os.path.join(folder, name) for name in left):
                 with _lock(path, wait=False) as nobody_saves:
                     if nobody_saves:

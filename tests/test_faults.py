@@ -12,10 +12,11 @@ import warnings
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_layercollapse.modeling_layercollapse import SAVING_PREFIX
+from hf_layercollapse.modeling_layercollapse import OLD_SAVING_PREFIX, SAVING_PREFIX
 from tests.models import BY_NAME
 from tests.training import assert_same, state_of, trainer_for
 
@@ -167,6 +168,7 @@ def test_killed_before_any_file_operation(limit, uninterrupted, tmp_path):
         codes.append(ended(forked(one_more_step)))
         assert codes[-1] in (0, KILLED)
         assert_complete(folder, expected)
+        assert not pushed_of(folder)
         last = os.path.basename(get_last_checkpoint(folder))
         assert last in ("checkpoint-2", "checkpoint-3")
         if position % 7 == 1:
@@ -175,6 +177,20 @@ def test_killed_before_any_file_operation(limit, uninterrupted, tmp_path):
         if codes[-1] == 0:
             break
     assert codes[-1] == 0 and len(codes) > 8
+
+
+def pushed_of(folder):
+    """Files in the folder of a run that the Trainer's pushes take, which may list them while one is being written."""
+    files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    return list(filter_repo_objects(files, ignore_patterns=["_*", "checkpoint-*"]))
+
+
+def test_what_an_earlier_version_left_is_removed(tmp_path):
+    for name in ("checkpoint/checkpoint-1", "deleted"):
+        (tmp_path / f"{OLD_SAVING_PREFIX}{name}").mkdir(parents=True)
+    run = trainer(tmp_path, max_steps=1)
+    run.train()
+    assert os.listdir(tmp_path) == ["checkpoint-1"]
 
 
 class StopAt(TrainerCallback):

@@ -37,7 +37,7 @@ from hf_layercollapse import (
     find_feed_forward_blocks,
     remove_layer_collapse,
 )
-from hf_layercollapse.modeling_layercollapse import CODE_FILE
+from hf_layercollapse.modeling_layercollapse import CODE_FILE, OLD_SAVING_PREFIX, SAVING_PREFIX
 from hf_layercollapse.upstream import TRANSFORMERS
 
 from .models import BY_NAME, LAYERS, needs_torchvision
@@ -338,7 +338,7 @@ def test_saving_over_an_older_folder(name, before, after, tmp_path):
     else:
         assert not any("-of-" in file for file in files)
     assert (tmp_path / "README.md").read_text() == "a card" and (tmp_path / "vocab.txt").exists()
-    assert not [file for file in files if file.startswith(".")]
+    assert not [file for file in files if file.startswith((".", "_"))]
     loaded = case.auto_class.from_pretrained(tmp_path)
     assert_same_weights(loaded, model)
     assert torch.equal(logits(loaded, case.inputs()), logits(model, case.inputs()))
@@ -367,9 +367,10 @@ def test_variants_live_beside_each_other(tmp_path):
     assert torch.equal(logits(loaded, case.inputs()), logits(half_precision, case.inputs()))
 
 
-def test_leftovers_of_a_killed_save_are_cleared(tmp_path):
+@pytest.mark.parametrize("prefix", [SAVING_PREFIX, OLD_SAVING_PREFIX])
+def test_leftovers_of_a_killed_save_are_cleared(prefix, tmp_path):
     case = BY_NAME["bert"]
-    leftover = tmp_path / f"{hf_layercollapse.modeling_layercollapse.SAVING_PREFIX}abc"
+    leftover = tmp_path / f"{prefix}abc"
     leftover.mkdir()
     (leftover / "model.safetensors").write_text("half")
     in_life(case, "half").save_pretrained(tmp_path)
