@@ -40,9 +40,3 @@ def _weights_under_adapters(model: nn.Module) -> list[nn.Parameter]:
     adapted = (module for module in model.modules() if type(module).__module__.startswith("peft.tuners."))
     layers = [children_of(module)["base_layer"] for module in adapted if "base_layer" in children_of(module)]
     return list({id(p): p for layer in layers for p in layer.parameters()}.values())
-
-
-def is_copied(name: str) -> bool:
-    """Whether a module of this name is the one that peft's `modules_to_save` keeps frozen beside the one that
-    trains."""
-    return name.endswith(".original_module")

@@ -11,6 +11,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.training_args import ParallelMode, TrainingArguments
 from transformers.utils import logging
 
+from .blocks import bind_blocks
 from .config import LayerCollapseConfig
 from .merging import is_ready
 from .modeling_layercollapse import CollapsibleActivation
@@ -26,7 +27,7 @@ from .optimization import (
     refuse_steps_in_backward,
 )
 from .patching import (
-    collapsible_activations,
+    activation_in_use,
     layer_collapse_config_of,
     patch_or_check,
     refuse_budget_in,
@@ -166,7 +167,7 @@ class LayerCollapseCallback(TrainerCallback):
     ) -> None:
         if not any(map(_is_training_loss, logs)) or self.config is None or self._alpha_steps is None:
             return
-        alphas = {str(i): module.alpha for i, module in enumerate(self._activations.values())}
+        alphas = {index: module.alpha for index, module in self._activations.items()}
         driven = [alpha for alpha in alphas.values() if alpha.requires_grad]
         strength = penalty_strength_at(self.config, max(0, state.global_step - 1), state.max_steps)
         added = {
@@ -201,13 +202,13 @@ def _refuse_distillation(config: LayerCollapseConfig | None) -> None:
 
 
 def _trained_activations(model: Any) -> dict[str, CollapsibleActivation]:
-    """Qualified name -> activation, for every block that has an alpha.
+    """Block index, as in [`find_feed_forward_blocks`], -> the activation in use, for every block that has an alpha.
 
     Raises:
         ValueError: None has.
     """
-    # peft's `modules_to_save` keeps the module that it copied.
-    activations = {n: module for n, module in collapsible_activations(model).items() if ".original_module" not in n}
+    found = {str(block.index): activation_in_use(block) for block in bind_blocks(unwrap(model, sharded=True)[0])}
+    activations = {index: activation for index, activation in found.items() if activation is not None}
     if not activations:
         raise ValueError(
             "The model has no alpha to train. Give the Trainer this callback when it is constructed "

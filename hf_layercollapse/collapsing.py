@@ -10,7 +10,7 @@ from accelerate.utils import is_compiled_module
 from torch import nn
 
 from . import functional, processes
-from .adapters import is_copied, restored_on_error
+from .adapters import restored_on_error
 from .blocks import BoundBlock, bind_blocks, check_weights, confirm_wiring, survey
 from .calibration import RANGE_TOKENS, Calibration
 from .calibration_data import model_inputs
@@ -43,6 +43,7 @@ from .models import (
 )
 from .neuron_budget import refuse_size_not_met
 from .patching import (
+    activation_in_use,
     collapsible_activations,
     layer_collapse_config_of,
     refresh_layer_collapse,
@@ -225,7 +226,7 @@ def _adapters_merged(model: Any, inner: Any, options: LayerCollapseConfig, allow
         )
     # Whatever can be refused is refused before that.
     check_weights(inner, blocks, merging=False)
-    in_use = {name: module.alpha for name, module in collapsible_activations(inner).items() if not is_copied(name)}
+    in_use = {block.name: activation.alpha for block in blocks if (activation := activation_in_use(block)) is not None}
     if in_use and not allow_none:
         _refuse_none_ready(in_use, options)
     with restored_on_error(model):

@@ -15,7 +15,7 @@ from .config import LayerCollapseConfig
 from .merging import cost_of, effective_rank, is_possible, parameters_of, stored_neurons
 from .modeling_layercollapse import CollapsibleActivation
 from .models import count_parameters, shorten, unwrap, wide
-from .patching import collapsible_activations
+from .patching import activation_in_use, collapsible_activations
 from .selection import select_blocks
 
 
@@ -130,7 +130,7 @@ class NeuronBudget:
     ) -> None:
         self._optimizer, self._progress = optimizer, progress
         blocks = [block for block in bind_blocks(unwrap(model)[0]) if block.state == "patched"]
-        self._activations = [_in_use(block) for block in blocks]
+        self._activations = [activation for block in blocks if (activation := activation_in_use(block)) is not None]
         _refuse_frozen(blocks, self._activations)
         self._weights, self._room = weights_within(model, blocks, config)
         self._index = {id(activation.alpha): index for index, activation in enumerate(self._activations)}
@@ -205,12 +205,6 @@ class NeuronBudget:
 
     def _known(self, activation: CollapsibleActivation) -> torch.Tensor | None:
         return self._optimizer.state[activation.alpha].get("importance")
-
-
-def _in_use(block: BoundBlock) -> CollapsibleActivation:
-    """The activation that trains: of two, in a wrapper of peft's, the one that is no frozen copy."""
-    found = [module for module in block.activation.modules() if isinstance(module, CollapsibleActivation)]
-    return next((module for module in found if module.alpha.requires_grad), found[0])
 
 
 def _refuse_frozen(blocks: Sequence[BoundBlock], activations: Sequence[CollapsibleActivation]) -> None:

@@ -311,7 +311,7 @@ def _groups_without(optimizer: Any, parameters: Iterable[nn.Parameter]) -> Itera
 
 
 def alpha_logs(alphas: Mapping[str, nn.Parameter], strength: float) -> dict[str, float]:
-    """What is logged of alphas and of the penalty's strength, by the names of their blocks."""
+    """What is logged of alphas, by the indices of their blocks, and of the penalty's strength."""
     means = {name: float(alpha.detach().mean()) for name, alpha in alphas.items()}  # on several devices, maybe
     return {
         "layer_collapse/penalty_strength": strength,

@@ -1,6 +1,6 @@
 """Dense <-> patched: exchanging the activation module of a block, and nothing else."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -244,6 +244,19 @@ def restore_blocks(blocks: Iterable[Any]) -> None:
 def collapsible_activations(model: nn.Module) -> dict[str, CollapsibleActivation]:
     """Qualified name -> activation, for every patched block; a shared block once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, CollapsibleActivation)}
+
+
+def activation_in_use(block: BoundBlock) -> CollapsibleActivation | None:
+    """The activation with an alpha in a block; `None` where there is none."""
+    return None if block.activation is None else in_use_of(collapsible_activations(block.activation))
+
+
+def in_use_of(activations: Mapping[str, CollapsibleActivation]) -> CollapsibleActivation | None:
+    """Which one of a block's activations counts, of those by name that peft's `modules_to_save` makes of one: that
+    which trains, or where none does an adapter's, and not the one that it was copied from."""
+    trained = [activation for activation in activations.values() if activation.alpha.requires_grad]
+    copies = [activation for name, activation in activations.items() if name.split(".")[-1] != "original_module"]
+    return next(iter([*trained, *copies]), None)
 
 
 def refuse_adapted_alphas(model: nn.Module) -> None:

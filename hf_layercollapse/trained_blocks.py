@@ -16,7 +16,7 @@ from .modeling_layercollapse import CollapsibleActivation
 from .models import unwrap
 from .neuron_budget import refuse_neuron_budget
 from .optimization import budget_progress
-from .patching import collapsible_activations, patch_or_check, tables_of
+from .patching import collapsible_activations, in_use_of, patch_or_check, tables_of
 
 
 if TYPE_CHECKING:
@@ -71,16 +71,14 @@ class TrainedBlocks:
 
     def activations(self) -> dict[str, CollapsibleActivation]:
         """Block index, as in [`find_feed_forward_blocks`], -> the activation in use."""
-        activations = collapsible_activations(self._trainer.model).values()
-        if not all(module in self._indices for module in activations):
+        activations = collapsible_activations(self._trainer.model)
+        if not all(module in self._indices for module in activations.values()):
             self._find_indices()
-        in_use = {}
-        for module in activations:
-            index = str(self._indices[module])
-            # A second one of the same block is peft's: the trainable copy is in use.
-            if index not in in_use or module.alpha.requires_grad:
-                in_use[index] = module
-        return in_use
+        of_blocks: dict[str, dict[str, CollapsibleActivation]] = {}
+        for name, module in activations.items():
+            of_blocks.setdefault(str(self._indices[module]), {})[name] = module
+        in_use = {index: in_use_of(found) for index, found in of_blocks.items()}
+        return {index: module for index, module in in_use.items() if module is not None}
 
     def _find_indices(self) -> None:
         inner = unwrap(self._trainer.model, sharded=True)[0]

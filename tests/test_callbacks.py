@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback
 
 from hf_layercollapse import (
@@ -89,6 +90,22 @@ def test_training_twice_goes_on(tmp_path):
     trainer.train()
     trainer.train()
     assert list(map(float, alphas_of(trainer.model).values())) == pytest.approx([1 - 0.8**2] * LAYERS)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_logs_have_the_names_that_the_trainer_gives_them(adapted, tmp_path):
+    def logged(trainer_class, **kwargs):
+        model = apply_layer_collapse(model_of(BY_NAME["bert"]), LayerCollapseConfig(blocks="last:2"))
+        if adapted:
+            names = {"target_modules": ["query"], "modules_to_save": ["intermediate_act_fn"]}
+            model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=2, **names))
+        trainer = trainer_for("bert", tmp_path, config=False, trainer_class=trainer_class, model=model, **kwargs)
+        trainer.train()
+        return {name for name in trainer.state.log_history[0] if name.startswith("layer_collapse/")}
+
+    names = logged(Trainer, callbacks=[LayerCollapseCallback()])
+    assert names == logged(LayerCollapseTrainer)
+    assert {name for name in names if "alpha/" in name} == {"layer_collapse/alpha/1", "layer_collapse/alpha/2"}
 
 
 def test_nan_never_moves_an_alpha(tmp_path):

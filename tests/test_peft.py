@@ -235,14 +235,15 @@ def test_adapters_on_a_collapsed_model(tmp_path):
 def test_adapters_on_a_patched_model(tmp_path):
     """Second case: the alphas that `modules_to_save` trained are there again."""
     model = with_adapter(patched_on_disk(tmp_path / "base"))
-    trainer = trainer_for("bert", tmp_path, config=False, model=model, args={"max_steps": 2})
+    trainer = trainer_for("bert", tmp_path, config=False, model=model, args={"max_steps": 3})
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
     loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(loaded), logits(model))
     trained = {name: alpha for name, alpha in alphas_of(loaded).items() if ".modules_to_save." in name}
     assert len(trained) == LAYERS and all(float(alpha) > 0.5 for alpha in trained.values())
-    assert len(collapse_model(loaded, allow_none=True).blocks) == LAYERS
+    # None of them trains here: what counts are the adapter's all the same.
+    assert len(collapse_model(loaded).collapsed) == LAYERS
     assert not any("lora_" in name for name, _ in loaded.get_base_model().named_parameters())
 
 
