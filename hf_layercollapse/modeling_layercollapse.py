@@ -973,6 +973,12 @@ def _without_scope(spec):
     return {key: value for key, value in spec.items() if key != "scope"}
 
 
+_OTHER_TABLE = (
+    "The table belongs to another model, or was edited, or a value of the config that its modules come of was changed "
+    "(`num_hidden_layers`, say)."
+)
+
+
 def resolve_table(model, table):
     """`[(path, qualified name, native module, spec)]` for the entries that apply to this model, parents first.
 
@@ -996,13 +1002,13 @@ def resolve_table(model, table):
             if module is None:
                 raise ValueError(
                     f"`layer_collapse.modules[{path!r}]` does not fit {type(model).__name__}: there is no "
-                    f"{part!r} in {type(parent).__name__}. The table belongs to another model, or was edited."
+                    f"{part!r} in {type(parent).__name__}. {_OTHER_TABLE}"
                 )
         resolved.append((path, ("" if _is_scoped_to_model(spec) else base_prefix) + path, module, spec))
     if not resolved:
         raise ValueError(
             f"No entry of `layer_collapse.modules` applies to {type(model).__name__}; the first is "
-            f"{next(iter(table))!r}. The table belongs to another model."
+            f"{next(iter(table))!r}. {_OTHER_TABLE}"
         )
     return resolved
 
@@ -1052,7 +1058,7 @@ def build_module(path, native, spec):
     if not fits or spec["in_features"] * spec["out_features"] > 2 * native_in * native_out:
         raise ValueError(
             f"{entry}: a map {spec['in_features']} -> {spec['out_features']} does not fit in place of "
-            f"{native_in} -> {native_out}."
+            f"{native_in} -> {native_out}. {_OTHER_TABLE}"
         )
     return _linear_like(native, spec["in_features"], spec["out_features"], spec.get("bias"))
 
@@ -1079,7 +1085,7 @@ def _build_narrow_up(entry, native, spec):
     if spec["in_features"] != native_in or neurons > native_out:
         raise ValueError(
             f"{entry}: {neurons} neurons on {spec['in_features']} inputs do not fit in place of {native_in} -> "
-            f"{native_out}."
+            f"{native_out}. {_OTHER_TABLE}"
         )
     if isinstance(native, Conv1D):
         return PassOnConv1D(neurons, native_in)
@@ -1097,7 +1103,7 @@ def _build_narrow_block(entry, native, spec):
     if (width, out) != (up_in, down_out) or neurons > hidden or (spec["gate"] is not None and not gated):
         raise ValueError(
             f"{entry}: {channels} linear channels and {neurons} neurons, {width} -> {out}, do not fit in place of "
-            f"{up_in} -> {hidden} -> {down_out}."
+            f"{up_in} -> {hidden} -> {down_out}. {_OTHER_TABLE}"
         )
     # The linear channels first; at full rank they are the input itself. A gate without a linear is in that of up.
     outputs = {"up": (channels if channels < width else 0) + neurons}
@@ -1359,7 +1365,7 @@ def _check_activation_width(path, width, parents):
     if width not in widths:
         raise ValueError(
             f"`layer_collapse.modules[{path!r}]`: `width` is {width}, and no weight beside it has that size: "
-            f"{sorted(widths)}."
+            f"{sorted(widths)}. {_OTHER_TABLE}"
         )
 
 
@@ -1421,9 +1427,33 @@ class LayerCollapseConfigMixin(_ConfigBase):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         # `type(model).from_pretrained(folder)` comes here, past `AutoConfig` and `StoredConfig`.
         content, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return cls._of_ours(content), unused
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        return super().from_dict(cls._of_ours(config_dict), **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file):
+        return cls(**cls.get_config_dict(json_file)[0])
+
+    @classmethod
+    def _of_ours(cls, content):
+        """What a config.json or `to_dict()` holds, with the native model type.
+
+        Raises:
+            ValueError: It is a dense model's.
+        """
         if content.get("model_type") == MODEL_TYPE:
-            content = _in_memory(content)
-        return content, unused
+            return _in_memory(content)
+        if "layer_collapse" not in content:
+            raise ValueError(
+                f"This is the config of a dense model, without `layer_collapse`, and a {cls.__name__} is that of a "
+                "patched or collapsed one, as its model class is. Load a dense folder with an Auto class "
+                f"(`AutoModelFor….from_pretrained(folder)`, `AutoConfig` for the config alone) or a native class "
+                f"(`{cls.native_class.__name__}`)."
+            )
+        return content
 
     def to_json_string(self, use_diff=True):
         # Only the file says "layercollapse": in memory `model_type` stays native, since peft, pipelines and weight

@@ -154,6 +154,34 @@ def test_the_class_of_a_live_model_loads_too(case, tmp_path):
     assert json.loads((tmp_path / "again" / "config.json").read_text())["base_model_type"] == model.config.model_type
 
 
+def test_the_class_of_a_live_model_refuses_a_dense_folder(tmp_path):
+    case = BY_NAME["bert"]
+    case.model().save_pretrained(tmp_path)
+    built = type(in_life(case, "half"))
+    for load in (built.from_pretrained, built.config_class.from_pretrained):
+        with pytest.raises(ValueError, match="config of a dense model.*an Auto class.*`BertConfig`"):
+            load(tmp_path)
+
+
+def test_configs_that_are_read_by_hand(tmp_path):
+    case = BY_NAME["vit"]
+    model = in_life(case, "half")
+    model.save_pretrained(tmp_path)
+    config_class, file = type(model.config), tmp_path / "config.json"
+    for config in (config_class.from_json_file(file), config_class.from_dict(json.loads(file.read_text()))):
+        assert config.to_dict() == {**model.config.to_dict(), "_name_or_path": config.name_or_path}
+        assert config.model_type == "vit" and "base_model_type" not in config.__dict__
+        assert_same_weights(case.auto_class.from_pretrained(tmp_path, config=config), model)
+
+
+@pytest.mark.parametrize("changed", [{"num_hidden_layers": 2}, {"intermediate_size": 24}], ids=str)
+def test_a_value_that_the_table_depends_on_is_changed_on_loading(changed, tmp_path):
+    case = BY_NAME["bert"]
+    in_life(case, "affine").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="or a value of the config .* was changed"):
+        case.auto_class.from_pretrained(tmp_path, **changed)
+
+
 @every_model
 @pytest.mark.parametrize("life", ["affine", "half"])
 def test_configs(case, life, tmp_path):
