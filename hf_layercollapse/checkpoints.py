@@ -15,6 +15,7 @@ from transformers.utils import CONFIG_NAME, logging
 
 from .budgeted_training import BudgetedTraining
 from .checkpoint_folders import CheckpointFolders
+from .modeling_layercollapse import has_own_adapters
 from .models import carriers_of, is_transformers_model, shorten, unwrap
 from .patching import collapsible_activations
 from .progressive import ProgressiveCollapse
@@ -78,17 +79,18 @@ class Checkpoints:
         model = self._trainer.model
         inner, wrappers = unwrap(model, sharded=True)
         names = inner.name_or_path, inner.config.name_or_path
+        adapted = bool(wrappers) or has_own_adapters(inner)
         if not wrappers:
             model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
-        elif not inner.name_or_path and inner.config.__dict__.get("layer_collapse"):
+        if adapted and not inner.name_or_path and inner.config.__dict__.get("layer_collapse"):
             # An adapter. Into the live model it goes back all the same.
             inner.name_or_path = inner.config.name_or_path = BASE_NOT_SAVED
         try:
             yield
         finally:
-            if wrappers:
+            if adapted:
                 forget_base(model, only=BASE_NOT_SAVED)
-            else:
+            if not wrappers:
                 del model.save_pretrained
             inner.name_or_path, inner.config.name_or_path = names
         alphas = self._blocks.alphas_beside_adapters()

@@ -14,6 +14,7 @@ from .modeling_layercollapse import (
     LayerCollapseModelMixin,
     config_class_for,
     config_parts,
+    has_own_adapters,
     is_native,
     model_class_for,
     native_class_of,
@@ -138,7 +139,8 @@ def _make_parts_native(model: PreTrainedModel, copies: dict[int, Any]) -> None:
 
 def _give_configs(holder: Any, copies: dict[int, Any]) -> None:
     """Replaces configs by their copies, in a model or in what is around it."""
-    if type(holder).__module__.startswith("peft."):
+    own = isinstance(holder, PreTrainedModel) and has_own_adapters(holder)
+    if own or type(holder).__module__.startswith("peft."):
         for adapter in holder.peft_config.values():
             adapter.base_model_name_or_path = adapter.revision = None
     for module in holder.modules():

@@ -1745,7 +1745,7 @@ class LayerCollapseModelMixin(_ModelBase):
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
         # Inside another model that is being saved: its native class asks nothing else of its parts.
         if prefix:
-            _refuse_uncarried_part(self, prefix)
+            _check_part_being_saved(self, prefix)
         return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
 
     def save_pretrained(
@@ -1757,6 +1757,8 @@ class LayerCollapseModelMixin(_ModelBase):
         interrupted leaves the old model whole or a folder that does not load. Of several that save into one folder at
         a time, the last one's model is there as a whole, where the file system has locks.
         """
+        _refuse_lost_table(self)
+        _refuse_lost_base(self)
         if state_dict is None and not has_own_adapters(self):
             state_dict = state_dict_without_adapters(self)
         kwargs |= {"state_dict": state_dict, "max_shard_size": max_shard_size}
@@ -1769,6 +1771,9 @@ class LayerCollapseModelMixin(_ModelBase):
 
         os.makedirs(save_directory, exist_ok=True)
         if has_own_adapters(self):
+            for adapter in self.peft_config.values():
+                # Added before the model was saved.
+                adapter.base_model_name_or_path = adapter.base_model_name_or_path or self.name_or_path
             super().save_pretrained(save_directory, **kwargs)
         else:
             with _folder_beside(save_directory) as beside:
@@ -1788,6 +1793,9 @@ class LayerCollapseModelMixin(_ModelBase):
             model_card (`huggingface_hub.ModelCard`, *optional*): Becomes the repository's README.md, in the commit of
                 the weights. Default: the card that is there already, else the stock one.
         """
+        # Before there is a repository.
+        _refuse_lost_table(self)
+        _refuse_lost_base(self)
         name = self.name_or_path
         tags = kwargs.pop("tags", None) or []
         kwargs["tags"] = [*([tags] if isinstance(tags, str) else tags), MODEL_TYPE]
@@ -1818,22 +1826,54 @@ class LayerCollapseModelMixin(_ModelBase):
         return _empty_model, (type(self).native_class, type(self).config_class.native_class), self.__dict__
 
 
-def _refuse_uncarried_part(model, prefix):
+def _refuse_lost_table(model):
+    """Raises if the config of a patched or collapsed model has been replaced by one that says nothing of that."""
+    if not isinstance(model.config, LayerCollapseConfigMixin):
+        raise ValueError(
+            f"This {type(model).__name__} is patched or collapsed, and its config has been replaced by a "
+            f"{type(model.config).__name__} that says nothing of that: what is saved would be loaded as another "
+            "model. Give it its own config back (a base model inside may still have it: `model.config = "
+            "model.base_model.config`), and set values in that one: `model.config.id2label = …`."
+        )
+
+
+def _refuse_lost_base(model):
+    """Raises if only adapters would be saved of a model that is nowhere, and that they could not name."""
+    if has_own_adapters(model) and not model.name_or_path:
+        raise ValueError(
+            "The model was patched or collapsed in memory and is not saved, and with adapters of `add_adapter` in it "
+            "only these are saved: they could only name the dense model, or none. Save the model first: "
+            "`model.save_pretrained(folder)`, then `model.add_adapter(config)`. Where they are in it already: "
+            "`base = copy.deepcopy(model)`, `base.delete_adapter(list(base.peft_config))`, "
+            "`base.save_pretrained(folder)`, then `model.name_or_path = folder`."
+        )
+
+
+def _check_part_being_saved(model, prefix):
     """Raises if a larger model is being saved with this one in it, and its config does not say so: it would come back
-    with a native part, and the weights of that part lost or misread."""
+    with a native part, and the weights of that part lost or misread. Where it does, it warns: the class and the config
+    of the whole are native and write no code."""
     frame = inspect.currentframe().f_back
     while frame is not None and not is_save_pretrained(frame):
         frame = frame.f_back
     if frame is None:
         return
     outer = local_of(frame, "self", PreTrainedModel)
+    _refuse_lost_table(model)
+    if outer is model or _names_all_of(outer, model, prefix):
+        return
+    what = f"`{prefix.removesuffix('.')}` of this {type(outer).__name__} is patched or collapsed"
     wanted = model.config.layer_collapse
-    carried = [part.__dict__.get("layer_collapse") for _, part, free in config_parts(outer.config) if free]
-    if outer is not model and wanted not in carried and not _names_all_of(outer, model, prefix):
+    if wanted not in [part.__dict__.get("layer_collapse") for _, part, free in config_parts(outer.config) if free]:
         raise ValueError(
-            f"`{prefix.removesuffix('.')}` of this {type(outer).__name__} is patched or collapsed, and the config of "
-            f"the whole does not say so: what is saved would come back as a native model. {PATCH_THE_WHOLE}"
+            f"{what}, and the config of the whole does not say so: what is saved would come back as a native model. "
+            f"{PATCH_THE_WHOLE}"
         )
+    logger.warning(
+        f"{what} as a model of its own. What is saved is whole, and loads where hf_layercollapse is imported; not "
+        "with `trust_remote_code=True`, since a whole of this kind writes no code. For a folder that loads in both "
+        "ways call `hf_layercollapse.patching.refresh_layer_collapse(model)` before: the whole has the table then."
+    )
 
 
 def _names_all_of(outer, part, prefix):

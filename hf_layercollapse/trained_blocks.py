@@ -12,7 +12,7 @@ from torch import nn
 from .blocks import bind_blocks
 from .families import find_feed_forward_blocks
 from .merging import is_ready
-from .modeling_layercollapse import CollapsibleActivation
+from .modeling_layercollapse import CollapsibleActivation, has_own_adapters
 from .models import unwrap
 from .neuron_budget import refuse_neuron_budget
 from .optimization import budget_progress
@@ -114,9 +114,8 @@ def forget_base(model: nn.Module, only: str | None = None) -> None:
     inner, wrappers = unwrap(model, sharded=True)
     if only is None:
         inner.name_or_path = inner.config.name_or_path = ""
-    for wrapper in wrappers:
-        if is_compiled_module(wrapper):
-            continue
-        for adapter in wrapper.peft_config.values():
+    holders = [wrapper for wrapper in wrappers if not is_compiled_module(wrapper)]
+    for holder in [*holders, inner] if has_own_adapters(inner) else holders:
+        for adapter in holder.peft_config.values():
             if only in (None, adapter.base_model_name_or_path):
                 adapter.base_model_name_or_path = None

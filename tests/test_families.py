@@ -63,6 +63,7 @@ from hf_layercollapse import (
 )
 from hf_layercollapse import families as families_module
 from hf_layercollapse.families import LAYOUTS, refused_blocks
+from hf_layercollapse.modeling_layercollapse import CODE_FILE
 from hf_layercollapse.patching import alpha_parameters, refresh_layer_collapse
 
 from .models import randomize
@@ -699,7 +700,7 @@ def bert_config(**kwargs):
 
 
 @pytest.mark.parametrize("from_folders", [False, True])
-def test_collapsed_bert_inside_encoder_decoder(from_folders, tmp_path):
+def test_collapsed_bert_inside_encoder_decoder(from_folders, tmp_path, caplog):
     encoder = randomised(BertModel(bert_config()))
     collapse(encoder)
     decoder = randomised(BertLMHeadModel(bert_config(is_decoder=True, add_cross_attention=True)))
@@ -710,11 +711,19 @@ def test_collapsed_bert_inside_encoder_decoder(from_folders, tmp_path):
     else:
         model = EncoderDecoderModel(encoder=encoder, decoder=decoder).eval()
     model.save_pretrained(tmp_path / "both")
+    assert "`encoder` of this EncoderDecoderModel is patched or collapsed as a model of its own" in caplog.text
     again = EncoderDecoderModel.from_pretrained(tmp_path / "both").eval()
     ids = torch.randint(3, 64, (2, 5))
     inputs = {"input_ids": ids, "decoder_input_ids": ids}
     assert torch.equal(again(**inputs).logits, model(**inputs).logits)
     assert isinstance(again.encoder.encoder.layer[0].intermediate.dense, nn.Identity)
+    # As it says.
+    caplog.clear()
+    refresh_layer_collapse(again)
+    again.save_pretrained(tmp_path / "whole")
+    assert not caplog.text and (tmp_path / "whole" / CODE_FILE).exists()
+    whole = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "whole")
+    assert torch.equal(whole(**inputs).logits, model(**inputs).logits)
 
 
 def llava_around(inner):

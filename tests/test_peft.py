@@ -1,5 +1,6 @@
 """Adapters over patched and collapsed models: training, checkpoints, the collapse, and what comes back."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -277,6 +278,37 @@ def test_an_adapter_over_what_is_only_in_memory_is_not_saved(when, tmp_path):
     assert {b.state for b in find_feed_forward_blocks(loaded)} == {"collapsed" if when == "collapsed" else "patched"}
 
 
+@pytest.mark.parametrize("when", ["before", "after", "collapsed"])
+def test_transformers_own_adapter_over_what_is_only_in_memory_is_not_saved(when, tmp_path):
+    if not adapters_of_transformers():
+        pytest.skip(NEWER_PEFT)
+    model_of(CASE).save_pretrained(tmp_path / "dense")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense")
+    if when == "after":
+        model.add_adapter(LoraConfig(target_modules=["query"], init_lora_weights=False))
+    apply_layer_collapse(model)
+    if when == "collapsed":
+        set_alphas(model, *[1.0] * LAYERS)
+        collapse_model(model)
+    if when != "after":
+        model.add_adapter(LoraConfig(target_modules=["query"], init_lora_weights=False))
+    for save in (model.save_pretrained, model.push_to_hub):
+        with pytest.raises(ValueError, match="Save the model first"):
+            save(str(tmp_path / "adapter"))
+    assert not (tmp_path / "adapter").exists()
+
+    # As it says.
+    expected = logits(model)
+    base = copy.deepcopy(model)
+    base.delete_adapter(list(base.peft_config))
+    base.save_pretrained(tmp_path / "base")
+    model.name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(loaded), expected)
+    assert {b.state for b in find_feed_forward_blocks(loaded)} == {"collapsed" if when == "collapsed" else "patched"}
+
+
 def test_a_base_whose_alphas_were_trained_is_not_the_saved_one(tmp_path):
     model = with_adapter(patched_on_disk(tmp_path / "base"), "unfrozen")
     trainer = trainer_for("bert", tmp_path, config=False, model=model, args={"max_steps": 2})
@@ -302,6 +334,18 @@ def test_a_checkpoint_over_what_is_only_in_memory_does_not_load_without_it(tmp_p
         AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-1")
     assert model.peft_config["default"].base_model_name_or_path is None
     assert model.get_base_model().name_or_path == ""
+
+
+def test_a_checkpoint_of_transformers_own_adapter_does_not_load_without_its_base(tmp_path):
+    if not adapters_of_transformers():
+        pytest.skip(NEWER_PEFT)
+    model = apply_layer_collapse(model_of(CASE), LayerCollapseConfig(**FAST))
+    model.add_adapter(LoraConfig(target_modules=["query"]))
+    args = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    trainer_for("bert", tmp_path, config=False, model=model, args=args).train()
+    stored = json.loads((tmp_path / "checkpoint-1" / "adapter_config.json").read_text())
+    assert stored["base_model_name_or_path"] == "(patched in memory and not saved)"
+    assert model.name_or_path == "" and not model.peft_config["default"].base_model_name_or_path
 
 
 def test_on_a_dense_base_that_is_passed_by_hand_peft_drops_alphas(tmp_path):

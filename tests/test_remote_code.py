@@ -9,12 +9,15 @@ from importlib.metadata import EntryPoint
 
 import pytest
 import torch
+from transformers import BertModel
 
 import hf_layercollapse
 from hf_layercollapse import modeling_layercollapse
 from hf_layercollapse.modeling_layercollapse import CODE_FILE
+from hf_layercollapse.patching import refresh_layer_collapse
 
 from .models import BY_NAME
+from .test_families import encoder_decoder_around
 from .test_patching import logits
 from .test_saving_loading import in_life
 
@@ -32,12 +35,12 @@ sys.meta_path.insert(0, Hidden())
 """
 
 START = """
-import torch, transformers
+import shutil, torch, transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
-from transformers import AutoModelForSequenceClassification, pipeline
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, pipeline
 torch.set_num_threads(1)
 auto = {"bert": AutoModelForSequenceClassification, "vit": AutoModelForImageClassification}
-auto["gpt2"] = AutoModelForCausalLM
+auto["gpt2"], auto["whole"] = AutoModelForCausalLM, AutoModelForSeq2SeqLM
 inputs, expected = torch.load("inputs.pt"), torch.load("logits.pt")
 
 def check(name, folder, **kwargs):
@@ -65,6 +68,15 @@ def folders(tmp_path_factory):
         model.save_pretrained(root / name)
         inputs[name] = BY_NAME[name].inputs()
         outputs[name] = logits(model, inputs[name])
+    model = in_life(BY_NAME["bert"], "half")
+    model.save_pretrained(root / "holder" / "inner")
+    whole = encoder_decoder_around(in_life(BY_NAME["bert"], "half", model=BertModel(BY_NAME["bert"].config())))
+    whole.save_pretrained(root / "part")
+    refresh_layer_collapse(whole)
+    whole.save_pretrained(root / "whole")
+    ids = BY_NAME["bert"].inputs()["input_ids"]
+    inputs["whole"] = {"input_ids": ids, "decoder_input_ids": ids}
+    outputs["whole"] = logits(whole, inputs["whole"])
     torch.save(inputs, root / "inputs.pt")
     torch.save(outputs, root / "logits.pt")
     return root
@@ -119,6 +131,25 @@ refused(AutoModelForImageClassification.from_pretrained, "vit")
 refused(AutoModelForSequenceClassification.from_pretrained, "bert")
 check("vit", "vit", trust_remote_code=True)
 check("gpt2", "gpt2", trust_remote_code=True)
+
+# A whole with a patched or collapsed part: by its own table, and not where the part alone has one.
+check("whole", "whole", trust_remote_code=True)
+try:
+    auto["whole"].from_pretrained("part", trust_remote_code=True)
+except ValueError as error:
+    assert "layercollapse" in str(error), error
+else:
+    raise AssertionError("loaded without code")
+
+# transformers looks for code beside the folders of a repository, and not in them.
+try:
+    check("bert", "holder", subfolder="inner", trust_remote_code=True)
+except OSError as error:
+    assert "modeling_layercollapse.py" in str(error), error
+else:
+    raise AssertionError("transformers finds code in a subfolder by now: save_and_load.md says that it does not")
+shutil.copy("holder/inner/modeling_layercollapse.py", "holder")
+check("bert", "holder", subfolder="inner", trust_remote_code=True)
 
 # Saved again, the file is there again.
 model.save_pretrained("again")

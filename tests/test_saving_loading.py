@@ -460,6 +460,35 @@ def test_what_is_pushed_loads(hub, how, tmp_path):
     assert torch.equal(logits(loaded, case.inputs()), logits(model, case.inputs()))
 
 
+@pytest.mark.parametrize("life", ["patched", "collapsed"])
+def test_a_config_that_was_replaced_is_not_saved(hub, life, tmp_path):
+    case = BY_NAME["bert"]
+    model = in_life(case, life)
+    model.config = case.config()
+    for save in (model.save_pretrained, model.push_to_hub, lambda name: Around(model).save_pretrained(name)):
+        with pytest.raises(ValueError, match="its config has been replaced by a BertConfig that says nothing"):
+            save(str(tmp_path / "refused"))
+    assert not hub and not (tmp_path / "refused" / "model.safetensors").exists()
+    # As it says.
+    model.config = model.base_model.config
+    names = {number: f"class {number}" for number in range(model.config.num_labels)}
+    model.config.id2label = names
+    model.save_pretrained(tmp_path / "saved")
+    loaded = case.auto_class.from_pretrained(tmp_path / "saved")
+    assert loaded.config.id2label == names
+    assert torch.equal(logits(loaded, case.inputs()), logits(model, case.inputs()))
+
+
+class Around(PreTrainedModel):
+    """A larger model."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, inner):
+        super().__init__(PreTrainedConfig())
+        self.inner = inner
+
+
 # ----------------------------------------------------------------------------------------------------
 # dtypes
 # ----------------------------------------------------------------------------------------------------
