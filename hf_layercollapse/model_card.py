@@ -14,7 +14,7 @@ from .card_sentences import Making, how, largest_difference, method, summary
 from .comparison import Comparison
 from .modeling_layercollapse import FORMAT_VERSION
 from .models import unwrap
-from .patching import layer_collapse_config_of
+from .patching import layer_collapse_config_of, writes_code
 from .plans import CollapsePlan
 from .recovery import RecoveryReport
 from .reports import CollapseReport
@@ -215,6 +215,7 @@ def _of_model(model: nn.Module, blocks: Sequence[BoundBlock], making: Making) ->
         "report": making.report,
         "largest_difference": largest_difference(making),
         "loader": loader_of(model),
+        "writes_code": writes_code(unwrap(model)[0]),
         "format_version": FORMAT_VERSION,
     }
 

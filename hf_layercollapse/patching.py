@@ -290,6 +290,14 @@ def tables_of(model: nn.Module) -> dict[str, dict]:
     return {name: layer_collapse["modules"] for name, layer_collapse in stored.items() if layer_collapse}
 
 
+def writes_code(model: nn.Module) -> bool:
+    """Whether what a patched or collapsed model saves holds the code that reads it, for `trust_remote_code=True`. It
+    does not where only a part of a transformers model is one, by itself."""
+    carriers = [carrier for _, carrier in carriers_of(model)]
+    holding = [each for each in carriers if any(isinstance(part, LayerCollapseModelMixin) for part in each.modules())]
+    return all(isinstance(each, LayerCollapseModelMixin) for each in holding)
+
+
 def layer_collapse_config_of(model: nn.Module) -> LayerCollapseConfig | None:
     """The [`LayerCollapseConfig`] that a patched or collapsed model carries, else `None`. Of several models inside of
     a module those that are patched count, if one is.

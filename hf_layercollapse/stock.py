@@ -123,7 +123,7 @@ def export_stock(model: PreTrainedModel) -> tuple[PreTrainedModel, StockReport]:
         `(native model, StockReport)`; the native model is an ordinary one, with `save_pretrained`.
 
     Raises:
-        TypeError: It is no patched or collapsed model.
+        TypeError: It is no patched or collapsed model, or only a part of it is one, by itself.
         ValueError: A block is patched; the native architecture cannot express what a block became (the message says
             why, and the width it would need); or it could, and would not save anything.
     """
@@ -161,6 +161,13 @@ def export_stock(model: PreTrainedModel) -> tuple[PreTrainedModel, StockReport]:
 def _collapsed_blocks(model: Any) -> dict[str, BoundBlock]:
     """Name -> block of a collapsed model; raises where it is none, or its blocks are patched."""
     if not isinstance(model, LayerCollapseModelMixin):
+        parts = [name for name, part in model.named_modules() if isinstance(part, LayerCollapseModelMixin)]
+        if parts:
+            raise TypeError(
+                f"`{parts[0]}` of this {type(model).__name__} is patched or collapsed as a model of its own, and the "
+                "whole has no table. Call `hf_layercollapse.patching.refresh_layer_collapse(model)` first, which "
+                "gives it one."
+            )
         raise TypeError(
             f"Expected a collapsed model, got {type(model).__name__}. A dense model is a checkpoint of its native "
             "type already: `save_pretrained` writes it."

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertModel, LlamaConfig, LlamaForCausalLM
 
 from hf_layercollapse import (
     LayerCollapseConfig,
@@ -18,7 +18,9 @@ from hf_layercollapse import (
 )
 from hf_layercollapse.comparison import compare_models
 from hf_layercollapse.model_card import create_model_card
+from hf_layercollapse.patching import refresh_layer_collapse
 from tests.models import BY_NAME, randomize
+from tests.test_families import encoder_decoder_around
 from tests.training import set_alphas, trainer_for
 
 
@@ -214,6 +216,14 @@ def test_patched_and_merged():
         and "relative error is that on standard-normal" in text
         and "named after" not in text
     )
+
+
+def test_a_folder_without_code_needs_the_package():
+    """Of a whole in which a part is patched or collapsed by itself."""
+    whole = encoder_decoder_around(apply_layer_collapse(BertModel(BY_NAME["bert"].config())))
+    assert "trust_remote_code" not in str(create_model_card(whole))
+    refresh_layer_collapse(whole)
+    assert "trust_remote_code" in str(create_model_card(whole))
 
 
 def test_what_is_refused():

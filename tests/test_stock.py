@@ -7,6 +7,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BartConfig,
+    BertConfig,
+    BertModel,
     BloomConfig,
     Gemma3nTextConfig,
     GraniteConfig,
@@ -30,8 +32,11 @@ from hf_layercollapse import (
 )
 from hf_layercollapse.exporting import logits_without_plugin
 from hf_layercollapse.families import LAYOUTS
+from hf_layercollapse.patching import refresh_layer_collapse
+from hf_layercollapse.widths import native_config
 
 from .models import BY_NAME, image_inputs, randomize, text_inputs
+from .test_families import bert_config, encoder_decoder_around
 
 
 def seq2seq_inputs(seed=0):
@@ -336,6 +341,20 @@ def test_no_field_for_the_width():
     collapse_model(model, LayerCollapseConfig(rank=4), calibration_data=data)
     with pytest.raises(ValueError, match="No field of BloomConfig .* would need 8 of 64"):
         export_stock(model)
+
+
+def test_a_whole_in_which_a_part_is_collapsed_by_itself():
+    encoder = randomize(BertModel(bert_config()))
+    collapse_model(encoder, LayerCollapseConfig(rank=5), [text_inputs(seed=seed) for seed in range(20)])
+    whole, batch = encoder_decoder_around(encoder), seq2seq_inputs()
+    with pytest.raises(TypeError, match="`encoder` of this EncoderDecoderModel .* `.*refresh_layer_collapse"):
+        export_stock(whole)
+    assert type(native_config(whole.config).encoder) is BertConfig
+    refresh_layer_collapse(whole)
+    native, report = export_stock(whole)
+    assert type(native.encoder) is BertModel and list(report.fields) == ["encoder.intermediate_size"]
+    with torch.no_grad():
+        torch.testing.assert_close(native(**batch).logits, whole(**batch).logits, rtol=1e-5, atol=3e-6)
 
 
 def test_models_that_are_not_collapsed():
