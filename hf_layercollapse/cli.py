@@ -13,10 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import transformers
 import typer
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig
 
 from . import processes
 from ._version import __version__
@@ -42,17 +39,18 @@ from .cli_options import (
 )
 from .collapsing import collapse_model
 from .comparison import compare_models, weights_folder
-from .data_files import format_of, is_path, load_rows
+from .data_files import format_of, load_rows
 from .families import find_feed_forward_blocks, refused_blocks
 from .forward_passes import lean
+from .loading import load_model, load_processor, load_transformers_model, processor_of
 from .memory import MemoryBudget
-from .model_card import auto_class_of, create_model_card, loader_of
+from .model_card import create_model_card, loader_of
 from .models import carriers_of, count_parameters, device_of, inputs_of, outputs_of, unwrap
 from .planning import linearity_map, plan_collapse
 from .plans import CollapsePlan
 from .profiling import Latency, compare_latency, measure_speedup
 from .recovery import RecoveryReport, recover_model
-from .sentence_models import KIND_FILES, load_sentence_model, saved_kind, sentence_model
+from .sentence_models import sentence_model
 from .tables import table
 from .upstream import is_causal_language_model, is_classifier
 
@@ -133,7 +131,7 @@ def inspect(
     MemoryBudget(max_memory)  # refuses what is none, before the model is loaded
     on, out = usable_device(device), Output(json_file)
     with processes.together():
-        live = load_model(model, trust_remote_code).to(on)
+        live = load_model(model, trust_remote_code, "list" if data is None else "measure").to(on)
     if data is None:
         out.say(_blocks_table(live))
         out.write([{key: getattr(b, key) for key in _COLUMNS} for b in find_feed_forward_blocks(live)])
@@ -265,7 +263,7 @@ def _model_and_data(
     model: str, data: str, options: DataOptions, device: torch.device, out: Output, trust_remote_code: bool
 ) -> tuple[Any, Any, CalibrationData]:
     """`(the model, its processor, this process's part of the data)`, as the command line names them."""
-    live = load_model(model, trust_remote_code).to(device)
+    live = load_model(model, trust_remote_code, "save").to(device)
     processor = load_processor(live, model, options, trust_remote_code)
     everything = read_data(live, processor, data, options)
     out.say(f"data: {everything}")
@@ -344,7 +342,7 @@ def _say_collapsed(
     loader = loader_of(model)
     out.say(
         f"\nSaved in {output}. Load it with\n\n    import hf_layercollapse\n"
-        f"    from {loader.library} import {loader.name}\n\n"
+        f"    from {loader.module} import {loader.name}\n\n"
         f'    model = {loader.call}("{output}")'
     )
 
@@ -462,13 +460,13 @@ def export(
     check_new_folder(output)
     check_files(json=json_file)
     out = Output(json_file)
-    live = load_transformers_model(model, trust_remote_code)
+    live = load_transformers_model(model, trust_remote_code, "save")
     if dtype is not None or to != "stock":
         live = live.to(getattr(torch, dtype or "float32"))
     dense = None if benchmark is None else load_transformers_model(benchmark, trust_remote_code).to(live.dtype)
     if dense is not None:
         _check_alike({benchmark: dense, model: live})
-    reader = _processor_of(live, processor or model, trust_remote_code)
+    reader = processor_of(live, processor or model, trust_remote_code)
     inputs = example_inputs(live, reader, batch_size, length, 32)
     report = export_model(live, inputs, output, to, cache=cache, processor=reader)
     out.say(report)
@@ -522,7 +520,7 @@ def latency(
     models = {name: load_transformers_model(name, trust_remote_code).to(on) for name in (dense, collapsed)}
     _check_alike(models)
     live = models[dense]
-    reader = _processor_of(live, processor or dense, trust_remote_code)
+    reader = processor_of(live, processor or dense, trust_remote_code)
     inputs = inputs_of(example_inputs(live, reader, batch_size, length, 128), on)
     modes = ["eager", "compiled"] if compiled else ["eager"]
     found = measure_speedup(live, models[collapsed], inputs, modes, rounds)
@@ -575,58 +573,6 @@ def example_inputs(model: Any, processor: Any, rows: int, length: int | None, us
     return inputs
 
 
-def load_model(name: str, trust_remote_code: bool = False) -> Any:
-    """What a folder or a Hub name holds: an object of sentence-transformers, or a transformers model.
-
-    Raises:
-        ValueError: There is no such folder, or it holds no model that can be read.
-    """
-    folder = _folder_of(name)
-    kind = saved_kind(folder or Path(snapshot_download(name, allow_patterns=list(KIND_FILES))))
-    if kind is None:
-        return load_transformers_model(name, trust_remote_code)
-    try:
-        return load_sentence_model(name if folder is None else str(folder), kind, trust_remote_code)
-    except SafetensorError as error:
-        raise ValueError(f"The weights of {name} are damaged: {error}") from error
-
-
-def _folder_of(name: str) -> Path | None:
-    """The folder of a model; `None` if it is a name on the Hub.
-
-    Raises:
-        ValueError: There is no such folder, or it holds an adapter.
-    """
-    folder = Path(name).expanduser()
-    if not is_path(name) and not folder.exists():
-        return None
-    if not folder.is_dir():
-        raise ValueError(f"{name}: there is no such folder.")
-    if (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{name} holds an adapter, not a model: merge it (`merge_and_unload`) and save that.")
-    return folder
-
-
-# A `PreTrainedModel`; its `to` is wrapped in a way that mypy takes for another function.
-def load_transformers_model(name: str, trust_remote_code: bool = False) -> Any:
-    """The transformers model that a folder or a Hub name holds, in the class that was saved; of a folder of
-    sentence-transformers the one inside.
-
-    Raises:
-        ValueError: There is no such folder, or it holds no model that can be read.
-    """
-    folder = _folder_of(name)
-    if folder is not None and not (folder / "config.json").is_file():
-        raise ValueError(f"{name} holds no transformers model: it has no config.json.")
-    name = name if folder is None else str(folder)
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    auto_class = getattr(transformers, auto_class_of(config))
-    try:
-        return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code).eval()
-    except SafetensorError as error:
-        raise ValueError(f"The weights of {name} are damaged: {error}") from error
-
-
 def _check_alike(models: Any) -> None:
     """Refuses models that cannot be given the same inputs, or do not predict the same kind of thing.
 
@@ -650,46 +596,13 @@ def _reads_and_gives(model: Any) -> tuple[str, ...]:
     sentences = sentence_model(model)
     if sentences is not None:
         return (type(sentences).__name__,)
-    return auto_class_of(model.config), model.main_input_name
+    return loader_of(model).name, model.main_input_name
 
 
 def _vocabulary_of(model: Any) -> int:
     """Tokens that the first transformers model in it knows; 0 where its config does not say it."""
     sizes = (carrier.config.to_dict().get("vocab_size") for _, carrier in carriers_of(model))
     return next(sizes, None) or 0
-
-
-def load_processor(model: Any, name: str, options: Any, trust_remote_code: bool) -> Any:
-    """The tokenizer or processor that makes this model's inputs; `None` for what has its own."""
-    sentences = sentence_model(model)
-    if sentences is not None:
-        if options.processor is not None:
-            raise ValueError(f"--processor is of transformers models; a {type(sentences).__name__} has its own.")
-        return None
-    return _processor_of(model, options.processor or name, trust_remote_code)
-
-
-def _processor_of(model: Any, name: str, trust_remote_code: bool) -> Any:
-    what = {"pixel_values": "image processor", "input_ids": "tokenizer"}.get(model.main_input_name, "processor")
-    lacking = f"{name} has no {what} that can be read: say where one is with --processor."
-    # Of some families transformers makes a tokenizer without words where a folder has none.
-    if what == "tokenizer" and Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _WORDS):
-        raise ValueError(lacking)
-    kinds = {"pixel_values": "AutoImageProcessor", "input_ids": "AutoTokenizer"}
-    kind = kinds.get(model.main_input_name, "AutoFeatureExtractor")
-    if kind == "AutoFeatureExtractor" and model.config.is_encoder_decoder:
-        kind = "AutoProcessor"
-    try:
-        return getattr(transformers, kind).from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{lacking} ({str(error).splitlines()[0]})") from error
-
-
-# Files that a tokenizer is read from, one of which each has.
-_WORDS = (
-    *("tokenizer_config.json", "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model"),
-    "sentencepiece.bpe.model",
-)
 
 
 def read_data(model: Any, processor: Any, data: str, options: DataOptions) -> CalibrationData:

@@ -5,14 +5,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
-from transformers import PreTrainedConfig
 
+from . import modeling_layercollapse
+from .auto_classes import auto_class_of
 from .blocks import BoundBlock, bind_blocks
 from .card_sentences import Making, how, largest_difference, method, summary
 from .comparison import Comparison
-from .modeling_layercollapse import FORMAT_VERSION
+from .modeling_layercollapse import FORMAT_VERSION, LayerCollapseModelMixin
 from .models import unwrap
 from .patching import layer_collapse_config_of, writes_code
 from .plans import CollapsePlan
@@ -20,27 +22,10 @@ from .recovery import RecoveryReport
 from .reports import CollapseReport
 from .sentence_models import sentence_model
 from .tables import markdown
-from .upstream import model_mapping
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TAGS = ("layercollapse", "model-compression")
-# Tried in this order: some classes are known to several.
-AUTO_CLASSES = (
-    "AutoModelForSequenceClassification",
-    "AutoModelForCausalLM",
-    "AutoModelForImageClassification",
-    "AutoModelForMaskedLM",
-    "AutoModelForSeq2SeqLM",
-    "AutoModelForTokenClassification",
-    "AutoModelForQuestionAnswering",
-    "AutoModelForMultipleChoice",
-    "AutoModelForImageTextToText",
-    "AutoModelForAudioClassification",
-    "AutoModelForSpeechSeq2Seq",
-    "AutoModelForCTC",
-    "AutoModel",
-)
 # Class of sentence-transformers -> what the Hub calls its task.
 SENTENCE_TASKS = {
     "SentenceTransformer": "sentence-similarity",
@@ -180,14 +165,22 @@ class Loader(NamedTuple):
     """How a saved model is loaded.
 
     Args:
-        library (`str`): What has the class, as it is imported.
+        library (`str`): What the model is of.
+        module (`str`): What the class is imported from.
         name (`str`): Of the class.
         call (`str`): What is called with the folder's name.
     """
 
     library: str
+    module: str
     name: str
     call: str
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the library itself has what loads the model: it has not where no Auto class knows the model's class,
+        whose native form refuses the folder."""
+        return self.module == self.library
 
 
 def loader_of(model: nn.Module) -> Loader:
@@ -195,10 +188,17 @@ def loader_of(model: nn.Module) -> Loader:
     sentences = sentence_model(model)
     if sentences is not None:
         name = type(sentences).__name__
-        return Loader("sentence_transformers", name, name)
+        return Loader("sentence_transformers", "sentence_transformers", name, name)
     inner: Any = unwrap(model)[0]
-    name = auto_class_of(inner.config, type(inner).__name__)
-    return Loader("transformers", name, f"{name}.from_pretrained")
+    name, module = type(inner).__name__, "transformers"
+    auto_class = auto_class_of(inner.config, name)
+    if auto_class is not None:
+        name = auto_class
+    elif name not in dir(transformers):
+        name = "AutoModel"  # a part that is saved by itself
+    elif isinstance(inner, LayerCollapseModelMixin):
+        module = modeling_layercollapse.__name__
+    return Loader("transformers", module, name, f"{name}.from_pretrained")
 
 
 def _of_model(model: nn.Module, blocks: Sequence[BoundBlock], making: Making) -> dict[str, Any]:
@@ -316,22 +316,3 @@ def _form_in_words(block: BoundBlock) -> str:
         return neurons
     linear = "linear" if block.rank == block.in_features else f"rank {block.rank}"
     return f"{linear} + {neurons}" if block.hidden_features else linear
-
-
-def auto_class_of(config: PreTrainedConfig, architecture: str | None = None) -> str:
-    """Name of the Auto class that loads a model with its head.
-
-    Args:
-        config (`PreTrainedConfig`): Of the model.
-        architecture (`str`, *optional*): Name of its class. Default: what the config says.
-    """
-    wanted = architecture or next(iter(config.architectures or ()), None)
-    for name in AUTO_CLASSES:
-        mapping = model_mapping(name)
-        if type(config) not in mapping:
-            continue
-        classes = mapping[type(config)]
-        classes = classes if isinstance(classes, (list, tuple)) else (classes,)
-        if wanted is None or any(model.__name__ == wanted for model in classes):
-            return name
-    return "AutoModel"

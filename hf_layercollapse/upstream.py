@@ -24,7 +24,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto import modeling_auto
 
-from .modeling_layercollapse import auto_class_mappings, require, require_methods
+from .modeling_layercollapse import require, require_methods
 
 
 # A comparison with a tuple of numbers; what leads to a release counts as that release.
@@ -253,11 +253,6 @@ def auto_class_of_code(native_class: type[PreTrainedModel]) -> str | None:
 
 
 require("_auto_class" in dir(PreTrainedModel), "PreTrainedModel._auto_class", transformers)
-
-
-def model_mapping(name: str) -> Any:
-    """Config class -> model class, or several, of the Auto class of this name."""
-    return {auto_class.__name__: mapping for auto_class, mapping in auto_class_mappings()}[name]
 
 
 # ----------------------------------------------------------------------------------------------------
