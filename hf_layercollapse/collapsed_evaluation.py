@@ -73,7 +73,7 @@ class CollapsedEvaluation:
                 return output
             self._trainer.gather_function = gather
             collapsed = self._loop_as_if_collapsed(loop)
-        self._add(output.metrics, (collapsed or output).metrics, metric_key_prefix)
+        self._add(output.metrics, output.metrics if collapsed is None else collapsed, metric_key_prefix)
         compared = self._compared_with_best(output.metrics) if self._is_choosing else None
         if compared is not None and compared[0] > 0:
             self._trainer.state.best_metric = None
@@ -110,13 +110,14 @@ class CollapsedEvaluation:
         used_up = torch.tensor([nothing_left], dtype=torch.float32, device=self._trainer.args.device)
         return bool(self._trainer.accelerator.reduce(used_up, reduction="sum"))
 
-    def _loop_as_if_collapsed(self, loop: Callable[[], Any]) -> Any:
+    def _loop_as_if_collapsed(self, loop: Callable[[], Any]) -> dict[str, Any]:
+        """The metrics alone: predictions may take gigabytes, and the other pass has its own."""
         trainer, callback_handler = self._trainer, self._trainer.callback_handler
         # Prediction steps must not be reported twice.
         trainer.callback_handler = CallbackHandler([DefaultFlowCallback], trainer.model, None, None, None)
         try:
             with same_random_state(), self._as_if_collapsed():
-                return loop()
+                return loop().metrics
         finally:
             trainer.callback_handler = callback_handler
 
