@@ -35,7 +35,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module, res
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import auto_factory, configuration_auto, modeling_auto
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging, output_capturing
+from transformers.utils import ADAPTER_CONFIG_NAME, logging, output_capturing
 
 
 # Absent on Windows. Not imported in the usual way, which `trust_remote_code` takes for a requirement.
@@ -1756,9 +1756,13 @@ class LayerCollapseModelMixin(_ModelBase):
         Everything is written into a folder beside the old files, then moved in, `config.json` last: a save that is
         interrupted leaves the old model whole or a folder that does not load. Of several that save into one folder at
         a time, the last one's model is there as a whole, where the file system has locks.
+
+        Raises:
+            ValueError: The folder holds an adapter, and the model has none: it would be loaded with that on top.
         """
         _refuse_lost_table(self)
         _refuse_lost_base(self)
+        _refuse_adapter_of_another(self, save_directory)
         if state_dict is None and not has_own_adapters(self):
             state_dict = state_dict_without_adapters(self)
         kwargs |= {"state_dict": state_dict, "max_shard_size": max_shard_size}
@@ -1847,6 +1851,23 @@ def _refuse_lost_base(model):
             "`base = copy.deepcopy(model)`, `base.delete_adapter(list(base.peft_config))`, "
             "`base.save_pretrained(folder)`, then `model.name_or_path = folder`."
         )
+
+
+def _refuse_adapter_of_another(model, folder):
+    """Raises if a model without adapters is being saved into the folder of one, with which it would be loaded: what
+    an adapter learned would count twice where it was merged. A base whose adapter lies beside it has that in it."""
+    file = os.path.join(folder, ADAPTER_CONFIG_NAME)
+    if not os.path.isfile(file) or any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        return
+    with open(file, encoding="utf-8") as stream:
+        # Prompts are no part of the base, and cannot be merged into it.
+        if '"num_virtual_tokens"' in stream.read():
+            return
+    raise ValueError(
+        f"{file} is of an adapter, and this {type(model).__name__} has none: it would be loaded from there with that "
+        "adapter on top, a second time where it has been merged. Save into another folder; or, if the adapter is not "
+        "needed any more, delete its files (`adapter_config.json`, `adapter_model.safetensors`) first."
+    )
 
 
 def _check_part_being_saved(model, prefix):

@@ -20,6 +20,7 @@ from peft import (
     LoraConfig,
     OFTConfig,
     PeftModel,
+    PromptTuningConfig,
     RandLoraConfig,
     VBLoRAConfig,
     VeraConfig,
@@ -276,6 +277,44 @@ def test_an_adapter_over_what_is_only_in_memory_is_not_saved(when, tmp_path):
     loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(loaded), expected)
     assert {b.state for b in find_feed_forward_blocks(loaded)} == {"collapsed" if when == "collapsed" else "patched"}
+
+
+def test_a_model_without_its_adapter_is_not_saved_beside_that(tmp_path):
+    """It would be loaded with the adapter on top, a second time."""
+    if not adapters_of_transformers():
+        pytest.skip(NEWER_PEFT)
+    model = collapsed_with_adapter(LoraConfig(target_modules=["query"], init_lora_weights=False))
+    for _ in range(2):  # base and adapter in one folder, and both again
+        model.get_base_model().save_pretrained(tmp_path)
+        model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    files = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    merged = model.merge_and_unload()
+    with pytest.raises(ValueError, match=r"adapter_config.json is of an adapter, and .* Save into another folder"):
+        merged.save_pretrained(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == files
+    merged.save_pretrained(tmp_path / "merged")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).unlink()
+    merged.save_pretrained(tmp_path)
+    loaded = [AutoModelForSequenceClassification.from_pretrained(folder) for folder in (tmp_path, tmp_path / "merged")]
+    assert all(torch.equal(logits(each), logits(merged)) for each in loaded)
+
+
+def test_a_base_is_saved_again_beside_prompts(tmp_path):
+    """They are no part of it."""
+    model = collapsed_with_adapter(PromptTuningConfig(num_virtual_tokens=2, task_type="SEQ_CLS"))
+    for _ in range(2):
+        model.get_base_model().save_pretrained(tmp_path)
+        model.save_pretrained(tmp_path)
+
+
+def collapsed_with_adapter(config):
+    model = apply_layer_collapse(model_of(CASE))
+    set_alphas(model, *[1.0] * LAYERS)
+    collapse_model(model)
+    return get_peft_model(model, config)
 
 
 @pytest.mark.parametrize("when", ["before", "after", "collapsed"])
