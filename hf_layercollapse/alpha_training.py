@@ -167,6 +167,8 @@ class AlphaTraining(TrainerCallback):
         self.warn_of_frozen()
         # Those that a subclass's own `create_optimizer` left to it, or none as long as all are frozen.
         self._drive(self._blocks.trainable_alphas())
+        if self.steps is not None and self.steps.told is not None:
+            self.steps.told.refuse_forgotten(state.global_step)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

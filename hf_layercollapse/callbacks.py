@@ -48,8 +48,9 @@ class LayerCollapseCallback(TrainerCallback):
     contain the penalty; the alphas' task gradients take part in clipping; evaluation does not report what the
     collapsed model would do, and the best checkpoint may be one with few ready blocks; checkpoints of families whose
     weights are renamed on loading (ViT) are resumed incompletely; task gradients of heads that ignore
-    `num_items_in_batch` grow with `gradient_accumulation_steps`. Logs go into `state.log_history` and to callbacks
-    added after this one. Collapse with [`collapse_model`] once training has ended.
+    `num_items_in_batch` grow with `gradient_accumulation_steps`; models that `model_init` makes, as in a search, are
+    not patched. Logs go into `state.log_history` and to callbacks added after this one. Collapse with
+    [`collapse_model`] once training has ended.
 
     With setfit's Trainer it is the body that is patched and trained: collapse `model.model_body`, and fit the head to
     what it gives then with `trainer.train_classifier(texts, labels)`.
@@ -78,7 +79,7 @@ class LayerCollapseCallback(TrainerCallback):
         self._calibration_data = calibration_data
         self._alpha_steps: AlphaSteps | None = None
         self._activations: dict[str, CollapsibleActivation] = {}
-        self._names_base, self._warned_of_frozen = False, False
+        self._names_base, self._warned_of_frozen, self._patched = False, False, False
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -90,6 +91,7 @@ class LayerCollapseCallback(TrainerCallback):
         name = inner.config.name_or_path if isinstance(inner, PreTrainedModel) else ""
         refuse_neuron_budget(model, self.config)
         patch_or_check(model, self.config, self._calibration_data)
+        self._patched = True
         if name:
             # The constructor goes on, and trl's read there whose reference model and tokenizer to load. The config
             # only: adapters ask the model.
@@ -108,7 +110,8 @@ class LayerCollapseCallback(TrainerCallback):
         if self._names_base:
             forget_base(model)
             self._names_base = False
-        activations = _trained_activations(model)
+        self._state, self._activations = state, _trained_activations(model, self._patched)
+        activations = self._activations
         alphas = [module.alpha for module in activations.values() if module.alpha.requires_grad]
         if not alphas and not self._warned_of_frozen:
             self._warned_of_frozen = True
@@ -125,7 +128,8 @@ class LayerCollapseCallback(TrainerCallback):
             if config.budget is not None:
                 told = NeuronBudget(model, config, optimizer, partial(self._progress, config))
             self._alpha_steps = AlphaSteps(optimizer, alphas, config, strength, scheduled=True, told=told)
-        self._state, self._activations = state, activations
+        if self._alpha_steps.told is not None:
+            self._alpha_steps.told.refuse_forgotten(state.global_step)
 
     def _config_of(self, model: Any) -> LayerCollapseConfig:
         """What the callback was given, or what the model was patched with."""
@@ -201,14 +205,24 @@ def _refuse_distillation(config: LayerCollapseConfig | None) -> None:
         )
 
 
-def _trained_activations(model: Any) -> dict[str, CollapsibleActivation]:
+def _trained_activations(model: Any, patched: bool) -> dict[str, CollapsibleActivation]:
     """Block index, as in [`find_feed_forward_blocks`], -> the activation in use, for every block that has an alpha.
+
+    Args:
+        model (`nn.Module`): That is going to be trained.
+        patched (`bool`): Whether one was patched when the Trainer was constructed.
 
     Raises:
         ValueError: None has.
     """
     found = {str(block.index): activation_in_use(block) for block in bind_blocks(unwrap(model, sharded=True)[0])}
     activations = {index: activation for index, activation in found.items() if activation is not None}
+    if not activations and patched:
+        raise ValueError(
+            "The model has no alpha to train: it is another one than was patched when the Trainer was constructed. "
+            "`model_init` makes a new one when training begins, once the Trainer has made its optimizer: put "
+            "LayerCollapseTrainerMixin in front of the Trainer's class, which patches each of them, or pass a `model`."
+        )
     if not activations:
         raise ValueError(
             "The model has no alpha to train. Give the Trainer this callback when it is constructed "

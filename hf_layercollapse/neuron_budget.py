@@ -175,6 +175,23 @@ class NeuronBudget:
 
     # ---- What is known of neurons ----
 
+    def refuse_forgotten(self, steps: int) -> None:
+        """Raises if a run goes on behind the steps in which it is found out which neurons matter, and nothing of that
+        was loaded.
+
+        Args:
+            steps (`int`): That the run has taken already.
+
+        Raises:
+            ValueError: As said.
+        """
+        if steps and self._progress() >= CHOOSING and all(self._known(each) is None for each in self._activations):
+            raise ValueError(
+                f"The run goes on after step {steps}, when it is known which neurons go, and the checkpoint does not "
+                "say: that is in the optimizer's state (`optimizer.pt`), which `save_only_model=True` leaves out. "
+                "Resume from a checkpoint that has one, or train from the beginning."
+            )
+
     def begin_step(self) -> None:
         """To be called before the backward passes of a step."""
         for activation in self._activations:

@@ -322,7 +322,13 @@ class LayerCollapseTrainerMixin(InFrontOf):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         # What was interrupted while it was written or deleted is no checkpoint.
-        return super().train(self._folders.to_resume_from(resume_from_checkpoint), *args, **kwargs)
+        folder = self._folders.to_resume_from(resume_from_checkpoint)
+        try:
+            return super().train(folder, *args, **kwargs)
+        except BaseException:
+            # Upstream leaves it, and `collapse` and `evaluate` ask: training that was interrupted has ended.
+            self.is_in_train = False
+            raise
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Resumed from its last checkpoint, a run that had ended would take one more step.

@@ -133,6 +133,9 @@ def test_what_is_refused(tmp_path):
     late.add_callback(LayerCollapseCallback(LayerCollapseConfig()))
     with pytest.raises(ValueError, match="when it is constructed"):
         late.train()
+    made = plain("bert", tmp_path, model_init=lambda: model_of(BY_NAME["bert"]))
+    with pytest.raises(ValueError, match="`model_init` makes a new one .* put LayerCollapseTrainerMixin in front"):
+        made.train()
     other = apply_layer_collapse(model_of(BY_NAME["bert"]), LayerCollapseConfig(blocks="last:1"))
     with pytest.raises(ValueError, match="patched already, and not as"):
         plain("bert", tmp_path, model=other)

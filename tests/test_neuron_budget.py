@@ -215,6 +215,22 @@ def test_a_resumed_run_takes_the_same_neurons(save_steps, tmp_path):
     assert_same(state_of(resumed.model), state_of(whole.model))
 
 
+@pytest.mark.parametrize("with_callback", [False, True])
+def test_a_checkpoint_that_forgot_which_neurons_go(with_callback, tmp_path):
+    """Without the optimizer's state nothing says so, and what they were told is half done."""
+
+    def trainer():
+        args = {"save_strategy": "steps", "save_steps": 9, "save_only_model": True, "max_steps": 12}
+        if not with_callback:
+            return budget_trainer("bert", tmp_path, args=args)
+        callbacks = [LayerCollapseCallback(LayerCollapseConfig(**BUDGET), data_for("bert"))]
+        return trainer_for("bert", tmp_path, False, trainer_class=Trainer, callbacks=callbacks, args=args)
+
+    trainer().train()
+    with pytest.raises(ValueError, match="after step 9, .*`optimizer.pt`.*`save_only_model=True` leaves out"):
+        trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+
+
 def test_the_best_checkpoint_is_of_the_stated_size(tmp_path):
     args = {
         **{"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2},

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -476,6 +477,22 @@ def test_a_step_without_its_alphas_raises(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_training_that_was_interrupted_has_ended(error, tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise error
+
+    trainer = trainer_for(
+        "bert", tmp_path, config={"alpha_learning_rate": 0.45}, args={"max_steps": 50}, callbacks=[Interrupt()]
+    )
+    with pytest.raises(error):
+        trainer.train()
+    assert "eval_loss" in trainer.evaluate()
+    assert len(trainer.collapse().collapsed) == LAYERS
+
+
 def test_collapsing_while_training_runs_raises(tmp_path):
     class CollapseInTheMiddle(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -893,6 +910,19 @@ class Stream(Once):
 
     def __iter__(self):
         return iter(self.rows)
+
+
+def test_only_one_pass_of_predictions_is_held(tmp_path):
+    held = []
+
+    def compute_metrics(prediction):
+        alive = sum(array() is not None for array in held)
+        held.append(weakref.ref(prediction.predictions))
+        return {"alive": alive}
+
+    trainer = trainer_for("bert", tmp_path, compute_metrics=compute_metrics)
+    set_alphas(trainer.model, *[0.96] * LAYERS)
+    assert trainer.evaluate()["eval_alive"] == 0 and len(held) == 2
 
 
 def test_data_that_can_be_read_only_once_are_for_the_model_as_it_is(tmp_path, caplog):
