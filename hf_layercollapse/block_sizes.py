@@ -131,17 +131,14 @@ def sizes_of(
     root = None if metric is None else metric.root().to(moments.cov_fo)
     dense = BlockSize(None, block.hidden_features, block.macs, block.parameters, 0.0, as_it_is=True)
     found = BlockSizes(block, constant_term, {}, {}, [], [dense])
-    shares = {rank_of(block, share, multiple_of) for share in rank_shares}
-    ranks = sorted(shares, key=lambda rank: math.inf if rank is None else rank)
+    ranks = _ranks_of(block, rank_shares, multiple_of)
     chosen: dict[int | None, tuple[list[int], list[float]]] = {}
     # Those without a constant term last: moments about the origin take the place of the centred ones.
     for rank in sorted(ranks, key=lambda rank: not has_constant(block, rank, constant_term)):
         if moments.constant and not has_constant(block, rank, constant_term):
             moments = moments.without_constant(in_place=True)
-        most = min((block.macs - 1 - cost_of(block, rank, 0)) // cost_of(block, 0, 1), len(moments.neurons))
-        if not is_possible(block, rank, 1):
-            most = min(most, 0) if rank is None else -1
-        if most < 0 or (rank == 0 and most == 0):
+        most = _most_neurons(block, rank)
+        if most is None:
             continue
         order, left = _chosen(moments, rank, most, root)
         unit = 0.5 if metric is not None else 1 / max(float(moments.cov_oo.trace()), 1e-300)
@@ -156,6 +153,30 @@ def sizes_of(
     found.worth_having[:0] = worth_having(found.choice, lambda size: size.macs)
     found.choice.append(dense)
     return found
+
+
+def possible_sizes(
+    block: BoundBlock, rank_shares: Sequence[float | None], multiple_of: int, constant_term: str
+) -> BlockSizes:
+    """The sizes that a block can have, before anything is known of what they lose: to see what they take."""
+    most = {rank: _most_neurons(block, rank) for rank in _ranks_of(block, rank_shares, multiple_of)}
+    losses = {rank: [0.0] * (count + 1) for rank, count in most.items() if count is not None}
+    dense = BlockSize(None, block.hidden_features, block.macs, block.parameters, 0.0, as_it_is=True)
+    return BlockSizes(block, constant_term, {}, losses, [dense], [dense])
+
+
+def _ranks_of(block: BoundBlock, rank_shares: Sequence[float | None], multiple_of: int) -> list[int | None]:
+    shares = {rank_of(block, share, multiple_of) for share in rank_shares}
+    return sorted(shares, key=lambda rank: math.inf if rank is None else rank)
+
+
+def _most_neurons(block: BoundBlock, rank: int | None) -> int | None:
+    """How many neurons can stay beside a linear map of this rank, so that the block is smaller than it is; `None`
+    where it can have no such map."""
+    most = min((block.macs - 1 - cost_of(block, rank, 0)) // cost_of(block, 0, 1), block.hidden_features)
+    if not is_possible(block, rank, 1):
+        most = min(most, 0) if rank is None else -1
+    return None if most < 0 or (rank == 0 and most == 0) else most
 
 
 def _chosen(

@@ -44,6 +44,40 @@ class _Need:
     def alone(self) -> int:
         return self.sums + self.working + self.kept
 
+    def told(self, beside: int, room: int, held: int) -> str:
+        """What it lacks, for a message, beside bytes of new weights, of those that are left beside what is held."""
+        alone, others = ("", f", beside {beside / 1e9:.3g} GB of new weights") if beside else ("alone ", "")
+        left = f" ({held / 1e9:.3g} GB are held, of rows and of the metric of the loss)" if held else ""
+        return (
+            f"Block {self.block.name} {alone}needs {self.alone / 1e9:.3g} GB for its sums over the calibration data "
+            f"and for what is worked out from them{others}, and there are {max(0, room) / 1e9:.3g} GB on "
+            f"{self.device}{left}: raise `max_memory`."
+        )
+
+
+def _needs_of(
+    blocks: Sequence[BoundBlock],
+    neurons: Mapping[str, int],
+    inputs: Mapping[str, bool],
+    working: Mapping[str, int],
+    kept: Mapping[str, int],
+) -> list[_Need]:
+    return [
+        _Need(
+            block,
+            device_of(block.down),
+            bytes_of_sums(block, neurons[block.name], inputs[block.name]),
+            working.get(block.name, 0),
+            kept.get(block.name, 0),
+        )
+        for block in blocks
+    ]
+
+
+def _in_order(needs: Sequence[_Need]) -> list[_Need]:
+    """Where something is kept of each, those that take most come first, while little is."""
+    return sorted(needs, key=lambda need: -need.alone) if any(need.kept for need in needs) else list(needs)
+
 
 class Calibration:
     """Measures the blocks of one model on one set of rows; the model is left as it is.
@@ -181,8 +215,9 @@ class Calibration:
             of_block = neurons[block.name]
             wanted[block.name] = list(range(block.hidden_features)) if of_block is None else of_block
         inputs = {block.name: inputs is None or inputs[block.name] for block in blocks}
+        counts = {name: len(of_block) for name, of_block in wanted.items()}
         with processes.together():
-            groups = self._groups(blocks, wanted, inputs, working or {}, kept or {})
+            groups = self._groups(_needs_of(blocks, counts, inputs, working or {}, kept or {}))
         # Those of the process with the least memory.
         by_name = {block.name: block for block in blocks}
         names = max(processes.gathered([[block.name for block in group] for group in groups]), key=len)
@@ -214,28 +249,35 @@ class Calibration:
         neurons = {block.name: (neurons or {}).get(block.name, []) for block in blocks}
         return self.reduce(blocks, neurons, lambda block, moments: moments, inputs)
 
-    def _groups(
+    def refuse_too_little(
         self,
         blocks: Sequence[BoundBlock],
-        wanted: Mapping[str, Sequence[int]],
+        neurons: Mapping[str, int],
         inputs: Mapping[str, bool],
         working: Mapping[str, int],
-        kept: Mapping[str, int],
-    ) -> list[list[BoundBlock]]:
+        kept: Mapping[str, int] | None = None,
+        in_turn: bool = False,
+    ) -> None:
+        """Raises if there is too little memory for [`~Calibration.reduce`] with so many neurons of each block.
+
+        Args:
+            blocks (`list[BoundBlock]`): As there.
+            neurons (`dict[str, int]`), inputs, working, kept: As there, of every block.
+            in_turn (`bool`): Whether they are measured one by one in this order, each beside what is kept of those
+                before it.
+
+        Raises:
+            ValueError: As said.
+        """
+        with processes.together():
+            needs = _needs_of(blocks, neurons, inputs, working, kept or {})
+            self._refuse_too_little(needs if in_turn else _in_order(needs))
+
+    def _groups(self, needs: Sequence[_Need]) -> list[list[BoundBlock]]:
         """The blocks in groups whose sums, what is worked out from those of one of them, and what is kept of all, fit
-        the memory. Those that take most come first, while little is kept."""
-        needs = [
-            _Need(
-                block,
-                device_of(block.down),
-                bytes_of_sums(block, len(wanted[block.name]), inputs[block.name]),
-                working.get(block.name, 0),
-                kept.get(block.name, 0),
-            )
-            for block in blocks
-        ]
-        if kept:
-            needs.sort(key=lambda need: -need.alone)
+        the memory."""
+        needs = _in_order(needs)
+        self._refuse_too_little(needs)
         groups: list[list[_Need]] = []
         held: Counter[torch.device] = Counter()
         for need in needs:
@@ -244,15 +286,22 @@ class Calibration:
                 for other in group:
                     held[other.device] += other.kept
                 groups.append([])
-                if not self._fit([need], held):
-                    there = self.memory.left_on(need.device, held)
-                    raise ValueError(
-                        f"Block {need.block.name} alone needs {need.alone / 1e9:.3g} GB for its sums over the "
-                        f"calibration data and for what is worked out from them, and there are {there / 1e9:.3g} GB "
-                        f"on {need.device}: raise `max_memory`."
-                    )
             groups[-1].append(need)
         return [[need.block for need in group] for group in groups]
+
+    def _refuse_too_little(self, needs: Iterable[_Need]) -> None:
+        """Raises if one of these blocks does not fit the memory beside what is kept of those before it, with the
+        numbers of the one that lacks most: with so much more all of them fit."""
+        held: Counter[torch.device] = Counter()
+        lacking: tuple[int, str] = 0, ""
+        for need in needs:
+            beside, room = self.memory.counted_on(need.device, held), self.memory.room(need.device)
+            if not self._fit([need], held):
+                told = need.told(beside, room, self.memory.held(need.device))
+                lacking = max(lacking, (beside + need.alone - room, told), key=lambda one: one[0])
+            held[need.device] += need.kept
+        if lacking[1]:
+            raise ValueError(lacking[1])
 
     def _fit(self, needs: Sequence[_Need], held: Mapping[torch.device, int]) -> bool:
         """Whether what these blocks need is there, beside what is held. One block after the other is worked on."""

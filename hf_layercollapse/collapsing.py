@@ -427,6 +427,7 @@ def _merge_in_turn(
     fitting: BlockFitting, ready: Sequence[BoundBlock], refit: Sequence[BoundBlock], collapse_threshold: float
 ) -> list[Merge]:
     """The merges, each fitted with those before it in place; the model is left as it was."""
+    fitting.refuse_too_little_in_turn(ready, refit)
     merges: list[Merge] = []
     with Trial() as trial:
         for block in ready:

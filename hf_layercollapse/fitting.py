@@ -1,14 +1,26 @@
 """Fitting blocks to calibration data: which neurons stay, and the least-squares map beside them."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from . import functional, processes
 from .block_sizes import fit_size, root_to_fit
 from .calibration import Calibration
-from .loss_metric import bytes_of_metrics, measure_metrics
-from .merging import Merge, cost_of, effective_rank, has_constant, make_merge, merges_of_the_first
+from .loss_metric import bytes_of_metrics, held_by_metrics, measure_metrics
+from .merging import (
+    Merge,
+    effective_rank,
+    has_constant,
+    make_merge,
+    merges_of_the_first,
+    parameters_of,
+    stored_neurons,
+)
+from .models import device_of
 from .moments import BlockMoments, bytes_to_choose, bytes_to_fit
 
 
@@ -48,6 +60,10 @@ class BlockFitting:
         ranks = {block.name: effective_rank(block, self.choices[block.name].rank) for block in blocks}
         open_choices = {block.name: self._open_choice(block) for block in blocks}
         candidates = {block.name: self._candidates(block, open_choices[block.name]) for block in blocks}
+        in_metric = [block for block in blocks if self.choices[block.name].in_metric and ranks[block.name]]
+        counted, inputs, working, kept = self._taken(blocks)
+        with self.engine.memory.holding(held_by_metrics(self.engine, in_metric) if in_metric else {}):
+            self.engine.refuse_too_little(blocks, counted, inputs, working, kept)
         counts = {name: count for name, count in open_choices.items() if count is not None}
         to_choose = [block for block in blocks if block.name in counts]
         by_variance = to_choose if self.neuron_choice == "variance" else []
@@ -57,7 +73,6 @@ class BlockFitting:
                 best = scores[block.name].topk(counts[block.name]).indices
                 # Sums are added up over processes, and rounding can tip a choice.
                 candidates[block.name] = processes.of_the_first(sorted(best.tolist()))
-        in_metric = [block for block in blocks if self.choices[block.name].in_metric and ranks[block.name]]
         metrics = measure_metrics(self.engine, in_metric)[0] if in_metric else {}
 
         def fit(block: "BoundBlock", moments: BlockMoments) -> Any:
@@ -71,19 +86,45 @@ class BlockFitting:
                 moments = moments.without_constant(in_place=True)
             return result(block, best_fit(moments, rank, open_choices[block.name]))
 
-        inputs = {block.name: ranks[block.name] != 0 for block in blocks}
-        working, kept = {}, {}
-        for block in blocks:
-            name, count = block.name, self.choices[block.name].count
-            working[name] = bytes_to_fit(block, count, inputs[name], bool(ranks[name]))
-            if candidates[name] is None:
-                working[name] = max(working[name], bytes_to_choose(block, block.hidden_features, inputs[name]))
-            kept[name] = cost_of(block, ranks[name], count) * block.down.weight.element_size()
         found = self.engine.reduce(blocks, candidates, fit, inputs, working, kept)
         # The metrics go with this call.
         measured = bytes_of_metrics(block for block in in_metric if block.name in metrics)
         self.engine.memory.hold_all({device: -count for device, count in measured.items()})
         return found
+
+    def refuse_too_little_in_turn(self, ready: "Sequence[BoundBlock]", refit: "Sequence[BoundBlock]") -> None:
+        """Raises if there is too little memory to fit blocks one by one, beside what all before them became.
+
+        Args:
+            ready (`list[BoundBlock]`): In the order of their merges.
+            refit (`list[BoundBlock]`): Those of them that are fitted.
+
+        Raises:
+            ValueError: As said.
+        """
+        neurons, inputs, working, kept = self._taken(ready)
+        merged: Counter[torch.device] = Counter()
+        for block in ready:
+            if block not in refit:
+                merged[device_of(block.down)] += kept[block.name]
+        with self.engine.memory.holding(merged):
+            self.engine.refuse_too_little(refit, neurons, inputs, working, kept, in_turn=True)
+
+    def _taken(self, blocks: "Sequence[BoundBlock]") -> tuple[dict, dict, dict, dict]:
+        """What fits of these blocks take: of each how many neurons are among the features, whether its input is, bytes
+        that are worked with, and bytes of what comes of it."""
+        neurons, inputs, working, kept = {}, {}, {}, {}
+        for block in blocks:
+            name, count = block.name, self.choices[block.name].count
+            rank = effective_rank(block, self.choices[name].rank)
+            neurons[name], inputs[name] = count, rank != 0
+            working[name] = bytes_to_fit(block, count, inputs[name], bool(rank))
+            if self.neuron_choice == "greedy" and self._open_choice(block) is not None:
+                neurons[name] = block.hidden_features
+                working[name] = max(working[name], bytes_to_choose(block, neurons[name], inputs[name]))
+            parameters = parameters_of(block, rank, stored_neurons(rank, count), self.constant_term)
+            kept[name] = parameters * block.down.weight.element_size()
+        return neurons, inputs, working, kept
 
     def _open_choice(self, block: "BoundBlock") -> int | None:
         """How many neurons are to be chosen; `None` where it is said which, or that none are."""

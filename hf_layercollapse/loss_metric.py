@@ -110,18 +110,11 @@ def measure_metrics(
         ValueError: As [`loss_metrics`], or there is too little memory: for the sums of all blocks, which are held from
             here on, or for one row's backward pass.
     """
-    # Where one process cannot, none does.
-    reason = next((found for found in processes.gathered(why_no_gradients(engine.inner)) if found is not None), None)
+    reason = _why_not(engine)
     if reason is not None:
         return {}, MetricReport("variance", reason)
-    started, kept = time.perf_counter(), bytes_of_metrics(blocks)
-    with processes.together():
-        if not engine.memory.fits(kept):
-            raise ValueError(
-                f"The metric of the loss takes {engine.memory.told(kept)}, for what it sums up at the outputs of "
-                f"{len(blocks)} blocks: raise `max_memory`."
-            )
-    engine.memory.hold_all(kept)
+    started = time.perf_counter()
+    engine.memory.hold_all(held_by_metrics(engine, blocks))
     engine.progress.say("what outputs matter")
     most_bytes = max(0, engine.room(torch.device("cpu"))) // SAMPLE_SHARE
     batches = engine.sample(MOST_ROWS, MOST_TOKENS, most_bytes)
@@ -129,6 +122,29 @@ def measure_metrics(
         metrics, report = _measured(engine, blocks, batches)
     report = replace(report, seconds=time.perf_counter() - started)
     return _of_the_first(metrics), report
+
+
+def held_by_metrics(engine: "Calibration", blocks: "Sequence[BoundBlock]") -> Counter[torch.device]:
+    """What [`measure_metrics`] of these blocks will hold from then on, in bytes, by device.
+
+    Raises:
+        ValueError: There is too little memory for that.
+    """
+    if _why_not(engine) is not None:
+        return Counter()
+    kept = bytes_of_metrics(blocks)
+    with processes.together():
+        if not engine.memory.fits(kept):
+            raise ValueError(
+                f"The metric of the loss takes {engine.memory.told(kept)}, for what it sums up at the outputs of "
+                f"{len(blocks)} blocks: raise `max_memory`."
+            )
+    return kept
+
+
+def _why_not(engine: "Calibration") -> str | None:
+    """Why there is no metric. Where one process has none, none has."""
+    return next((found for found in processes.gathered(why_no_gradients(engine.inner)) if found is not None), None)
 
 
 def _of_the_first(metrics: Mapping[str, LossMetric]) -> dict[str, LossMetric]:

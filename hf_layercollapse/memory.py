@@ -75,10 +75,13 @@ class MemoryBudget:
         """
         return all(count <= room for count, room, _ in self._compared(needed, in_turn or {}))
 
-    def left_on(self, device: torch.device, taken: Mapping[torch.device, int]) -> int:
-        """Bytes that are left on a device beside these."""
-        others = sum(taken.values()) if self._total is not None else taken.get(device, 0)
-        return max(0, self.room(device) - others)
+    def held(self, device: torch.device) -> int:
+        """Bytes that count against the room of a device and are taken."""
+        return self.counted_on(_without_index(device), self._held)
+
+    def counted_on(self, device: torch.device, counts: Mapping[torch.device, int]) -> int:
+        """How many of these bytes count against the room of a device: all, where one number is for all devices."""
+        return sum(counts.values()) if self._total is not None else counts.get(device, 0)
 
     def times(self, needed: Mapping[torch.device, int]) -> int:
         """How often so many bytes on each of these devices fit."""

@@ -3,6 +3,7 @@
 import copy
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +21,7 @@ from .block_sizes import (
     allocations,
     any_fit,
     fit_size,
+    possible_sizes,
     rank_of,
     root_to_fit,
     sizes_of,
@@ -27,7 +29,7 @@ from .block_sizes import (
 )
 from .budgets import least_that_works, limit_of, room_of
 from .forward_passes import lean
-from .loss_metric import LossMetric, MetricReport, measure_metrics
+from .loss_metric import LossMetric, MetricReport, held_by_metrics, measure_metrics
 from .merging import Merge, Trial, cost_of, has_constant, is_possible, make_merge, parameters_of, stored_neurons
 from .models import device_of, evaluating, inputs_of, outputs_of
 from .moments import BlockMoments, bytes_in_metric, bytes_to_choose, bytes_to_fit
@@ -160,25 +162,73 @@ class Search:
 
     # ---- What each size is expected to lose ----
 
-    def look(self) -> None:
+    def look(self, widths: "Sequence[Mapping[BoundBlock, int]] | None" = None) -> None:
         """Measures what outputs matter, then every size of every block: passes over the data, as many as the memory
-        needs."""
-        self.metrics, self.metric_report = measure_metrics(self.engine, list(self.blocks.values()))
-        options = self.options
-        how = options.rank_shares, options.multiple_of, options.constant_term
-        with_inputs = any(share != 0 for share in options.rank_shares)
+        needs.
+
+        Args:
+            widths (`list[dict[BoundBlock, int]]`, *optional*): What plans of one width choose from.
+
+        Raises:
+            ValueError: There is too little memory for that, or for what is measured next whatever this finds. That is
+                known before anything is measured.
+        """
+        with_inputs = any(share != 0 for share in self.options.rank_shares)
         blocks = list(self.blocks.values())
 
         def sizes(block: "BoundBlock", moments: BlockMoments) -> BlockSizes:
-            return sizes_of(block, moments, self.metrics.get(block.name), *how)
+            return sizes_of(block, moments, self.metrics.get(block.name), *self._how)
 
         working = {
             block.name: bytes_to_choose(block, block.hidden_features, with_inputs)
             + bytes_in_metric(block, block.hidden_features, with_inputs)
             for block in blocks
         }
-        everything, inputs = {name: None for name in self.blocks}, dict.fromkeys(self.blocks, with_inputs)
-        self.sizes = _of_the_first(self.engine.reduce(blocks, everything, sizes, inputs, working))
+        inputs = dict.fromkeys(self.blocks, with_inputs)
+        memory, of_metrics = self.engine.memory, held_by_metrics(self.engine, blocks)
+        # Fits ask the metric for linear maps of a low rank only.
+        later = of_metrics if any(self.options.rank_shares) else {}
+        with memory.holding(of_metrics):
+            everything = {block.name: block.hidden_features for block in blocks}
+            self.engine.refuse_too_little(blocks, everything, inputs, working)
+        with memory.holding(later):
+            self._refuse_too_little(widths)
+        self.metrics, self.metric_report = measure_metrics(self.engine, blocks)
+        found = self.engine.reduce(blocks, dict.fromkeys(self.blocks), sizes, inputs, working)
+        self.sizes = _of_the_first(found)
+        if not later:
+            self.metrics = {}
+            memory.hold_all({device: -count for device, count in of_metrics.items()})
+
+    @property
+    def _how(self) -> tuple[Sequence[float | None], int, str]:
+        return self.options.rank_shares, self.options.multiple_of, self.options.constant_term
+
+    def _refuse_too_little(self, widths: "Sequence[Mapping[BoundBlock, int]] | None") -> None:
+        """Raises if there is too little memory for what is measured whatever the data say."""
+        possible = {name: possible_sizes(block, *self._how) for name, block in self.blocks.items()}
+        for sizes in self._foreseen(possible, widths):
+            taken = self._taken([sizes])
+            counts = {name: count for name, _, count in _keys(sizes)}
+            self.engine.refuse_too_little([self.blocks[name] for name in counts], counts, *taken)
+
+    def _foreseen(
+        self, possible: Mapping[str, BlockSizes], widths: "Sequence[Mapping[BoundBlock, int]] | None"
+    ) -> list[dict[str, BlockSize]]:
+        """The sizes of candidates that do not hang on the data: in which all blocks are alike."""
+        options, unit = self.options, _unit(self.options.budget)
+        if widths is not None:
+            return [_of_widths(possible, row) for row in (widths if options.whole_curve else widths[-1:])]
+        rooms = {share * self.whole(unit) for share in options.points or ()}
+        if room := self.room(options.budget):
+            rooms.add(room)
+        shares = [share for share in ALIKE.values() if share in options.rank_shares]
+        found = [
+            alike(possible, room, unit, share, options.multiple_of)
+            for room in sorted(rooms, reverse=True)
+            for share in shares
+        ]
+        return [sizes for sizes in found if sizes is not None]
 
     # ---- Plans ----
 
@@ -207,7 +257,7 @@ class Search:
 
     def whole(self, unit: str) -> int:
         """What the blocks have now, in `"macs"` or `"parameters"`."""
-        return sum(found.dense.amount(unit) for found in self.sizes.values())
+        return sum(block.macs if unit == "macs" else block.parameters for block in self.blocks.values())
 
     def room(self, budget: Mapping[str, float]) -> int | None:
         """What the blocks may have of a budget of parameters or MACs; `None` for another budget."""
@@ -243,8 +293,7 @@ class Search:
 
     def of_widths(self, counts: "Mapping[BoundBlock, int]") -> Candidate:
         """A candidate in which blocks keep so many neurons, and no linear map (`dict[FeedForwardBlock, int]`)."""
-        sizes = {name: found.dense for name, found in self.sizes.items()}
-        return Candidate(ONE_WIDTH, {**sizes, **{b.name: self.sizes[b.name].at(0, n) for b, n in counts.items()}})
+        return Candidate(ONE_WIDTH, _of_widths(self.sizes, counts))
 
     def largest_within(self, curve: Sequence[Candidate], budget: Mapping[str, float]) -> Candidate:
         """The largest of these candidates that meets a budget of size."""
@@ -264,9 +313,13 @@ class Search:
             macs,
             candidate.score,
             # Shares of the variance are in no unit that could be summed up for a reader.
-            math.fsum(size.loss for size in sizes.values()) if self.metrics else None,
+            math.fsum(size.loss for size in sizes.values()) if self._in_nats else None,
             candidate.name,
         )
+
+    @property
+    def _in_nats(self) -> bool:
+        return self.metric_report is not None and self.metric_report.kind == "loss"
 
     def neurons(self) -> dict[str, dict[str, list[int]]]:
         """Block name -> rank (as text) -> neurons in the order of their use."""
@@ -294,19 +347,20 @@ class Search:
 
     def _next_of(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The first of these candidates, at least one, whose new weights fit half of the memory."""
-        device = device_of(next(iter(self.blocks.values())).down)
-        room = self.engine.room(device) // 2
         part: list[Candidate] = []
+        twice: Counter[torch.device] = Counter()
         for candidate in candidates:
-            room -= sum(
-                size.parameters * self.blocks[name].down.weight.element_size()
-                for name, size in candidate.sizes.items()
-                if not size.as_it_is
-            )
-            if part and room < 0:
+            for name, size in candidate.sizes.items():
+                if not size.as_it_is:
+                    twice[device_of(self.blocks[name].down)] += 2 * self._bytes_of(name, size)
+            if part and not all(processes.gathered(self.engine.memory.fits(twice))):
                 break
             part.append(candidate)
         return part
+
+    def _bytes_of(self, name: str, size: BlockSize) -> int:
+        """What the new weights of a block of this name take."""
+        return size.parameters * self.blocks[name].down.weight.element_size()
 
     def all_measured(self, candidates: Mapping[Any, Sequence[Candidate]]) -> dict[Any, list[Candidate]]:
         """The same for a dict of lists of them, in one pass over the data."""
@@ -315,17 +369,12 @@ class Search:
 
     def _merges(self, plans: Iterable[Mapping[str, BlockSize]]) -> dict[tuple[str, int | None, int], Merge]:
         """`(block name, rank, count)` -> what the block becomes, for all sizes in these plans."""
-        wanted: dict[str, set[tuple[int | None, int]]] = {}
-        for plan in plans:
-            for name, rank, count in _keys(plan):
-                wanted.setdefault(name, set()).add((rank, count))
-        neurons, inputs, working, kept = {}, {}, {}, {}
-        for name, sizes in wanted.items():
-            block, found = self.blocks[name], self.sizes[name]
-            neurons[name] = sorted({n for rank, count in sizes for n in found.neurons.get(rank, [])[:count]})
-            inputs[name] = any(rank != 0 for rank, _ in sizes)
-            working[name] = max(bytes_to_fit(block, count, rank != 0, bool(rank)) for rank, count in sizes)
-            kept[name] = sum(found.at(*size).parameters for size in sizes) * block.down.weight.element_size()
+        plans = list(plans)
+        wanted = {name: set(sizes) for name, sizes in _sizes_of_blocks(plans).items()}
+        neurons = {
+            name: sorted({n for rank, count in sizes for n in self.sizes[name].neurons.get(rank, [])[:count]})
+            for name, sizes in wanted.items()
+        }
 
         def merges(block: "BoundBlock", moments: BlockMoments) -> dict[tuple[str, int | None, int], Merge]:
             position = {neuron: index for index, neuron in enumerate(moments.neurons)}
@@ -339,8 +388,19 @@ class Search:
             return found
 
         blocks = [self.blocks[name] for name in wanted]
-        made = self.engine.reduce(blocks, neurons, merges, inputs, working, kept)
+        made = self.engine.reduce(blocks, neurons, merges, *self._taken(plans))
         return {key: merge for of_block in made.values() for key, merge in of_block.items()}
+
+    def _taken(self, plans: Iterable[Mapping[str, BlockSize]]) -> tuple[dict, dict, dict]:
+        """What fits of these sizes take, of each block: whether its input is among the features, bytes that are worked
+        with, and bytes of its new weights."""
+        inputs, working, kept = {}, {}, {}
+        for name, sizes in _sizes_of_blocks(plans).items():
+            block = self.blocks[name]
+            inputs[name] = any(rank != 0 for rank, _ in sizes)
+            working[name] = max(bytes_to_fit(block, count, rank != 0, bool(rank)) for rank, count in sizes)
+            kept[name] = sum(self._bytes_of(name, size) for size in sizes.values())
+        return inputs, working, kept
 
     # ---- Time ----
 
@@ -389,6 +449,23 @@ def _of_the_first(sizes: Mapping[str, BlockSizes]) -> dict[str, BlockSizes]:
     parts = ("neurons", "losses", "choice", "worth_having")
     told = processes.of_the_first({name: {part: vars(found)[part] for part in parts} for name, found in sizes.items()})
     return {name: replace(found, **told[name]) for name, found in sizes.items()}
+
+
+def _of_widths(sizes: Mapping[str, BlockSizes], counts: "Mapping[BoundBlock, int]") -> dict[str, BlockSize]:
+    """These widths, and every other block as it is."""
+    as_it_is = {name: found.dense for name, found in sizes.items()}
+    return as_it_is | {block.name: sizes[block.name].at(0, count) for block, count in counts.items()}
+
+
+def _sizes_of_blocks(
+    plans: Iterable[Mapping[str, BlockSize]],
+) -> dict[str, dict[tuple[int | None, int], BlockSize]]:
+    """Block name -> `(rank, count)` -> size, of all that change in these plans."""
+    found: dict[str, dict[tuple[int | None, int], BlockSize]] = {}
+    for plan in plans:
+        for name, rank, count in _keys(plan):
+            found.setdefault(name, {})[rank, count] = plan[name]
+    return found
 
 
 def _keys(sizes: Mapping[str, BlockSize]) -> list[tuple[str, int | None, int]]:

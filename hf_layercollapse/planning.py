@@ -266,7 +266,7 @@ def plan_collapse(
 
     Raises:
         ValueError: There is not exactly one budget, too little data, the budget cannot be met, the model's outputs are
-            no predictions, or `max_memory` is too small for one block.
+            no predictions, or `max_memory` is too small for one block or one candidate.
     """
     started = time.perf_counter()
     budget = one_budget(parameters=parameters, macs=macs, latency=latency, max_drop=max_drop)
@@ -281,7 +281,7 @@ def plan_collapse(
         # Fits of what is measured, and measuring some candidates.
         progress.foresee(engine.rows.batches + 4 * len(held))
         search = Search(engine, chosen, whole, held, score, options)
-        search.look()
+        search.look(widths)
         found = _of_any_sizes(search) if widths is None else _of_one_width(search, widths)
         plan = _plan_of(search, found, started)
     return processes.of_the_first(plan)

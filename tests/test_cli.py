@@ -93,7 +93,7 @@ def test_what_is_read_of_the_data_is_said(classifier, tmp_path, monkeypatch, cap
 def test_memory_by_a_budget(classifier, tmp_path, monkeypatch, capsys):
     folder, data = classifier
     collapse = ["collapse", folder, "--data", data, "--output", tmp_path / "small", "--budget", "macs=0.4"]
-    short_of = {"inspect": "alone needs", "collapse": "A backward pass of one row"}
+    short_of = {"inspect": "new weights", "collapse": "alone needs"}
     for command in (["inspect", folder, "--data", data], collapse):
         assert "positive number of bytes" in fails(monkeypatch, capsys, *command, "--max-memory", "much")
         error = fails(monkeypatch, capsys, *command, "--max-memory", "20KB")

@@ -7,11 +7,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model, linearity_map, plan_collapse
+from hf_layercollapse.block_sizes import possible_sizes
 from hf_layercollapse.blocks import bind_blocks
 from hf_layercollapse.calibration import Calibration, _Need
+from hf_layercollapse.loss_metric import bytes_of_metrics
 from hf_layercollapse.memory import MemoryBudget
 from hf_layercollapse.merging import parameters_of
-from hf_layercollapse.moments import bytes_of_sums, bytes_to_choose, bytes_to_fit
+from hf_layercollapse.moments import bytes_in_metric, bytes_of_sums, bytes_to_choose, bytes_to_fit
+from hf_layercollapse.plan_search import Candidate, PlanOptions, Search
+from hf_layercollapse.rows import bytes_of, hold_back
 
 from .models import BY_NAME, randomize, text_inputs
 from .test_patching import logits
@@ -105,7 +109,7 @@ def test_less_memory_is_more_passes_and_the_same_weights(options):
     assert passes[1] >= passes[0] + 12
     first, second = (model.state_dict() for model in models)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    with pytest.raises(ValueError, match=r"Block model.layers.\d.mlp alone needs .* GB .* raise `max_memory`"):
+    with pytest.raises(ValueError, match=r"Block model.layers.\d.mlp needs .* GB .* new weights.* raise `max_memory`"):
         collapse_model(llama(), config, data(), max_memory=one // 2)
 
 
@@ -118,11 +122,69 @@ def test_in_turn_what_was_fitted_counts():
     enough = one + (1 + len(others)) * linear
     collapse_model(llama(), config, data(), max_memory=enough)
     model = llama()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=rf"Block {others[-1].name} alone needs .* raise `max_memory`"):
+    before, forwards = {name: value.clone() for name, value in model.state_dict().items()}, forwards_of(model)
+    with pytest.raises(
+        ValueError, match=rf"Block {others[-1].name} needs .*, beside .* of new weights.* `max_memory`"
+    ):
         collapse_model(model, config, data(), max_memory=enough - 100)
+    assert not forwards  # it is known before the first block is measured
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+def forwards_of(model):
+    """A list that gets an entry for each forward from now on."""
+    forwards = []
+    model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    return forwards
+
+
+@pytest.mark.parametrize("how", ["plan", "points", "one width"])
+def test_a_plan_that_cannot_hold_what_it_measures_is_refused_before_a_pass(how):
+    options = {
+        "plan": {"macs": 0.9},
+        "points": {"macs": 0.1, "points": [0.1, 0.9]},
+        "one width": {"macs": 0.9, "uniform_width": True},
+    }[how]
+    model = llama(layers=12)
+    blocks, (_, held) = bind_blocks(model), hold_back(data())
+    looked = bytes_of_sums(blocks[0], 48) + bytes_to_choose(blocks[0], 48) + bytes_in_metric(blocks[0], 48)
+    enough = sum(bytes_of(held).values()) + sum(bytes_of_metrics(blocks).values()) + looked
+    forwards = forwards_of(model)
+    with pytest.raises(
+        ValueError, match=r"needs .*, beside .* GB of new weights, and there are .* raise `max_memory`"
+    ):
+        plan_collapse(model, data(), max_memory=enough, **options)
+    assert not forwards
+    # It is the candidates that there is too little for.
+    assert plan_collapse(model, data(), macs=0.1, max_memory=enough + 20_000).point.choices
+
+
+def test_a_plan_of_a_low_rank_block_is_refused_before_its_metric_is_measured():
+    model = llama()
+    plan = plan_collapse(model, data(), macs=0.3, rank_shares=(1 / 4,))
+    forwards = forwards_of(model)
+    with pytest.raises(ValueError, match=r"needs .* raise `max_memory`"):
+        collapse_model(model, plan=plan, calibration_data=data(), max_memory=20_000)
+    assert not forwards
+
+
+def test_new_weights_count_where_they_lie():
+    """On another device than the first block's there may be more room."""
+    model = llama(layers=2)
+    first, second = bind_blocks(model)
+    model.model.layers[1].mlp.to("meta")
+    engine = Calibration.on(model, model, data(), max_memory={"cpu": 10_000})
+    whole = {"parameters": 0, "macs": first.macs + second.macs}
+    options = PlanOptions({"macs": 0.5}, False, (0.0,), 1, "native", (), None, False)
+    search = Search(engine, [first, second], whole, [], None, options)
+    counts = {first: 2, second: 40}
+    sizes = {block.name: possible_sizes(block, (0.0,), 1, "native").at(0, counts[block]) for block in counts}
+    candidates = [Candidate("planned", sizes)] * 3
+    # 384 bytes here, 7,680 there.
+    assert len(search._next_of(candidates)) == 3
+    search.engine.memory.hold(9_000)
+    assert len(search._next_of(candidates)) == 1
 
 
 def test_moments_are_let_go_before_the_next_are_measured():

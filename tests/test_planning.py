@@ -84,7 +84,7 @@ def test_the_linear_maps_count_as_memory():
     one = bytes_of_sums(block, 0) + bytes_to_fit(block, 0)
     linear = 4 * parameters_of(block, None, 0, "native")
     assert others and linearity_map(model, batches, max_memory=held + one + (1 + len(others)) * linear)
-    with pytest.raises(ValueError, match="alone needs .* raise `max_memory`"):
+    with pytest.raises(ValueError, match="needs .*, beside .* of new weights.* raise `max_memory`"):
         linearity_map(model, batches, max_memory=held + one + (1 + len(others)) * linear - 1)
 
 
