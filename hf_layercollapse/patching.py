@@ -41,6 +41,7 @@ def apply_layer_collapse(
     calibration_data: Iterable[Any] | None = None,
     max_memory: int | str | dict | None = None,
     processing_class: Any = None,
+    token_mask_fn: Callable[..., Any] | None = None,
 ) -> ModelT:
     """Patches a dense model in place: each chosen block's activation becomes a [`CollapsibleActivation`].
 
@@ -58,6 +59,7 @@ def apply_layer_collapse(
         processing_class (*optional*): Tokenizer or processor that makes model inputs of raw texts, pairs, images or
             sounds, as [`CalibrationData`] says. Default: the data are model inputs, or what an object of
             sentence-transformers reads.
+        token_mask_fn: As in [`collapse_model`].
 
     Returns:
         The same object.
@@ -90,7 +92,7 @@ def apply_layer_collapse(
             )
         calibration_data = model_inputs(calibration_data, processing_class, model)
         with Progress("Affine targets") as progress:
-            engine = Calibration.on(model, inner, calibration_data, max_memory, progress=progress)
+            engine = Calibration.on(model, inner, calibration_data, max_memory, token_mask_fn, progress)
             calibrate_affine_targets(engine, to_fit, activations, config.linear_target == "constant")
 
     for block in chosen:

@@ -195,6 +195,7 @@ def _candidates(inner: Any, selector: str | list[str] | list[int]) -> tuple[list
 def plan_collapse(
     model: nn.Module,
     calibration_data: Iterable[Any],
+    *,
     parameters: float | int | None = None,
     macs: float | int | None = None,
     latency: float | None = None,

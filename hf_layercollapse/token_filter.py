@@ -83,5 +83,5 @@ class TokenFilter:
         raise ValueError(
             f"The batch has padding, and its mask of shape {tuple(mask.shape)} does not say which of the tokens of "
             f"block {block.name}, of shape {tuple(shape)}, are padding. Use inputs without padding (of one length), "
-            "or, for a collapse, pass a `token_mask_fn(block_name, batch, shape)` that gives the mask."
+            "or pass a `token_mask_fn(block_name, batch, shape)` that gives the mask."
         )

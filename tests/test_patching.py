@@ -391,6 +391,19 @@ def test_calibration_ignores_padding():
             torch.testing.assert_close(padded.get_buffer(name), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_calibration_counts_the_tokens_that_the_user_says():
+    case, ids = BY_NAME["bert"], text_inputs(batch=3, length=16)["input_ids"]
+    config = LayerCollapseConfig(linear_target="affine")
+
+    def of_the_first(name, batch, shape):
+        return (batch["input_ids"] == ids[0]).all(dim=1, keepdim=True).expand(shape)
+
+    masked = apply_layer_collapse(case.model(), config, [{"input_ids": ids}], token_mask_fn=of_the_first)
+    for name, expected in apply_layer_collapse(case.model(), config, [{"input_ids": ids[:1]}]).named_buffers():
+        if name.endswith((".slope", ".offset")):
+            torch.testing.assert_close(masked.get_buffer(name), expected, rtol=1e-4, atol=1e-5)
+
+
 # ----------------------------------------------------------------------------------------------------
 # What else holds on to the model
 # ----------------------------------------------------------------------------------------------------

@@ -406,6 +406,8 @@ def test_too_few_batches_and_patched_models():
     case = BY_NAME["bert"]
     with pytest.raises(ValueError, match="there are 2 different rows"):
         plan_collapse(case.model(), data_of(case, 1) * 8, macs=0.5)
+    with pytest.raises(TypeError, match="positional"):  # of what would it be 0.5?
+        plan_collapse(case.model(), data_of(case), 0.5)
     plan_collapse(case.model(), data_of(case, 6), macs=0.5, evaluation_data=data_of(case, 2))
     model = apply_layer_collapse(case.model())
     with pytest.raises(ValueError, match="patched"):
