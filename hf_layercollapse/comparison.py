@@ -433,15 +433,14 @@ def _by_input(
     """`(sums, counts)`: how far predictions are apart for one batch, shape `(inputs,)` each."""
     divergences, owners = [], []
     for now, then in zip(predictions, reference, strict=True):
-        if now.kind != then.kind or now.values.shape != then.values.shape:
-            raise ValueError(
-                f"{name} gives {now.kind} predictions of shape {tuple(now.values.shape)} for a batch, and the "
-                f"first model {then.kind} ones of {tuple(then.values.shape)}: they cannot be compared."
-            )
-        divergences.append(now.divergence_from(then).double().cpu())
+        try:
+            divergence = now.divergence_from(then)
+        except ValueError as error:
+            raise ValueError(f"{name} beside the first model: {error}") from error
+        divergences.append(divergence.double().cpu())
         owners.append(torch.arange(len(now.values)) if now.inputs is None else now.inputs.cpu())
-    divergence, owner = torch.cat(divergences).numpy(), torch.cat(owners).numpy()
-    return np.bincount(owner, divergence), np.bincount(owner)
+    owner = torch.cat(owners).numpy()
+    return np.bincount(owner, torch.cat(divergences).numpy()), np.bincount(owner)
 
 
 def _check_logits(name: str, logits: torch.Tensor, labels: torch.Tensor) -> None:

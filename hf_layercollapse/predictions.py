@@ -52,7 +52,16 @@ class Predictions:
 
     def divergence_from(self, reference: "Predictions") -> torch.Tensor:
         """How far each prediction is from what it was, shape `(n,)`, >= 0: `KL(reference || self)` in nats, half the
-        squared error of values, `1 - cos` of embeddings, half the relative squared error of vectors."""
+        squared error of values, `1 - cos` of embeddings, half the relative squared error of vectors.
+
+        Raises:
+            ValueError: They are of different kinds or shapes, as those of models with different heads.
+        """
+        if self.kind != reference.kind or self.values.shape != reference.values.shape:
+            raise ValueError(
+                f"Predictions ({self.kind}) of shape {tuple(self.values.shape)} and ({reference.kind}) of shape "
+                f"{tuple(reference.values.shape)}: they cannot be compared, as both models must have the same head."
+            )
         # Some at a time: in float32 those of a whole batch are several times what the model gave.
         rows = max(1, COMPARED // self.values.shape[-1])
         pairs = zip(self.values.split(rows), reference.values.split(rows), strict=True)

@@ -324,11 +324,6 @@ def _divergence(
         if isinstance(then, _Largest):
             divergences.append(then.divergence(now).sum())
         else:
-            if now.kind != then.kind or now.values.shape != then.values.shape:
-                raise ValueError(
-                    f"The teacher predicts {then.kind} of shape {tuple(then.values.shape)} for a batch, the model "
-                    f"{now.kind} of shape {tuple(now.values.shape)}: both must have the same head."
-                )
             divergences.append(now.divergence_from(then).sum())
         count += now.values.shape[0]
     return torch.stack(divergences).sum(), count

@@ -358,3 +358,10 @@ def test_allocation_is_as_good_as_trying_everything():
 def test_allocation_for_several_budgets_and_too_small_ones():
     options = [[(2.0, 0.0), (1.0, 5.0)], [(1.0, 1.0)]]
     assert functional.allocate(options, [1.5, 2.5, 3.5, 100.0]) == [None, [1, 0], [0, 0], [0, 0]]
+
+
+def test_predictions_of_other_heads_are_not_compared():
+    values = torch.zeros(4, 3)
+    for kind, given in (("values", values), ("classes", values[:, :1]), ("classes", values[:1])):
+        with pytest.raises(ValueError, match="both models must have the same head"):
+            Predictions(kind, given).divergence_from(Predictions("classes", values))
