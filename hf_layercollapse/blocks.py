@@ -156,6 +156,11 @@ class BoundBlock(FeedForwardBlock):
         children_of(parent)[child] = module
         return done
 
+    def restore(self) -> Exchange:
+        """Puts the native activation of a patched block back, as [`~BoundBlock.exchange`] does."""
+        native = self.activation.native.train(self.activation.training)
+        return self.exchange(self.layout.activation_path, native)
+
 
 def _normed(norms: Iterable[nn.Module], hidden_states: torch.Tensor) -> torch.Tensor:
     for norm in norms:

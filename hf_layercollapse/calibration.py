@@ -16,14 +16,14 @@ from .data_reading import read_calibration_data, split_data
 from .forward_passes import LayerOrder, run_over
 from .memory import MemoryBudget
 from .modeling_layercollapse import CollapsibleActivation, is_inplace
-from .models import device_of
+from .models import device_of, is_encoder_decoder
 from .moments import BlockMoments, MomentSums, RangeSums, TokenRange, bytes_of_sums
 from .neuron_statistics import Turns
 from .plans import weights_fingerprint
 from .progress import Progress
 from .reports import DataReport
 from .rows import DistinctRows, row_count, sample
-from .token_filter import TokenFilter, is_encoder_decoder
+from .token_filter import TokenFilter
 
 
 # What limits and origins are taken from: an eighth of the rows, but at least and at most so many, and so many tokens.

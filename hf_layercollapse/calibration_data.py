@@ -18,7 +18,7 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorM
 from transformers.image_utils import is_pil_image
 from transformers.modeling_utils import PreTrainedModel
 
-from .models import unwrap
+from .models import is_encoder_decoder, unwrap
 from .rows import IGNORED, contents, tokens_in
 from .scoring import check_classes
 from .sentence_models import SentenceInputs, sentence_model
@@ -290,8 +290,7 @@ class CalibrationData:
             length //= 2
 
     def _check_encoder_decoder(self, paired: bool) -> None:
-        decodes = isinstance(self.model, PreTrainedModel) and self.model.config.is_encoder_decoder
-        self._has_target = decodes and not is_classifier(self.model)
+        self._has_target = is_encoder_decoder(self.model) and not is_classifier(self.model)
         if self._has_target and not paired:
             raise ValueError(
                 f"A {type(self.model).__name__} reads an input and writes another text: pass pairs of these."

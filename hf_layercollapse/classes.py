@@ -87,7 +87,7 @@ def set_layer_collapse(
     copies: dict[int, Any] = {}  # id of a config and of each part of it -> its copy
     configs = [copy.deepcopy(model.config, copies)]
     for _, part_config, _ in config_parts(configs[0]):
-        _make_native(part_config)
+        make_native(part_config)
     _make_parts_native(model, copies)
     # Some parts hold a copy of the config of the whole, as T5's encoder and decoder do.
     for part in model.modules():
@@ -102,7 +102,7 @@ def set_layer_collapse(
         model.__class__ = model_class_for(native_model, config_class_for(native_config))
     for config in configs:
         if layer_collapse is None:
-            _make_native(config)
+            make_native(config)
         else:
             config.__class__ = config_class_for(native_config)
             config.layer_collapse = layer_collapse
@@ -118,10 +118,13 @@ def set_layer_collapse(
     return model
 
 
-def _make_native(config: PreTrainedConfig) -> None:
+def make_native(config: PreTrainedConfig) -> None:
+    """Gives the config of a patched or collapsed model its native class back, in place."""
     if isinstance(config, LayerCollapseConfigMixin):
         config.__class__ = native_class_of(config)
         config.__dict__.pop("layer_collapse", None)
+        # An adapter on the native model would otherwise name the folder of this one as its base.
+        config.name_or_path = ""
 
 
 def _make_parts_native(model: PreTrainedModel, copies: dict[int, Any]) -> None:
@@ -133,7 +136,7 @@ def _make_parts_native(model: PreTrainedModel, copies: dict[int, Any]) -> None:
             if id(part.config) not in copies:
                 config = copy.deepcopy(part.config, copies)
                 for each in (config, *(inner for _, inner, _ in config_parts(config))):
-                    _make_native(each)
+                    make_native(each)
                 config.name_or_path = ""
 
 

@@ -15,16 +15,14 @@ from . import functional
 from .config import LayerCollapseConfig
 from .families import FeedForwardBlock, find_feed_forward_blocks
 from .forward_passes import lean
-from .models import in_type_of, is_transformers_model, shorten, unwrap
+from .models import in_type_of, is_encoder_decoder, is_transformers_model, shorten, unwrap
 from .patching import collapsible_activations, layer_collapse_config_of, remove_layer_collapse
 from .predictions import holds_predictions, predictions_of
+from .rows import IGNORED
 from .selection import select_blocks
 from .sentence_models import sentence_model
 from .token_filter import TokenFilter
 from .upstream import has_causal_loss, is_hooked
-
-
-IGNORED = -100
 
 
 def teacher_for(model: Any, config: LayerCollapseConfig, teacher: nn.Module | None = None) -> nn.Module | None:
@@ -352,9 +350,7 @@ def _shapes(tensors: Iterable[torch.Tensor]) -> list[tuple[int, ...]]:
 
 def _shifts_labels(model: Any) -> bool:
     """Whether the model's loss compares position i with label i + 1."""
-    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
-        return False
-    return has_causal_loss(model)
+    return isinstance(model, PreTrainedModel) and not is_encoder_decoder(model) and has_causal_loss(model)
 
 
 def _head_losses(

@@ -148,6 +148,15 @@ def parameters_of(block: BoundBlock, rank: int | None, neurons: int, constant_te
     return cost_of(block, rank, neurons) + biases
 
 
+def size_of(block: BoundBlock, rank: int | None, neurons: int, unit: str, constant_term: str) -> int:
+    """What a block becomes, in the unit of a budget, `"macs"` or `"parameters"`; with the neuron of zeros that a
+    dropped one has."""
+    neurons = stored_neurons(rank, neurons)
+    if unit == "macs":
+        return cost_of(block, rank, neurons)
+    return parameters_of(block, rank, neurons, constant_term)
+
+
 def is_ready(alpha: torch.Tensor, collapse_threshold: float) -> bool:
     """Whether a block with these alphas (tensor of shape `(1,)` or `(hidden,)`) may collapse. Never if one is NaN."""
     return bool(ready_neurons(alpha, collapse_threshold).all())
@@ -184,8 +193,7 @@ class Trial:
     def restore(self, blocks: Iterable[BoundBlock]) -> None:
         """Puts the native activations back into patched blocks."""
         for block in blocks:
-            native = block.activation.native.train(block.activation.training)
-            self.exchanges.append(block.exchange(block.layout.activation_path, native))
+            self.exchanges.append(block.restore())
 
     def undo(self, count: int = 0) -> None:
         """Takes back all exchanges but the first `count` (of `len(self.exchanges)`)."""

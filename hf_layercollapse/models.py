@@ -84,6 +84,11 @@ def is_transformers_model(model: nn.Module) -> bool:
     return sentence_model(model) is None and isinstance(unwrap(model, sharded=True)[0], PreTrainedModel)
 
 
+def is_encoder_decoder(inner: Any) -> bool:
+    """Whether a model's decoder reads an encoder."""
+    return isinstance(inner, PreTrainedModel) and bool(inner.config.is_encoder_decoder)
+
+
 def refuse_objects_around(model: nn.Module) -> None:
     """Raises a TypeError if a model is one inside an object of sentence-transformers, where that alone is asked for:
     its pooling and what else the object does would be lost without a word."""

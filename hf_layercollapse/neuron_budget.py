@@ -12,7 +12,7 @@ from . import processes
 from .blocks import BoundBlock, bind_blocks, survey
 from .budgets import least_that_works, limit_of, parse_budget, room_of
 from .config import LayerCollapseConfig
-from .merging import cost_of, effective_rank, is_possible, parameters_of, stored_neurons
+from .merging import effective_rank, is_possible, size_of
 from .modeling_layercollapse import CollapsibleActivation
 from .models import count_parameters, shorten, unwrap, wide
 from .patching import activation_in_use, collapsible_activations
@@ -52,15 +52,9 @@ class BlockWeights:
     @classmethod
     def of(cls, block: BoundBlock, unit: str, rank: int | None, constant_term: str) -> "BlockWeights":
         """Of a block beside whose neurons a linear map of this rank stays, in `"macs"` or `"parameters"`."""
-
-        def size(neurons: int) -> int:
-            neurons = stored_neurons(rank, neurons)
-            if unit == "macs":
-                return cost_of(block, rank, neurons)
-            return parameters_of(block, rank, neurons, constant_term)
-
         whole = block.macs if unit == "macs" else block.parameters
-        return cls(block.hidden_features, whole, size(0), size(1), size(2) - size(1))
+        none, one, two = (size_of(block, rank, count, unit, constant_term) for count in (0, 1, 2))
+        return cls(block.hidden_features, whole, none, one, two - one)
 
     def with_kept(self, neurons: int) -> int:
         """What it has with so many neurons."""

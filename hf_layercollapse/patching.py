@@ -232,15 +232,10 @@ def remove_layer_collapse(model: ModelT) -> ModelT:
     blocks = [block for block in bind_blocks(inner) if block.state == "patched"]
     if not blocks:
         raise ValueError("The model is not patched: none of its blocks carries an alpha.")
-    restore_blocks(blocks)
+    for block in blocks:
+        block.restore()
     refresh_layer_collapse(inner, None, wrappers)
     return model
-
-
-def restore_blocks(blocks: Iterable[Any]) -> None:
-    """Puts the native activation back into patched blocks."""
-    for block in blocks:
-        block.exchange(block.layout.activation_path, block.activation.native.train(block.activation.training))
 
 
 def collapsible_activations(model: nn.Module) -> dict[str, CollapsibleActivation]:

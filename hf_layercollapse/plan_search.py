@@ -30,7 +30,7 @@ from .block_sizes import (
 from .budgets import least_that_works, limit_of, room_of
 from .forward_passes import lean
 from .loss_metric import LossMetric, MetricReport, held_by_metrics, measure_metrics
-from .merging import Merge, Trial, cost_of, has_constant, is_possible, make_merge, parameters_of, stored_neurons
+from .merging import Merge, Trial, has_constant, is_possible, make_merge, size_of, stored_neurons
 from .models import device_of, evaluating, inputs_of, outputs_of
 from .moments import BlockMoments, bytes_in_metric, bytes_to_choose, bytes_to_fit
 from .plans import CollapsePlan, PlanPoint, key_of
@@ -562,11 +562,7 @@ def refuse_unreachable(whole: Mapping[str, int], blocks: "Sequence[BoundBlock]",
     for block in blocks:
         wanted = {rank_of(block, share, options.multiple_of) for share in options.rank_shares}
         ranks = [rank for rank in wanted if is_possible(block, rank, stored_neurons(rank, 0))] or [None]
-        if unit == "macs":
-            sizes = [cost_of(block, rank, stored_neurons(rank, 0)) for rank in ranks]
-        else:
-            sizes = [parameters_of(block, rank, stored_neurons(rank, 0), options.constant_term) for rank in ranks]
-        smallest += min(sizes)
+        smallest += min(size_of(block, rank, 0, unit, options.constant_term) for rank in ranks)
     room = room_of(unit, value, whole, blocks)
     if smallest > room:
         least = limit_of(value, whole[unit]) - room + smallest

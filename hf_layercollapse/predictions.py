@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from transformers.modeling_utils import PreTrainedModel
 
 from . import functional
+from .models import is_encoder_decoder
+from .rows import IGNORED
 
 
 # Kind of predictions -> unit of how far they are apart.
@@ -162,8 +164,7 @@ def predictions_of(model: nn.Module, inputs: Mapping[str, Any], outputs: Any) ->
 
 def without_labels(model: nn.Module, inputs: Mapping[str, Any]) -> dict:
     """Model inputs without labels, which predictions do not need, except where decoder inputs are made from them."""
-    decoder = isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder
-    if decoder and "decoder_input_ids" not in inputs:
+    if is_encoder_decoder(model) and "decoder_input_ids" not in inputs:
         return dict(inputs)
     return {name: value for name, value in inputs.items() if name != "labels"}
 
@@ -181,11 +182,11 @@ def _kind_of(model: Any, inputs: Mapping[str, Any], logits: torch.Tensor) -> str
 
 def _real_mask(model: Any, inputs: Mapping[str, Any], shape: Sequence[int]) -> torch.Tensor | None:
     """Which positions of an output are no padding, or `None` where no mask has its shape."""
-    decoder = isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder
+    decoder = is_encoder_decoder(model)
     mask = inputs.get("decoder_attention_mask" if decoder else "attention_mask")
     labels = inputs.get("labels")
     if decoder and mask is None and isinstance(labels, torch.Tensor) and not labels.is_floating_point():
-        mask = labels != -100
+        mask = labels != IGNORED
     return mask if isinstance(mask, torch.Tensor) and mask.shape == shape else None
 
 

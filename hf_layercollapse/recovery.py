@@ -17,12 +17,11 @@ from .calibration_data import both_model_inputs
 from .data_reading import split_data
 from .forward_passes import lean
 from .memory import MemoryBudget
-from .models import device_of, evaluating, inputs_of, outputs_of, unwrap
+from .models import device_of, evaluating, inputs_of, is_encoder_decoder, outputs_of, unwrap
 from .patching import alpha_parameters
 from .predictions import UNITS, Predictions, predictions_of, without_labels
 from .sentence_models import sentence_model
 from .tables import table
-from .token_filter import is_encoder_decoder
 from .upstream import is_classifier
 
 

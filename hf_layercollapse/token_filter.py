@@ -4,17 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.modeling_utils import PreTrainedModel
+
+from .models import is_encoder_decoder
+from .rows import IGNORED
 
 
 if TYPE_CHECKING:
     from .blocks import BoundBlock
     from .families import FeedForwardBlock
-
-
-def is_encoder_decoder(inner: Any) -> bool:
-    """Whether a model's decoder reads an encoder."""
-    return isinstance(inner, PreTrainedModel) and bool(inner.config.is_encoder_decoder)
 
 
 class TokenFilter:
@@ -46,7 +43,7 @@ class TokenFilter:
                 self.masks[key] = None if bool((mask > 0).all()) else mask
         if self.encoder_decoder and "decoder_attention_mask" not in batch:
             labels = batch.get("labels")
-            mask = labels != -100 if isinstance(labels, torch.Tensor) and labels.dim() == 2 else None
+            mask = labels != IGNORED if isinstance(labels, torch.Tensor) and labels.dim() == 2 else None
             self.masks["decoder_attention_mask"] = None if mask is None or bool(mask.all()) else mask
 
     def select(self, block: "BoundBlock", *tensors: torch.Tensor) -> list[torch.Tensor]:

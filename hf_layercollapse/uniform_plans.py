@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from .budgets import least_that_works, limit_of
-from .merging import cost_of, parameters_of
+from .merging import size_of
 
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ def _widths_within(
     limit = limit_of(value, whole[name])
     shares = {step * group.step / group.width for group in groups for step in range(1, group.width // group.step + 1)}
     for row in widths_at(groups, shares):
-        sizes = [_saved(block, width, constant_term)[name] for block, width in counts_of(groups, row).items()]
-        left = whole[name] - sum(sizes)
+        saved = [_saved(block, width, name, constant_term) for block, width in counts_of(groups, row).items()]
+        left = whole[name] - sum(saved)
         if left <= limit:
             return row
     raise ValueError(
@@ -64,9 +64,9 @@ def _widths_within(
     )
 
 
-def _saved(block: "BoundBlock", width: int, constant_term: str) -> dict[str, int]:
-    """What a block saves at a width: `{"parameters": ..., "macs": ...}`."""
+def _saved(block: "BoundBlock", width: int, unit: str, constant_term: str) -> int:
+    """What a block saves at a width, in `"macs"` or `"parameters"`."""
     if width == block.hidden_features:
-        return {"parameters": 0, "macs": 0}
-    parameters = parameters_of(block, 0, width, constant_term)
-    return {"macs": block.macs - cost_of(block, 0, width), "parameters": block.parameters - parameters}
+        return 0
+    whole = block.macs if unit == "macs" else block.parameters
+    return whole - size_of(block, 0, width, unit, constant_term)

@@ -11,20 +11,16 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from .blocks import BoundBlock, bind, bind_blocks
+from .classes import make_native
 from .families import RATIO_FIELDS, WIDTH_FIELDS, FeedForwardBlock
-from .modeling_layercollapse import LayerCollapseConfigMixin, config_parts, linear_shape, native_class_of
+from .modeling_layercollapse import config_parts, linear_shape, native_class_of
 
 
 def native_config(config: Any) -> Any:
     """A copy of a config, without what patching and collapsing put there."""
     config = copy.deepcopy(config)
     for each in (config, *(part for _, part, _ in config_parts(config))):
-        if isinstance(each, LayerCollapseConfigMixin):
-            built_class: Any = type(each)
-            each.__dict__.pop("layer_collapse")
-            each.__class__ = built_class.native_class
-            # An adapter on the native model would otherwise name the collapsed folder as its base.
-            each.name_or_path = ""
+        make_native(each)
     return config
 
 
