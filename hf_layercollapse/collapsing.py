@@ -73,7 +73,7 @@ def collapse_model(
     max_memory: int | str | dict | None = None,
     processing_class: Any = None,
 ) -> CollapseReport:
-    """Collapses feed-forward blocks in place: each becomes one linear map.
+    """Collapses feed-forward blocks in place: each becomes a linear map, fewer neurons, or both.
 
     On a patched model every ready block (`1 - alpha <= collapse_threshold`) is merged as if alpha were 1; with
     calibration data a block that is not exactly there is instead fitted, by least squares, to what it computes now.

@@ -20,13 +20,14 @@ class BlockReport:
         alpha (`float`, *optional*): Smallest alpha of the block before, `None` if it was not patched.
         parameters_before, parameters_after (`int`): Weights and biases of the block.
         macs_before, macs_after (`int`): Multiply-accumulates per token.
-        error (`float`, *optional*): Relative error of the one map against the block before, `|new - old| / |old|`, on
-            the standard-normal inputs of [`functional.gaussian_inputs`].
+        error (`float`, *optional*): Relative error of what the block became against what it was,
+            `|new - old| / |old|`, on the standard-normal inputs of [`functional.gaussian_inputs`].
         calibration_error (`float`, *optional*): The same on other data of the calibration data's kind, by generalised
             cross-validation, if the block was refit to such data.
-        r2 (`float`, *optional*): Share of the variance of the block's output that the map explains on such data.
+        r2 (`float`, *optional*): Share of the variance of the block's output that what it became explains, on such
+            data.
         rank (`int`, *optional*): Of the linear map where it is two thin matrices; `None`: full.
-        kept_neurons (`int`): Neurons that stay nonlinear beside the map.
+        kept_neurons (`int`): Neurons that stay nonlinear, beside the map if there is one.
     """
 
     name: str
@@ -91,7 +92,7 @@ class CollapseReport:
 
     @property
     def collapsed(self) -> list[str]:
-        """Names of the blocks that are one linear map now."""
+        """Names of the blocks that collapsed: to a linear map, to fewer neurons, to both, or that were dropped."""
         return [block.name for block in self.blocks if block.outcome == "collapsed"]
 
     @property

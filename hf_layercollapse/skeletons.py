@@ -147,7 +147,7 @@ def attributes_of(module):
 
 
 # Class -> the same with `_Reads` in front; kept no longer than copies of it.
-_recording: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_recording: weakref.WeakValueDictionary[type, Any] = weakref.WeakValueDictionary()
 
 
 def _recording_class(kind):

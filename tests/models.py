@@ -1,4 +1,4 @@
-"""The one table of test models: tiny, built from configs, with random weights and random non-zero biases."""
+"""The table of test models that most tests share: tiny, from configs, with random weights and non-zero biases."""
 
 import contextlib
 from collections.abc import Callable
