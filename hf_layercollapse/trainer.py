@@ -420,7 +420,8 @@ class LayerCollapseTrainerMixin(InFrontOf):
             language, license, tags, model_name, finetuned_from, dataset_tags: Metadata, as in
                 [`~transformers.Trainer.create_model_card`]; `finetuned_from` is by default what was patched, if it has
                 a name on the Hub.
-            dataset_name: What trl's trainers call `dataset_tags`.
+            dataset, dataset_name: In place of `dataset_tags`, where that is left out; trl's trainers have the second.
+            tasks, dataset_args: For the stock card. On another they are left out, with a warning.
         """
         given = {"language": language, "license": license, "tags": tags, "model_name": model_name}
         given |= {"finetuned_from": finetuned_from, "tasks": tasks, "dataset_tags": dataset_tags}

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
 
 from .comparison import Comparison
 from .model_card import create_model_card
@@ -20,6 +21,11 @@ from .patching import tables_of
 
 if TYPE_CHECKING:
     from .trainer import LayerCollapseTrainerMixin
+
+logger = logging.get_logger(__name__)
+
+# What the stock card's `model-index` has, and this one's, which a comparison makes, has not.
+UNUSED = ("tasks", "dataset_args")
 
 # Names of metrics that say how long it took.
 TIMES = ("runtime", "per_second", "preparation_time")
@@ -59,6 +65,7 @@ class TrainingCard(TrainerCallback):
         if wrappers or not (is_transformers_model(self._trainer.model) and tables_of(inner)):
             return stock_card(**{name: value for name, value in metadata.items() if value is not None})
         if self._trainer.is_world_process_zero():
+            _warn_of_unused(metadata)
             card = self._make(inner, comparison, metadata)
             card.save(os.path.join(self._trainer.args.output_dir, "README.md"))
         return None
@@ -74,7 +81,7 @@ class TrainingCard(TrainerCallback):
             name=metadata["model_name"] or Path(self._trainer.args.output_dir).name,
             base_model=base if base and not os.path.isdir(base) else None,
             repo_id=self._trainer.hub_model_id,
-            datasets=metadata["dataset_tags"] or metadata["dataset_name"],
+            datasets=metadata["dataset_tags"] or metadata["dataset"] or metadata["dataset_name"],
             language=metadata["language"],
             license=metadata["license"],
             tags=metadata["tags"],
@@ -91,3 +98,13 @@ class TrainingCard(TrainerCallback):
             for name, value in next(logs, {}).items()
             if name.startswith("eval_") and not name.endswith(TIMES)
         }
+
+
+def _warn_of_unused(metadata: dict[str, Any]) -> None:
+    unused = [f"`{name}`" for name in UNUSED if metadata[name] is not None]
+    if unused:
+        logger.warning(
+            f"{' and '.join(unused)} cannot be on the card of a patched or collapsed model: its task is that of the "
+            "model's class, and what it says of measurements comes from `comparison`. Data sets are named by "
+            "`dataset_tags` or `dataset`."
+        )

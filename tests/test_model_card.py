@@ -236,6 +236,16 @@ def test_what_is_refused():
         create_model_card(model, report, compared(model), compared_as="small")
 
 
+@pytest.mark.parametrize("name", ["dataset_tags", "dataset", "dataset_name"])
+def test_what_the_trainers_card_is_given(name, tmp_path, caplog):
+    """Data sets under any of their names; what it has no place for is said."""
+    trainer = trainer_for("bert", tmp_path)
+    trainer.create_model_card(**{name: "nyu-mll/glue"})
+    assert ModelCard.load(tmp_path / "README.md").data.datasets == ["nyu-mll/glue"] and "cannot be" not in caplog.text
+    trainer.create_model_card(**{name: "nyu-mll/glue"}, tasks="text-classification", dataset_args="sst2")
+    assert "`tasks` and `dataset_args` cannot be on the card" in caplog.text
+
+
 def test_the_trainers_card(tmp_path):
     model = BY_NAME["bert"].model()
     model.name_or_path = "google-bert/bert-base-uncased"
