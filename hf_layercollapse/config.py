@@ -38,6 +38,11 @@ _BESIDE_A_PLAN = {
 # Default of `distillation_weight`, which depends on `budget`: a number once the config is made, hence its type there.
 _BY_BUDGET: Any = None
 
+
+class _ByBudget(float):
+    """A `distillation_weight` that nobody gave: a config that is made from this one chooses its own."""
+
+
 # Name -> the interval that it is in, in words, and what tells.
 _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "initial_alpha": ("[0, 1]", lambda value: 0 <= value <= 1),
@@ -271,7 +276,8 @@ class LayerCollapseConfig:
 
     def __post_init__(self) -> None:
         self.blocks = _checked_blocks(self.blocks)
-        if self.distillation_weight is None:
+        by_budget = self.distillation_weight is None or isinstance(self.distillation_weight, _ByBudget)
+        if by_budget:
             self.distillation_weight = 0.0 if self.budget is None else 1.0
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
@@ -283,6 +289,8 @@ class LayerCollapseConfig:
             self.progressive_order = _checked_order(self.progressive_order, self.progressive)
         for name, allowed in _NUMBERS.items():
             setattr(self, name, _checked_number(name, getattr(self, name), *allowed))
+        if by_budget:
+            self.distillation_weight = _ByBudget(self.distillation_weight)
         if self.rank is not None:
             _check_count("rank", self.rank, "an integer >= 0 or None")
         _check_count("keep_neurons", self.keep_neurons, "an integer >= 0")
@@ -317,7 +325,8 @@ class LayerCollapseConfig:
         return self.budget is not None and self.budget_method == "plan"
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        # A plain number, for whatever writes it.
+        return {**dataclasses.asdict(self), "distillation_weight": float(self.distillation_weight)}
 
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"

@@ -77,7 +77,9 @@ class Teaching(TrainerCallback):
         if not config.distils:
             return
         # Of blocks `check` knows enough; they are compared once they are patched or collapsed.
-        heads = LayerCollapseConfig(distillation_weight=config.distillation_weight, temperature=config.temperature)
+        # A plain number is what is meant, also of a weight that nobody gave: there is no budget here.
+        weight = float(config.distillation_weight)
+        heads = LayerCollapseConfig(distillation_weight=weight, temperature=config.temperature)
         teacher = model if self._given is None else self._given
         distillation = Distillation(heads, teacher, model)
         inputs = in_type_of(model, inputs_of(batch, device_of(model)))

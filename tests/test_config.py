@@ -1,10 +1,13 @@
 """LayerCollapseConfig: what it accepts, refuses, and writes."""
 
+import copy
 import dataclasses
 import json
 import logging
+from dataclasses import replace
 
 import pytest
+import yaml
 from transformers import HfArgumentParser
 
 from hf_layercollapse import LayerCollapseConfig
@@ -198,6 +201,19 @@ def test_options_of_alphas_contradict_a_budget(other):
 def test_budgets_that_are_none(budget, message):
     with pytest.raises(ValueError, match=message):
         LayerCollapseConfig(budget=budget)
+
+
+def test_a_weight_that_nobody_gave_goes_with_the_budget():
+    with_budget, without = LayerCollapseConfig(budget="macs=0.5"), LayerCollapseConfig()
+    assert replace(with_budget, budget=None).distillation_weight == 0
+    assert replace(replace(without, budget="macs=0.5"), temperature=3.0).distillation_weight == 1
+    for weight in (0.0, 0.5, 1.0):
+        assert replace(replace(with_budget, distillation_weight=weight), budget=None).distillation_weight == weight
+    # To whoever reads or writes it, it is a number.
+    options = with_budget.to_dict()
+    assert type(options["distillation_weight"]) is float and yaml.safe_load(yaml.safe_dump(options)) == options
+    assert LayerCollapseConfig.from_dict(options) == with_budget == copy.deepcopy(with_budget)
+    assert LayerCollapseConfig.from_json_string(with_budget.to_json_string()) == with_budget
 
 
 def test_a_budget_teaches_unless_it_is_told_not_to():
