@@ -349,7 +349,6 @@ def loss_metrics(
     blocks: "Sequence[BoundBlock]",
     data: Iterable[Mapping[str, Any]],
     draws: int = 1,
-    seed: int = 0,
     token_mask_fn: Callable[..., Any] | None = None,
     checkpointed: Sequence[nn.Module] = (),
     progress: "Progress | None" = None,
@@ -363,8 +362,8 @@ def loss_metrics(
         model (`nn.Module`): Runs the data; `inner` is what it wraps.
         blocks (`list[BoundBlock]`): Dense or patched.
         data (iterable of `dict[str, Tensor]`): Model inputs.
-        draws (`int`): How often outcomes are drawn for each prediction, at least 1.
-        seed (`int`): Of what is drawn. No other random generator is used.
+        draws (`int`): How often outcomes are drawn for each prediction, at least 1; the same ones for the same data,
+            with a random generator of its own.
         token_mask_fn (`Callable`, *optional*): See [`TokenFilter`].
         checkpointed (`Sequence[GradientCheckpointingLayer]`): Layers that keep their inputs only, and run again in the
             backward pass.
@@ -377,7 +376,7 @@ def loss_metrics(
         ValueError: The model's outputs are no predictions, no gradient reaches a block, or predictions or gradients
             are not finite.
     """
-    outcomes = _Outcomes(inner, blocks, TokenFilter(inner, token_mask_fn), draws, seed)
+    outcomes = _Outcomes(inner, blocks, TokenFilter(inner, token_mask_fn), draws)
     outcomes.run(model, data, checkpointed, progress)
     return outcomes.metrics(blocks)
 
@@ -386,11 +385,9 @@ class _Outcomes:
     """Draws outcomes of what a model predicts in a forward pass, and sends the gradients of their logarithms back to
     the blocks' outputs."""
 
-    def __init__(
-        self, inner: Any, blocks: "Sequence[BoundBlock]", tokens: TokenFilter, draws: int = 1, seed: int = 0
-    ) -> None:
+    def __init__(self, inner: Any, blocks: "Sequence[BoundBlock]", tokens: TokenFilter, draws: int = 1) -> None:
         self.inner, self.blocks, self.tokens, self.draws = inner, blocks, tokens, draws
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(0)
         self.sums = {block.name: _GradientSums() for block in blocks}
         self.predictions = 0
         # The block, a mask of its tokens, and its output, of one forward.

@@ -22,6 +22,9 @@ from .upstream import align_hook_of, uncompiled
 # Marks the last linear of a block that a collapse made narrower, where no table says so: in a plain torch module.
 CUT = "cut_by_layer_collapse"
 
+# How many names stand in a message.
+NAMED = 6
+
 
 def unwrap(model: Any, sharded: bool = False) -> tuple[Any, list[Any]]:
     """`(the model itself, its wrappers)`: looks through PeftModel and `torch.compile`, and into an object of
@@ -247,10 +250,10 @@ def inputs_of(batch: Mapping[str, Any], device: torch.device | str) -> dict[str,
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
-def shorten(names: Iterable[str], limit: int = 6) -> list[str]:
+def shorten(names: Iterable[str]) -> list[str]:
     """Names for a message: the first of them, and how many more there are."""
     names = list(names)
-    return names if len(names) <= limit else [*names[:limit], f"and {len(names) - limit} more"]
+    return names if len(names) <= NAMED else [*names[:NAMED], f"and {len(names) - NAMED} more"]
 
 
 @contextlib.contextmanager

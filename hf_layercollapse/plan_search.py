@@ -614,18 +614,17 @@ def first_that_holds(
     share: float,
     room: float,
     whole: float,
-    tries: int = LATENCY_TRIES,
 ) -> tuple[Candidate | None, float | None]:
-    """`(candidate, what was measured)`: proposals with less and less room, until one takes no more than its share.
+    """`(candidate, what was measured)`: proposals with less and less room, until one takes no more than its share. The
+    candidate is `None` where nothing is proposed, or not one of `LATENCY_TRIES` proposals is quick enough.
 
     Args:
         propose (`Callable`): `propose(room)` gives a candidate that should take no more, or `None`.
         measure (`Callable`): Its share of the whole.
         share, room, whole (`float`): The share that is allowed, what of the whole that leaves for what is proposed.
-        tries (`int`): After so many it is given up: the candidate is `None` then, as where nothing is proposed.
     """
     measured = None
-    for _ in range(tries):
+    for _ in range(LATENCY_TRIES):
         candidate = propose(room)
         if candidate is None:
             break

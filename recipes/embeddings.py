@@ -89,14 +89,14 @@ class EmbeddingArguments:
             raise ValueError(f"--kind must be sentence or cross, got {self.kind!r}.")
 
 
-def read_texts(folder, seed=0):
+def read_texts(folder):
     """`[(text, class)]` in an order that is shuffled once; of copies of a text the first."""
     files = sorted(Path(folder).glob("*/*.txt"))
     if not files:
         raise ValueError(f"--texts {folder}: there is no FOLDER/CLASS/FILE.txt.")
     rows = {file.read_text(encoding="utf-8", errors="replace").strip(): file.parent.name for file in reversed(files)}
     rows = sorted((text, name) for text, name in rows.items() if text)
-    random.Random(seed).shuffle(rows)
+    random.Random(0).shuffle(rows)
     return rows
 
 

@@ -86,9 +86,9 @@ def _activation(axes, alphas):
     axes.text(4.85, 5.45, name, ha="center", fontsize=9)
 
 
-def draw_results(path, sweep=SWEEP):
+def draw_results(path):
     """Accuracy over what is left of the feed-forward weights, in words that need no other page."""
-    runs = json.loads(Path(sweep).read_text(encoding="utf-8"))["runs"]
+    runs = json.loads(SWEEP.read_text(encoding="utf-8"))["runs"]
     figure = Figure(figsize=(7.6, 4.3), layout="constrained")
     axes = figure.subplots()
     dense = mean(100 * run["quality"] for run in runs if run["name"] == "dense, same steps")

@@ -59,9 +59,9 @@ class Sums:
         return sum_f, sum_o, ff - torch.outer(sum_f, sum_f), fo - torch.outer(sum_f, sum_o)
 
 
-def collect(model, blocks, batches, by_gradient=False, seed=0):
+def collect(model, blocks, batches, by_gradient=False):
     """Block name -> its moments; `by_gradient`: each token weighted by `|g|^2`."""
-    generator, sums, seen = torch.Generator().manual_seed(seed), {block.name: Sums() for block in blocks}, {}
+    generator, sums, seen = torch.Generator().manual_seed(0), {block.name: Sums() for block in blocks}, {}
     handles = []
     for block in blocks:
 
@@ -234,9 +234,9 @@ class Ablations:
                 found[block.name] = block.in_features if rank is None else rank, sorted(order[:count])
         return found
 
-    def few_rows(self, share=0.2):
-        """One width for all blocks, with the neurons that many rows choose, fitted to many and few."""
-        neurons = {}
+    def few_rows(self):
+        """A fifth of the width of all blocks, with the neurons that many rows choose, fitted to many and few."""
+        share, neurons = 0.2, {}
         for block in self.blocks:
             count = round(share * block.hidden_features)
             order = self.plan.neurons[block.name]["0"]

@@ -360,13 +360,13 @@ def demo_model_folder():
 # Testing
 
 
-def predict(model, dataset, tokenizer, batch_size=TIMED_SENTENCES):
+def predict(model, dataset, tokenizer):
     """Logits of every row, `(rows, classes)`, in float32."""
     model.eval()
     logits = []
     with torch.inference_mode():
-        for first in tqdm(range(0, len(dataset), batch_size), desc="Testing", leave=False):
-            rows = range(first, min(first + batch_size, len(dataset)))
+        for first in tqdm(range(0, len(dataset), TIMED_SENTENCES), desc="Testing", leave=False):
+            rows = range(first, min(first + TIMED_SENTENCES, len(dataset)))
             logits.append(model(**batch_of(dataset, rows, tokenizer, model.device)).logits.float().cpu().numpy())
     return np.concatenate(logits)
 
