@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import transformers
 import typer
+from huggingface_hub import ModelCard
 from torch import nn
+from yaml import YAMLError
 
 from . import processes
 from ._version import __version__
@@ -38,14 +40,14 @@ from .cli_options import (
     with_options,
 )
 from .collapsing import collapse_model
-from .comparison import compare_models, weights_folder
+from .comparison import Comparison, compare_models, weights_folder
 from .data_files import format_of, load_rows
 from .families import find_feed_forward_blocks, refused_blocks
 from .forward_passes import lean
 from .loading import load_model, load_processor, load_transformers_model, processor_of
 from .memory import MemoryBudget
-from .model_card import create_model_card, loader_of
-from .models import carriers_of, count_parameters, device_of, inputs_of, outputs_of, unwrap
+from .model_card import add_comparison, create_model_card, loader_of
+from .models import carriers_of, count_parameters, device_of, inputs_of, outputs_of, unwrap, written_beside
 from .planning import linearity_map, plan_collapse
 from .plans import CollapsePlan
 from .profiling import Latency, compare_latency, measure_speedup
@@ -384,7 +386,10 @@ def compare(
     ] = None,
     rounds: Annotated[int, typer.Option(min=2, help="Timed calls of each model, in turn.")] = 30,
     json_file: JsonFile = None,
-    card: Annotated[Path | None, typer.Option(help="Write a model card of COLLAPSED with these numbers.")] = None,
+    card: Annotated[
+        Path | None,
+        typer.Option(help="Add these numbers to this model card of COLLAPSED; write one where there is none."),
+    ] = None,
     device: Device = "cpu",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -394,11 +399,15 @@ def compare(
     predictions are from those of DENSE.
     """
     check_files(json=json_file, card=card)
+    page = read_card(card) if card is not None and card.exists() else None
     on, out = usable_device(device), Output(json_file)
     given = {"dense": dense, "control": control, "collapsed": collapsed}
     names = {name: folder for name, folder in given.items() if folder is not None}
     models = {name: load_model(folder, trust_remote_code).to(on) for name, folder in names.items()}
     _check_alike(models)
+    if card is not None and page is None:
+        base = None if Path(dense).exists() else dense
+        page = create_model_card(models["collapsed"], name=Path(collapsed).name, base_model=base)
     processor = load_processor(models["dense"], dense, options, trust_remote_code)
     read = read_data(models["dense"], processor, data, options)
     out.say(f"data: {read}")
@@ -413,9 +422,29 @@ def compare(
     if result.metric == "divergence" and options.label_column is None and is_classifier(models["dense"]):
         out.say("Without labels predictions are compared; --label-column measures the accuracy.")
     out.write(result.to_dict())
-    if card is not None:
-        base = None if Path(dense).exists() else dense
-        create_model_card(models["collapsed"], None, result, name=Path(collapsed).name, base_model=base).save(card)
+    if card is not None and page is not None:
+        _say_in_card(out, card, page, models["collapsed"], result, Path(collapsed).name)
+
+
+def read_card(path: Path) -> ModelCard:
+    """The model card that a file holds.
+
+    Raises:
+        ValueError: It cannot be read as one.
+    """
+    try:
+        return ModelCard.load(path)
+    except (ValueError, YAMLError) as error:
+        raise ValueError(f"--card {path} cannot be read as a model card, and stays as it is: {error}") from error
+
+
+def _say_in_card(out: Output, path: Path, card: ModelCard, model: Any, result: Comparison, name: str) -> None:
+    """Adds a comparison to a card, and writes that."""
+    new = not path.exists()
+    add_comparison(card, model, result, name=name)
+    with written_beside(path) as beside:
+        card.save(beside)
+    out.say(f"\nWrote the card {path}." if new else f"\nAdded to the card {path}, the rest of which is as it was.")
 
 
 # Options of `export` alone.

@@ -474,8 +474,9 @@ def _losses(logits: torch.Tensor, batch: Mapping[str, Any]) -> tuple[np.ndarray,
 def _quality(metric: str, score: tuple[np.ndarray, ...]) -> tuple[float, tuple[float, float]]:
     if metric == "accuracy":
         return float(score[0].mean()), accuracy_interval(int(score[0].sum()), len(score[0]), CONFIDENCE)
+    sums, counts = score
     interval = perplexity_interval if metric == "perplexity" else mean_interval
-    value, low, high = interval(*score, confidence=CONFIDENCE)
+    value, low, high = interval(sums, counts, confidence=CONFIDENCE)
     return value, (low, high)
 
 
@@ -485,7 +486,7 @@ def _paired(
     if metric == "accuracy":
         return paired_difference(score[0], baseline[0], CONFIDENCE)
     if metric == "divergence":
-        return mean_interval(*score, baseline=baseline[0], confidence=CONFIDENCE)
+        return mean_interval(score[0], score[1], baseline[0], CONFIDENCE)
     return paired_perplexity_difference(score[0], baseline[0], score[1], CONFIDENCE)
 
 

@@ -1,17 +1,17 @@
 """A model card made from what was measured; what was not is left out."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import transformers
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from . import modeling_layercollapse
 from .auto_classes import auto_class_of
 from .blocks import BoundBlock, bind_blocks
+from .card_comparison import put_comparison, results_of, section_of
 from .card_sentences import Making, how, largest_difference, method, summary
 from .comparison import Comparison
 from .modeling_layercollapse import FORMAT_VERSION, LayerCollapseModelMixin
@@ -32,7 +32,6 @@ SENTENCE_TASKS = {
     "CrossEncoder": "text-ranking",
     "SparseEncoder": "feature-extraction",
 }
-METRIC_NAMES = {"accuracy": "Accuracy", "perplexity": "Perplexity", "divergence": "Divergence"}
 
 
 def create_model_card(
@@ -82,8 +81,10 @@ def create_model_card(
         TypeError: `report`, `comparison`, `plan` or `recovery` is of a wrong type.
         ValueError: The model is neither patched nor collapsed, or the comparison has no model called `compared_as`.
     """
-    given = {"report": (report, CollapseReport), "comparison": (comparison, Comparison)}
-    _check_types(**given, plan=(plan, CollapsePlan), recovery=(recovery, RecoveryReport))
+    kinds = {"report": CollapseReport, "comparison": Comparison, "plan": CollapsePlan, "recovery": RecoveryReport}
+    for (what, kind), value in zip(kinds.items(), (report, comparison, plan, recovery), strict=True):
+        if value is not None:
+            _check_type(what, value, kind)
     if comparison is not None:
         _check_name(comparison, compared_as)
     inner, _ = unwrap(model)
@@ -110,14 +111,41 @@ def create_model_card(
         training=training,
         evaluation=evaluation,
         **_of_model(model, blocks, making),
-        **_of_comparison(comparison),
+        compared=section_of(comparison),
     )
 
 
-def _check_types(**given: tuple[Any, type]) -> None:
-    for name, (value, kind) in given.items():
-        if value is not None and not isinstance(value, kind):
-            raise TypeError(f"`{name}` must be a {kind.__name__}, got {type(value).__name__}.")
+def add_comparison(
+    card: ModelCard,
+    model: nn.Module,
+    comparison: Comparison,
+    *,
+    compared_as: str = "collapsed",
+    name: str | None = None,
+) -> None:
+    """Adds a comparison to a card that is there, in place: a section between comments, the metric, and an entry of the
+    `model-index`. What a comparison before this had added is replaced; all else stays as it is.
+
+    Args:
+        card (`ModelCard`): From `ModelCard.load(f"{folder}/README.md")`, say.
+        model (`nn.Module`): What it is the card of.
+        comparison ([`Comparison`]): From [`compare_models`].
+        compared_as (`str`): What the comparison calls this model.
+        name (`str`, *optional*): Of the model, where the card says none. Default: that of its class.
+
+    Raises:
+        TypeError: `card` or `comparison` is of a wrong type.
+        ValueError: The comparison has no model called `compared_as`.
+    """
+    _check_type("card", card, ModelCard)
+    _check_type("comparison", comparison, Comparison)
+    _check_name(comparison, compared_as)
+    put_comparison(card, comparison, compared_as, name or type(unwrap(model)[0]).__name__, _task_of(model))
+
+
+def _check_type(name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"`{name}` must be a {kind.__name__}, got {type(value).__name__}.")
 
 
 def _check_name(comparison: Comparison, compared_as: str) -> None:
@@ -129,7 +157,7 @@ def _check_name(comparison: Comparison, compared_as: str) -> None:
 def _metadata(
     model: nn.Module,
     comparison: Comparison | None,
-    compared_as: str | None,
+    compared_as: str,
     *,
     datasets: Any,
     tags: Any,
@@ -143,7 +171,7 @@ def _metadata(
         datasets=_listed(datasets) or None,
         metrics=[comparison.metric] if comparison is not None else None,
         pipeline_tag=task,
-        eval_results=_results(comparison, compared_as, task),
+        eval_results=(results_of(comparison, compared_as, task) or None) if comparison is not None else None,
         ignore_metadata_errors=False,
         **known,
     )
@@ -220,47 +248,8 @@ def _of_model(model: nn.Module, blocks: Sequence[BoundBlock], making: Making) ->
     }
 
 
-def _of_comparison(comparison: Comparison | None) -> dict[str, Any]:
-    """What the template says of the model beside others."""
-    return {
-        "comparison": comparison,
-        "comparison_table": None if comparison is None else markdown(comparison.rows()),
-        "where_measured": None if comparison is None else _where(comparison),
-    }
-
-
 def _listed(value: Any) -> Any:
     return [] if value is None else [value] if isinstance(value, str) else list(value)
-
-
-def _results(comparison: Comparison | None, compared_as: str | None, task: Any) -> Any:
-    """Entries of the `model-index`: only what names its data set and task."""
-    if comparison is None or compared_as is None or comparison.data is None or task is None:
-        return None
-    found = comparison[compared_as]
-    return [
-        EvalResult(
-            task_type=task,
-            dataset_type=_data_name(comparison.data),
-            dataset_name=_data_name(comparison.data),
-            dataset_config=comparison.data_config,
-            dataset_split=comparison.split,
-            metric_type=comparison.metric,
-            metric_name=METRIC_NAMES[comparison.metric],
-            metric_value=round(found.quality, 6),
-        )
-    ]
-
-
-def _data_name(data: Any) -> Any:
-    """A name on the Hub as it is, of a local file its name alone."""
-    return os.path.basename(os.path.normpath(data)) if os.path.exists(data) else data
-
-
-def _where(comparison: Comparison) -> str:
-    parts = [_data_name(comparison.data)] if comparison.data is not None else []
-    parts += [part for part in (comparison.data_config, comparison.split) if part is not None]
-    return " ".join(parts)
 
 
 def _block_rows(blocks: Sequence[BoundBlock], making: Making) -> list[Any]:

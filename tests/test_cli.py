@@ -184,6 +184,33 @@ def test_compare(classifier, tmp_path):
     (entry,) = loaded.data.eval_results
     assert (entry.dataset_name, entry.metric_type) == ("data.tsv", "accuracy")
     assert entry.metric_value == pytest.approx(found["collapsed"].quality, abs=1e-6)
+    assert f"Wrote the card {card}." in result.output
+    # The one that `collapse` wrote keeps what it says, and what somebody wrote into it.
+    (small / "README.md").write_text((small / "README.md").read_text() + "\nWords of my own.\n")
+    for _ in range(2):
+        result = run("compare", folder, small, *common, "--rounds", 2, "--card", small / "README.md")
+        assert f"Added to the card {small / 'README.md'}" in result.output
+    loaded = ModelCard.load(small / "README.md")
+    before, after = written.text.split("<!-- End of the comparison. -->")
+    assert loaded.text.startswith(before.rstrip()) and loaded.text.endswith(f"{after}\nWords of my own.\n")
+    assert loaded.text.count("| accuracy |") == 1 and len(loaded.data.eval_results) == 1
+    assert (
+        loaded.data.to_dict().items() >= {k: v for k, v in written.data.to_dict().items() if k != "model_name"}.items()
+    )
+
+
+def test_cards_are_refused_before_the_work(classifier, tmp_path, monkeypatch, capsys):
+    """One that cannot be read before models are loaded, and one of a dense model before data are read."""
+    folder, broken = classifier[0], tmp_path / "broken.md"
+    for head in ("a: [", "- a", "model-index: 3", "model-index:\n- name: a\n  results:\n  - metrics: []"):
+        broken.write_text(f"---\n{head}\n---\nWords.\n")
+        before = broken.read_bytes()
+        asked = ["compare", "./gone", "./gone", "--data", "gone.txt", "--card", broken]
+        assert f"--card {broken} cannot be read as a model card" in fails(monkeypatch, capsys, *asked)
+        assert broken.read_bytes() == before
+    asked = ["compare", folder, folder, "--data", "gone.txt", "--card", tmp_path / "card.md"]
+    assert "The model is dense: a card says" in fails(monkeypatch, capsys, *asked)
+    assert not (tmp_path / "card.md").exists()
 
 
 def test_compare_without_labels(classifier, tmp_path):

@@ -17,7 +17,7 @@ from hf_layercollapse import (
     recover_model,
 )
 from hf_layercollapse.comparison import compare_models
-from hf_layercollapse.model_card import create_model_card
+from hf_layercollapse.model_card import add_comparison, create_model_card
 from hf_layercollapse.patching import refresh_layer_collapse
 from tests.models import BY_NAME, randomize
 from tests.test_families import encoder_decoder_around
@@ -90,6 +90,8 @@ In refit blocks the linear map and the output weights of the neurons that stay a
 
 Parameters of the whole model: 9,515 before, 7,585 after \(20\.3 % fewer\)\. The largest difference of an output on calibration data is {NUMBER}\.
 
+<!-- A comparison: .* -->
+
 \#\# Compared
 
 \|  \| dense \| control \| collapsed \|
@@ -108,6 +110,8 @@ Parameters of the whole model: 9,515 before, 7,585 after \(20\.3 % fewer\)\. The
 \| quartiles \| 1\.000 to 1\.000 \| {RANGE} \| {RANGE} \|
 
 Accuracy was measured on 32 examples of stanfordnlp/sst2 validation, the same for every model; .* Latency is the median of 2 calls with a batch of 8x7 tokens, in which the models took turns, on .+ with torch \S+; MACs are those of linear and convolution layers\.
+
+<!-- End of the comparison\. -->
 
 \#\# Evaluation
 
@@ -186,7 +190,7 @@ def test_what_was_not_measured_is_absent():
         "model-index",
         "base_model:",
     ]
-    for word in [*absent, "->"]:
+    for word in [*absent, " -> "]:
         assert word not in text, word
     assert "| `bert.encoder.layer.2` | plain | linear + 3 neurons | 371 |" in text
     assert "None" not in text and "undefined" not in text and "\n\n\n" not in text
@@ -397,3 +401,86 @@ def test_blocks_that_collapsed_while_training_went_on(tmp_path):
     trainer.create_model_card()
     text = (tmp_path / "README.md").read_text()
     assert "| relative error when it collapsed |" in text and "Blocks collapsed while training went on" in text
+
+
+BY_HAND = """---
+license: mit
+tags:
+- mine
+my_key: 3
+model-index:
+- name: half
+  results:
+  - task:
+      type: text-classification
+    dataset:
+      name: other
+      type: other
+    metrics:
+    - type: f1
+      value: 0.25
+      name: F1
+metrics:
+- f1
+---
+# Mine
+
+Words of my own.
+"""
+
+
+@pytest.mark.parametrize("line_break", ["\n", "\r\n"])
+def test_a_comparison_is_added_to_a_card(line_break, tmp_path):
+    """Whoever wrote it. A second one takes its place, and all else stays."""
+    model, _ = collapsed()
+    first = compared(model, source=("reviews.tsv",))
+    second = replace(first, models=[replace(one, quality=one.quality / 2) for one in first.models])
+    other = replace(first, data="elsewhere")
+    path = tmp_path / "README.md"
+    path.write_bytes(BY_HAND.replace("\n", line_break).encode())
+    for comparison in (first, second, other):
+        card = ModelCard.load(path)
+        add_comparison(card, model, comparison)
+        card.save(path)
+    text = path.read_bytes().decode()
+    assert line_break == "\n" or "\n" not in text.replace("\r\n", "")
+    card = ModelCard(text.replace("\r\n", "\n"))
+    assert card.text.startswith("# Mine\n\nWords of my own.\n\n<!-- A comparison")
+    assert card.text.count("## Compared") == 1 and "32 examples of elsewhere" in card.text
+    assert (card.data.license, card.data.tags, card.data.my_key) == ("mit", ["mine"], 3)
+    assert card.data.metrics == ["f1", "accuracy"] and card.data.model_name == "half"
+    values = {(entry.dataset_name, entry.metric_type): entry.metric_value for entry in card.data.eval_results}
+    assert values == {
+        ("other", "f1"): 0.25,
+        ("reviews.tsv", "accuracy"): round(second["collapsed"].quality, 6),
+        ("elsewhere", "accuracy"): round(first["collapsed"].quality, 6),
+    }
+
+
+def test_a_comparison_comes_where_the_card_has_a_place_for_it():
+    """Added or there from the beginning: the same card."""
+    model, report = collapsed()
+    found = compared(model, source=("reviews.tsv",))
+    card = create_model_card(model, report)
+    assert "## Compared" not in card.content
+    add_comparison(card, model, found, name="BertForSequenceClassification")
+    assert card.text == create_model_card(model, report, found).text
+    # A comment that is left over takes nothing else with it.
+    left, end = card.text.split("<!-- End of the comparison. -->")
+    card.text = left + end
+    for _ in range(2):
+        add_comparison(card, model, found)
+    assert card.text.startswith((left + end).rstrip()) and card.text.count("## Compared") == 2
+
+
+def test_a_comparison_is_added_to_a_text_without_a_head():
+    model, _ = collapsed()
+    card = ModelCard("Words.\n")
+    add_comparison(card, model, compared(model, source=("reviews.tsv",)), name="mine")
+    loaded = ModelCard(card.content)
+    assert loaded.text.startswith("Words.\n") and loaded.data.model_name == "mine"
+    assert [entry.metric_type for entry in loaded.data.eval_results] == ["accuracy"]
+    with pytest.raises(TypeError, match="`card` must be a ModelCard, got str"):
+        add_comparison("Words.", model, compared(model))
+    with pytest.raises(ValueError, match="no model called 'small'"):
+        add_comparison(card, model, compared(model), compared_as="small")
