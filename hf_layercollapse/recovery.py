@@ -31,6 +31,10 @@ WARMUP_RATIO = 0.1
 # Largest norm of all gradients together, as in `TrainingArguments`.
 MAX_GRAD_NORM = 1.0
 
+# What losses of float16 models are multiplied by at first: with that of `GradScaler`, 16 times as large, some of the
+# few steps may be lost to numbers beyond float16's.
+FIRST_SCALE = 2.0**12
+
 # How many times in a run the rows held aside are measured. What is lost at the highest rate comes back as it falls (a
 # plan of MiniLM at 20 %: 0.0105 before, 0.0134 after 50 of 150 steps), so that a run only ends where it is at more
 # than twice what it began with, so many times in turn.
@@ -103,8 +107,8 @@ def recover_model(
 
     Args:
         model (`nn.Module`): Collapsed, or any model that is to come closer to the teacher. Trained are the parameters
-            that want gradients; alphas stay. A PeftModel trains its adapter. Half-precision weights are trained in
-            float32, and are half precision again in the end.
+            that want gradients; alphas stay. A PeftModel trains its adapter. The model computes in its own precision
+            throughout; of trained weights in half precision float32 copies take the steps.
         teacher (`nn.Module`): The dense model, with the same head; of a `SentenceTransformer` another one. It runs in
             evaluation mode, unchanged.
         calibration_data (iterable of `dict[str, Tensor]`): Model inputs; their batches are those of the training, in
@@ -135,7 +139,7 @@ def recover_model(
     _refuse_several_processes()
     training, held = split_data(*data, MemoryBudget(), is_encoder_decoder(inner))
     started = time.perf_counter()
-    with evaluating(model), evaluating(teacher), _restored_on_failure(model), _in_float32(model):
+    with evaluating(model), evaluating(teacher), _restored_on_failure(model, parameters):
         run = _Run(model, inner, _Targets(teacher, top_k), parameters, learning_rate, max_steps, seed)
         curve, best, held_count = _steps_to_the_best(run, training, held)
     (_, _, before), (steps, _, _) = curve[0], curve[-1]
@@ -349,10 +353,11 @@ class _Run:
     ) -> None:
         self.model, self.inner, self.targets, self.parameters = model, inner, targets, parameters
         self.max_steps, self.order = max_steps, random.Random(seed)
-        self.optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+        self.taken = _Steps(model, parameters, learning_rate)
         warmup = max(1, round(WARMUP_RATIO * max_steps))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: min((step + 1) / warmup, (max_steps - step) / max(1, max_steps - warmup))
+            self.taken.optimizer,
+            lambda step: min((step + 1) / warmup, (max_steps - step) / max(1, max_steps - warmup)),
         )
         self._seen: dict[int, int] = {}  # position of a batch -> its predictions
 
@@ -392,11 +397,8 @@ class _Run:
     def _step(self, loss: torch.Tensor) -> None:
         if not loss.requires_grad:
             raise ValueError("What the model predicts depends on no parameter that is trained.")
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
-        self.optimizer.step()
+        self.taken.take(loss)
         self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
         # A context of autocast around all this keeps casts of weights until it ends.
         torch.clear_autocast_cache()
 
@@ -415,40 +417,54 @@ class _Run:
 
 
 @contextlib.contextmanager
-def _restored_on_failure(model: nn.Module) -> Iterator[None]:
-    """Weights and gradients as they were, if what is done inside raises."""
-    state = [(parameter, parameter.detach().to("cpu", copy=True), parameter.grad) for parameter in model.parameters()]
-    for parameter, *_ in state:
+def _restored_on_failure(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Weights and gradients as they were, if what is done inside raises; else the gradients."""
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]  # alphas want some, too
+    weights = [parameter.detach().to("cpu", copy=True) for parameter in trained]
+    for parameter, _ in gradients:
         parameter.grad = None
     try:
         yield
     except BaseException:
         with torch.no_grad():
-            for parameter, weight, _ in state:
-                parameter.data = weight.to(parameter.device)
+            for parameter, weight in zip(trained, weights, strict=True):
+                parameter.copy_(weight)
         raise
     finally:
-        for parameter, _, grad in state:
-            parameter.grad = grad
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
 
 
-@contextlib.contextmanager
-def _in_float32(model: nn.Module) -> Iterator[None]:
-    """Half-precision weights in float32 for a while: a step of 5e-5 is below what bfloat16 can add to a weight."""
-    cast = [(p, p.dtype) for p in model.parameters() if p.is_floating_point() and p.element_size() < 4]
-    buffers = [(m, n, b.dtype) for m in model.modules() for n, b in m.named_buffers(recurse=False) if _is_half(b)]
-    try:
-        for parameter, _ in cast:
-            parameter.data = parameter.data.float()
-        for module, name, _ in buffers:
-            setattr(module, name, module.get_buffer(name).float())
-        yield
-    finally:
-        for parameter, dtype in cast:
-            parameter.data = parameter.data.to(dtype)
-        for module, name, dtype in buffers:
-            setattr(module, name, module.get_buffer(name).to(dtype))
+class _Steps:
+    """AdamW whose steps add up in float32: one of 5e-5 is below what bfloat16 can add to a weight.
 
+    Of weights in half precision a float32 copy is what steps change, and they are that copy rounded. Layers of one
+    model take inputs of one type, so that weights in float32 in the midst of others would take a whole base to float32
+    with them. Losses of float16 models are scaled, or their gradients would be 0.
+    """
 
-def _is_half(buffer: torch.Tensor | None) -> bool:
-    return buffer is not None and buffer.is_floating_point() and buffer.element_size() < 4
+    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter], learning_rate: float) -> None:
+        self.parameters = parameters
+        self.exact = [p if p.element_size() >= 4 else nn.Parameter(p.detach().float()) for p in parameters]
+        self.optimizer = torch.optim.AdamW(self.exact, lr=learning_rate, weight_decay=0.0)
+        scaled = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+        self._scaler = torch.amp.GradScaler(device_of(model).type, init_scale=FIRST_SCALE, enabled=scaled)
+
+    def take(self, loss: torch.Tensor) -> None:
+        """One step down the gradient of a loss."""
+        self._scaler.scale(loss).backward()
+        for parameter, exact in self._rounded():
+            exact.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        self._scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.exact, MAX_GRAD_NORM)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for parameter, exact in self._rounded():
+                parameter.copy_(exact)
+
+    def _rounded(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        pairs = zip(self.parameters, self.exact, strict=True)
+        return ((parameter, exact) for parameter, exact in pairs if exact is not parameter)

@@ -5,6 +5,7 @@ import copy
 import peft
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModel, AutoModelForQuestionAnswering, BertConfig
 
 from hf_layercollapse import (
@@ -112,15 +113,18 @@ def test_the_same_seed_gives_the_same_weights():
     assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), third.parameters(), strict=True))
 
 
-def test_half_precision_weights_are_trained_in_float32():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_steps_below_half_precision_add_up(dtype):
+    """Numbers of bfloat16 at 0.2 are eight times as far apart as one step; all come to as much as in float32."""
     case = BY_NAME["bert"]
     batches = batches_of(case)
-    dense, model = collapsed(case, dtype=torch.bfloat16)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    report = recover_model(model, dense, batches, max_steps=30, learning_rate=1e-3)
-    assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {torch.bfloat16}
-    assert report.after < report.before
-    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    dense, model = collapsed(case, dtype=dtype)
+    options = {"max_steps": 30, "learning_rate": 1e-4}
+    expected = recover_model(copy.deepcopy(model).float(), copy.deepcopy(dense).float(), batches, **options)
+    report = recover_model(model, dense, batches, **options)
+    assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {dtype}
+    assert expected.before - expected.after > 0.01 * expected.before
+    assert report.before - report.after == pytest.approx(expected.before - expected.after, rel=0.1)
 
 
 def test_under_autocast_every_step_sees_the_weights_as_they_are():
@@ -176,6 +180,41 @@ def test_an_adapter_is_what_is_trained():
     assert report.after < report.before
     unloaded = adapted.unload()
     assert all(torch.equal(value, base[name]) for name, value in unloaded.state_dict().items())
+
+
+class Copies(TorchFunctionMode):
+    """Shapes of tensors that are copied or cast."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.to, torch.Tensor.float, torch.Tensor.clone):
+            self.shapes.add(args[0].shape)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_frozen_base_in_half_precision_stays_that_and_is_not_copied():
+    case = BY_NAME["bert"]
+    dense, model = collapsed(case, dtype=torch.bfloat16)
+    frozen = model.get_input_embeddings().weight
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    # The head, which peft trains beside the adapter, is in half precision as well.
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"])
+    adapted, types = peft.get_peft_model(model, config), set()
+    adapted.register_forward_pre_hook(
+        lambda *_: types.update(p.dtype for p in model.parameters() if not p.requires_grad)
+    )
+    with Copies() as copies:
+        report = recover_model(adapted, dense, batches_of(case), max_steps=30, learning_rate=5e-3)
+    assert types == {torch.bfloat16} and frozen.shape not in copies.shapes
+    assert report.after < report.before
+    assert all(
+        torch.equal(value, base[name])
+        for name, value in adapted.unload().state_dict().items()
+        if "classifier" not in name
+    )
 
 
 def _interrupt_at(model, call):
