@@ -487,7 +487,7 @@ def _export_stock(model: Any, samples: Any, folder: Any) -> Any:
     expected = [model(**sample.inputs)[0] for sample in samples]
     return {
         "bytes": weights_size(folder),
-        "difference": functional.largest(map(_difference, expected, actual)),
+        "difference": functional.largest(_difference(*pair) for pair in zip(expected, actual, strict=True)),
         "largest": functional.largest(float(one.abs().max()) for one in expected),
         "shapes": [sample.name for sample in samples],
         "inputs": [],
