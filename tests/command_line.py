@@ -4,13 +4,12 @@ import sys
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from hf_layercollapse.cli import app, main
 
 from .models import BY_NAME, VOCABULARY
+from .words import word_tokenizer
 
 
 WORDS = [f"w{index}" for index in range(VOCABULARY - 3)]
@@ -19,11 +18,7 @@ WORDS = [f"w{index}" for index in range(VOCABULARY - 3)]
 def save_text_model(folder, case="bert", **tokenizer_options):
     """A tiny model of the table, with a tokenizer of one token a word."""
     BY_NAME[case].model().save_pretrained(folder)
-    words = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    options = {"pad_token": "[PAD]", "unk_token": "[UNK]", **tokenizer_options}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options).save_pretrained(folder)
+    word_tokenizer(["[PAD]", "[UNK]", "[CLS]", *WORDS], **tokenizer_options).save_pretrained(folder)
     return folder
 
 

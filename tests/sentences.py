@@ -3,17 +3,14 @@
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
-    PreTrainedTokenizerFast,
 )
 
 from .models import BY_NAME, randomize
+from .words import word_tokenizer
 
 
 WORDS = "a cat dog sits barks on the mat outside rain stock market fell tomorrow".split()
@@ -25,12 +22,8 @@ OBJECTS = {"cross": CrossEncoder, "sparse": SparseEncoder}
 
 
 def tokenizer():
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
-    words.pre_tokenizer = Whitespace()
-    names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-    special = {f"{name}_token": token for name, token in names.items()}
-    return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=32, **special)
+    special = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    return word_tokenizer(["[PAD]", "[UNK]", *special.values(), *WORDS], model_max_length=32, **special)
 
 
 def save_encoder(path, kind, labels=1):

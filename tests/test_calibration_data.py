@@ -7,10 +7,6 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PillowImage
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForSeq2SeqLM,
     ByT5Tokenizer,
@@ -37,6 +33,7 @@ from hf_layercollapse import (
 from hf_layercollapse.calibration_data import positions_of
 
 from .models import BY_NAME, VOCABULARY
+from .words import word_tokenizer
 
 
 WORDS = [f"w{index}" for index in range(VOCABULARY - 4)]
@@ -46,17 +43,8 @@ TEMPLATE = "{% for message in messages %}{{ message['role'] }} {{ message['conte
 @pytest.fixture(scope="module")
 def tokenizer():
     """One token a word, between [CLS] and [SEP]."""
-    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    made = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
-    made.pre_tokenizer = Whitespace()
-    made.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
-    )
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
-    return PreTrainedTokenizerFast(tokenizer_object=made, model_input_names=inputs, **names)
+    return word_tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS], framed=True, model_input_names=inputs)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     GenerationConfig,
-    PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     T5Config,
@@ -27,6 +26,7 @@ from hf_layercollapse import (
 )
 from tests.models import BY_NAME, LAYERS, VOCABULARY, randomize
 from tests.training import Gradients, RandomStates, alphas_of, assert_same, checkpointing, model_of, state_of
+from tests.words import word_tokenizer
 
 
 PLAIN = {
@@ -156,14 +156,9 @@ def test_seq2seq_to_a_budget(tmp_path):
 
 
 def tokenizer():
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-
-    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
-    inner = Tokenizer(WordLevel(words, unk_token="<pad>"))
-    inner.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    words = [f"w{i}" for i in range(3, VOCABULARY)]
+    return word_tokenizer([*special.values(), *words], unk_token="<pad>", **special)
 
 
 def sft_trainer(folder, accumulate=1, model=None, **kwargs):

@@ -10,8 +10,9 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
+
+from .words import word_tokenizer
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -75,15 +76,8 @@ def test_split_never_changes(sentences):
 def tiny(tmp_path_factory):
     """A folder with a random encoder and its tokenizer, and a file with a few sentences."""
     folder = tmp_path_factory.mktemp("tiny")
-    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(folder / "model")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]
+    word_tokenizer(vocabulary, framed=True).save_pretrained(folder / "model")
     config = BertConfig(
         vocab_size=len(vocabulary),
         hidden_size=16,

@@ -8,9 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModel,
     BertConfig,
@@ -18,7 +15,6 @@ from transformers import (
     BertTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
 )
 from typer.testing import CliRunner
 
@@ -27,6 +23,7 @@ from hf_layercollapse.cli import app
 
 from .models import randomize
 from .sentences import sentence_transformer
+from .words import word_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
@@ -122,13 +119,10 @@ def _save_decoder():
         max_position_embeddings=64,
     )
     LlamaForCausalLM(config).save_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
-    backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = Whitespace()
     template = "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {% endfor %}"
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **names).save_pretrained(
-        "HuggingFaceTB/SmolLM2-135M-Instruct"
-    )
+    tokenizer = word_tokenizer(words, pad_token=None, chat_template=template, **names)
+    tokenizer.save_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: str(page.relative_to(ROOT)))

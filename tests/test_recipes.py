@@ -8,17 +8,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
 )
 
 from hf_layercollapse import find_feed_forward_blocks
 
 from .models import BY_NAME, VOCABULARY, needs_torchvision
+from .words import word_tokenizer
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -43,10 +42,7 @@ def recipes_on_the_path(monkeypatch):
 
 
 def tokenizer():
-    words = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
-    plain = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]")
+    return word_tokenizer(["[PAD]", "[UNK]", *WORDS])
 
 
 def sentences(rows, seed=0):

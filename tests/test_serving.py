@@ -5,11 +5,9 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    PreTrainedTokenizerFast,
     TorchAoConfig,
     pipeline,
 )
@@ -20,6 +18,7 @@ from hf_layercollapse.upstream import TRANSFORMERS
 
 from .models import BY_NAME, VOCABULARY, needs_exporters, text_inputs
 from .test_exporting import forward, in_state, inputs_of, masked
+from .words import word_tokenizer
 
 
 STATES = ["patched", "collapsed", "narrow"]
@@ -60,10 +59,7 @@ def test_torch_export(state, tmp_path):
 @pytest.mark.parametrize("state", STATES)
 def test_pipeline_with_batches(state, tmp_path):
     in_state("bert", state).save_pretrained(tmp_path)
-    words = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *(f"w{i}" for i in range(VOCABULARY - 2))])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(tmp_path)
+    word_tokenizer(["[PAD]", "[UNK]", *(f"w{i}" for i in range(VOCABULARY - 2))]).save_pretrained(tmp_path)
     texts = [" ".join(f"w{(7 * row + i) % 60}" for i in range(2 + row)) for row in range(6)]
     classify = pipeline("text-classification", model=str(tmp_path), top_k=None)
     one_by_one, together = (
