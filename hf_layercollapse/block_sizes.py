@@ -10,7 +10,7 @@ import torch
 
 from . import functional
 from .blocks import BoundBlock
-from .merging import cost_of, effective_rank, has_constant, is_possible, parameters_of, stored_neurons
+from .merging import cost_of, has_constant, is_possible, parameters_of, stored_neurons, stored_rank
 
 
 if TYPE_CHECKING:
@@ -100,8 +100,8 @@ class BlockSizes:
 def rank_of(block: BoundBlock, share: float | None, multiple_of: int = 1) -> int | None:
     """The rank that a share of the input width stands for; `None` where one full matrix is no larger."""
     if share is None or share == 0:
-        return effective_rank(block, None if share is None else 0)
-    return effective_rank(block, max(1, round(share * block.in_features / multiple_of)) * multiple_of)
+        return stored_rank(block, None if share is None else 0)
+    return stored_rank(block, max(1, round(share * block.in_features / multiple_of)) * multiple_of)
 
 
 def sizes_of(

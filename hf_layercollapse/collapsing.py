@@ -22,7 +22,6 @@ from .merging import (
     Merge,
     Trial,
     cost_of,
-    effective_rank,
     fit_of_weights,
     is_cut,
     is_possible,
@@ -30,6 +29,7 @@ from .merging import (
     make_merge,
     put_in_place,
     ready_neurons,
+    stored_rank,
 )
 from .models import (
     count_parameters,
@@ -367,9 +367,9 @@ def check_choices(blocks: Sequence[BoundBlock], choices: Mapping[str, BlockChoic
             raise ValueError(
                 f"{choice.count} neurons of block {block.name} cannot be kept: it has {block.hidden_features}."
             )
-        if effective_rank(block, choice.rank) == 0 and not choice.count and not choice.dropped:
+        if stored_rank(block, choice.rank) == 0 and not choice.count and not choice.dropped:
             raise ValueError(f"Rank 0 without kept neurons leaves nothing of block {block.name}.")
-        if not is_possible(block, effective_rank(block, choice.rank), choice.count):
+        if not is_possible(block, stored_rank(block, choice.rank), choice.count):
             raise ValueError(
                 f"Block {block.name} can only collapse whole (`rank=None`, `keep_neurons=0`)"
                 + (" or to neurons alone (`rank=0`)" if is_cut(block, 0) else "")
@@ -400,7 +400,7 @@ def _raise_none_ready(alphas: Mapping[str, torch.Tensor], options: LayerCollapse
 def _exactly_linear(block: BoundBlock, choices: Mapping[str, BlockChoice]) -> bool:
     """Whether a block is one line at alpha 1, which no data can fit better."""
     choice = choices[block.name]
-    whole = not choice.count and effective_rank(block, choice.rank) is None
+    whole = not choice.count and stored_rank(block, choice.rank) is None
     return whole and block.state == "patched" and float(block.activation.alpha.detach().min()) == 1
 
 

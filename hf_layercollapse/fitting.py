@@ -13,12 +13,12 @@ from .calibration import Calibration
 from .loss_metric import bytes_of_metrics, held_by_metrics, measure_metrics
 from .merging import (
     Merge,
-    effective_rank,
     has_constant,
     make_merge,
     merges_of_the_first,
     parameters_of,
     stored_neurons,
+    stored_rank,
 )
 from .models import device_of
 from .moments import BlockMoments, bytes_to_choose, bytes_to_fit
@@ -57,7 +57,7 @@ class BlockFitting:
     ) -> dict[str, Any]:
         if not blocks:
             return {}
-        ranks = {block.name: effective_rank(block, self.choices[block.name].rank) for block in blocks}
+        ranks = {block.name: stored_rank(block, self.choices[block.name].rank) for block in blocks}
         open_choices = {block.name: self._open_choice(block) for block in blocks}
         candidates = {block.name: self._candidates(block, open_choices[block.name]) for block in blocks}
         in_metric = [block for block in blocks if self.choices[block.name].in_metric and ranks[block.name]]
@@ -116,7 +116,7 @@ class BlockFitting:
         neurons, inputs, working, kept = {}, {}, {}, {}
         for block in blocks:
             name, count = block.name, self.choices[block.name].count
-            rank = effective_rank(block, self.choices[name].rank)
+            rank = stored_rank(block, self.choices[name].rank)
             neurons[name], inputs[name] = count, rank != 0
             working[name] = bytes_to_fit(block, count, inputs[name], bool(rank))
             if self.neuron_choice == "greedy" and self._open_choice(block) is not None:

@@ -85,7 +85,7 @@ class Merge:
         return error
 
 
-def effective_rank(block: "FeedForwardBlock", rank: int | None) -> int | None:
+def stored_rank(block: "FeedForwardBlock", rank: int | None) -> int | None:
     """The rank of the two thin matrices, or `None` where one full matrix is no larger."""
     if rank is None or rank * (block.in_features + block.out_features) >= block.in_features * block.out_features:
         return None
@@ -101,7 +101,7 @@ def stored_neurons(rank: int | None, neurons: int) -> int:
 def cost_of(block: "FeedForwardBlock", rank: int | None, neurons: int) -> int:
     """Weights (biases left out), which are also the MACs per token, of what a block becomes; linear in the neurons, so
     that the one of zeros that a dropped block has is for the caller to count (see [`stored_neurons`])."""
-    rank = effective_rank(block, rank)
+    rank = stored_rank(block, rank)
     width, out = block.in_features, block.out_features
     linear = width * out if rank is None else rank * (width + out)
     return linear + neurons * (width * (2 if block.kind == "gated" else 1) + out)
@@ -135,7 +135,7 @@ def has_constant(block: BoundBlock, rank: int | None, constant_term: str) -> boo
 
 def parameters_of(block: BoundBlock, rank: int | None, neurons: int, constant_term: str) -> int:
     """Weights and biases of what a block becomes."""
-    rank = effective_rank(block, rank)
+    rank = stored_rank(block, rank)
     narrow, biases = bool(rank is not None or neurons), 0
     if narrow:
         before = [linear for linear in (block.up, block.gate) if linear is not None and linear.bias is not None]

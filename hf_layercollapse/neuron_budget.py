@@ -12,7 +12,7 @@ from . import processes
 from .blocks import BoundBlock, bind_blocks, survey
 from .budgets import least_that_works, limit_of, parse_budget, room_of
 from .config import LayerCollapseConfig
-from .merging import effective_rank, is_possible, size_of
+from .merging import is_possible, size_of, stored_rank
 from .modeling_layercollapse import CollapsibleActivation
 from .models import count_parameters, shorten, unwrap, wide
 from .patching import activation_in_use, collapsible_activations
@@ -255,7 +255,7 @@ def weights_within(
     whole = {"parameters": count_parameters(inner) - alphas, "macs": macs}
     room = room_of(unit, value, whole, blocks)
     rank = 0 if config.linear_target == "constant" else config.rank
-    indivisible = [block.name for block in blocks if not is_possible(block, effective_rank(block, rank), 1)]
+    indivisible = [block.name for block in blocks if not is_possible(block, stored_rank(block, rank), 1)]
     if indivisible:
         raise ValueError(
             f"Neurons of {shorten(indivisible)} cannot go one by one: leave these blocks out of `blocks`."

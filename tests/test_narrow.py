@@ -28,7 +28,7 @@ from hf_layercollapse.blocks import bind_blocks, weight_and_bias
 from hf_layercollapse.calibration import Calibration
 from hf_layercollapse.fitting import BlockFitting
 from hf_layercollapse.merging import BlockChoice as Choice
-from hf_layercollapse.merging import Trial, cost_of, effective_rank, make_merge
+from hf_layercollapse.merging import Trial, cost_of, make_merge, stored_rank
 from hf_layercollapse.modeling_layercollapse import (
     NarrowActivation,
     PassOnConv1D,
@@ -276,7 +276,7 @@ def test_a_rank_that_saves_nothing_is_the_full_map():
     model, report = collapsed(case, 8, 2)
     assert {block.rank for block in report.blocks} == {None}
     block = find_feed_forward_blocks(case.model())[0]
-    assert effective_rank(block, 8) is None and effective_rank(block, 7) == 7
+    assert stored_rank(block, 8) is None and stored_rank(block, 7) == 7
     assert isinstance(model.get_submodule(case.blocks()[0] + ".intermediate.dense"), PassOnLinear)
 
 
