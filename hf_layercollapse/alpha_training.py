@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
+from .alpha_gradients import AlphaGradients
 from .neuron_budget import NeuronBudget, refuse_several_devices
 from .optimization import (
     NO_TRAINABLE_ALPHA,
@@ -25,7 +26,7 @@ from .optimization import (
 )
 from .patching import collapsible_activations, penalty
 from .sharding import Sharding
-from .trained_blocks import TrainedBlocks, forget_base
+from .trained_blocks import READY_BLOCKS, TrainedBlocks, forget_base
 from .upstream import checkpointing_of
 
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-READY_BLOCKS = "layer_collapse/ready_blocks"
 COLLAPSED_BLOCKS = "layer_collapse/collapsed_blocks"
 
 
@@ -60,6 +60,7 @@ class AlphaTraining(TrainerCallback):
         self._penalty_sum: float | torch.Tensor = 0.0  # since the last log
         self._penalty_count = 0
         self._warned_of_frozen = False
+        self._gradients = AlphaGradients({})
 
     def refuse_setup(self) -> None:
         args = self._trainer.args
@@ -165,6 +166,8 @@ class AlphaTraining(TrainerCallback):
         if self._trainer.layer_collapse_config is None or not self._blocks.activations():
             return
         self.warn_of_frozen()
+        in_use = {activation: self._blocks.place(activation) for activation in self._blocks.activations().values()}
+        self._gradients = AlphaGradients({a: (place.block.name, place.linears) for a, place in in_use.items()})
         # Those that a subclass's own `create_optimizer` left to it, or none as long as all are frozen.
         self._drive(self._blocks.trainable_alphas())
         if self.steps is not None and self.steps.told is not None:
@@ -176,6 +179,7 @@ class AlphaTraining(TrainerCallback):
         if self._trainer.layer_collapse_config is None:
             return
         self._look_at_alphas(args)
+        self._gradients.begin_step()
         if self.steps is not None and self.steps.told is not None:
             self.steps.told.begin_step()
 
@@ -185,6 +189,7 @@ class AlphaTraining(TrainerCallback):
         # Again: alphas may have been unfrozen since.
         if self._trainer.layer_collapse_config is not None:
             self._look_at_alphas(args)
+            self._gradients.look(self._trainer.model)
 
     def _look_at_alphas(self, args: TrainingArguments) -> None:
         alphas = self._blocks.trainable_alphas()

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import functional
 from .families import FeedForwardBlock, survey_blocks
-from .modeling_layercollapse import PassOnConv1D, children_of
+from .modeling_layercollapse import CollapsibleActivation, PassOnConv1D, children_of
 from .models import base_layer, is_adapted, part_at, unwrap, weights_present
 from .verification import NORMS, Refusal, Verifier, Wiring
 
@@ -72,6 +72,12 @@ class BoundBlock(FeedForwardBlock):
     def linears(self) -> dict[str, nn.Module]:
         """Path in the block -> linear, as the layout has them."""
         return {path: part_at(self.module, path) for path in self.layout.linears}
+
+    @property
+    def collapsible(self) -> list[CollapsibleActivation]:
+        """The activations with an alpha: none, one, or two in a wrapper of peft's."""
+        parts = [] if self.activation is None else self.activation.modules()
+        return [part for part in parts if isinstance(part, CollapsibleActivation)]
 
     @property
     def first(self) -> nn.Module:

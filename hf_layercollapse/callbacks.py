@@ -1,19 +1,20 @@
 """LayerCollapse for a Trainer whose class cannot be changed."""
 
+import weakref
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.modeling_utils import PreTrainedModel
 from transformers.training_args import ParallelMode, TrainingArguments
 from transformers.utils import logging
 
-from .blocks import bind_blocks
+from .alpha_gradients import AlphaGradients, refuse_liger
 from .config import LayerCollapseConfig
-from .merging import is_ready
 from .modeling_layercollapse import CollapsibleActivation
 from .models import unwrap
 from .neuron_budget import NeuronBudget, refuse_neuron_budget, refuse_several_devices
@@ -26,13 +27,14 @@ from .optimization import (
     plain_optimizer,
     refuse_steps_in_backward,
 )
+from .outcomes import outcome_of
 from .patching import (
-    activation_in_use,
+    collapsible_activations,
     layer_collapse_config_of,
     patch_or_check,
     refuse_budget_in,
 )
-from .trained_blocks import forget_base
+from .trained_blocks import READY_BLOCKS, Place, activations_in_use, forget_base, places_of, ready_blocks
 
 
 logger = logging.get_logger(__name__)
@@ -65,7 +67,8 @@ class LayerCollapseCallback(TrainerCallback):
         ValueError: `config` has distillation, or a budget for a plan to meet. When the Trainer is constructed: the
             model is patched in another way, or collapsed, or cannot be as small as a budget. When training starts: it
             is not patched, or for distillation, or training runs under FSDP or DeepSpeed, or with an optimizer that
-            steps during backward.
+            steps during backward. Kernels of liger would take the place of blocks.
+        RuntimeError: In a step the code of a block ran without its activation.
     """
 
     def __init__(
@@ -79,19 +82,24 @@ class LayerCollapseCallback(TrainerCallback):
         self._calibration_data = calibration_data
         self._alpha_steps: AlphaSteps | None = None
         self._activations: dict[str, CollapsibleActivation] = {}
+        self._places: weakref.WeakKeyDictionary[nn.Module, Place] = weakref.WeakKeyDictionary()
+        self._gradients = AlphaGradients({})
         self._names_base, self._warned_of_frozen, self._patched = False, False, False
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
+        args, model = _what_is_trained(args, model, **kwargs)
+        refuse_liger(args, model, self.config)
         if self.config is None:
+            self._find_places(model)
             return
-        _, model = _what_is_trained(args, model, **kwargs)
         inner = unwrap(model)[0]
         name = inner.config.name_or_path if isinstance(inner, PreTrainedModel) else ""
         refuse_neuron_budget(model, self.config)
         patch_or_check(model, self.config, self._calibration_data)
         self._patched = True
+        self._find_places(model)
         if name:
             # The constructor goes on, and trl's read there whose reference model and tokenizer to load. The config
             # only: adapters ask the model.
@@ -110,7 +118,8 @@ class LayerCollapseCallback(TrainerCallback):
         if self._names_base:
             forget_base(model)
             self._names_base = False
-        self._state, self._activations = state, _trained_activations(model, self._patched)
+        self._find_places(model)
+        self._state, self._activations = state, _trained_activations(model, self._places, self._patched)
         activations = self._activations
         alphas = [module.alpha for module in activations.values() if module.alpha.requires_grad]
         if not alphas and not self._warned_of_frozen:
@@ -130,6 +139,22 @@ class LayerCollapseCallback(TrainerCallback):
             self._alpha_steps = AlphaSteps(optimizer, alphas, config, strength, scheduled=True, told=told)
         if self._alpha_steps.told is not None:
             self._alpha_steps.told.refuse_forgotten(state.global_step)
+        self._gradients = AlphaGradients(self._blocks_of(activations))
+
+    def _find_places(self, model: Any) -> None:
+        """Where activations stand, before anything puts code of its own in the place of their blocks'."""
+        # A model that trainers of other libraries hold need not be one itself.
+        activations = collapsible_activations(model).values() if isinstance(model, nn.Module) else ()
+        if not all(activation in self._places for activation in activations):
+            self._places.update(places_of(unwrap(model, sharded=True)[0]))
+
+    def _blocks_of(self, activations: dict[str, CollapsibleActivation]) -> dict[Any, Any]:
+        """Activation -> name and linears of its block; no linears where other code has taken its place by now."""
+        blocks: dict[Any, Any] = {}
+        for name, activation in activations.items():
+            place = self._places.get(activation)
+            blocks[activation] = (name, ()) if place is None else (place.block.name, place.linears)
+        return blocks
 
     def _config_of(self, model: Any) -> LayerCollapseConfig:
         """What the callback was given, or what the model was patched with."""
@@ -149,6 +174,7 @@ class LayerCollapseCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._gradients.begin_step()
         if self._alpha_steps is not None and self._alpha_steps.told is not None:
             self._alpha_steps.told.begin_step()
 
@@ -160,6 +186,7 @@ class LayerCollapseCallback(TrainerCallback):
         alone = args.parallel_mode != ParallelMode.DISTRIBUTED and not args.fp16
         assert self._alpha_steps is not None
         self._alpha_steps.follow(model, alone)
+        self._gradients.look(model)
 
     def on_log(
         self,
@@ -173,9 +200,12 @@ class LayerCollapseCallback(TrainerCallback):
             return
         alphas = {index: module.alpha for index, module in self._activations.items()}
         driven = [alpha for alpha in alphas.values() if alpha.requires_grad]
+        placed = [module for module in self._activations.values() if module in self._places]
+        outcomes = [outcome_of(self._places[module].block, module, self.config) for module in placed]
+        progress = budget_progress(self.config, state.global_step, state.max_steps)
         strength = penalty_strength_at(self.config, max(0, state.global_step - 1), state.max_steps)
         added = {
-            "layer_collapse/ready_blocks": sum(is_ready(a, self.config.collapse_threshold) for a in alphas.values()),
+            READY_BLOCKS: ready_blocks(outcomes, self.config, progress),
             "layer_collapse/penalty": strength * float(self._alpha_steps.penalty(driven).detach()),
             **alpha_logs(alphas, strength),
         }
@@ -205,18 +235,18 @@ def _refuse_distillation(config: LayerCollapseConfig | None) -> None:
         )
 
 
-def _trained_activations(model: Any, patched: bool) -> dict[str, CollapsibleActivation]:
+def _trained_activations(model: Any, places: Any, patched: bool) -> dict[str, CollapsibleActivation]:
     """Block index, as in [`find_feed_forward_blocks`], -> the activation in use, for every block that has an alpha.
 
     Args:
         model (`nn.Module`): That is going to be trained.
+        places (`dict[nn.Module, Place]`): Where its activations stand.
         patched (`bool`): Whether one was patched when the Trainer was constructed.
 
     Raises:
         ValueError: None has.
     """
-    found = {str(block.index): activation_in_use(block) for block in bind_blocks(unwrap(model, sharded=True)[0])}
-    activations = {index: activation for index, activation in found.items() if activation is not None}
+    activations = activations_in_use(model, places)
     if not activations and patched:
         raise ValueError(
             "The model has no alpha to train: it is another one than was patched when the Trainer was constructed. "

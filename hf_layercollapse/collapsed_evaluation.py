@@ -14,15 +14,23 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from transformers.trainer_utils import default_compute_objective, has_length
 from transformers.utils import logging
 
-from .alpha_training import READY_BLOCKS
+from .modeling_layercollapse import CollapsibleActivation
+from .outcomes import Outcome
 from .random_state import same_random_state
-from .trained_blocks import TrainedBlocks
+from .trained_blocks import READY_BLOCKS, TrainedBlocks
 
 
 if TYPE_CHECKING:
     from .trainer import LayerCollapseTrainerMixin
 
 logger = logging.get_logger(__name__)
+
+
+def _changes(activation: CollapsibleActivation, outcome: Outcome) -> bool:
+    """Whether a block would compute something else."""
+    if outcome.name == "restored":
+        return bool(activation.alpha.any()) or activation.replacement is not None
+    return not bool((activation.alpha == 1)[outcome.to_one].all())
 
 
 class CollapsedEvaluation:
@@ -98,10 +106,14 @@ class CollapsedEvaluation:
 
     def _is_collapsed_already(self) -> bool:
         """Whether the model computes what it would after a collapse, so that nothing need be measured."""
-        activations = self._blocks.activations().values()
-        ready = [activation for activation in activations if self._blocks.is_ready(activation)]
-        restores = self._trainer.layer_collapse_config.not_ready == "restore" and len(ready) < len(activations)
-        return not ready or (all(bool((module.alpha == 1).all()) for module in ready) and not restores)
+        outcomes = self._outcomes()
+        collapses = any(outcome.collapses for _, outcome in outcomes)
+        return not collapses or not any(_changes(module, outcome) for module, outcome in outcomes)
+
+    def _outcomes(self) -> list[tuple[CollapsibleActivation, Outcome]]:
+        """Each activation in use, and what would become of its block."""
+        outcomes = self._blocks.outcomes()
+        return [(module, outcomes[index]) for index, module in self._blocks.activations().items()]
 
     def _is_used_up(self, dataloader: Any) -> bool:
         """Whether data that were read have nothing more to give, on any process."""
@@ -124,15 +136,13 @@ class CollapsedEvaluation:
     @contextlib.contextmanager
     def _as_if_collapsed(self) -> Iterator[None]:
         """What `collapse` would make of the model, without the merging: alpha 1 where ready, native where restored."""
-        activations = self._blocks.activations().values()
-        before = [(module, module.alpha.detach().clone(), module.replacement) for module in activations]
-        restores = self._trainer.layer_collapse_config.not_ready == "restore"
+        outcomes = self._outcomes()
+        before = [(module, module.alpha.detach().clone(), module.replacement) for module, _ in outcomes]
         try:
             with torch.no_grad():
-                for module in activations:
-                    if self._blocks.is_ready(module):
-                        module.alpha.fill_(1)
-                    elif restores:
+                for module, outcome in outcomes:
+                    module.alpha.masked_fill_(outcome.to_one, 1)
+                    if outcome.name == "restored":
                         module.alpha.fill_(0)
                         module.replacement = None
             yield

@@ -21,16 +21,14 @@ from .merging import (
     BlockChoice,
     Merge,
     Trial,
-    cost_of,
     fit_of_weights,
     is_cut,
     is_possible,
-    is_ready,
     make_merge,
     put_in_place,
-    ready_neurons,
     stored_rank,
 )
+from .modeling_layercollapse import CollapsibleActivation
 from .models import (
     count_parameters,
     device_of,
@@ -42,6 +40,7 @@ from .models import (
     unwrap,
 )
 from .neuron_budget import refuse_size_not_met
+from .outcomes import choice_of_neurons, outcome_of
 from .patching import (
     activation_in_use,
     collapsible_activations,
@@ -131,7 +130,7 @@ def collapse_model(
         merges = _merges_of(chosen, engine, options)
         _confirm_cuts(inner, merges)
         _refuse_errors(merges, max_error)
-        restored = [block for block in chosen.waiting if _is_restored(block, options)]
+        restored = [b for b in chosen.waiting if outcome_of(b, b.activation, options).name == "restored"]
         difference = None if engine is None else _largest_difference(engine, merges, restored)
         parameters_before = count_parameters(inner)
         _put_for_good(trial, merges, restored, inner, wrappers, options)
@@ -226,7 +225,7 @@ def _adapters_merged(model: Any, inner: Any, options: LayerCollapseConfig, allow
         )
     # Whatever can be refused is refused before that.
     check_weights(inner, blocks, merging=False)
-    in_use = {block.name: activation.alpha for block in blocks if (activation := activation_in_use(block)) is not None}
+    in_use = [(block, module) for block in blocks if (module := activation_in_use(block)) is not None]
     if in_use and not allow_none:
         _refuse_none_ready(in_use, options)
     with restored_on_error(model):
@@ -327,31 +326,16 @@ def _split_ready(
             f"{on_meta} are on the meta device or offloaded: there are no weights to work on. Load the model with its "
             "weights in memory."
         )
-    ready = [
-        block
-        for block in patched
-        if is_ready(alphas[block.name], options.collapse_threshold) or _partly_ready(block, options)
-    ]
+    ready = [block for block in patched if outcome_of(block, block.activation, options).collapses]
     if not ready and not allow_none:
         _raise_none_ready(alphas, options)
     return ready, [block for block in patched if block not in ready]
 
 
-def _partly_ready(block: BoundBlock, options: LayerCollapseConfig) -> bool:
-    """Whether merging the neurons that are ready makes a block with one alpha per neuron smaller."""
-    if block.activation.granularity != "neuron":
-        return False
-    choice = _choice(block, options)
-    return cost_of(block, choice.rank, choice.count) < block.macs
-
-
 def _choice(block: BoundBlock, options: LayerCollapseConfig) -> BlockChoice:
     """What the options make of a block."""
     if block.state == "patched" and block.activation.granularity == "neuron":
-        waiting = (~ready_neurons(block.activation.alpha, options.collapse_threshold)).nonzero().flatten().tolist()
-        if block.activation.leaves_constant:
-            return BlockChoice(0, waiting, dropped=not waiting)
-        return BlockChoice(options.rank, waiting)
+        return choice_of_neurons(block.activation, options)
     return BlockChoice(options.rank, options.keep_neurons)
 
 
@@ -378,10 +362,12 @@ def check_choices(blocks: Sequence[BoundBlock], choices: Mapping[str, BlockChoic
             )
 
 
-def _refuse_none_ready(alphas: Mapping[str, torch.Tensor], options: LayerCollapseConfig) -> None:
-    """Raises if no block has reached the threshold (name -> alpha)."""
-    if not any(is_ready(alpha, options.collapse_threshold) for alpha in alphas.values()):
-        _raise_none_ready(alphas, options)
+def _refuse_none_ready(
+    in_use: Sequence[tuple[BoundBlock, CollapsibleActivation]], options: LayerCollapseConfig
+) -> None:
+    """Raises if none of these blocks would collapse, by their activations in use."""
+    if not any(outcome_of(block, activation, options).collapses for block, activation in in_use):
+        _raise_none_ready({block.name: activation.alpha for block, activation in in_use}, options)
 
 
 def _raise_none_ready(alphas: Mapping[str, torch.Tensor], options: LayerCollapseConfig) -> NoReturn:
@@ -532,13 +518,6 @@ def _block_reports(
     """What became of every block that was looked at, in forward order."""
     reports = [merge.report for merge in merges] + [_waiting_report(block, block in restored) for block in waiting]
     return sorted(reports, key=lambda report: report.index)
-
-
-def _is_restored(block: BoundBlock, options: LayerCollapseConfig) -> bool:
-    """Whether a block that is not ready goes back to dense: also one of which a budget takes nothing."""
-    if options.budget is not None and not block.activation.alpha.any():
-        return True
-    return options.not_ready == "restore"
 
 
 def _waiting_report(block: BoundBlock, restored: bool) -> BlockReport:

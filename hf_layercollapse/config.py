@@ -150,8 +150,8 @@ class LayerCollapseConfig:
     progressive: bool = field(
         default=False,
         metadata={
-            "help": "Whether the Trainer collapses each block after the first evaluation that finds it ready, and "
-            "trains on with what is left. Otherwise blocks collapse when `collapse` is called."
+            "help": "Whether the Trainer collapses each block after the first evaluation that finds it ready, with "
+            "all of its neurons, and trains on with what is left. Otherwise blocks collapse when `collapse` is called."
         },
     )
     progressive_order: list[str] | None = field(

@@ -90,8 +90,8 @@ class ProgressiveCollapse:
         logger.info(f"Step {self._trainer.state.global_step}: collapsed {self.reports[-1].collapsed}")
 
     def _ready_names(self) -> list[str]:
-        activations = self._blocks.activations().items()
-        indices = [int(index) for index, activation in activations if self._blocks.is_ready(activation)]
+        # Neurons that are not ready go on to train: a collapse would leave them as they are for good.
+        indices = [int(index) for index, outcome in self._blocks.outcomes().items() if outcome.is_whole]
         if not indices:
             return []
         blocks = find_feed_forward_blocks(self._trainer.model)

@@ -3,24 +3,74 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_compiled_module
 from torch import nn
 
 from .blocks import bind_blocks
-from .families import find_feed_forward_blocks
-from .merging import is_ready
+from .config import LayerCollapseConfig
+from .families import FeedForwardBlock, find_feed_forward_blocks
 from .modeling_layercollapse import CollapsibleActivation, has_own_adapters
 from .models import unwrap
 from .neuron_budget import refuse_neuron_budget
 from .optimization import budget_progress
+from .outcomes import Outcome, outcome_of
 from .patching import collapsible_activations, in_use_of, patch_or_check, tables_of
 
 
 if TYPE_CHECKING:
     from .trainer import LayerCollapseTrainerMixin
+
+
+# In logs.
+READY_BLOCKS = "layer_collapse/ready_blocks"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the activation of a patched block stands.
+
+    Args:
+        block ([`FeedForwardBlock`]): As it was found.
+        linears (`tuple[nn.Module, ...]`): Those of the block.
+    """
+
+    block: FeedForwardBlock
+    linears: tuple[nn.Module, ...]
+
+
+def places_of(model: nn.Module) -> dict[nn.Module, Place]:
+    """Activation -> [`Place`], for each patched block of a model."""
+    places: dict[nn.Module, Place] = {}
+    for block in bind_blocks(model):
+        # Without its modules, of which one is the key.
+        described = {field.name: getattr(block, field.name) for field in fields(FeedForwardBlock)}
+        place = Place(FeedForwardBlock(**described), tuple(block.linears.values()))
+        places |= dict.fromkeys(block.collapsible, place)
+    return places
+
+
+def activations_in_use(model: nn.Module, places: Mapping[nn.Module, Place]) -> dict[str, CollapsibleActivation]:
+    """Block index, as in [`find_feed_forward_blocks`], -> the activation in use; under its own name one that stands in
+    no block that was found."""
+    of_blocks: dict[str, dict[str, CollapsibleActivation]] = {}
+    for name, module in collapsible_activations(model).items():
+        place = places.get(module)
+        of_blocks.setdefault(name if place is None else str(place.block.index), {})[name] = module
+    in_use = {index: in_use_of(found) for index, found in of_blocks.items()}
+    return {index: module for index, module in in_use.items() if module is not None}
+
+
+def ready_blocks(outcomes: Collection[Outcome], config: LayerCollapseConfig, progress: float) -> float:
+    """How many blocks of a model in training are ready: one with an alpha per neuron by the share of those that merge.
+    With a budget, to which alphas have come so far in [0, 1], all are, once it is met.
+    """
+    if config.budget is not None:
+        return len(outcomes) if progress >= 1 else 0
+    return sum(outcome.share for outcome in outcomes)
 
 
 class TrainedBlocks:
@@ -34,8 +84,7 @@ class TrainedBlocks:
     def __init__(self, trainer: LayerCollapseTrainerMixin, calibration_data: Iterable[Any] | None = None) -> None:
         self._trainer: Any = trainer  # whose attributes upstream lets be None until it is set up
         self._calibration_data = calibration_data
-        # Activation -> index of its block.
-        self._indices: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self._places: weakref.WeakKeyDictionary[nn.Module, Place] = weakref.WeakKeyDictionary()
         self._collapsed: int | None = None  # how many, once they were counted
 
     def patch(self, model: nn.Module) -> None:
@@ -71,33 +120,30 @@ class TrainedBlocks:
 
     def activations(self) -> dict[str, CollapsibleActivation]:
         """Block index, as in [`find_feed_forward_blocks`], -> the activation in use."""
-        activations = collapsible_activations(self._trainer.model)
-        if not all(module in self._indices for module in activations.values()):
-            self._find_indices()
-        of_blocks: dict[str, dict[str, CollapsibleActivation]] = {}
-        for name, module in activations.items():
-            of_blocks.setdefault(str(self._indices[module]), {})[name] = module
-        in_use = {index: in_use_of(found) for index, found in of_blocks.items()}
-        return {index: module for index, module in in_use.items() if module is not None}
+        if not all(module in self._places for module in collapsible_activations(self._trainer.model).values()):
+            self._places.update(places_of(unwrap(self._trainer.model, sharded=True)[0]))
+        return activations_in_use(self._trainer.model, self._places)
 
-    def _find_indices(self) -> None:
-        inner = unwrap(self._trainer.model, sharded=True)[0]
-        for block in bind_blocks(inner):
-            if block.activation is not None and block.state != "collapsed":
-                # Looks into peft's wrappers.
-                parts = block.activation.modules()
-                self._indices.update(dict.fromkeys(parts, block.index))
+    def place(self, activation: CollapsibleActivation) -> Place:
+        """Where one of the activations in use stands."""
+        return self._places[activation]
 
-    def is_ready(self, activation: CollapsibleActivation) -> bool:
-        return is_ready(activation.alpha, self._trainer.layer_collapse_config.collapse_threshold)
+    def outcomes(self) -> dict[str, Outcome]:
+        """Block index -> what [`collapse_model`] would make of it now: with a budget nothing until that is met."""
+        config, activations = self._trainer.layer_collapse_config, self.activations()
+        if config.budget is not None and self._progress() < 1:
+            return {index: Outcome.of_one_that_waits(module) for index, module in activations.items()}
+        return {index: outcome_of(self._places[module].block, module, config) for index, module in activations.items()}
 
-    def count_ready(self) -> int:
-        """With those that were ready before, and are collapsed since. With a budget all are, once it is met."""
-        config, state = self._trainer.layer_collapse_config, self._trainer.state
-        if config.budget is not None:
-            met = budget_progress(config, state.global_step, state.max_steps) >= 1
-            return len(self.activations()) if met else 0
-        return sum(map(self.is_ready, self.activations().values())) + self.count_collapsed()
+    def count_ready(self) -> float:
+        """With those that were ready before, and are collapsed since."""
+        outcomes = self.outcomes().values()
+        return ready_blocks(outcomes, self._trainer.layer_collapse_config, self._progress()) + self.count_collapsed()
+
+    def _progress(self) -> float:
+        """To a budget."""
+        state = self._trainer.state
+        return budget_progress(self._trainer.layer_collapse_config, state.global_step, state.max_steps)
 
     def count_collapsed(self) -> int:
         """Blocks that a progressive run has collapsed."""

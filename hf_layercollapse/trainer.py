@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
 
+from .alpha_gradients import refuse_liger
 from .alpha_training import AlphaTraining
 from .budgeted_training import BudgetedTraining
 from .callbacks import LayerCollapseCallback
@@ -103,10 +104,12 @@ class LayerCollapseTrainerMixin(InFrontOf):
         TypeError: `layer_collapse_config` or `model` is of a wrong type, or the model is wrapped or sharded.
         ValueError: The model is patched in another way, or only collapsed and there is no distillation, a teacher is
             missing or does not fit, calibration data is missing, or training is to run under FSDP1, ZeRO-3, an
-            optimizer that steps during backward, or, on several processes, reentrant checkpointing. Under FSDP2 and
-            ZeRO-2, further settings are refused: those that shard alphas, and distillation. With a budget: the model
-            is not dense or under an adapter, or cannot be so small; from `train`, that there are no inputs to plan
-            with, that the teacher cannot be compared on them, or that a checkpoint is of another run.
+            optimizer that steps during backward, kernels of liger in the place of blocks, or, on several processes,
+            reentrant checkpointing. Under FSDP2 and ZeRO-2, further settings are refused: those that shard alphas, and
+            distillation. With a budget: the model is not dense or under an adapter, or cannot be so small; from
+            `train`, that there are no inputs to plan with, that the teacher cannot be compared on them, or that a
+            checkpoint is of another run.
+        RuntimeError: From `train`: a step left alphas out, or the code of a block ran without its activation.
     """
 
     def __init__(
@@ -166,6 +169,7 @@ class LayerCollapseTrainerMixin(InFrontOf):
                 "LayerCollapseCallback is for Trainers without the mixin; with both, the penalty would count twice. "
                 "Leave the callback out."
             )
+        refuse_liger(self.args, self.model, self.layer_collapse_config)
         if self.layer_collapse_config is not None:
             for part in (self._budgeted, self._sharding, self._alphas, self._progressive, self._teaching):
                 part.refuse_setup()

@@ -62,6 +62,19 @@ def loss_is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
     return counted or trainer.compute_loss_func is not None
 
 
+# Kernels of liger, by their names in `TrainingArguments.liger_kernel_config`: those that bind a forward of their own
+# to modules of gated blocks; and those that put a module in the place of an activation, whose name in transformers is
+# given.
+LIGER_GATED = {"swiglu", "geglu"}
+LIGER_ACTIVATIONS = {"relu_squared": "relu2"}
+
+
+def liger_kernels(args: Any) -> set[str]:
+    """Those of the kernels above that `TrainingArguments` ask for: all of them, unless they say otherwise."""
+    options = args.liger_kernel_config or {}
+    return {name for name in {*LIGER_GATED, *LIGER_ACTIVATIONS} if args.use_liger_kernel and options.get(name, True)}
+
+
 def limit_of_registration(config_class: type) -> str:
     """What to say of `AutoModel.register` where it keeps no class of one's own for a config of transformers': before
     5.19, whatever `exist_ok` says. Empty where it does."""

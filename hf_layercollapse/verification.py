@@ -392,7 +392,9 @@ class _Probe:
 
 
 def _native(activation):
-    return activation.native if isinstance(activation, CollapsibleActivation) else activation
+    """The activation itself, without an alpha; peft's `modules_to_save` may be around both."""
+    patched = (module for module in activation.modules() if isinstance(module, CollapsibleActivation))
+    return next((module.native for module in patched), activation)
 
 
 def _check_activation(activation, shape):

@@ -31,6 +31,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, OPTConfig, OPTForCausalLM
 
 from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model, find_feed_forward_blocks
+from hf_layercollapse.patching import alpha_parameters
 from tests.models import BY_NAME, HIDDEN, LAYERS, VOCABULARY, WIDTH, randomize, text_inputs
 from tests.training import (
     NEWER_PEFT,
@@ -97,6 +98,19 @@ def test_train_and_collapse(how, tmp_path):
     trainer.save_model(str(tmp_path / "collapsed"))
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "collapsed")
     assert_same(state_of(loaded), state_of(trainer.model))
+
+
+@pytest.mark.parametrize("how", ["saved", "unfrozen"])
+def test_neurons_collapse_in_part(how, tmp_path):
+    """With an adapter to merge a block is ready when it is without one."""
+    model = with_adapter(apply_layer_collapse(model_of(CASE), LayerCollapseConfig(granularity="neuron")), how)
+    trainer = trainer_for("bert", tmp_path, config=False, model=model)
+    for alpha in alpha_parameters(model):
+        alpha.data[: HIDDEN * 9 // 10] = 0.97 * alpha.requires_grad
+    expected = trainer.evaluate()["eval_collapsed_loss"]
+    assert trainer.state.log_history[-1]["layer_collapse/ready_blocks"] == pytest.approx(0.9 * LAYERS)
+    assert [block.kept_neurons for block in trainer.collapse().blocks] == [4] * LAYERS
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_adapters_elsewhere_stay(tmp_path):

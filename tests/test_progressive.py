@@ -19,7 +19,7 @@ from hf_layercollapse import (
 )
 from hf_layercollapse.patching import alpha_parameters, penalty
 from hf_layercollapse.plans import PlanPoint
-from tests.models import BY_NAME, LAYERS
+from tests.models import BY_NAME, HIDDEN, LAYERS
 from tests.training import SetAlphas, alphas_of, assert_same, model_of, rows, set_alphas, state_of, trainer_for
 
 
@@ -156,6 +156,27 @@ def test_nothing_is_ready(tmp_path):
     assert {block.state for block in find_feed_forward_blocks(trainer.model)} == {"patched"}
     assert trainer._progressive.reports == []
     assert [log["layer_collapse/ready_blocks"] for log in trainer.state.log_history if "eval_loss" in log] == [0] * 4
+
+
+def test_neurons_that_are_not_ready_train_on(tmp_path):
+    """A block collapses when all of its neurons are ready; until then an evaluation says what those would give."""
+
+    class Neurons(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            for block, alpha in enumerate(alpha_parameters(model)):
+                whole = block == 0 and state.global_step == 2
+                alpha.data.fill_(0.2)[: HIDDEN if whole else HIDDEN * 9 // 10] = 0.97
+
+    config = {**PROGRESSIVE, "granularity": "neuron"}
+    args = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = trainer_for("bert", tmp_path, config=config, args=args, callbacks=[Neurons()])
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "eval_loss" in log]
+    assert [log["layer_collapse/ready_blocks"] for log in logs] == pytest.approx([2.7, 2.8])
+    assert all(log["eval_collapsed_loss"] != log["eval_loss"] for log in logs)
+    states = [block.state for block in find_feed_forward_blocks(trainer.model)]
+    assert states == ["collapsed", "patched", "patched"]
+    assert [block.kept_neurons for block in trainer.collapse().blocks] == [0, 4, 4]
 
 
 @pytest.mark.parametrize("scheduler", ["constant", "reduce_lr_on_plateau"])

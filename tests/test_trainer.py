@@ -39,7 +39,7 @@ from hf_layercollapse.merging import is_ready
 from hf_layercollapse.optimization import AlphaSteps, penalty_strength_at
 from hf_layercollapse.patching import alpha_parameters
 from hf_layercollapse.trainer import counts_items
-from tests.models import BY_NAME, LAYERS
+from tests.models import BY_NAME, HIDDEN, LAYERS
 from tests.test_patching import assert_unchanged, snapshot
 from tests.training import (
     Gradients,
@@ -846,6 +846,40 @@ def test_collapsed_metrics_are_those_of_the_collapsed_model(options, tmp_path):
     after = trainer.evaluate()
     for name in ("loss", "accuracy"):
         assert metrics[f"eval_collapsed_{name}"] == pytest.approx(after[f"eval_{name}"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options, shares, value, ready",
+    [
+        ({"collapse_threshold": 0.3}, [0.9, 0.9, 0.9], 0.71, 2.7),
+        ({"not_ready": "restore"}, [1.0, 0.9, 0.9], 1.0, 2.8),
+        ({"not_ready": "restore"}, [1.0, 0.9, 0.1], 0.97, 1.9),  # the last would not be smaller
+        ({}, [0.1, 0.05, 0.0], 0.97, 0),
+    ],
+    ids=["in part", "one wholly", "restored", "none"],
+)
+def test_collapsed_metrics_of_blocks_that_are_ready_in_part(options, shares, value, ready, tmp_path):
+    """What an evaluation says of the collapsed model is what a collapse makes of it."""
+    trainer = trainer_for("bert", tmp_path, config={"granularity": "neuron", **options})
+    with torch.no_grad():
+        for alpha, share in zip(alpha_parameters(trainer.model), shares, strict=True):
+            alpha.fill_(0.1)
+            alpha[: round(share * HIDDEN)] = value
+    before = state_of(trainer.model)
+    metrics = trainer.evaluate()
+    assert_same(state_of(trainer.model), before)
+    assert trainer.state.log_history[-1]["layer_collapse/ready_blocks"] == pytest.approx(ready)
+    if not ready:
+        assert metrics["eval_collapsed_loss"] == metrics["eval_loss"]
+        with pytest.raises(ValueError, match="No block is ready"):
+            trainer.collapse()
+        return
+    # At 1 a collapse of neurons changes nothing.
+    assert (metrics["eval_collapsed_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-4)) == (value == 1)
+    report = trainer.collapse()
+    waits = "restored" if "not_ready" in options else "kept"
+    assert [block.outcome for block in report.blocks] == ["collapsed" if s > 0.1 else waits for s in shares]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(metrics["eval_collapsed_loss"], rel=1e-4)
 
 
 def test_nothing_is_measured_twice_where_nothing_would_change(tmp_path):
