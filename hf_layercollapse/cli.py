@@ -5,7 +5,7 @@ import copy
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,7 +44,7 @@ from .comparison import Comparison, compare_models, weights_folder
 from .data_files import format_of, load_rows
 from .families import find_feed_forward_blocks, refused_blocks
 from .forward_passes import lean
-from .loading import load_model, load_processor, load_transformers_model, processor_of
+from .loading import load_model, load_processor, load_transformers_model, processor_of, processors_to_save
 from .memory import MemoryBudget
 from .model_card import add_comparison, create_model_card, loader_of
 from .models import carriers_of, count_parameters, device_of, inputs_of, outputs_of, unwrap, written_beside
@@ -232,7 +232,7 @@ def collapse(
     made = _plan_in(plan) if plan is not None else None
     with new_folder(output) as folder:
         with processes.together():
-            live, processor, read = _model_and_data(model, data, options, on, out, trust_remote_code)
+            live, processors, read = _model_and_data(model, data, options, on, out, trust_remote_code)
             out.say(_estimate(live, read, made is None, recovery_steps))
         if made is None:
             shape: dict[str, Any] = {**wanted, "uniform_width": uniform_width, "multiple_of": multiple_of}
@@ -242,7 +242,7 @@ def collapse(
         report, recovery = _collapsed_and_recovered(live, made, read, recovery_steps, max_memory)
         with processes.together():
             card = {"report": report, "plan": made, "recovery": recovery, "name": output.name}
-            _save_collapsed(live, processor, card, folder, model)
+            _save_collapsed(live, processors, card, folder, model)
     _say_collapsed(out, live, report, recovery, output)
     out.write({**_results(made, report, recovery, output), "seconds": time.perf_counter() - started})
 
@@ -264,12 +264,15 @@ def _plan_in(path: Path) -> CollapsePlan:
 def _model_and_data(
     model: str, data: str, options: DataOptions, device: torch.device, out: Output, trust_remote_code: bool
 ) -> tuple[Any, Any, CalibrationData]:
-    """`(the model, its processor, this process's part of the data)`, as the command line names them."""
+    """`(the model, the processors that go beside it, this process's part of the data)`, as the command line names
+    them."""
     live = load_model(model, trust_remote_code, "save").to(device)
     processor = load_processor(live, model, options, trust_remote_code)
+    given = options.processor
+    beside = [] if processor is None else processors_to_save(processor, model, given, trust_remote_code)
     everything = read_data(live, processor, data, options)
     out.say(f"data: {everything}")
-    return live, processor, everything.part(processes.rank(), processes.count())
+    return live, beside, everything.part(processes.rank(), processes.count())
 
 
 def _check_together(
@@ -320,15 +323,15 @@ def _collapsed_and_recovered(
     return report, recover_model(model, teacher, batches, max_steps=recovery_steps)
 
 
-def _save_collapsed(model: Any, processor: Any, card: Mapping[str, Any], folder: Any, source: str) -> None:
-    """Writes a collapsed model with its card (what it is made from) and its processor, where a folder was made for
+def _save_collapsed(model: Any, beside: Sequence[Any], card: Mapping[str, Any], folder: Any, source: str) -> None:
+    """Writes a collapsed model with its card (what it is made from) and its processors, where a folder was made for
     that."""
     if folder is None:
         return
     sentences = sentence_model(model)
     if sentences is None:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
+        for each in (model, *beside):
+            each.save_pretrained(folder)
     else:
         sentences.save_pretrained(str(folder), create_model_card=False)
     base = None if Path(source).exists() else source
@@ -365,7 +368,6 @@ def _estimate(model: nn.Module, batches: Any, planned: bool, recovery_steps: int
     """How long it is going to take, from the time of one batch."""
     batch = lean(unwrap(model)[0], inputs_of(next(iter(batches)), device_of(model)))
     with torch.no_grad():
-        outputs_of(model, batch)
         started = time.perf_counter()
         outputs_of(model, batch)
         one = time.perf_counter() - started
@@ -496,8 +498,9 @@ def export(
     if dense is not None:
         _check_alike({benchmark: dense, model: live})
     reader = processor_of(live, processor or model, trust_remote_code)
+    beside = processors_to_save(reader, model, processor, trust_remote_code)
     inputs = example_inputs(live, reader, batch_size, length, 32)
-    report = export_model(live, inputs, output, to, cache=cache, processor=reader)
+    report = export_model(live, inputs, output, to, cache=cache, processor=beside)
     out.say(report)
     times = {}
     if dense is not None:
@@ -587,18 +590,40 @@ def example_inputs(model: Any, processor: Any, rows: int, length: int | None, us
     generator = torch.Generator().manual_seed(0)
     if model.main_input_name == "pixel_values":
         images = torch.randint(0, 256, (rows, 3, 256, 256), generator=generator, dtype=torch.uint8)
-        return {"pixel_values": processor(list(images.numpy()), return_tensors="pt")["pixel_values"].to(model.dtype)}
+        pixels = processor(list(images.numpy()), return_tensors="pt")["pixel_values"].to(model.dtype)
+        return runnable(model, {"pixel_values": pixels})
     if model.main_input_name != "input_ids":
         raise ValueError(f"Example inputs are made for texts and images; this model reads {model.main_input_name}.")
     length = min(usual, longest_row(None, model, processor)) if length is None else length
     length = longest_row(length, model, processor)
     special = set(processor.all_special_ids)
-    words = torch.tensor([token for token in range(model.config.vocab_size) if token not in special])
+    known = model.config.get_text_config().vocab_size
+    words = torch.tensor([token for token in range(known) if token not in special])
     inputs = {"input_ids": words[torch.randint(0, len(words), (rows, length), generator=generator)]}
     taken = signature(model.forward).parameters
     for name, value in (("attention_mask", 1), ("token_type_ids", 0)):
         if name in processor.model_input_names and name in taken:
             inputs[name] = torch.full_like(inputs["input_ids"], value)
+    return runnable(model, inputs)
+
+
+def runnable(model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """These inputs, with which the model has run once.
+
+    Raises:
+        ValueError: It does not run with them; the message has the cause.
+    """
+    try:
+        with torch.no_grad():
+            outputs_of(model, lean(unwrap(model)[0], inputs_of(inputs, device_of(model))))
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    # Of whatever kind: what a model's own code meets where an input is not there.
+    except Exception as error:
+        raise ValueError(
+            f"A {type(model).__name__} does not run on these inputs alone ({', '.join(inputs)}): "
+            f"{type(error).__name__}: {error}. From Python it can be given all that it reads."
+        ) from error
     return inputs
 
 
@@ -638,12 +663,13 @@ def read_data(model: Any, processor: Any, data: str, options: DataOptions) -> Ca
     """Batches of model inputs from a file, a folder or a data set.
 
     Raises:
-        ValueError: The data cannot be read, have no such column, or nothing that the model reads.
+        ValueError: The data cannot be read, have no such column, or nothing that the model reads, or not all that it
+            needs.
     """
     document = is_causal_language_model(model) and format_of(data)[0] == "text"
     rows = load_rows(data, options.data_config, options.split, document)
     try:
-        return CalibrationData(
+        read = CalibrationData(
             rows,
             processor,
             model,
@@ -653,8 +679,10 @@ def read_data(model: Any, processor: Any, data: str, options: DataOptions) -> Ca
             batch_size=options.batch_size,
             samples=options.samples,
         )
+        runnable(model, next(iter(read)))
     except ValueError as error:
         raise ValueError(f"--data {data}: {error}") from error
+    return read
 
 
 def main() -> None:

@@ -143,7 +143,7 @@ def export_model(
         output (`str` or `Path`): A folder that is not there yet, or empty.
         to (`str`): `"onnx"`, `"openvino"` or `"stock"`.
         cache (`bool`, *optional*): Whether the graph has a key-value cache. Default: if the model generates text.
-        processor (*optional*): Tokenizer or image processor, saved into the folder.
+        processor (*optional*): Tokenizer or processor, or a list of them, saved into the folder.
         tolerance (`float`, *optional*): Largest difference that is let pass, relative to the largest output, or to 1.
             Default: 1e-4, 5e-2 in half precision.
 
@@ -171,8 +171,8 @@ def export_model(
             else:
                 report = _export_graph(model, samples, folder, to)
         _check_difference(report, tolerance, model, to, output)
-        if processor is not None:
-            processor.save_pretrained(folder)
+        for each in processor if isinstance(processor, list) else [processor] if processor is not None else []:
+            each.save_pretrained(folder)
     blocks = find_feed_forward_blocks(model)
     return ExportReport(
         to=to,

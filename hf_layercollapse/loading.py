@@ -13,7 +13,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from safetensors import SafetensorError
-from transformers import AutoConfig
+from transformers import AutoConfig, ProcessorMixin
+from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, has_file
 
 from .auto_classes import architecture_of, auto_class_of, class_named
 from .data_files import is_path
@@ -166,6 +167,53 @@ def processor_of(model: Any, name: str, trust_remote_code: bool) -> Any:
         return getattr(transformers, kind).from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"{lacking} ({str(error).splitlines()[0]})") from error
+
+
+def processors_to_save(reader: Any, name: str, given: str | None, trust_remote_code: bool) -> list[Any]:
+    """What goes beside a model that is saved, in this order: every processor of the source, and what read the data.
+
+    Args:
+        reader: The tokenizer or processor that read the data.
+        name, given (`str`): Where the model is from, and where `--processor` says that its processor is.
+
+    Raises:
+        ValueError: The source has a processor that cannot be read.
+    """
+    own = [] if given is None else _processors_in(name, trust_remote_code)
+    beside = _processors_in(name if given is None else given, trust_remote_code)
+    if not any(isinstance(each, ProcessorMixin) for each in beside):
+        beside = [*(each for each in beside if type(each) is not type(reader)), reader]
+    return [*own, *beside]
+
+
+def _processors_in(name: str, trust_remote_code: bool) -> list[Any]:
+    """The processor of a folder, or a name on the Hub, where it has one of several parts; else each part that is not
+    only a tokenizer, and the tokenizer beside it."""
+    options = {"trust_remote_code": trust_remote_code}
+    has = {file for file in (PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME, VIDEO_PROCESSOR_NAME) if has_file(name, file)}
+    has_words = bool(has) and any(has_file(name, file) for file in _WORDS)
+    if PROCESSOR_NAME in has or has_words:
+        try:
+            whole = transformers.AutoProcessor.from_pretrained(name, **options)
+        except (OSError, ValueError, ImportError) as error:
+            # For many families transformers has one whose parts need not all be there.
+            if PROCESSOR_NAME in has:
+                raise ValueError(
+                    f"{name} has a processor that cannot be read here, and what is saved would lack it: {error}"
+                ) from error
+        else:
+            if isinstance(whole, ProcessorMixin):
+                return [whole]
+    kinds: list[Any] = []
+    if FEATURE_EXTRACTOR_NAME in has:  # of images or of sounds
+        values, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
+        of_sounds = "feature_extractor_type" in values
+        kinds.append(transformers.AutoFeatureExtractor if of_sounds else transformers.AutoImageProcessor)
+    if VIDEO_PROCESSOR_NAME in has:
+        kinds.append(transformers.AutoVideoProcessor)
+    if has_words:
+        kinds.append(transformers.AutoTokenizer)
+    return [kind.from_pretrained(name, **options) for kind in kinds]
 
 
 # Files that a tokenizer is read from, one of which each has.
