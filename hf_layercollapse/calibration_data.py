@@ -3,7 +3,8 @@
 import copy
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin, SequenceFeatureExtractor
 from transformers.image_utils import is_pil_image
 from transformers.modeling_utils import PreTrainedModel
@@ -28,6 +30,9 @@ from .upstream import is_causal_language_model, is_classifier
 # Tokens of a row, where nothing is said and the model takes more: what a block is fitted to hardly depends on it, and
 # the time and memory of attention do.
 MOST_TOKENS = 512
+
+# Of a stream so many rows are read for each that is wanted (some are empty); where nothing is said, so many at most.
+ROWS_FOR_A_SAMPLE, MOST_OF_A_STREAM = 2, 16_384
 
 # A document that gives fewer rows than this is read in shorter ones, of no fewer than so many tokens.
 FEW_ROWS, LEAST_TOKENS = 16, 32
@@ -55,6 +60,10 @@ class CalibrationData:
               `sampling_rate`; for an encoder-decoder pairs of a sound and a text;
             - rows that are tokenized (`{"input_ids": list[int], …}`), which are padded to batches;
             - batches (dicts of tensors), which stay as they are.
+
+            A stream (an `IterableDataset` of datasets or torch that has no length) is read from its beginning: twice
+            as many of its rows as `samples` says, or without that all of them, and it is refused if they are more
+            than 16,384. Call its `shuffle` first where its beginning is not like the rest.
         processing_class (*optional*): Tokenizer, image processor, feature extractor, or processor with these parts,
             as [`~transformers.Trainer`] takes it. Not needed for batches and rows that are tokenized, nor for a
             `SentenceTransformer`, `SparseEncoder` (texts, or what else it reads) or `CrossEncoder` (pairs).
@@ -67,16 +76,16 @@ class CalibrationData:
         max_length (`int`, *optional*): Tokens of a row at most. Default: what the model and its tokenizer take, at
             most 512; the `max_seq_length` of an object of sentence-transformers.
         batch_size (`int`): Rows of a batch.
-        samples (`int`, *optional*): Use so many rows, drawn at random, from as many texts as there are. Default: all,
-            in order.
+        samples (`int`, *optional*): Use so many rows, drawn at random, from as many texts as there are, or of a stream
+            as are read. Default: all, in order.
         seed (`int`): Of that draw.
         task (`str`, *optional*): `"query"` or `"document"`: what `encode_query` or `encode_document` of an object of
             sentence-transformers makes of texts, with the prompt of that name, by that route of a `Router`.
 
     Raises:
         TypeError: `processing_class` is none of these.
-        ValueError: There is no data, it is of no kind that is known or that `processing_class` reads, columns or
-            labels are missing or wrong, or `max_length` is more than the model takes.
+        ValueError: There is no data, it is of no kind that is known or that `processing_class` reads, it is a stream
+            that goes on and on, columns or labels are missing or wrong, or `max_length` is more than the model takes.
     """
 
     def __init__(
@@ -112,7 +121,7 @@ class CalibrationData:
         # The second to ask what is there, which decodes nothing.
         self._data: Any
         self._undecoded: Any
-        self._data = self._undecoded = data if isinstance(data, Sequence) or _is_data_set(data) else list(data)
+        self._data = self._undecoded = _by_index(data, samples)
         self._rows = self._prepared(first, max_length)
 
     def __len__(self) -> int:
@@ -580,6 +589,45 @@ def _with_its_first(data: Any) -> tuple[Any, Any]:
     if first is None:
         raise ValueError("The calibration data is empty.")
     return data, first
+
+
+def _by_index(data: Any, samples: int | None) -> Any:
+    """The data, whose rows can be asked for in any order; of a stream those at its beginning."""
+    if isinstance(data, Sequence) or _is_data_set(data):
+        return data
+    if not is_stream(data):
+        return list(data)
+    if samples is not None:
+        return list(islice(data, ROWS_FOR_A_SAMPLE * samples))
+    rows = list(islice(data, MOST_OF_A_STREAM + 1))
+    refuse_endless(data, len(rows))
+    return rows
+
+
+def is_stream(data: Any) -> bool:
+    """Whether data come one after the other from a data set of which nobody says how long it is."""
+    if isinstance(data, CalibrationData):
+        data = data._batches
+    if isinstance(data, DataLoader):
+        data = data.dataset
+    # Whoever has one of its objects has imported it.
+    datasets = sys.modules.get("datasets")
+    kinds = (IterableDataset,) if datasets is None else (IterableDataset, datasets.IterableDataset)
+    return isinstance(data, kinds) and not isinstance(data, Sized)
+
+
+def refuse_endless(data: Any, rows: int) -> None:
+    """Raises if so many rows came of a stream, and it may go on for as long as one likes.
+
+    Raises:
+        ValueError: They are more than `MOST_OF_A_STREAM`.
+    """
+    if rows > MOST_OF_A_STREAM:
+        raise ValueError(
+            f"The calibration data is a stream (a {type(data).__name__}) of more than {MOST_OF_A_STREAM:,} rows, and "
+            "nothing says how many. Take some of it, `stream.shuffle(seed=0).take(1000)`, or of raw data say how many "
+            "rows: `CalibrationData(stream, tokenizer, samples=1000)`."
+        )
 
 
 def _token_row(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import DataLoader, SequentialSampler
 
 from . import processes
-from .calibration_data import CalibrationData
-from .rows import DistinctRows, bytes_of, hold_back, not_inputs
+from .calibration_data import CalibrationData, is_stream, refuse_endless
+from .rows import DistinctRows, bytes_of, hold_back, not_inputs, row_count
 
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ def read_calibration_data(data: Any, memory: "MemoryBudget", labels: bool = Fals
 
     Raises:
         TypeError: It is no iterable.
-        ValueError: It gives no batch, something else than batches of model inputs, or is too large to be kept and can
-            be read only once.
+        ValueError: It gives no batch, something else than batches of model inputs, is too large to be kept and can be
+            read only once, or is a stream that goes on and on (see [`CalibrationData`]).
     """
     with processes.together():
         data = readable(data, memory)
@@ -73,7 +73,7 @@ def readable(data: Any, memory: "MemoryBudget") -> Iterable[dict[str, Any]]:
     kept: list[dict[str, Any]] = []
     taken: Counter[torch.device] = Counter()
     iterator = iter(data)
-    for batch in _Checked(iterator, "calibration"):
+    for batch in _Checked(data, "calibration", iterator):
         kept.append(batch)
         taken += bytes_of([batch])
         if not memory.fits(taken):
@@ -97,17 +97,25 @@ def _is_in_order(data: Any) -> bool:
 
 
 class _Checked:
-    """The batches of some data, each checked to be model inputs."""
+    """The batches of some data, each checked to be model inputs. A stream ends, or is refused.
 
-    def __init__(self, data: Any, kind: str) -> None:
-        self.data, self.kind = data, kind
+    Args:
+        data (iterable), kind (`str`): What, and what of.
+        iterator (*optional*): Of the data, where one has been begun.
+    """
+
+    def __init__(self, data: Any, kind: str, iterator: Iterator[Any] | None = None) -> None:
+        self.data, self.kind, self.iterator = data, kind, iterator
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        empty = True
-        for batch in self.data:
-            empty = False
-            yield checked_inputs(batch)
-        if empty:
+        rows, endless = 0, is_stream(self.data)
+        for batch in self.data if self.iterator is None else self.iterator:
+            inputs = checked_inputs(batch)
+            rows += row_count(inputs) or 1
+            if endless:
+                refuse_endless(self.data, rows)
+            yield inputs
+        if not rows:
             raise ValueError(f"The {self.kind} data is empty: it must give at least one batch of model inputs.")
 
 

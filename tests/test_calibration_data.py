@@ -5,8 +5,9 @@ import io
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, Features, Image, IterableDataset, Value
 from PIL import Image as PillowImage
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSeq2SeqLM,
     ByT5Tokenizer,
@@ -24,6 +25,7 @@ from hf_layercollapse import (
     CalibrationData,
     LayerCollapseConfig,
     apply_layer_collapse,
+    calibration_data,
     collapse_model,
     compare_models,
     linearity_map,
@@ -179,6 +181,54 @@ def test_samples_come_from_as_many_texts_as_there_are(tokenizer):
     # One text of many and many short ones: all windows there are.
     few = CalibrationData([words(200), *TEXTS[:3]], tokenizer, max_length=22, samples=100)
     assert len(rows_of(few)) == 13 and "all there are (fewer than 100)" in str(few)
+
+
+def stream_of(make, count=10**9):
+    """`(a streaming data set, the indices that were read)`."""
+    read = []
+
+    def rows():
+        for index in range(count):
+            read.append(index)
+            yield make(index)
+
+    return IterableDataset.from_generator(rows), read
+
+
+def test_of_a_stream_the_beginning_is_read(tokenizer, bert, monkeypatch):
+    monkeypatch.setattr(calibration_data, "MOST_OF_A_STREAM", 500)
+    stream, read = stream_of(lambda index: {"text": "" if index % 3 == 0 else words(5, index)})
+    data = CalibrationData(stream, tokenizer, samples=30)
+    assert len(rows_of(data)) == 30 and rows_of(data) == rows_of(CalibrationData(stream, tokenizer, samples=30))
+    assert max(read) <= 60
+    # One that ends is read to its end.
+    few, read = stream_of(lambda index: {"text": words(5, index)}, count=50)
+    assert len(rows_of(CalibrationData(few.take(40), tokenizer))) == 40 and max(read) <= 40
+    with pytest.raises(ValueError, match=r"a stream .* more than 500 rows.*take\(1000\).*samples=1000"):
+        linearity_map(bert, stream, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("form", ["loader", "batches", "loader in CalibrationData"])
+def test_a_stream_of_batches_ends_or_is_refused(form, bert, monkeypatch):
+    """Before it fills the memory."""
+    monkeypatch.setattr(calibration_data, "MOST_OF_A_STREAM", 500)
+    stream, read = stream_of(lambda index: {"input_ids": [3 + index % 50, 4]})
+    stream = stream.with_format("torch")
+    data = {
+        "loader": lambda data: DataLoader(data, batch_size=50),
+        "batches": lambda data: data.batch(50),
+        "loader in CalibrationData": lambda data: CalibrationData(DataLoader(data, batch_size=50)),
+    }[form]
+    for use in (
+        lambda: linearity_map(bert, data(stream)),
+        lambda: recover_model(bert, BY_NAME["bert"].model(), data(stream), max_steps=1),
+        lambda: linearity_map(bert, data(stream.take(100)), evaluation_data=data(stream)),
+    ):
+        with pytest.raises(ValueError, match=r"more than 500 rows.*take\(1000\)"):
+            use()
+    assert max(read) < 2000
+    taken = linearity_map(bert, data(stream.take(100))).data
+    assert taken.distinct + taken.held_aside == 50
 
 
 def test_texts_with_labels_are_examples(tokenizer, bert):
