@@ -193,7 +193,7 @@ _DIGITS = {"perplexity": 3, "divergence": 5}
 
 
 def _text(metric: str, value: float) -> str:
-    return f"{100 * value:.2f} %" if metric == "accuracy" else f"{value:.{_DIGITS[metric]}f}"
+    return f"{100 * value:.2f} %" if metric == "accuracy" else f"{value:z.{_DIGITS[metric]}f}"
 
 
 def _range(metric: str, interval: tuple[float, float]) -> str:
@@ -210,7 +210,7 @@ def _difference(metric: str, numbers: tuple[float, float, float] | None) -> tupl
     if metric == "accuracy":
         return f"{100 * value:+.2f} points", f"{100 * low:+.2f} to {100 * high:+.2f}"
     digits = _DIGITS[metric]
-    return f"{value:+.{digits}f}", f"{low:+.{digits}f} to {high:+.{digits}f}"
+    return f"{value:+z.{digits}f}", f"{low:+z.{digits}f} to {high:+z.{digits}f}"
 
 
 def compare_models(

@@ -76,10 +76,10 @@ class RecoveryReport:
         rows = [["step", "in training", "held aside"]]
         for step, training, held in self.curve:
             mark = "  kept" if step == self.best_step else ""
-            rows.append([str(step), "" if training is None else f"{training:.5f}", f"{held:.5f}{mark}"])
+            rows.append([str(step), "" if training is None else f"{training:z.5f}", f"{held:z.5f}{mark}"])
         return (
             f"{table(rows)}\ndivergence from the teacher in {self.unit}, on {self.held_aside:,} predictions held "
-            f"aside: {self.before:.5f} -> {self.after:.5f}; trained on {self.predictions:,}, {self.seconds:.0f} s"
+            f"aside: {self.before:z.5f} -> {self.after:z.5f}; trained on {self.predictions:,}, {self.seconds:.0f} s"
         )
 
 
