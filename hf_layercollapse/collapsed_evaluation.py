@@ -18,6 +18,7 @@ from .modeling_layercollapse import CollapsibleActivation
 from .outcomes import Outcome
 from .random_state import same_random_state
 from .trained_blocks import READY_BLOCKS, TrainedBlocks
+from .upstream import accumulating_apart, added_up
 
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class CollapsedEvaluation:
         if again and has_length(dataloader):
             collapsed = self._loop_as_if_collapsed(loop)
             self._trainer.gather_function = gather
-        output = loop()
+        output, metrics = self._measured(loop)
         if again and collapsed is None:
             if self._is_used_up(dataloader):
                 logger.warning_once(
@@ -81,7 +82,7 @@ class CollapsedEvaluation:
                 return output
             self._trainer.gather_function = gather
             collapsed = self._loop_as_if_collapsed(loop)
-        self._add(output.metrics, output.metrics if collapsed is None else collapsed, metric_key_prefix)
+        self._add(output.metrics, metrics if collapsed is None else collapsed, metric_key_prefix)
         compared = self._compared_with_best(output.metrics) if self._is_choosing else None
         if compared is not None and compared[0] > 0:
             self._trainer.state.best_metric = None
@@ -90,7 +91,9 @@ class CollapsedEvaluation:
     def _add(self, metrics: dict[str, Any], collapsed: Mapping[str, Any], prefix: str) -> None:
         for name, value in list(collapsed.items()):
             if name != f"{prefix}_model_preparation_time":
-                self._names[name] = f"{prefix}_collapsed_{name.removeprefix(f'{prefix}_')}"
+                # What trl adds up is named so whatever the prefix.
+                head = prefix if name.startswith(f"{prefix}_") else "eval"
+                self._names[name] = f"{head}_collapsed_{name.removeprefix(f'{head}_')}"
                 metrics[self._names[name]] = value
         # A notebook's table takes the prefix of the last loss for that of all metrics.
         own_loss = f"{prefix}_loss"
@@ -122,14 +125,25 @@ class CollapsedEvaluation:
         used_up = torch.tensor([nothing_left], dtype=torch.float32, device=self._trainer.args.device)
         return bool(self._trainer.accelerator.reduce(used_up, reduction="sum"))
 
+    def _measured(self, loop: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
+        """`(what a pass gives, its metrics)`, with those that the Trainer adds up in it, and averages once it logs."""
+        before = {name: len(values) for name, values in added_up(self._trainer).items()}
+        output = loop()
+        metrics = dict(output.metrics)
+        for name, values in added_up(self._trainer).items():
+            valid = [value for value in values[before.get(name, 0) :] if not math.isnan(value)]
+            if valid:
+                metrics[name] = sum(valid) / len(valid)
+        return output, metrics
+
     def _loop_as_if_collapsed(self, loop: Callable[[], Any]) -> dict[str, Any]:
         """The metrics alone: predictions may take gigabytes, and the other pass has its own."""
         trainer, callback_handler = self._trainer, self._trainer.callback_handler
         # Prediction steps must not be reported twice.
         trainer.callback_handler = CallbackHandler([DefaultFlowCallback], trainer.model, None, None, None)
         try:
-            with same_random_state(), self._as_if_collapsed():
-                return loop().metrics
+            with same_random_state(), self._as_if_collapsed(), accumulating_apart(trainer):
+                return self._measured(loop)[1]
         finally:
             trainer.callback_handler = callback_handler
 

@@ -7,6 +7,7 @@ and says what to install. What saved models carry with them has a section of its
 """
 
 import contextlib
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -304,3 +305,49 @@ def require_trainer(trainer_class: type) -> None:
         ImportError: It has not.
     """
     require_methods(trainer_class, TRAINER_METHODS, transformers)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Trainers of other libraries
+# ----------------------------------------------------------------------------------------------------
+
+# What they add up in each forward pass, until they `log`: package -> attribute -> what `log` puts in front of the
+# names of the averages that it makes of it in an evaluation; `None` where it makes none that are among the metrics.
+# Upstream: trl 1.16 (`_stored_metrics`: CPO and ORPO; the last three: GRPO, RLOO), sentence-transformers 6.2.
+ACCUMULATORS: dict[str, dict[str, str | None]] = {
+    "trl": {
+        "_metrics": "eval_",
+        "_stored_metrics": "",
+        "_logs": None,
+        "_pending_metrics": None,
+        "_pending_extra_logs": None,
+    },
+    "sentence_transformers": {"accum_loss_components": None},
+}
+
+
+def _accumulators_of(trainer: Any) -> dict[str, str | None]:
+    packages = {kind.__module__.partition(".")[0] for kind in type(trainer).__mro__}
+    tables = [table for package, table in ACCUMULATORS.items() if package in packages]
+    return {name: prefix for table in tables for name, prefix in table.items() if name in vars(trainer)}
+
+
+@contextlib.contextmanager
+def accumulating_apart(trainer: Any) -> Iterator[None]:
+    """What a Trainer adds up inside is forgotten afterwards."""
+    held = {name: vars(trainer)[name] for name in _accumulators_of(trainer)}
+    vars(trainer).update(copy.deepcopy(held))
+    try:
+        yield
+    finally:
+        vars(trainer).update(held)
+
+
+def added_up(trainer: Any) -> dict[str, list[float]]:
+    """Name of a metric -> what a Trainer has added up for it while it evaluates, and is going to average in `log`."""
+    return {
+        f"{prefix}{name}": [float(value) for value in values]
+        for attribute, prefix in _accumulators_of(trainer).items()
+        if prefix is not None
+        for name, values in vars(trainer)[attribute].get("eval", {}).items()
+    }

@@ -1,6 +1,7 @@
 """The mixin in front of other Trainer classes: transformers' for sequences, trl's for fine-tuning."""
 
 import copy
+import inspect
 import math
 
 import pytest
@@ -212,6 +213,39 @@ def test_sft(tmp_path):
     trainer.save_model(str(tmp_path / "collapsed"))
     loaded = BY_NAME["gpt2"].auto_class.from_pretrained(tmp_path / "collapsed")
     assert_same(state_of(loaded), state_of(trainer.model))
+
+
+@pytest.mark.parametrize("prefix", ["eval", "held_out"])
+def test_what_trl_adds_up_is_of_one_model(prefix, tmp_path):
+    """Its metrics are of the model as it is, and those of the collapsed model are beside them."""
+    names = ("entropy", "mean_token_accuracy")
+    model = model_of(BY_NAME["gpt2"])
+    trainer = sft_trainer(tmp_path, model=model, layer_collapse_config=LayerCollapseConfig(initial_alpha=0.9))
+    trainer.layer_collapse_config.collapse_threshold = 0.05
+    alone = trainer.evaluate(metric_key_prefix=prefix)
+    trainer.layer_collapse_config.collapse_threshold = 0.2
+    metrics = trainer.evaluate(metric_key_prefix=prefix)
+    for name in names:
+        assert alone[f"eval_collapsed_{name}"] == alone[f"eval_{name}"]
+        assert metrics[f"eval_{name}"] == pytest.approx(alone[f"eval_{name}"], rel=1e-6)
+    assert metrics["eval_collapsed_entropy"] != pytest.approx(metrics["eval_entropy"], rel=1e-4)
+    assert len(trainer.collapse().collapsed) == LAYERS
+    after = trainer.evaluate(metric_key_prefix=prefix)
+    for name in names:
+        assert after[f"eval_{name}"] == pytest.approx(metrics[f"eval_collapsed_{name}"], rel=1e-4)
+
+
+def test_what_trainers_add_up_is_known():
+    import sentence_transformers.base.trainer
+    import trl
+    from trl.experimental.cpo import CPOTrainer
+
+    for kind in (trl.SFTTrainer, trl.DPOTrainer, trl.RewardTrainer, trl.KTOTrainer, trl.GRPOTrainer, trl.RLOOTrainer):
+        assert "_metrics" in inspect.unwrap(kind.__init__).__code__.co_names
+    assert {"_logs", "_pending_metrics", "_pending_extra_logs"} <= set(trl.GRPOTrainer.__init__.__code__.co_names)
+    assert "_stored_metrics" in inspect.unwrap(CPOTrainer.__init__).__code__.co_names
+    base = sentence_transformers.base.trainer.BaseTrainer
+    assert "accum_loss_components" in inspect.unwrap(base.__init__).__code__.co_names
 
 
 def test_sft_with_a_teacher(tmp_path):

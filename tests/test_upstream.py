@@ -35,13 +35,18 @@ USED = {
     "_hf_hook",
     "_hf_peft_config_loaded",
     "_is_hf_initialized",
+    "_logs",
+    "_metrics",
     "_model_mapping",
     "_models",
     "_modules",
     "_old_forward",
     "_orig_mod",
     "_parameters",
+    "_pending_extra_logs",
+    "_pending_metrics",
     "_step_supports_amp_scaling",
+    "_stored_metrics",
 }
 
 
