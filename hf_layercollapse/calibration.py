@@ -331,7 +331,9 @@ class Calibration:
             )
             if on_all:
                 sums = {block.name: sums[block.name].of_all_processes(device_of(block.down)) for block in new}
-            self._ranges |= _of_the_first({name: found.finish() for name, found in sums.items() if found.tokens})
+            with processes.together():
+                ranges = {name: found.finish() for name, found in sums.items() if found.tokens}
+            self._ranges |= _of_the_first(ranges)
             new = [block for block in new if not sums[block.name].tokens]
         if new:
             raise ValueError(f"No calibration token reached block {new[0].name}.")
@@ -339,7 +341,8 @@ class Calibration:
     def _sums(
         self, blocks: Sequence[BoundBlock], wanted: Mapping[str, Sequence[int]], inputs: Mapping[str, bool], what: str
     ) -> dict[str, MomentSums]:
-        sums = {b.name: MomentSums(self._ranges[b.name], wanted[b.name], inputs[b.name]) for b in blocks}
+        with processes.together():
+            sums = {b.name: MomentSums(self._ranges[b.name], wanted[b.name], inputs[b.name]) for b in blocks}
         self._observed(what, blocks, sums, {block.name: bool(wanted[block.name]) for block in blocks})
         return sums
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from . import functional, processes
 from .adapters import restored_on_error
-from .blocks import BoundBlock, bind_blocks, check_weights, confirm_wiring, survey
+from .blocks import BoundBlock, Exchange, bind_blocks, check_weights, confirm_wiring, survey
 from .calibration import RANGE_TOKENS, Calibration
 from .calibration_data import model_inputs
 from .config import LayerCollapseConfig
@@ -118,29 +118,37 @@ def collapse_model(
             `max_error`, there is too little memory for one block, or the model's class is the user's own and no Auto
             class knows it. Nothing has been changed then, and neither after Ctrl-C.
     """
-    _check_arguments(config, plan, max_error)
-    inner, wrappers = unwrap_savable(model)
-    calibration_data = model_inputs(calibration_data, processing_class, model)
-    options = _options_for(inner, config, plan)
+    # Without data no other process takes part.
+    as_one: Callable[[], contextlib.AbstractContextManager[None]]
+    as_one = contextlib.nullcontext if calibration_data is None else processes.together
+    with as_one():
+        _check_arguments(config, plan, max_error)
+        inner, wrappers = unwrap_savable(model)
+        calibration_data = model_inputs(calibration_data, processing_class, model)
+        options = _options_for(inner, config, plan)
+    merged = _adapters_merged(model, inner, options, allow_none, as_one)
     # Everything is checked before anything is changed.
-    with Progress("Collapse") as progress, _adapters_merged(model, inner, options, allow_none), Trial() as trial:
-        chosen, engine = _choose(inner, config, options, plan, calibration_data is not None, allow_none), None
+    with Progress("Collapse") as progress, merged, Trial() as trial:
+        with as_one():
+            chosen = _choose(inner, config, options, plan, calibration_data is not None, allow_none)
+        engine = None
         if calibration_data is not None:
             engine = Calibration.on(model, inner, calibration_data, max_memory, token_mask_fn, progress)
         merges = _merges_of(chosen, engine, options)
-        _confirm_cuts(inner, merges)
-        _refuse_errors(merges, max_error)
-        restored = [b for b in chosen.waiting if outcome_of(b, b.activation, options).name == "restored"]
+        with as_one():
+            _confirm_cuts(inner, merges)
+            _refuse_errors(merges, max_error)
+            restored = [b for b in chosen.waiting if outcome_of(b, b.activation, options).name == "restored"]
         difference = None if engine is None else _largest_difference(engine, merges, restored)
-        parameters_before = count_parameters(inner)
-        _put_for_good(trial, merges, restored, inner, wrappers, options)
-    return CollapseReport(
-        _block_reports(merges, chosen.waiting, restored),
-        parameters_before,
-        count_parameters(inner),
-        difference,
-        None if engine is None else engine.data_report(),
-    )
+        read = None if engine is None else engine.data_report()
+        parameters_before, was_patched = count_parameters(inner), bool(collapsible_activations(inner))
+        with as_one():
+            _put(trial, merges, restored)
+        # From here on no process waits for others.
+        _record(merges, trial.exchanges, inner, wrappers, options, was_patched)
+        trial.keep()
+    reports = _block_reports(merges, chosen.waiting, restored)
+    return CollapseReport(reports, parameters_before, count_parameters(inner), difference, read)
 
 
 def _options_for(inner: Any, config: LayerCollapseConfig | None, plan: CollapsePlan | None) -> LayerCollapseConfig:
@@ -152,25 +160,27 @@ def _options_for(inner: Any, config: LayerCollapseConfig | None, plan: CollapseP
     return options if plan is None else replace(options, constant_term=plan.constant_term)
 
 
-def _put_for_good(
-    trial: Trial,
-    merges: Sequence[Merge],
-    restored: Iterable[BoundBlock],
-    inner: Any,
-    wrappers: Iterable[nn.Module],
-    options: LayerCollapseConfig,
-) -> None:
-    """Puts merges in place and restores blocks, and writes it into the model's config."""
-    was_patched = bool(collapsible_activations(inner))
+def _put(trial: Trial, merges: Sequence[Merge], restored: Iterable[BoundBlock]) -> None:
+    """Puts merges in place and restores blocks, until the trial ends."""
     for merge in merges:
         for exchange in trial.put(merge):
             offload_like(exchange.new, merge.block.down)
     trial.restore(restored)
+
+
+def _record(
+    merges: Sequence[Merge],
+    exchanges: Sequence[Exchange],
+    inner: Any,
+    wrappers: Iterable[nn.Module],
+    options: LayerCollapseConfig,
+    was_patched: bool,
+) -> None:
+    """Writes what was put in place into the model's config."""
     # What the model was patched with describes all that came of it; else the last collapse is what is recorded.
     done = replace(options, blocks=[merge.block.name for merge in merges]) if merges else None
-    replaced = [exchange.new for exchange in trial.exchanges]
+    replaced = [exchange.new for exchange in exchanges]
     refresh_layer_collapse(inner, None if was_patched else done, wrappers, replaced, default=done)
-    trial.keep()
 
 
 def _check_arguments(config: Any, plan: Any, max_error: Any) -> None:
@@ -200,9 +210,11 @@ def collapse_as(model: nn.Module, names: Any) -> None:
 
 
 @contextlib.contextmanager
-def _adapters_merged(model: Any, inner: Any, options: LayerCollapseConfig, allow_none: bool) -> Iterator[None]:
+def _adapters_merged(
+    model: Any, inner: Any, options: LayerCollapseConfig, allow_none: bool, as_one: Callable[[], Any]
+) -> Iterator[None]:
     """The model with adapters merged into its weights, if there are any on its blocks or alphas; if what is done
-    inside raises, as it was.
+    inside raises, as it was. `as_one` is [`processes.together`] where other processes do the same.
     """
     alphas = [name for name in collapsible_activations(inner) if ".modules_to_save." in name]
     blocks = []
@@ -228,8 +240,10 @@ def _adapters_merged(model: Any, inner: Any, options: LayerCollapseConfig, allow
     in_use = [(block, module) for block in blocks if (module := activation_in_use(block)) is not None]
     if in_use and not allow_none:
         _refuse_none_ready(in_use, options)
-    with restored_on_error(model):
-        model.merge_and_unload(safe_merge=True)
+    with contextlib.ExitStack() as stack:
+        with as_one():
+            stack.enter_context(restored_on_error(model))
+            model.merge_and_unload(safe_merge=True)
         yield
 
 
@@ -395,13 +409,17 @@ def _merges_of(chosen: _Chosen, engine: Calibration | None, options: LayerCollap
     ready, choices, threshold = chosen.ready, chosen.choices, options.collapse_threshold
     if engine is None:
         return _merge_all(ready, {}, threshold)
-    refit = [block for block in ready if not _exactly_linear(block, choices)]
-    fitting = BlockFitting(engine, choices, options.neuron_choice, options.constant_term)
+    with processes.together():
+        refit = [block for block in ready if not _exactly_linear(block, choices)]
+        fitting = BlockFitting(engine, choices, options.neuron_choice, options.constant_term)
+        if not options.sequential:
+            _refuse_fitted_chains(ready, refit)
     if options.sequential:
         merges = _merge_in_turn(fitting, ready, refit, threshold)
     else:
-        _refuse_fitted_chains(ready, refit)
-        merges = _merge_all(ready, fitting.merges(refit), threshold)
+        fitted = fitting.merges(refit)
+        with processes.together():
+            merges = _merge_all(ready, fitted, threshold)
     # The same to the bit, whatever each process computes on; those that were fitted are.
     fitted = {block.name for block in refit}
     linears = [linear for merge in merges if merge.block.name not in fitted for linear in merge.linears.values()]
@@ -419,8 +437,9 @@ def _merge_in_turn(
         for block in ready:
             bound = _after(block, merges)
             fitted = fitting.merges([bound]) if block in refit else {}
-            merges += _merge_all([bound], fitted, collapse_threshold)
-            trial.put(merges[-1])
+            with processes.together():
+                merges += _merge_all([bound], fitted, collapse_threshold)
+                trial.put(merges[-1])
             # The next are fitted beside it.
             fitting.engine.memory.hold(merges[-1].bytes, device_of(block.down))
     return merges
@@ -474,12 +493,12 @@ def _confirm_cuts(inner: Any, merges: Sequence[Merge]) -> None:
 @torch.no_grad()
 def _largest_difference(engine: Calibration, merges: Sequence[Merge], restored: Iterable[BoundBlock]) -> float:
     """The largest difference of the model's first output, as it is and with these merges in place and these blocks
-    restored, over some rows of the data; one batch of outputs is held at a time."""
+    restored, over some rows of the data, of all processes; one batch of outputs is held at a time."""
     model, inner = engine.model, engine.inner
     largest, device = 0.0, device_of(model)
     batches = engine.sample(LOGIT_ROWS, RANGE_TOKENS)
     engine.progress.say("comparing outputs")
-    with evaluating(model):
+    with processes.together(), evaluating(model):
         for batch in batches:
             inputs = lean(inner, inputs_of(batch, device))
             before = first_tensor(outputs_of(model, inputs))

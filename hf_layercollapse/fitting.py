@@ -69,10 +69,10 @@ class BlockFitting:
         by_variance = to_choose if self.neuron_choice == "variance" else []
         if by_variance:
             scores = self.engine.neuron_scores(by_variance)
-            for block in by_variance:
-                best = scores[block.name].topk(counts[block.name]).indices
-                # Sums are added up over processes, and rounding can tip a choice.
-                candidates[block.name] = processes.of_the_first(sorted(best.tolist()))
+            with processes.together():
+                best = {b.name: sorted(scores[b.name].topk(counts[b.name]).indices.tolist()) for b in by_variance}
+            # Sums are added up over processes, and rounding can tip a choice.
+            candidates |= processes.of_the_first(best)
         metrics = measure_metrics(self.engine, in_metric)[0] if in_metric else {}
 
         def fit(block: "BoundBlock", moments: BlockMoments) -> Any:

@@ -73,12 +73,14 @@ class RangeSums:
     def of_all_processes(self, device: torch.device) -> "RangeSums":
         """The sums over all processes, on this device."""
         whole, found = RangeSums(), processes.gathered((self.tokens, self.sums, self.lengths))
-        for tokens, sums, lengths in found:
-            whole.tokens, whole.lengths = whole.tokens + tokens, whole.lengths + [part.to(device) for part in lengths]
-            sums = sums and [None if part is None else part.to(device) for part in sums]
-            if sums is not None and whole.sums is not None:
-                sums = [None if a is None else a + b for a, b in zip(sums, whole.sums, strict=True)]
-            whole.sums = whole.sums if sums is None else sums
+        with processes.together():
+            for tokens, sums, lengths in found:
+                whole.tokens += tokens
+                whole.lengths += [part.to(device) for part in lengths]
+                sums = sums and [None if part is None else part.to(device) for part in sums]
+                if sums is not None and whole.sums is not None:
+                    sums = [None if a is None else a + b for a, b in zip(sums, whole.sums, strict=True)]
+                whole.sums = whole.sums if sums is None else sums
         return whole
 
     def finish(self) -> TokenRange:

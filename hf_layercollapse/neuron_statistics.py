@@ -51,17 +51,19 @@ def calibrate_affine_targets(
 
     sums = _neuron_sums(engine, blocks, observe)
     fitted: dict[str, tuple[torch.Tensor | None, torch.Tensor]] = {}
-    for block in blocks:
-        count, (z, zz, a, _, za) = sums[block.name]
-        if count < LINE_TOKENS:
-            raise ValueError(
-                f"{count} calibration tokens of different rows are too few for the lines of block {block.name}: at "
-                f"least {LINE_TOKENS} are needed, and many times that is better; rows that repeat others do not count."
-            )
-        if block.kind == "gated" or constant:
-            fitted[block.name] = None, a / count
-        else:
-            fitted[block.name] = functional.affine_target(count, z, zz, a, za)
+    with processes.together():
+        for block in blocks:
+            count, (z, zz, a, _, za) = sums[block.name]
+            if count < LINE_TOKENS:
+                raise ValueError(
+                    f"{count} calibration tokens of different rows are too few for the lines of block {block.name}: "
+                    f"at least {LINE_TOKENS} are needed, and many times that is better; rows that repeat others do "
+                    "not count."
+                )
+            if block.kind == "gated" or constant:
+                fitted[block.name] = None, a / count
+            else:
+                fitted[block.name] = functional.affine_target(count, z, zz, a, za)
     for name, (slope, offset) in fitted.items():
         if slope is not None:
             activations[name].slope.copy_(slope)
@@ -89,15 +91,16 @@ def score_neurons(engine: "Calibration", blocks: "Sequence[BoundBlock]") -> dict
 
     sums = _neuron_sums(engine, blocks, observe)
     scores = {}
-    for block in blocks:
-        count, (z, zz, a, aa, za) = sums[block.name]
-        if block.kind == "gated":
-            variance = (aa / count - (a / count).square()).clamp_min(0)
-        else:
-            variance = functional.line_residual(count, z, zz, a, aa, za)
-        with block.weights_present():
-            weight = block.down_affine()[0].detach().double()
-        scores[block.name] = variance * weight.square().sum(0)
+    with processes.together():
+        for block in blocks:
+            count, (z, zz, a, aa, za) = sums[block.name]
+            if block.kind == "gated":
+                variance = (aa / count - (a / count).square()).clamp_min(0)
+            else:
+                variance = functional.line_residual(count, z, zz, a, aa, za)
+            with block.weights_present():
+                weight = block.down_affine()[0].detach().double()
+            scores[block.name] = variance * weight.square().sum(0)
     return scores
 
 
@@ -183,9 +186,11 @@ def _neuron_sums(
 
     engine.run("looking at neurons", hooks, blocks=blocks)
     for block in blocks:
-        none = wide(torch.zeros(5, block.hidden_features, device=device_of(block.down)))
-        count, total = sums.get(block.name, (0, none))
-        number, total = processes.summed([torch.tensor(float(count), dtype=torch.float64), total])
+        with processes.together():
+            none = wide(torch.zeros(5, block.hidden_features, device=device_of(block.down)))
+            count, total = sums.get(block.name, (0, none))
+            number = torch.tensor(float(count), dtype=torch.float64)
+        number, total = processes.summed([number, total])
         count = int(number)
         sums[block.name] = count, total
         if not count:

@@ -1,5 +1,6 @@
 """Dense <-> patched: exchanging the activation module of a block, and nothing else."""
 
+import contextlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
+from . import processes
 from .blocks import BoundBlock, bind_blocks, check_weights, survey
 from .calibration import Calibration
 from .calibration_data import model_inputs
@@ -74,23 +76,27 @@ def apply_layer_collapse(
     if not isinstance(config, LayerCollapseConfig):
         raise TypeError(f"`config` must be a LayerCollapseConfig, got {type(config).__name__}.")
     refuse_budget_in(config)
-    inner, wrappers = unwrap_savable(model)
-    blocks, refused = survey(inner)
-    if collapsible_activations(inner):
-        raise ValueError("The model is patched already. `remove_layer_collapse(model)` takes it back to dense.")
-    chosen = _blocks_to_patch(select_blocks(blocks, config.blocks, refused), config)
-    refuse_lost_code_inside(inner, chosen)
-    check_weights(inner, chosen, merging=False)
+    # Without data to fit to no other process takes part.
+    with_data = calibration_data is not None and config.linear_target != "identity"
+    with processes.together() if with_data else contextlib.nullcontext():
+        inner, wrappers = unwrap_savable(model)
+        blocks, refused = survey(inner)
+        if collapsible_activations(inner):
+            raise ValueError("The model is patched already. `remove_layer_collapse(model)` takes it back to dense.")
+        chosen = _blocks_to_patch(select_blocks(blocks, config.blocks, refused), config)
+        refuse_lost_code_inside(inner, chosen)
+        check_weights(inner, chosen, merging=False)
 
-    activations = {block.name: _activation_for(block, config) for block in chosen}
-    to_fit = [block for block in chosen if _is_fitted(block, config.linear_target)]
-    if to_fit:
-        if calibration_data is None:
+        activations = {block.name: _activation_for(block, config) for block in chosen}
+        to_fit = [block for block in chosen if _is_fitted(block, config.linear_target)]
+        if to_fit and calibration_data is None:
             raise ValueError(
                 f'linear_target="{config.linear_target}" needs `calibration_data`: some batches of model inputs to '
                 "fit each neuron's line to."
             )
-        calibration_data = model_inputs(calibration_data, processing_class, model)
+        if to_fit:
+            calibration_data = model_inputs(calibration_data, processing_class, model)
+    if to_fit:
         with Progress("Affine targets") as progress:
             engine = Calibration.on(model, inner, calibration_data, max_memory, token_mask_fn, progress)
             calibrate_affine_targets(engine, to_fit, activations, config.linear_target == "constant")

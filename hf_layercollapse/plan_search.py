@@ -586,7 +586,9 @@ def within_latency(
     Raises:
         ValueError: Nothing is so quick.
     """
-    dense, times = copy.deepcopy(search.timed), search.shape_times(batch)
+    with processes.together():
+        dense = copy.deepcopy(search.timed)
+    times = search.shape_times(batch)
     as_it_is = {name: found.dense for name, found in search.sizes.items()}
     whole = search.latency_of(as_it_is, batch, dense)["dense"].median
 

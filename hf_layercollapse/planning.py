@@ -133,9 +133,10 @@ def linearity_map(
     Raises:
         ValueError: There is too little data or memory, or nothing to collapse.
     """
-    inner, _ = unwrap(model)
-    _, chosen = _candidates(inner, blocks)
-    data = both_model_inputs(calibration_data, evaluation_data, processing_class, model)
+    with processes.together():
+        inner, _ = unwrap(model)
+        _, chosen = _candidates(inner, blocks)
+        data = both_model_inputs(calibration_data, evaluation_data, processing_class, model)
     score = _score_of(model, metric)
     with Progress("Linearity map") as progress:
         engine, held = Calibration.holding_aside(model, inner, *data, max_memory, token_mask_fn, progress)
@@ -272,10 +273,11 @@ def plan_collapse(
     started = time.perf_counter()
     budget = one_budget(parameters=parameters, macs=macs, latency=latency, max_drop=max_drop)
     options = PlanOptions(budget, uniform_width, rank_shares, multiple_of, constant_term, levels, points, whole_curve)
-    inner, _ = unwrap(model)
-    chosen, whole = _dense_blocks(inner, blocks, multiple_of)
-    widths = _widths_in_reach(inner, chosen, whole, options)
-    data = both_model_inputs(calibration_data, evaluation_data, processing_class, model)
+    with processes.together():
+        inner, _ = unwrap(model)
+        chosen, whole = _dense_blocks(inner, blocks, multiple_of)
+        widths = _widths_in_reach(inner, chosen, whole, options)
+        data = both_model_inputs(calibration_data, evaluation_data, processing_class, model)
     score = _score_of(model, metric)
     with Progress("Plan") as progress:
         engine, held = Calibration.holding_aside(model, inner, *data, max_memory, token_mask_fn, progress)

@@ -1,7 +1,8 @@
 """Several processes that calibrate one model together: each reads its part of the data, and all get the same sums.
 
 They are those of `torch.distributed`, as `accelerate launch` starts them. What is done by one of them alone is done
-inside of [`alone`].
+inside of [`alone`]; what one of them may fail at, for want of memory or by what its part of the data holds, is done
+inside of [`together`], or the others would wait for it.
 """
 
 import atexit
@@ -65,8 +66,14 @@ def gathered(value: Any) -> list:
     device of another process is not one of this."""
     if count() == 1:
         return [value]
+    with together():
+        value = recursively_apply(torch.Tensor.cpu, value)
+    return _told(value)
+
+
+def _told(value: Any) -> list:
     values = [None] * count()
-    dist.all_gather_object(values, recursively_apply(torch.Tensor.cpu, value))
+    dist.all_gather_object(values, value)
     return values
 
 
@@ -74,7 +81,8 @@ def of_the_first(value: Any) -> Any:
     """The value of the first process, on all of them; as with [`gathered`]."""
     if count() == 1:
         return value
-    values = [recursively_apply(torch.Tensor.cpu, value) if rank() == 0 else None]
+    with together():
+        values = [recursively_apply(torch.Tensor.cpu, value) if rank() == 0 else None]
     dist.broadcast_object_list(values, src=0)
     return values[0]
 
@@ -108,7 +116,7 @@ def summed(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         there = _travelling(tensor)
         dist.all_reduce(there)
         dist.broadcast(there, src=0)
-        results.append(there.to(tensor.device))
+        results.append(_at(there, tensor.device))
     return results
 
 
@@ -123,12 +131,21 @@ def spread(tensors: Sequence[torch.Tensor]) -> None:
 
 
 def _travelling(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(place_of(tensor.device, dist.get_backend_config())).contiguous()
+    return _at(tensor, place_of(tensor.device, dist.get_backend_config()))
+
+
+def _at(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
+    """The tensor at a place, in one piece."""
+    if tensor.device == place and tensor.is_contiguous():
+        return tensor
+    with together():  # one process may have no memory for the copy
+        return tensor.to(place).contiguous()
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """What raises inside on one process raises on all, so that none waits for one that has gone.
+    """What raises inside on one process raises on all, so that none waits for one that has gone. Nothing inside waits
+    for the others, unless it is inside of another of these.
 
     Raises:
         ValueError: What another process raised was a TypeError or ValueError.
@@ -140,7 +157,8 @@ def together() -> Iterator[None]:
     except Exception as raised:  # whatever it is, such as no memory: the others wait for this process
         error = raised
     message = error and f"{type(error).__name__} on process {rank()}: {error}"
-    told = gathered(message and (message, isinstance(error, (TypeError, ValueError))))
+    of_this = message and (message, isinstance(error, (TypeError, ValueError)))
+    told = [of_this] if count() == 1 else _told(of_this)
     if error is not None:
         raise error
     found = [each for each in told if each is not None]

@@ -204,8 +204,9 @@ def sample(rows: DistinctRows, most_rows: int, most_tokens: int, most_bytes: int
                 if content in chosen:
                     found.append((chosen[content], take(batch, [index])))
     found = [pair for part in processes.gathered(found) for pair in part]
-    parts = (part for _, part in sorted(found, key=lambda pair: pair[0]))
-    return joined(parts, max(processes.gathered(largest)))
+    largest = max(processes.gathered(largest))
+    with processes.together():
+        return joined((part for _, part in sorted(found, key=lambda pair: pair[0])), largest)
 
 
 def row_count(batch: Any) -> int | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from accelerate import PartialState  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 
 import tests.conftest  # noqa: E402, F401  (offline, one thread)
 from hf_layercollapse import (  # noqa: E402
     LayerCollapseConfig,
     apply_layer_collapse,
     collapse_model,
+    find_feed_forward_blocks,
     linearity_map,
     plan_collapse,
     recover_model,
@@ -118,13 +122,18 @@ def block_down(merge):
     return merge.block.layout.down
 
 
-def sent(rank):
-    """What the first process sends of a patched model's merges, of which one block is fitted to data."""
-    case, batches, tensors = BY_NAME["bert"], data(rank, 2), []
-    model = apply_layer_collapse(case.model(), LayerCollapseConfig())
+def patched():
+    """A model of which one block is to be fitted to data, and the others are lines already."""
+    model = apply_layer_collapse(BY_NAME["bert"].model(), LayerCollapseConfig())
     with torch.no_grad():
         for number, block in enumerate(bind_blocks(model)):
             block.activation.alpha.fill_(1.0 if number else 0.97)
+    return model
+
+
+def sent(rank):
+    """What the first process sends of a patched model's merges, of which one block is fitted to data."""
+    model, batches, tensors = patched(), data(rank, 2), []
     spread = several.spread
     several.spread = lambda parameters: (tensors.extend(parameters), spread(parameters))
     try:
@@ -133,6 +142,71 @@ def sent(rank):
         several.spread = spread
     kept = [id(tensor) for tensor in tensors]
     return [kept.count(id(parameter)) for block in bind_blocks(model) for parameter in block.down.parameters()]
+
+
+class NoRoom(TorchDispatchMode):
+    """Counts tensors that are made; the last of so many, or the next that torch.distributed does not make, fails."""
+
+    def __init__(self, last=math.inf):
+        super().__init__()
+        self.last, self.made = last, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = func(*args, **(kwargs or {}))
+        known = {a.untyped_storage().data_ptr() for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)}
+        if isinstance(given, torch.Tensor) and given.untyped_storage().data_ptr() not in known:
+            self.made += 1
+            if self.made >= self.last and not is_of_torch_distributed(sys._getframe()):
+                self.last = math.inf
+                raise torch.OutOfMemoryError("no memory is left")
+        return given
+
+
+def is_of_torch_distributed(frame):
+    while frame is not None:
+        if frame.f_code.co_filename == dist.distributed_c10d.__file__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+# Where the second process fails, as shares of all that it makes.
+PLACES = [0, 0.3, 0.6, 0.85, 0.97]
+
+USES = {
+    "patched": (patched, lambda model, batches: collapse_model(model, calibration_data=batches)),
+    "in turn": (
+        BY_NAME["gpt2"].model,
+        lambda model, batches: collapse_model(
+            model, LayerCollapseConfig(blocks=[0, 1], **CONFIGS["in turn, by variance"]), batches
+        ),
+    ),
+    "affine": (
+        BY_NAME["gpt2"].model,
+        lambda model, batches: apply_layer_collapse(model, LayerCollapseConfig(linear_target="affine"), batches),
+    ),
+    "plan": (
+        BY_NAME["bert"].model,
+        lambda model, batches: plan_collapse(model, batches, macs=0.4, blocks=[0, 1], rank_shares=(1 / 4, 0.0)),
+    ),
+}
+
+
+def no_memory_anywhere(rank, name):
+    """What all hear where the second process has no memory for something, wherever that is; their models stay."""
+    (make, use), batches, said = USES[name], data(rank, 2)[:12], []
+    model = make()
+    find_feed_forward_blocks(model)  # what is found of its code is kept
+    with NoRoom() as whole:
+        use(model, batches)
+    for place in PLACES:
+        model = make()
+        before, kinds = weights(model), [type(module) for module in model.modules()]
+        with NoRoom(place * whole.made if rank == 1 else math.inf):
+            said.append(refused(lambda model=model: use(model, batches), (RuntimeError, ValueError)))
+        assert all(torch.equal(value, before[key]) for key, value in weights(model).items())
+        assert [type(module) for module in model.modules()] == kinds
+    return said
 
 
 def no_memory(rank):
@@ -223,6 +297,7 @@ if __name__ == "__main__":
     rank = state.process_index
     results = {"run": run(rank, 2), "refused": refusals(rank, 2), "tipped": tipped(rank, 2)}
     results["no memory"], results["sent"] = no_memory(rank), sent(rank)
+    results["anywhere"] = {name: no_memory_anywhere(rank, name) for name in USES}
     folder = Path(sys.argv[1])
     results["shell"] = shell_refusals(rank, folder / "shell")
     torch.save(results, folder / f"results_{rank}.pt")

@@ -98,6 +98,14 @@ def test_what_one_process_has_no_memory_for_all_hear_of(results):
         assert second[name] == "no memory is left"
 
 
+@pytest.mark.parametrize("use", ["patched", "in turn", "affine", "plan"])
+def test_wherever_one_process_has_no_memory_all_hear_of_it(use, results):
+    """And the model of neither is changed."""
+    first, second = (result["anywhere"][use] for result in results)
+    assert len(first) == len(second) and all("no memory is left" in said for said in second)
+    assert all(re.search("Error on process 1: .*no memory is left", said, re.DOTALL) for said in first)
+
+
 def test_what_one_process_is_given_wrong_both_say(results):
     first, second = (result["refused"] for result in results)
     assert "ValueError on process 1: The calibration data is empty" in first["no data"]
