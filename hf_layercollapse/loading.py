@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from transformers import AutoConfig, ProcessorMixin
-from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, has_file
+from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, has_file, logging
 
 from .auto_classes import architecture_of, auto_class_of, class_named
 from .data_files import is_path
@@ -22,8 +22,10 @@ from .models import shorten
 from .sentence_models import KIND_FILES, load_sentence_model, saved_kind, sentence_model
 
 
+logger = logging.get_logger(__name__)
+
 # What a model is loaded for: "list" takes it as it comes, "measure" refuses weights that the checkpoint did not give,
-# "save" also those that the class has no place for.
+# "save" also tells of those that the class has no place for.
 Purpose = Literal["list", "measure", "save"]
 Found = TypeVar("Found")
 
@@ -110,15 +112,16 @@ def load_transformers_model(name: str, trust_remote_code: bool = False, purpose:
         model, found = model_class.from_pretrained(place, output_loading_info=True, **options)
     except SafetensorError as error:
         raise ValueError(f"The weights of {name} are damaged: {error}") from error
-    _refuse_other_weights(name, model, found, purpose)
+    _look_at_weights(name, model, found, purpose)
     return model.eval()
 
 
-def _refuse_other_weights(name: str, model: Any, found: Mapping[str, Any], purpose: Purpose) -> None:
-    """Raises if a checkpoint has less than the model's class, or more: as far as transformers tells of it.
+def _look_at_weights(name: str, model: Any, found: Mapping[str, Any], purpose: Purpose) -> None:
+    """Refuses a checkpoint that has less than the model's class, and tells of what it has more, as far as transformers
+    finds it.
 
     Raises:
-        ValueError: As said.
+        ValueError: There is less.
     """
     kind = type(model).__name__
     missing = sorted(found["missing_keys"])
@@ -131,10 +134,9 @@ def _refuse_other_weights(name: str, model: Any, found: Mapping[str, Any], purpo
     made = [f".{buffer}" for buffer, _ in model.named_buffers()]
     left = [key for key in sorted(found["unexpected_keys"]) if not any(each.endswith(f".{key}") for each in made)]
     if left and purpose == "save":
-        raise ValueError(
-            f"{name} holds weights that a {kind} has no place for, and what is saved would lack them: "
-            f"{', '.join(shorten(left))}. If they are not wanted, load it in Python as a {kind}, save that by "
-            "`save_pretrained`, and pass the folder."
+        logger.warning(
+            f"{name} holds weights that a {kind} has no place for, and what is saved lacks them, as with "
+            f"`save_pretrained`: {', '.join(shorten(left))}."
         )
 
 
