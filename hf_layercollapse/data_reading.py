@@ -1,6 +1,5 @@
 """Reading calibration data: batches of model inputs, as often as they are needed, and each time the same rows."""
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from . import processes
 from .calibration_data import CalibrationData, is_stream, refuse_endless
-from .rows import DistinctRows, bytes_of, hold_back, not_inputs, row_count
+from .rows import DistinctRows, bytes_of, held_to_measure_on, hold_back, not_inputs, read_within, row_count
 
 
 if TYPE_CHECKING:
@@ -46,12 +45,18 @@ def read_calibration_data(data: Any, memory: "MemoryBudget", labels: bool = Fals
 def split_data(
     calibration_data: Any, evaluation_data: Any, memory: "MemoryBudget", labels: bool = False
 ) -> tuple[DistinctRows, list[dict[str, Any]]]:
-    """`(rows to fit to, batches to score on)`, as [`hold_back`] does it or as they are given. The second are kept."""
+    """`(rows to fit to, batches to score on)`, as [`hold_back`] does it or as they are given. The second are kept.
+
+    Raises:
+        ValueError: As [`read_calibration_data`], or there is too little memory for the second.
+    """
     with processes.together():
         data = readable(calibration_data, memory)
-        held = None if evaluation_data is None else list(_Checked(evaluation_data, "evaluation"))
+        held = None
+        if evaluation_data is not None:
+            held = held_to_measure_on(_Checked(evaluation_data, "evaluation"), memory)
     if held is None:
-        fitting, held = hold_back(data, labels)
+        fitting, held = hold_back(data, labels, memory)
     else:
         fitting = DistinctRows(data, labels)
     memory.hold_all(bytes_of(held))
@@ -70,15 +75,9 @@ def readable(data: Any, memory: "MemoryBudget") -> Iterable[dict[str, Any]]:
     checked = _Checked(data, "calibration")
     if isinstance(data, Sequence) or _is_in_order(data):
         return checked
-    kept: list[dict[str, Any]] = []
-    taken: Counter[torch.device] = Counter()
     iterator = iter(data)
-    for batch in _Checked(data, "calibration", iterator):
-        kept.append(batch)
-        taken += bytes_of([batch])
-        if not memory.fits(taken):
-            break
-    else:
+    kept, taken = read_within(_Checked(data, "calibration", iterator), memory)
+    if memory.fits(taken):
         memory.hold_all(taken)
         return kept
     if iterator is data:

@@ -647,8 +647,9 @@ def shrinkage(matrix_oo: torch.Tensor, fourth: float, rows: int) -> float:
 
 def shrunk(matrix_oo: torch.Tensor, share: float) -> torch.Tensor:
     """`(1 - share) G + share mu I`, with `mu` the mean of the diagonal of `G`."""
-    mean = matrix_oo.diagonal().mean()
-    return (1 - share) * matrix_oo + share * mean * torch.eye(matrix_oo.shape[0]).to(matrix_oo)
+    shrunk = (1 - share) * matrix_oo
+    shrunk.diagonal().add_(share * matrix_oo.diagonal().mean())
+    return shrunk
 
 
 def psd_root(matrix_oo: torch.Tensor) -> torch.Tensor:

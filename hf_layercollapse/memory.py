@@ -2,11 +2,13 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from accelerate.utils import convert_file_size_to_int
+from packaging.version import Version
 
 from . import processes
 
@@ -21,8 +23,9 @@ class MemoryBudget:
 
     Args:
         max_memory (`int`, `str` or `dict`, *optional*): Bytes (`2_000_000_000`, `"2GB"`, `"500MB"`) of all devices
-            together, or as accelerate has it a dict of them by device (`{0: "10GB", "cpu": "20GB"}`). Default, also
-            for devices that the dict leaves out: half of what is free on the device when it is first asked for.
+            together, or as accelerate has it a dict of them by device (`{0: "10GB", "cpu": "20GB"}`; `"cuda"` is the
+            current one). Default, also for devices that the dict leaves out: half of what is free on the device when
+            it is first asked for; of a CPU no more than what control groups (of a container or a job) leave.
 
     Raises:
         TypeError, ValueError: It is none of these, not positive, or names a device that there is not.
@@ -41,7 +44,7 @@ class MemoryBudget:
 
     def room(self, device: torch.device | str = "cpu") -> int:
         """Bytes that are left on a device."""
-        device = _without_index(torch.device(device))
+        device = _one_name(torch.device(device))
         if self._total is not None:
             return self._total - sum(self._held.values())
         if device not in self._limits:
@@ -50,7 +53,7 @@ class MemoryBudget:
 
     def hold(self, count: int, device: torch.device | str = "cpu") -> None:
         """Takes bytes of the budget, or gives them back where the count is negative."""
-        device = _without_index(torch.device(device))
+        device = _one_name(torch.device(device))
         self._held[device] = self._held.get(device, 0) + count
 
     def hold_all(self, counts: Mapping[torch.device, int]) -> None:
@@ -77,7 +80,7 @@ class MemoryBudget:
 
     def held(self, device: torch.device) -> int:
         """Bytes that count against the room of a device and are taken."""
-        return self.counted_on(_without_index(device), self._held)
+        return self.counted_on(_one_name(device), self._held)
 
     def counted_on(self, device: torch.device, counts: Mapping[torch.device, int]) -> int:
         """How many of these bytes count against the room of a device: all, where one number is for all devices."""
@@ -124,7 +127,7 @@ def _device_of(key: Any) -> torch.device:
         device = None
     if device is None or not _exists(device):
         raise ValueError(f"`max_memory` names the device {key!r}, and there is none such here.")
-    return _without_index(device)
+    return _one_name(device)
 
 
 def _exists(device: torch.device) -> bool:
@@ -136,13 +139,65 @@ def _exists(device: torch.device) -> bool:
     return device.index is None or device.index < torch.accelerator.device_count()
 
 
-def _without_index(device: torch.device) -> torch.device:
-    """A CPU, and the one device of its kind, by one name."""
-    return torch.device(device.type) if device.type in ("cpu", "mps") else device
+# Devices whose tensors lie in the memory of the host, or nowhere.
+_OF_HOST = ("cpu", "mps", "meta")
+
+# From this version on torch says of every accelerator how much is free (2.13 does; earlier ones were not looked at).
+_EVERY_ACCELERATOR = (2, 13)
+
+
+def _one_name(device: torch.device) -> torch.device:
+    """The host's, and the one device of its kind, without an index, every other with one: the current one's."""
+    if device.type in _OF_HOST:
+        return torch.device(device.type)
+    return device if device.index is not None else torch.device(device.type, torch.accelerator.current_device_index())
 
 
 def _free(device: torch.device) -> int:
+    if device.type in _OF_HOST:
+        free = [psutil.virtual_memory().available, *left_by_control_groups()]
+        # Processes of one host share it.
+        return min(free) // processes.count()
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    # Processes of one host share it.
-    return psutil.virtual_memory().available // processes.count()
+        # What torch keeps of freed tensors is free for others.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if Version(torch.__version__).release < _EVERY_ACCELERATOR:
+        raise ValueError(
+            f"How much memory is free on {device} torch {torch.__version__} does not say: pass `max_memory`, such as "
+            f'{{"{device}": "10GB"}}.'
+        )
+    cached = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+    return torch.accelerator.get_memory_info(device)[0] + cached
+
+
+# Of control groups: the folder of their limits, files of the limit and of what is used, and the line of the used that
+# is cache of files, which is given up where memory is short; by version.
+_GROUPS = {
+    2: ("", "memory.max", "memory.current", "inactive_file"),
+    1: ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def left_by_control_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Bytes that each control group of this process (Docker's, Kubernetes's, Slurm's) leaves of its limit; none where
+    there is no limit, or no such group.
+
+    Args:
+        root (`Path`): Where groups are mounted.
+        own (`Path`): What says which are this process's, in lines of `number:controllers:path`.
+    """
+    left = []
+    for line in own.read_text().splitlines() if own.is_file() else []:
+        number, controllers, path = line.split(":", 2)
+        if number != "0" and "memory" not in controllers.split(","):
+            continue
+        folder, limit, used, cache = _GROUPS[2 if number == "0" else 1]
+        # A container may see its own group as the root, under the path that the host has for it.
+        inner = Path(path.lstrip("/"))
+        for group in (root / folder / part for part in (inner, *inner.parents)):
+            if (group / limit).is_file() and (most := (group / limit).read_text().strip()) != "max":
+                lines = (group / "memory.stat").read_text().splitlines()
+                stat = dict(pair.split() for pair in lines)
+                left.append(max(0, int(most) - int((group / used).read_text()) + int(stat[cache])))
+    return left

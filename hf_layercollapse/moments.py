@@ -366,6 +366,14 @@ def bytes_in_metric(block: "BoundBlock", candidates: int, inputs: bool = True) -
 def bytes_to_fit(block: "BoundBlock", neurons: int, inputs: bool = True, low_rank: bool = False) -> int:
     """Memory that a fit with so many neurons takes beside the sums, see [`functional.fit_block`]."""
     features, outputs = (block.in_features if inputs else 0) + neurons, block.out_features
-    # For a low rank also what the outputs are multiplied by to be in the metric of the loss.
-    solved = 8 * features * (2 * outputs + 5 * min(functional.STRIP, outputs)) + (24 if low_rank else 16) * outputs**2
-    return (4 + (24 if low_rank else 16)) * features**2 + solved
+    solved = 8 * features * (2 * outputs + 5 * min(functional.STRIP, outputs)) + 16 * outputs**2
+    if not low_rank:
+        return 20 * features**2 + solved
+    # In the metric of the loss: what the outputs are multiplied by, and what that gives.
+    in_metric = (8 if features <= NARROW_FEATURES else 4) * features * outputs + 8 * outputs**2
+    return max(bytes_of_root(block), 28 * features**2 + solved + in_metric)
+
+
+def bytes_of_root(block: "BoundBlock") -> int:
+    """Memory that the root of a block's metric of the loss takes while it is worked out: seven matrices of float64."""
+    return 56 * block.out_features**2

@@ -32,7 +32,7 @@ from .forward_passes import lean
 from .loss_metric import LossMetric, MetricReport, held_by_metrics, measure_metrics
 from .merging import Merge, Trial, has_constant, is_possible, make_merge, size_of, stored_neurons
 from .models import device_of, evaluating, inputs_of, outputs_of
-from .moments import BlockMoments, bytes_in_metric, bytes_to_choose, bytes_to_fit
+from .moments import BlockMoments, bytes_in_metric, bytes_of_root, bytes_to_choose, bytes_to_fit
 from .plans import CollapsePlan, PlanPoint, key_of
 from .predictions import predictions_of, without_labels
 from .profiling import Latency, compare_latency
@@ -179,11 +179,10 @@ class Search:
         def sizes(block: "BoundBlock", moments: BlockMoments) -> BlockSizes:
             return sizes_of(block, moments, self.metrics.get(block.name), *self._how)
 
-        working = {
-            block.name: bytes_to_choose(block, block.hidden_features, with_inputs)
-            + bytes_in_metric(block, block.hidden_features, with_inputs)
-            for block in blocks
-        }
+        working = {}
+        for block in blocks:
+            how = block, block.hidden_features, with_inputs
+            working[block.name] = max(bytes_of_root(block), bytes_to_choose(*how) + bytes_in_metric(*how))
         inputs = dict.fromkeys(self.blocks, with_inputs)
         memory, of_metrics = self.engine.memory, held_by_metrics(self.engine, blocks)
         # Fits ask the metric for linear maps of a low rank only.

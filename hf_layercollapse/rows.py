@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from . import processes
+from .memory import MemoryBudget
 
 
 # One row of so many is held back for scoring.
@@ -296,18 +297,48 @@ def joined(parts: Iterable[Any], size: int | None = None) -> list:
     return whole + sorted(batches, key=lambda batch: row_count(batch) or 0, reverse=True)
 
 
-def hold_back(data: Iterable[Any], labels: bool = False) -> tuple[Any, list]:
+def read_within(batches: Iterable[Any], memory: MemoryBudget) -> tuple[list, Counter[torch.device]]:
+    """`(batches, what they take by device)`, up to the first that there is no memory for, with that."""
+    kept: list[dict[str, Any]] = []
+    taken: Counter[torch.device] = Counter()
+    for batch in batches:
+        kept.append(batch)
+        taken += bytes_of([batch])
+        if not memory.fits(taken):
+            break
+    return kept, taken
+
+
+def held_to_measure_on(batches: Iterable[Any], memory: MemoryBudget) -> list:
+    """The batches, which are to be held.
+
+    Raises:
+        ValueError: They take more memory than there is.
+    """
+    held, taken = read_within(batches, memory)
+    if not memory.fits(taken):
+        raise ValueError(
+            f"The rows to measure on take {memory.told(taken)}, with the first {len(held)} batches of them: pass "
+            "fewer, or raise `max_memory`."
+        )
+    return held
+
+
+def hold_back(
+    data: Iterable[Any], labels: bool = False, memory: MemoryBudget | None = None
+) -> tuple[DistinctRows, list]:
     """`(batches to fit to, batches to score on)`: one row of four by content, never a copy of one that is fitted to.
 
     Args:
         data (iterable of `dict[str, Tensor]`): Model inputs that can be read again.
         labels (`bool`): As in [`DistinctRows`].
+        memory ([`MemoryBudget`], *optional*): For what is scored on.
 
     Returns:
         [`DistinctRows`], and a list.
 
     Raises:
-        ValueError: There are fewer than four different rows.
+        ValueError: There are fewer than four different rows, or too little memory.
     """
     rows = DistinctRows(data, labels)
     found = rows.texts
@@ -319,4 +350,4 @@ def hold_back(data: Iterable[Any], labels: bool = False) -> tuple[Any, list]:
     held_back = set(sorted(found)[: len(found) // HELD_BACK])
     fitting = rows.part(lambda text: text not in held_back)
     with processes.together():
-        return fitting, joined(rows.part(held_back.__contains__))
+        return fitting, joined(held_to_measure_on(rows.part(held_back.__contains__), memory or MemoryBudget()))

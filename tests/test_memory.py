@@ -11,9 +11,10 @@ from hf_layercollapse.block_sizes import possible_sizes
 from hf_layercollapse.blocks import bind_blocks
 from hf_layercollapse.calibration import Calibration, _Need
 from hf_layercollapse.loss_metric import bytes_of_metrics
-from hf_layercollapse.memory import MemoryBudget
+from hf_layercollapse.memory import MemoryBudget, left_by_control_groups
 from hf_layercollapse.merging import parameters_of
 from hf_layercollapse.moments import bytes_in_metric, bytes_of_sums, bytes_to_choose, bytes_to_fit
+from hf_layercollapse.neuron_statistics import tokens_at_a_time
 from hf_layercollapse.plan_search import Candidate, PlanOptions, Search
 from hf_layercollapse.rows import bytes_of, hold_back
 
@@ -167,6 +168,75 @@ def test_a_plan_of_a_low_rank_block_is_refused_before_its_metric_is_measured():
     with pytest.raises(ValueError, match=r"needs .* raise `max_memory`"):
         collapse_model(model, plan=plan, calibration_data=data(), max_memory=20_000)
     assert not forwards
+
+
+def test_rows_to_measure_on_are_refused_before_they_fill_the_memory():
+    read = []
+
+    def evaluation():
+        for seed in range(100):
+            read.append(seed)
+            yield text_inputs(batch=8, seed=seed)
+
+    one = sum(bytes_of(data()[:1]).values())
+    message = r"rows to measure on take {:,} bytes, of {:,} that there are.* raise `max_memory`"
+    with pytest.raises(ValueError, match=message.format(4 * one, 4 * one - 1)):
+        linearity_map(llama(), data(), evaluation_data=evaluation(), max_memory=4 * one - 1)
+    assert len(read) == 4
+    held = sum(bytes_of(hold_back(data())[1]).values())
+    with pytest.raises(ValueError, match="rows to measure on take"):
+        linearity_map(llama(), data(), max_memory=held - 1)
+
+
+def test_the_root_of_the_metric_counts():
+    """Where blocks are narrow inside it takes more than choosing."""
+    widths = {"hidden_size": 304, "intermediate_size": 320}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, num_attention_heads=2, vocab_size=64, **widths)).eval()
+    blocks, (_, held) = bind_blocks(model), hold_back(data())
+    enough = sum((bytes_of(held) + bytes_of_metrics(blocks)).values()) + bytes_of_sums(blocks[0], 320, False)
+    root = 7 * 8 * 304 * 304
+    assert bytes_to_choose(blocks[0], 320, False) + bytes_in_metric(blocks[0], 320, False) < root
+    forwards = forwards_of(model)
+    with pytest.raises(ValueError, match="alone needs .* raise `max_memory`"):
+        plan_collapse(model, data(), macs=0.5, rank_shares=(0.0,), max_memory=enough + root - 1)
+    assert not forwards
+    assert bytes_to_fit(blocks[0], 0, True, True) >= root
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_neurons_of_many_tokens_are_worked_on_in_parts(device):
+    tokens = tokens_at_a_time(torch.device(device), 14_336)
+    assert 1 <= tokens and 6 * 8 * tokens * 14_336 < 2**27
+    assert tokens_at_a_time(torch.device(device), 2**30) == 1
+
+
+def test_control_groups(tmp_path):
+    def group(path, most, used, cache, version=2):
+        names = {
+            2: ("max", "current", "inactive_file"),
+            1: ("limit_in_bytes", "usage_in_bytes", "total_inactive_file"),
+        }
+        limit, current, line = names[version]
+        path.mkdir(parents=True, exist_ok=True)
+        (path / f"memory.{limit}").write_text(f"{most}\n")
+        (path / f"memory.{current}").write_text(f"{used}\n")
+        (path / "memory.stat").write_text(f"anon 7\n{line} {cache}\n")
+
+    own = tmp_path / "own"
+    assert left_by_control_groups(tmp_path, own) == []
+    # A job of Slurm: the limit is that of a group above.
+    own.write_text("0::/system.slice/job_1/step_0\n")
+    assert left_by_control_groups(tmp_path, own) == []
+    group(tmp_path / "system.slice" / "job_1" / "step_0", "max", 900, 0)
+    group(tmp_path / "system.slice" / "job_1", 1000, 900, 300)
+    assert left_by_control_groups(tmp_path, own) == [400]
+    # In a container the group itself is the root.
+    group(tmp_path, 500, 600, 50)
+    assert left_by_control_groups(tmp_path, own) == [400, 0]
+    own.write_text("12:cpu,cpuacct:/docker/a\n4:memory:/docker/a\n1:name=systemd:/docker/a\n")
+    assert left_by_control_groups(tmp_path, own) == []
+    group(tmp_path / "memory", 800, 300, 100, version=1)
+    assert left_by_control_groups(tmp_path, own) == [600]
 
 
 def test_new_weights_count_where_they_lie():
