@@ -421,8 +421,8 @@ def _merges_of(chosen: _Chosen, engine: Calibration | None, options: LayerCollap
         with processes.together():
             merges = _merge_all(ready, fitted, threshold)
     # The same to the bit, whatever each process computes on; those that were fitted are.
-    fitted = {block.name for block in refit}
-    linears = [linear for merge in merges if merge.block.name not in fitted for linear in merge.linears.values()]
+    told = {block.name for block in refit}
+    linears = [linear for merge in merges if merge.block.name not in told for linear in merge.linears.values()]
     processes.spread([parameter for linear in linears for parameter in linear.parameters()])
     return merges
 

@@ -94,11 +94,10 @@ def apply_layer_collapse(
                 f'linear_target="{config.linear_target}" needs `calibration_data`: some batches of model inputs to '
                 "fit each neuron's line to."
             )
-        if to_fit:
-            calibration_data = model_inputs(calibration_data, processing_class, model)
-    if to_fit:
+        data = model_inputs(calibration_data, processing_class, model) if to_fit else None
+    if data is not None:
         with Progress("Affine targets") as progress:
-            engine = Calibration.on(model, inner, calibration_data, max_memory, token_mask_fn, progress)
+            engine = Calibration.on(model, inner, data, max_memory, token_mask_fn, progress)
             calibrate_affine_targets(engine, to_fit, activations, config.linear_target == "constant")
 
     for block in chosen:

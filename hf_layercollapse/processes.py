@@ -158,7 +158,7 @@ def together() -> Iterator[None]:
         error = raised
     message = error and f"{type(error).__name__} on process {rank()}: {error}"
     of_this = message and (message, isinstance(error, (TypeError, ValueError)))
-    told = [of_this] if count() == 1 else _told(of_this)
+    told: list[Any] = [of_this] if count() == 1 else _told(of_this)
     if error is not None:
         raise error
     found = [each for each in told if each is not None]
