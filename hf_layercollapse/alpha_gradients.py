@@ -43,7 +43,8 @@ def refuse_liger(args: TrainingArguments, model: nn.Module, config: LayerCollaps
         ours = select_blocks(blocks, config.blocks, refused)
     replaced = [block.name for block in ours if kernels & _kernels_of(block)]
     if replaced:
-        options = {name: False for block in ours for name in sorted(_kernels_of(block))}
+        options = dict(args.liger_kernel_config or {})
+        options |= {name: False for block in ours for name in sorted(_kernels_of(block))}
         raise ValueError(
             f"`use_liger_kernel` puts code of its own in the place of {shorten(replaced)}, which runs neither an "
             "activation with an alpha nor what a block has collapsed to: another model would be trained than is "

@@ -101,7 +101,7 @@ class AlphaTraining(TrainerCallback):
     def _drive(self, alphas: list[nn.Parameter]) -> None:
         """Takes alphas over from the optimizer that there is, unless that was done."""
         optimizer, config = plain_optimizer(self._trainer.optimizer), self._trainer.layer_collapse_config
-        if self.steps is not None and self.steps.optimizer is optimizer:
+        if self.steps is not None and self.steps.optimizer is optimizer and self.steps.drives:
             return
         if self._trainer.is_deepspeed_enabled:
             # It flattens what is in the optimizer into parts, in the model's dtype.

@@ -10,12 +10,13 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.modeling_utils import PreTrainedModel
+from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import ParallelMode, TrainingArguments
 from transformers.utils import logging
 
 from .alpha_gradients import AlphaGradients, refuse_liger
 from .config import LayerCollapseConfig
-from .modeling_layercollapse import CollapsibleActivation
+from .modeling_layercollapse import CollapsibleActivation, has_own_adapters
 from .models import unwrap
 from .neuron_budget import NeuronBudget, refuse_neuron_budget, refuse_several_devices
 from .optimization import (
@@ -118,6 +119,7 @@ class LayerCollapseCallback(TrainerCallback):
         if self._names_base:
             forget_base(model)
             self._names_base = False
+        _refuse_adapters_without_base(args, model)
         self._find_places(model)
         self._state, self._activations = state, _trained_activations(model, self._places, self._patched)
         activations = self._activations
@@ -131,14 +133,15 @@ class LayerCollapseCallback(TrainerCallback):
         if config.budget is not None:
             refuse_several_devices(args)
         optimizer = plain_optimizer(optimizer)
-        if self._alpha_steps is None or self._alpha_steps.optimizer is not optimizer:
+        steps = self._alpha_steps
+        if steps is None or steps.optimizer is not optimizer or not steps.drives:
             # The schedule counts the groups that are there.
             strength, told = partial(self._penalty_strength, config), None
             if config.budget is not None:
                 told = NeuronBudget(model, config, optimizer, partial(self._progress, config))
-            self._alpha_steps = AlphaSteps(optimizer, alphas, config, strength, scheduled=True, told=told)
-        if self._alpha_steps.told is not None:
-            self._alpha_steps.told.refuse_forgotten(state.global_step)
+            steps = self._alpha_steps = AlphaSteps(optimizer, alphas, config, strength, scheduled=True, told=told)
+        if steps.told is not None:
+            steps.told.refuse_forgotten(state.global_step)
         self._gradients = AlphaGradients(self._blocks_of(activations))
 
     def _find_places(self, model: Any) -> None:
@@ -259,6 +262,25 @@ def _trained_activations(model: Any, places: Any, patched: bool) -> dict[str, Co
             "(`callbacks=[...]`), with a config, or a model from `apply_layer_collapse`."
         )
     return activations
+
+
+def _refuse_adapters_without_base(args: TrainingArguments, model: Any) -> None:
+    """Raises where the run's first checkpoint would: of a model in which transformers has put adapters, a save holds
+    these alone, and what was patched in memory is saved nowhere.
+
+    Raises:
+        ValueError: As said.
+    """
+    inner = unwrap(model, sharded=True)[0]
+    if args.save_strategy == SaveStrategy.NO or not isinstance(inner, PreTrainedModel):
+        return
+    if inner.name_or_path or not has_own_adapters(inner):
+        return
+    raise ValueError(
+        "The model has adapters and was patched in memory: checkpoints of its adapters could name no base. Save the "
+        'patched model before adapters are added, train with save_strategy="no", or use LayerCollapseTrainer, whose '
+        "checkpoints need none."
+    )
 
 
 def _refuse_sharding() -> None:

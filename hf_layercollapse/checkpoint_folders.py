@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# What folders in that of a run are for that hold no checkpoint.
-_PURPOSES = ("checkpoint", "deleted")
-
 
 class CheckpointFolders:
     """Where a Trainer writes checkpoints, which it resumes from, and which it deletes.

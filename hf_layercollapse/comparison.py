@@ -395,7 +395,7 @@ def _score(
     with evaluating(model), torch.no_grad():
         for batch in tqdm(batches, desc=f"Scoring {name}", leave=False, disable=not progress):
             batch = inputs_of(batch, device)
-            logits = outputs_of(model, lean(inner, without_labels(inner, batch)))["logits"]
+            logits = outputs_of(model, lean(inner, batch))["logits"]
             if metric == "accuracy":
                 _check_logits(name, logits, batch["labels"])
                 parts.append(((logits.argmax(-1) == batch["labels"]).cpu().numpy(),))
@@ -419,8 +419,7 @@ def _divergences(
     with evaluating(first), evaluating(model), torch.no_grad():
         for batch in tqdm(batches, desc=f"Scoring {name}", leave=False, disable=not progress):
             batch = inputs_of(batch, device)
-            inputs = without_labels(inner, batch)
-            given = (outputs_of(each, lean(unwrap(each)[0], inputs)) for each in (model, first))
+            given = (outputs_of(each, lean(unwrap(each)[0], batch)) for each in (model, first))
             now, then = (predictions_of(inner, batch, outputs) for outputs in given)
             parts.append(_by_input(now, then, name))
             unit = UNITS[now[0].kind]

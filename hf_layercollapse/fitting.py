@@ -93,7 +93,7 @@ class BlockFitting:
         return found
 
     def refuse_too_little_in_turn(self, ready: "Sequence[BoundBlock]", refit: "Sequence[BoundBlock]") -> None:
-        """Raises if there is too little memory to fit blocks one by one, beside what all before them became.
+        """Raises if there is too little memory to fit blocks one by one, beside what all became that are not fitted.
 
         Args:
             ready (`list[BoundBlock]`): In the order of their merges.

@@ -121,8 +121,8 @@ def _enough(*_: Any) -> None:
 
 
 def lean(inner: Any, inputs: Mapping[str, Any], outputs: bool = True) -> dict[str, Any]:
-    """Model inputs with which nothing is computed that nobody reads: no loss, no key-value cache and, unless the
-    outputs are read, the logits of the last token only."""
+    """Model inputs with which nothing is computed that nobody reads: no loss (but where decoder inputs are made of
+    labels), no key-value cache and, unless the outputs are read, the logits of the last token only."""
     given = without_labels(inner, inputs)
     if not isinstance(inner, PreTrainedModel):
         return given

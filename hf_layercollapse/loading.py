@@ -29,6 +29,9 @@ logger = logging.get_logger(__name__)
 Purpose = Literal["list", "measure", "save"]
 Found = TypeVar("Found")
 
+# Weights that are read in training alone, which many checkpoints lack: what SpecAugment masks with.
+_TRAINING_ONLY = ("masked_spec_embed",)
+
 
 def load_model(name: str, trust_remote_code: bool = False, purpose: Purpose = "measure") -> Any:
     """What a folder or a Hub name holds: an object of sentence-transformers, or a transformers model.
@@ -124,7 +127,7 @@ def _look_at_weights(name: str, model: Any, found: Mapping[str, Any], purpose: P
         ValueError: There is less.
     """
     kind = type(model).__name__
-    missing = sorted(found["missing_keys"])
+    missing = sorted(key for key in found["missing_keys"] if key.rpartition(".")[2] not in _TRAINING_ONLY)
     if missing and purpose != "list":
         raise ValueError(
             f"{name} does not hold all weights of a {kind}, and random numbers would stand in their place: "

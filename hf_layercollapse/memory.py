@@ -187,8 +187,12 @@ def left_by_control_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path
         root (`Path`): Where groups are mounted.
         own (`Path`): What says which are this process's, in lines of `number:controllers:path`.
     """
-    left = []
-    for line in own.read_text().splitlines() if own.is_file() else []:
+    left: list[int] = []
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:  # this is no Linux
+        return left
+    for line in lines:
         number, controllers, path = line.split(":", 2)
         if number != "0" and "memory" not in controllers.split(","):
             continue
@@ -196,8 +200,19 @@ def left_by_control_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path
         # A container may see its own group as the root, under the path that the host has for it.
         inner = Path(path.lstrip("/"))
         for group in (root / folder / part for part in (inner, *inner.parents)):
-            if (group / limit).is_file() and (most := (group / limit).read_text().strip()) != "max":
-                lines = (group / "memory.stat").read_text().splitlines()
-                stat = dict(pair.split() for pair in lines)
-                left.append(max(0, int(most) - int((group / used).read_text()) + int(stat[cache])))
+            try:
+                most, taken = (group / limit).read_text().strip(), int((group / used).read_text())
+            except OSError:  # there is no such group, or it may not be read
+                continue
+            if most != "max":
+                left.append(max(0, int(most) - taken + _cached_in(group, cache)))
     return left
+
+
+def _cached_in(group: Path, name: str) -> int:
+    """Bytes of a control group's cache of files; 0 where it does not say (gVisor's have no `memory.stat`)."""
+    try:
+        lines = (group / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name} ")), 0)

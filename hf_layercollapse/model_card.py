@@ -124,7 +124,8 @@ def add_comparison(
     name: str | None = None,
 ) -> None:
     """Adds a comparison to a card that is there, in place: a section between comments, the metric, and an entry of the
-    `model-index`. What a comparison before this had added is replaced; all else stays as it is.
+    `model-index`. The section of a comparison before this is replaced, and in the `model-index` the same measurement;
+    all else stays as it is.
 
     Args:
         card (`ModelCard`): From `ModelCard.load(f"{folder}/README.md")`, say.

@@ -49,7 +49,7 @@ CODE_FILE = os.path.basename(__file__)
 # Of folders in which something is being written. The Trainer's pushes of a whole folder pass over names with an
 # underscore in front.
 SAVING_PREFIX = "_layercollapse-saving-"
-OLD_SAVING_PREFIX = ".layercollapse-saving-"  # what versions before 2026-11-26 left when they were killed
+OLD_SAVING_PREFIX = ".layercollapse-saving-"  # what earlier versions left when they were killed
 
 # What to do where something is of a newer version than this file. The package is on no index.
 INSTALL_NEWER = (

@@ -117,13 +117,20 @@ class AlphaSteps:
         self._warned = False
         # What `alpha_lr_schedule="same"` compares with; a schedule sets it too.
         optimizer.param_groups[0].setdefault("initial_lr", optimizer.param_groups[0]["lr"])
-        self.leave()
+        for handle in _HOOKS.pop(optimizer, []):
+            handle.remove()
         self._join(scheduled)
 
+    @property
+    def drives(self) -> bool:
+        """Whether no later one has taken the optimizer."""
+        return _HOOKS.get(self.optimizer) is self._handles
+
     def leave(self) -> None:
-        """The optimizer steps as it would by itself from here on."""
-        for handle in _HOOKS.pop(self.optimizer, []):
-            handle.remove()
+        """The optimizer steps as it would by itself from here on, unless a later one drives it."""
+        if self.drives:
+            for handle in _HOOKS.pop(self.optimizer):
+                handle.remove()
 
     def _join(self, scheduled: bool) -> None:
         if scheduled:
@@ -134,7 +141,7 @@ class AlphaSteps:
             rate = self.config.alpha_learning_rate
             self.optimizer.add_param_group({"params": self.alphas, "lr": rate, "weight_decay": 0.0})
         let_the_scaler_unscale(self.optimizer)
-        _HOOKS[self.optimizer] = [
+        self._handles = _HOOKS[self.optimizer] = [
             self.optimizer.register_step_pre_hook(self._hide),
             self.optimizer.register_step_post_hook(self._show_and_step),
         ]

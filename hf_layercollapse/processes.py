@@ -136,16 +136,15 @@ def _travelling(tensor: torch.Tensor) -> torch.Tensor:
 
 def _at(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
     """The tensor at a place, in one piece."""
-    if tensor.device == place and tensor.is_contiguous():
-        return tensor
-    with together():  # one process may have no memory for the copy
+    # One process may have no memory for the copy, and whether there is one, each decides by its own device.
+    with together():
         return tensor.to(place).contiguous()
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """What raises inside on one process raises on all, so that none waits for one that has gone. Nothing inside waits
-    for the others, unless it is inside of another of these.
+    """What raises inside on one process raises on all, so that none waits for one that has gone. Nothing inside may
+    wait for the others, not by another of these either: one that fails before it would be asked once, and they twice.
 
     Raises:
         ValueError: What another process raised was a TypeError or ValueError.

@@ -19,7 +19,7 @@ from .forward_passes import lean
 from .memory import MemoryBudget
 from .models import device_of, evaluating, inputs_of, is_encoder_decoder, outputs_of, unwrap
 from .patching import alpha_parameters
-from .predictions import UNITS, Predictions, predictions_of, without_labels
+from .predictions import UNITS, Predictions, predictions_of
 from .sentence_models import sentence_model
 from .tables import table
 from .upstream import is_classifier
@@ -255,7 +255,7 @@ def _predicted(who: str, model: nn.Module, inner: Any, inputs: Mapping[str, Any]
         ValueError: The model cannot take it.
     """
     try:
-        outputs = outputs_of(model, lean(inner, without_labels(inner, inputs)))
+        outputs = outputs_of(model, lean(inner, inputs))
     except (IndexError, KeyError, TypeError) as error:  # ids beyond the vocabulary, inputs of another kind of model
         shapes = {name: list(value.shape) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
         raise ValueError(

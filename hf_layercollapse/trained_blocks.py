@@ -125,15 +125,25 @@ class TrainedBlocks:
         return activations_in_use(self._trainer.model, self._places)
 
     def place(self, activation: CollapsibleActivation) -> Place:
-        """Where one of the activations in use stands."""
-        return self._places[activation]
+        """Where one of the activations in use stands.
+
+        Raises:
+            ValueError: Its block is none any more.
+        """
+        place = self._places.get(activation)
+        if place is None:
+            raise ValueError(
+                "The model has an alpha in a block whose code is not its own any more: something put a forward in its "
+                "place, as fused kernels do. Load the model without that, or leave the block out of `blocks`."
+            )
+        return place
 
     def outcomes(self) -> dict[str, Outcome]:
         """Block index -> what [`collapse_model`] would make of it now: with a budget nothing until that is met."""
         config, activations = self._trainer.layer_collapse_config, self.activations()
         if config.budget is not None and self._progress() < 1:
             return {index: Outcome.of_one_that_waits(module) for index, module in activations.items()}
-        return {index: outcome_of(self._places[module].block, module, config) for index, module in activations.items()}
+        return {index: outcome_of(self.place(module).block, module, config) for index, module in activations.items()}
 
     def count_ready(self) -> float:
         """With those that were ready before, and are collapsed since."""

@@ -169,7 +169,8 @@ class LayerCollapseTrainerMixin(InFrontOf):
                 "LayerCollapseCallback is for Trainers without the mixin; with both, the penalty would count twice. "
                 "Leave the callback out."
             )
-        refuse_liger(self.args, self.model, self.layer_collapse_config)
+        model: Any = self.model
+        refuse_liger(self.args, model, self.layer_collapse_config)
         if self.layer_collapse_config is not None:
             for part in (self._budgeted, self._sharding, self._alphas, self._progressive, self._teaching):
                 part.refuse_setup()

@@ -19,6 +19,8 @@ from transformers import (
     GPT2Config,
     RobertaConfig,
     ViTConfig,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
 )
 from transformers.utils import is_torchvision_available
 
@@ -36,6 +38,15 @@ def text_inputs(batch=2, length=7, seed=0):
 
 def image_inputs(batch=2, seed=0):
     return {"pixel_values": torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(seed))}
+
+
+def tiny_wav2vec2(seed=0, **options):
+    """A classifier of sounds, of 800 samples, say."""
+    sizes = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    convolutions = {"conv_dim": (8, 8), "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_feat_extract_layers": 2}
+    options = {"num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8, **options}
+    torch.manual_seed(seed)
+    return Wav2Vec2ForSequenceClassification(Wav2Vec2Config(**sizes, **convolutions, **options)).eval()
 
 
 def _encoder(config_class, **kwargs):

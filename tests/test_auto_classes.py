@@ -15,7 +15,7 @@ from hf_layercollapse.model_card import loader_of
 from hf_layercollapse.modeling_layercollapse import native_models_of
 
 from .command_line import fails, lines_of_words, run, save_text_model
-from .models import BY_NAME, image_inputs, randomize, text_inputs
+from .models import BY_NAME, image_inputs, randomize, text_inputs, tiny_wav2vec2
 from .test_every_head import CONFIGS, heads_of
 from .test_native_classes import tiny_yolos
 from .test_own_code import AUTO_MAP, MODELING, POOLING
@@ -186,6 +186,17 @@ def test_a_config_that_names_no_class(data, tmp_path, error):
             f"{folder}: its config.json names no class" in refused and "`save_pretrained` writes the name" in refused
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_only_training_reads(tmp_path):
+    """Speech checkpoints lack what SpecAugment masks with."""
+    folder = tmp_path / "model"
+    tiny_wav2vec2().save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    left = {name: value for name, value in weights.items() if not name.endswith("masked_spec_embed")}
+    assert len(left) < len(weights)
+    save_file(left, folder / "model.safetensors")
+    load_model(str(folder), purpose="save")
 
 
 def test_weights_that_are_missing(data, tmp_path, error):

@@ -15,9 +15,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
-    Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
-    Wav2Vec2ForSequenceClassification,
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -34,7 +32,7 @@ from hf_layercollapse import (
 )
 from hf_layercollapse.calibration_data import positions_of
 
-from .models import BY_NAME, VOCABULARY
+from .models import BY_NAME, VOCABULARY, tiny_wav2vec2
 from .words import word_tokenizer
 
 
@@ -400,11 +398,7 @@ def test_gray_images():
 
 
 def test_sounds():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
-    convolutions = {"conv_dim": (8, 8), "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_feat_extract_layers": 2}
-    config = Wav2Vec2Config(**sizes, **convolutions, num_conv_pos_embedding_groups=2, do_stable_layer_norm=False)
-    model, extractor = Wav2Vec2ForSequenceClassification(config).eval(), Wav2Vec2FeatureExtractor()
+    model, extractor = tiny_wav2vec2(), Wav2Vec2FeatureExtractor()
     sounds = [np.random.default_rng(seed).normal(size=800).astype(np.float32) for seed in range(16)]
     first = next(iter(CalibrationData(sounds, extractor, model, batch_size=4)))
     by_hand = extractor(sounds[:4], sampling_rate=16_000, return_tensors="pt")

@@ -13,7 +13,16 @@ from hf_layercollapse import (
     collapse_model,
 )
 from tests.models import BY_NAME, LAYERS
-from tests.training import alphas_of, assert_same, model_of, set_alphas, state_of, trainer_for, zero_loss
+from tests.training import (
+    adapters_of_transformers,
+    alphas_of,
+    assert_same,
+    model_of,
+    set_alphas,
+    state_of,
+    trainer_for,
+    zero_loss,
+)
 
 
 def plain(case, folder, config=None, callback=None, **kwargs):
@@ -144,5 +153,10 @@ def test_what_is_refused(tmp_path):
     collapse_model(collapsed)
     with pytest.raises(ValueError, match="collapsed"):
         plain("bert", tmp_path, model=collapsed)
+    if adapters_of_transformers():
+        adapted = model_of(BY_NAME["bert"])
+        adapted.add_adapter(LoraConfig(target_modules=["query"]))
+        with pytest.raises(ValueError, match="adapters and was patched in memory.* LayerCollapseTrainer, whose"):
+            plain("bert", tmp_path, model=adapted, args={"save_strategy": "steps"}).train()
     with pytest.raises(ValueError, match="is for Trainers without the mixin"):
         trainer_for("bert", tmp_path, trainer_class=LayerCollapseTrainer, callbacks=[LayerCollapseCallback()])

@@ -13,9 +13,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
-    Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
-    Wav2Vec2ForSequenceClassification,
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from typer.testing import CliRunner
@@ -27,7 +25,7 @@ from hf_layercollapse.comparison import Comparison
 from hf_layercollapse.upstream import TRANSFORMERS
 
 from .command_line import fails, lines_of_words, run, save_text_model
-from .models import BY_NAME, needs_exporters, needs_torchvision, randomize
+from .models import BY_NAME, needs_exporters, needs_torchvision, randomize, tiny_wav2vec2
 
 
 @pytest.fixture
@@ -230,10 +228,7 @@ def test_compare_without_labels(classifier, tmp_path):
 
 def test_compare_sounds(tmp_path):
     folder, data = tmp_path / "model", tmp_path / "sounds.parquet"
-    sizes = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
-    convolutions = {"conv_dim": (8, 8), "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_feat_extract_layers": 2}
-    config = Wav2Vec2Config(**sizes, **convolutions, num_conv_pos_embedding_groups=2, classifier_proj_size=8)
-    Wav2Vec2ForSequenceClassification(config).save_pretrained(folder)
+    tiny_wav2vec2().save_pretrained(folder)
     Wav2Vec2FeatureExtractor().save_pretrained(folder)
     waves = np.random.default_rng(0).normal(size=(16, 800))
     sounds = [{"array": wave.tolist(), "sampling_rate": 16_000} for wave in waves]

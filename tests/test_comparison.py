@@ -13,8 +13,6 @@ from transformers import (
     T5ForConditionalGeneration,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
-    Wav2Vec2Config,
-    Wav2Vec2ForSequenceClassification,
 )
 
 from hf_layercollapse import LayerCollapseConfig, collapse_model, prediction_divergence
@@ -28,7 +26,7 @@ from hf_layercollapse.metrics import (
 )
 from hf_layercollapse.profiling import macs_per_token, weights_size
 
-from .models import BY_NAME, divergence, image_inputs, randomize, text_inputs
+from .models import BY_NAME, divergence, image_inputs, randomize, text_inputs, tiny_wav2vec2
 
 
 def labelled(count=6, batch=8):
@@ -175,14 +173,6 @@ def test_labels_that_are_no_classes(label):
         compare_models(models, data, rounds=2, progress=False)
 
 
-def wav2vec2(seed=0, **options):
-    sizes = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
-    convolutions = {"conv_dim": (8, 8), "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_feat_extract_layers": 2}
-    options = {"num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8, "num_labels": 3, **options}
-    torch.manual_seed(seed)
-    return Wav2Vec2ForSequenceClassification(Wav2Vec2Config(**sizes, **convolutions, **options)).eval()
-
-
 def sounds(seed=0, batch=8):
     return {"input_values": torch.randn(batch, 800, generator=torch.Generator().manual_seed(seed))}
 
@@ -190,9 +180,10 @@ def sounds(seed=0, batch=8):
 def test_sounds():
     """What is timed, and what MACs are counted by, is what the model reads."""
     data = [{**sounds(seed), "labels": torch.arange(8) % 3} for seed in range(3)]
-    found = compare_models({"dense": wav2vec2(), "other": wav2vec2(1)}, data, rounds=2, warmup=0, progress=False)
+    models = {"dense": tiny_wav2vec2(num_labels=3), "other": tiny_wav2vec2(1, num_labels=3)}
+    found = compare_models(models, data, rounds=2, warmup=0, progress=False)
     assert (found.metric, found.examples, found.unit) == ("accuracy", 24, "sound")
-    assert found["dense"].macs == macs_per_token(wav2vec2(), sounds(), tokens=8)
+    assert found["dense"].macs == macs_per_token(tiny_wav2vec2(num_labels=3), sounds(), tokens=8)
     assert "a batch of 8x800 samples" in str(found) and "MACs per sound" in str(found)
 
 

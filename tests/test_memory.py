@@ -237,6 +237,11 @@ def test_control_groups(tmp_path):
     assert left_by_control_groups(tmp_path, own) == []
     group(tmp_path / "memory", 800, 300, 100, version=1)
     assert left_by_control_groups(tmp_path, own) == [600]
+    # gVisor says nothing of the cache, and of a group that went away nothing is left to read.
+    (tmp_path / "memory" / "memory.stat").unlink()
+    assert left_by_control_groups(tmp_path, own) == [500]
+    (tmp_path / "memory" / "memory.usage_in_bytes").unlink()
+    assert left_by_control_groups(tmp_path, own) == []
 
 
 def test_new_weights_count_where_they_lie():

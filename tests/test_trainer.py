@@ -616,6 +616,20 @@ def test_an_optimizer_that_goes_from_one_trainer_to_the_next(trainer_class, tmp_
         assert list(map(float, alphas_of(model).values())) == pytest.approx([1 - 0.8**2] * LAYERS)
 
 
+def test_an_optimizer_goes_back_to_the_trainer_that_had_it(tmp_path):
+    config = LayerCollapseConfig(alpha_learning_rate=0.1)
+    model = apply_layer_collapse(model_of(BY_NAME["bert"]), config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    options = {"model": model, "optimizers": (optimizer, None), "compute_loss_func": zero_loss}
+    first, second = (
+        trainer_for("bert", tmp_path / name, config=config, args={"max_steps": 2}, **options) for name in "ab"
+    )
+    for trainer in (first, second, first):
+        set_alphas(model, *[0.0] * LAYERS)
+        trainer.train()
+        assert list(map(float, alphas_of(model).values())) == pytest.approx([1 - 0.8**2] * LAYERS)
+
+
 def test_an_optimizer_that_is_let_go_steps_by_itself():
     alpha = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([alpha], lr=0.5)
