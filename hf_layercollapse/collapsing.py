@@ -57,8 +57,8 @@ from .selection import select_blocks
 from .upstream import offload_like, uncompiled
 
 
-# Rows whose outputs are compared before and after, and tokens of them that are at a time.
-LOGIT_ROWS, COMPARED_TOKENS = 64, 256
+# Rows whose outputs are compared before and after.
+LOGIT_ROWS = 64
 
 
 def collapse_model(
@@ -493,29 +493,28 @@ def _confirm_cuts(inner: Any, merges: Sequence[Merge]) -> None:
 @torch.no_grad()
 def _largest_difference(engine: Calibration, merges: Sequence[Merge], restored: Iterable[BoundBlock]) -> float:
     """The largest difference of the model's first output, as it is and with these merges in place and these blocks
-    restored, over some rows of the data, of all processes; one batch of outputs is held at a time."""
-    model, inner = engine.model, engine.inner
-    largest, device = 0.0, device_of(model)
-    batches = engine.sample(LOGIT_ROWS, RANGE_TOKENS)
+    restored, over some rows of the data, of all processes; the outputs of one batch are held at a time."""
+    largest, batches = 0.0, engine.sample(LOGIT_ROWS, RANGE_TOKENS)
     engine.progress.say("comparing outputs")
-    with processes.together(), evaluating(model):
+    with processes.together(), evaluating(engine.model):
         for batch in batches:
-            inputs = lean(inner, inputs_of(batch, device))
-            before = first_tensor(outputs_of(model, inputs))
-            if not before.isfinite().all():
-                raise ValueError("The calibration data gives outputs that are not finite.")
-            with Trial() as trial:
-                for merge in merges:
-                    trial.put(merge)
-                trial.restore(restored)
-                after = first_tensor(outputs_of(model, inputs))
-            pairs = zip(_by_rows(before), _by_rows(after), strict=True)
-            largest = functional.largest([largest, *(float((a.float() - b.float()).abs().max()) for a, b in pairs)])
+            largest = functional.largest([largest, _difference_on(batch, engine, merges, restored)])
     return largest
 
 
-def _by_rows(output: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return output.reshape(-1, output.shape[-1]).split(COMPARED_TOKENS)
+def _difference_on(
+    batch: Mapping[str, Any], engine: Calibration, merges: Sequence[Merge], restored: Iterable[BoundBlock]
+) -> float:
+    model = engine.model
+    inputs = lean(engine.inner, inputs_of(batch, device_of(model)))
+    before = first_tensor(outputs_of(model, inputs))
+    if not functional.is_finite(before):
+        raise ValueError("The calibration data gives outputs that are not finite.")
+    with Trial() as trial:
+        for merge in merges:
+            trial.put(merge)
+        trial.restore(restored)
+        return functional.largest_difference(before, first_tensor(outputs_of(model, inputs)))
 
 
 def _refuse_errors(merges: Sequence[Merge], max_error: float | None) -> None:

@@ -390,21 +390,23 @@ def _score(
         if not np.isfinite(found.arrays[0]).all():
             raise ValueError(f"How far predictions of {name} are from the first model's is not finite.")
         return found
-    parts: list[tuple[np.ndarray, ...]] = []
-    device, inner = device_of(model), unwrap(model)[0]
+    parts, device = [], device_of(model)
     with evaluating(model), torch.no_grad():
         for batch in tqdm(batches, desc=f"Scoring {name}", leave=False, disable=not progress):
-            batch = inputs_of(batch, device)
-            logits = outputs_of(model, lean(inner, batch))["logits"]
-            if metric == "accuracy":
-                _check_logits(name, logits, batch["labels"])
-                parts.append(((logits.argmax(-1) == batch["labels"]).cpu().numpy(),))
-            else:
-                parts.append(_losses(logits, batch))
+            parts.append(_score_on(inputs_of(batch, device), model, metric, name))
     score = _joined(parts)
     if metric == "perplexity" and not np.isfinite(score[0]).all():
         raise ValueError(f"The loss of {name} is not finite.")
     return _Score(score)
+
+
+def _score_on(batch: Mapping[str, Any], model: nn.Module, metric: str, name: str) -> tuple[np.ndarray, ...]:
+    """Accuracy or losses of one batch; its logits, which may be large, go with this call."""
+    logits = outputs_of(model, lean(unwrap(model)[0], batch))["logits"]
+    if metric != "accuracy":
+        return _losses(logits, batch)
+    _check_logits(name, logits, batch["labels"])
+    return ((logits.argmax(-1) == batch["labels"]).cpu().numpy(),)
 
 
 def _joined(parts: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
@@ -415,15 +417,21 @@ def _divergences(
     model: nn.Module, batches: Sequence[Mapping[str, Any]], name: str, progress: bool, first: nn.Module
 ) -> _Score:
     """How far the predictions for each example are from the first model's; 0 of that itself."""
-    parts, device, inner, unit = [], device_of(model), unwrap(model)[0], None
+    parts, device = [], device_of(model)
     with evaluating(first), evaluating(model), torch.no_grad():
         for batch in tqdm(batches, desc=f"Scoring {name}", leave=False, disable=not progress):
-            batch = inputs_of(batch, device)
-            given = (outputs_of(each, lean(unwrap(each)[0], batch)) for each in (model, first))
-            now, then = (predictions_of(inner, batch, outputs) for outputs in given)
-            parts.append(_by_input(now, then, name))
-            unit = UNITS[now[0].kind]
+            arrays, unit = _divergences_on(inputs_of(batch, device), model, first, name)
+            parts.append(arrays)
     return _Score(_joined(parts), unit)
+
+
+def _divergences_on(
+    batch: Mapping[str, Any], model: nn.Module, first: nn.Module, name: str
+) -> tuple[tuple[np.ndarray, ...], str]:
+    """`(sums and counts of one batch, their unit)`."""
+    given = (outputs_of(each, lean(unwrap(each)[0], batch)) for each in (model, first))
+    now, then = (predictions_of(unwrap(model)[0], batch, outputs) for outputs in given)
+    return _by_input(now, then, name), UNITS[now[0].kind]
 
 
 def _by_input(

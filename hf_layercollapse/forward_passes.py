@@ -58,14 +58,21 @@ def run_over(
                 tokens.start(inputs)
             start = time.perf_counter()
             with contextlib.suppress(_Enough):
-                given = outputs_of(model, lean(inner, inputs, outputs is not None))
-                if outputs is not None:
-                    outputs(inputs, given)
+                _run(model, inner, inputs, outputs)
             batches += 1
             progress.step(time.perf_counter() - start)
     # Another process may have all that is different.
     if not batches and processes.count() == 1:
         raise ValueError("The calibration data is empty: it must give at least one batch of model inputs.")
+
+
+def _run(
+    model: nn.Module, inner: Any, inputs: Mapping[str, Any], outputs: Callable[[Any, Any], None] | None
+) -> None:
+    """One forward pass; what it gives, with its graph, goes before the next."""
+    given = outputs_of(model, lean(inner, inputs, outputs is not None))
+    if outputs is not None:
+        outputs(inputs, given)
 
 
 class _Enough(Exception):

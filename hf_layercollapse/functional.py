@@ -35,6 +35,10 @@ OUTLIER_LENGTH = 8.0
 # Rows that large matrices are worked on at a time.
 STRIP = 1024
 
+# Elements of a model's outputs that are worked on at a time: in float32, and with what is computed from them, those of
+# a whole batch of logits are several times what the model gave.
+OUTPUTS = 2**22
+
 _TINY = 1e-30
 
 
@@ -744,6 +748,17 @@ def gaussian_inputs(width: int, rows: int = 1024, seed: int = 0) -> torch.Tensor
 def largest(values: Iterable[float]) -> float:
     """The largest of some numbers, NaN if one of them is: `max` passes over it unless it comes first."""
     return max(values, key=lambda value: (value != value, value))
+
+
+def is_finite(outputs: torch.Tensor) -> bool:
+    """Whether every element is; some are looked at at a time."""
+    return all(bool(part.isfinite().all()) for part in outputs.reshape(-1).split(OUTPUTS))
+
+
+def largest_difference(outputs: torch.Tensor, others: torch.Tensor) -> float:
+    """The largest absolute difference of elements, NaN if one is; some are compared at a time."""
+    pairs = zip(outputs.reshape(-1).split(OUTPUTS), others.reshape(-1).split(OUTPUTS), strict=True)
+    return largest(float((part.float() - other.float()).abs().max()) for part, other in pairs)
 
 
 def relative_error(expected: torch.Tensor, actual: torch.Tensor) -> float:

@@ -428,7 +428,7 @@ class _Outcomes:
             ValueError: It is not finite, or no predictions.
         """
         found = predictions_of(self.inner, inputs, output)
-        if not all(torch.isfinite(part.values).all() for part in found):
+        if not all(functional.is_finite(part.values) for part in found):
             raise ValueError(f"What this {type(self.inner).__name__} predicts for the calibration data is not finite.")
         return found
 

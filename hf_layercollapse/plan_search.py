@@ -481,7 +481,7 @@ def divergences(
 ) -> list[float]:
     """Mean divergence of the model's predictions from its own, for each of several plans put in place in turn.
 
-    Every batch is run as it is and with each plan before the next one, so that one batch of outputs is held.
+    Every batch is run as it is and with each plan before the next one, so that only its own outputs are held.
 
     Args:
         plans (`list[list[Merge]]`): What blocks become in each.
@@ -494,26 +494,14 @@ def divergences(
     sums, count = [0.0] * len(plans), 0
     if not any(plans):  # the model as it is
         return sums
-    device, progress = device_of(model), progress or Progress()
+    progress = progress or Progress()
     progress.say("measuring plans")
     progress.expect(len(data) * sum(map(bool, plans)))
     with processes.together(), evaluating(model):
         for batch in data:
-            inputs = inputs_of(batch, device)
-            given = lean(inner, inputs)
-            reference = predictions_of(inner, inputs, outputs_of(model, given))
-            count += sum(part.values.shape[0] for part in reference)
-            for index, merges in enumerate(plans):
-                if not merges:
-                    continue
-                with Trial() as trial:
-                    for merge in merges:
-                        trial.put(merge)
-                    start = time.perf_counter()
-                    found = predictions_of(inner, inputs, outputs_of(model, given))
-                    progress.step(time.perf_counter() - start)
-                for now, before in zip(found, reference, strict=True):
-                    sums[index] += float(now.divergence_from(before).sum())
+            of_plans, predictions = _divergences_on(batch, model, inner, plans, progress)
+            sums = [total + part for total, part in zip(sums, of_plans, strict=True)]
+            count += predictions
     (totals,) = processes.summed([torch.tensor([*sums, count], dtype=torch.float64)])
     *sums, count = totals.tolist()
     if not count:
@@ -521,6 +509,28 @@ def divergences(
     if not all(map(math.isfinite, sums)):
         raise ValueError("The divergence of a plan from the model as it is is not finite.")
     return [total / count for total in sums]
+
+
+def _divergences_on(
+    batch: Mapping[str, Any], model: nn.Module, inner: Any, plans: Sequence[Sequence[Merge]], progress: Progress
+) -> tuple[list[float], int]:
+    """`(sum of the divergences for each plan, predictions)` of one batch; no outputs are held beside the model's own
+    and those of one plan."""
+    inputs = inputs_of(batch, device_of(model))
+    given = lean(inner, inputs)
+    reference = predictions_of(inner, inputs, outputs_of(model, given))
+
+    def divergence(merges: Sequence[Merge]) -> float:
+        with Trial() as trial:
+            for merge in merges:
+                trial.put(merge)
+            start = time.perf_counter()
+            found = predictions_of(inner, inputs, outputs_of(model, given))
+            progress.step(time.perf_counter() - start)
+        pairs = zip(found, reference, strict=True)
+        return sum(float(now.divergence_from(before).sum()) for now, before in pairs)
+
+    return [divergence(merges) if merges else 0.0 for merges in plans], sum(len(part.values) for part in reference)
 
 
 def metric_scores(

@@ -30,9 +30,6 @@ UNITS = {
     "vector": "relative squared error / 2",
 }
 
-# Numbers that are compared at a time.
-COMPARED = 2**24
-
 # Squared length of a vector that is as good as none: a sparse one may have no entry.
 LEAST_LENGTH = 1e-12
 
@@ -64,8 +61,7 @@ class Predictions:
                 f"Predictions ({self.kind}) of shape {tuple(self.values.shape)} and ({reference.kind}) of shape "
                 f"{tuple(reference.values.shape)}: they cannot be compared, as both models must have the same head."
             )
-        # Some at a time: in float32 those of a whole batch are several times what the model gave.
-        rows = max(1, COMPARED // self.values.shape[-1])
+        rows = max(1, functional.OUTPUTS // self.values.shape[-1])
         pairs = zip(self.values.split(rows), reference.values.split(rows), strict=True)
         return torch.cat([self._divergences(now, before) for now, before in pairs])
 

@@ -1,12 +1,22 @@
 """Memory by a budget: what may be held, what is refused, and that less of it is the same answer in more passes."""
 
+import math
+import weakref
 from collections import Counter
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model, linearity_map, plan_collapse
+from hf_layercollapse import (
+    LayerCollapseConfig,
+    apply_layer_collapse,
+    collapse_model,
+    comparison,
+    functional,
+    linearity_map,
+    plan_collapse,
+)
 from hf_layercollapse.block_sizes import possible_sizes
 from hf_layercollapse.blocks import bind_blocks
 from hf_layercollapse.calibration import Calibration, _Need
@@ -277,6 +287,38 @@ def test_moments_are_let_go_before_the_next_are_measured():
     found = engine.reduce(blocks, {block.name: None for block in blocks}, work)
     expected = Calibration.on(model, model, data()).moments(blocks, {b.name: list(range(48)) for b in blocks})
     assert found == pytest.approx({name: float(moments.cov_ff.trace()) for name, moments in expected.items()})
+
+
+@pytest.mark.parametrize("what", ["collapse", "plan", "divergence", "perplexity"])
+def test_outputs_of_one_batch_are_held(what):
+    """Logits of a large vocabulary are more than a block's sums: two are there where two are compared, and none of the
+    batch before."""
+    model, outputs, held = llama(), [], []
+
+    def count(module, args, output):
+        outputs.append(weakref.ref(output.untyped_storage()))
+        held.append(sum(storage() is not None for storage in outputs))
+
+    model.lm_head.register_forward_hook(count)
+    if what == "collapse":
+        collapse_model(model, None, data())
+    elif what == "plan":
+        plan_collapse(model, data(), macs=0.8)
+    else:
+        comparison._score(model, data()[:4], what, "dense", False, first=model)
+    assert max(held) == (1 if what == "perplexity" else 2)
+
+
+def test_outputs_are_looked_at_in_parts(monkeypatch):
+    monkeypatch.setattr(functional, "OUTPUTS", 7)
+    torch.manual_seed(0)
+    one, other = torch.randn(5, 4), torch.randn(5, 4)
+    assert functional.largest_difference(one, other.T.contiguous().T) == float((one - other).abs().max())
+    assert functional.largest_difference(one.T, other.T) == float((one - other).abs().max())
+    assert functional.is_finite(one)
+    for value in (float("nan"), float("inf")):
+        other[4, 3] = value
+        assert not functional.is_finite(other) and not math.isfinite(functional.largest_difference(one, other))
 
 
 def test_every_neuron_is_a_candidate():
