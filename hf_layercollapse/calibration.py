@@ -26,8 +26,9 @@ from .rows import DistinctRows, row_count, sample
 from .token_filter import TokenFilter
 
 
-# What limits and origins are taken from: an eighth of the rows, but at least and at most so many, and so many tokens.
-RANGE_SHARE, LEAST_RANGE_ROWS, RANGE_ROWS, RANGE_TOKENS = 1 / 8, 8, 64, 4096
+# What limits and origins are taken from: an eighth of the rows, but at least and at most so many, and so many tokens
+# and bytes, whatever memory there is: the same on every machine.
+RANGE_SHARE, LEAST_RANGE_ROWS, RANGE_ROWS, RANGE_TOKENS, RANGE_BYTES = 1 / 8, 8, 64, 4096, 2**28
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ class Calibration:
         """Bytes that are left on a device, of all processes where there are fewest."""
         return min(processes.gathered(self.memory.room(device)))
 
-    def sample(self, most_rows: int, most_tokens: int, most_bytes: int | None = None) -> list:
+    def sample(self, most_rows: int, most_tokens: int, most_bytes: int) -> list:
         """Some batches of the data; see [`rows.sample`]."""
         return sample(self.rows, most_rows, most_tokens, most_bytes)
 
@@ -323,7 +324,7 @@ class Calibration:
             if not new:
                 return
             rows = max(LEAST_RANGE_ROWS, int(RANGE_SHARE * self.rows.distinct))
-            sample = None if on_all else self.sample(min(rows, RANGE_ROWS), RANGE_TOKENS)
+            sample = None if on_all else self.sample(min(rows, RANGE_ROWS), RANGE_TOKENS, RANGE_BYTES)
             self.progress.expect(self.rows.batches if sample is None else len(sample))
             sums = {block.name: RangeSums() for block in new}
             self._observed(

@@ -12,7 +12,7 @@ from torch import nn
 from . import functional, processes
 from .adapters import restored_on_error
 from .blocks import BoundBlock, Exchange, bind_blocks, check_weights, confirm_wiring, survey
-from .calibration import RANGE_TOKENS, Calibration
+from .calibration import RANGE_BYTES, RANGE_TOKENS, Calibration
 from .calibration_data import model_inputs
 from .config import LayerCollapseConfig
 from .fitting import BlockFitting
@@ -494,7 +494,7 @@ def _confirm_cuts(inner: Any, merges: Sequence[Merge]) -> None:
 def _largest_difference(engine: Calibration, merges: Sequence[Merge], restored: Iterable[BoundBlock]) -> float:
     """The largest difference of the model's first output, as it is and with these merges in place and these blocks
     restored, over some rows of the data, of all processes; the outputs of one batch are held at a time."""
-    largest, batches = 0.0, engine.sample(LOGIT_ROWS, RANGE_TOKENS)
+    largest, batches = 0.0, engine.sample(LOGIT_ROWS, RANGE_TOKENS, RANGE_BYTES)
     engine.progress.say("comparing outputs")
     with processes.together(), evaluating(engine.model):
         for batch in batches:

@@ -66,9 +66,7 @@ def run_over(
         raise ValueError("The calibration data is empty: it must give at least one batch of model inputs.")
 
 
-def _run(
-    model: nn.Module, inner: Any, inputs: Mapping[str, Any], outputs: Callable[[Any, Any], None] | None
-) -> None:
+def _run(model: nn.Module, inner: Any, inputs: Mapping[str, Any], outputs: Callable[[Any, Any], None] | None) -> None:
     """One forward pass; what it gives, with its graph, goes before the next."""
     given = outputs_of(model, lean(inner, inputs, outputs is not None))
     if outputs is not None:

@@ -179,19 +179,19 @@ def tokens_in(batch: Any) -> int:
     return sum(_tokens_of(batch, index) for index in range(len(ids))) if isinstance(ids, torch.Tensor) else 0
 
 
-def sample(rows: DistinctRows, most_rows: int, most_tokens: int, most_bytes: int | None = None) -> list:
+def sample(rows: DistinctRows, most_rows: int, most_tokens: int, most_bytes: int) -> list:
     """Some batches of the data, always of the same rows: those whose contents have the smallest hashes. Every process
     gets them.
 
     Args:
         rows ([`DistinctRows`]): What to take them from.
         most_rows, most_tokens (`int`): How many at most; at least one row.
-        most_bytes (`int`, *optional*): Of the inputs of them all: pixels and sounds have no tokens.
+        most_bytes (`int`): Of the inputs of them all: pixels and sounds have no tokens.
     """
     chosen: dict[bytes, int] = {}
     tokens, taken, sizes = 0, 0, rows.sizes
     for content, count in sorted(rows.tokens_of.items()):
-        too_large = most_bytes is not None and taken + sizes[content] > most_bytes
+        too_large = taken + sizes[content] > most_bytes
         if chosen and (len(chosen) == most_rows or tokens + count > most_tokens or too_large):
             break
         chosen[content] = len(chosen)

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_layercollapse import (
     LayerCollapseConfig,
     apply_layer_collapse,
+    calibration,
     collapse_model,
     comparison,
     functional,
@@ -319,6 +320,16 @@ def test_outputs_are_looked_at_in_parts(monkeypatch):
     for value in (float("nan"), float("inf")):
         other[4, 3] = value
         assert not functional.is_finite(other) and not math.isfinite(functional.largest_difference(one, other))
+
+
+def test_large_rows_are_fewer_in_a_sample(monkeypatch):
+    """64 images of 12 MB would be held beside what the budget counts."""
+    model, seen = llama(), []
+    engine = Calibration.on(model, model, data())
+    monkeypatch.setattr(calibration, "RANGE_BYTES", 3 * max(engine.rows.sizes.values()))
+    model.register_forward_pre_hook(lambda _, args, given: seen.append(len(given["input_ids"])), with_kwargs=True)
+    engine.moments(bind_blocks(model))
+    assert seen == [3, *[8] * 12]
 
 
 def test_every_neuron_is_a_candidate():
