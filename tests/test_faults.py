@@ -128,7 +128,8 @@ def test_killed_at_random_moments(uninterrupted, tmp_path):
     assert_complete(tmp_path, expected)
 
 
-@pytest.mark.parametrize("limit", [None, 1])
+# With a limit there are all the operations that there are without one.
+@pytest.mark.parametrize("limit", [pytest.param(None, marks=pytest.mark.slow), 1])
 def test_killed_before_any_file_operation(limit, uninterrupted, tmp_path):
     """Of those that one more step makes: saving, moving in, deleting what is too old."""
     expected, state, _ = uninterrupted
