@@ -37,8 +37,9 @@ from .plans import CollapsePlan, PlanPoint, key_of
 from .predictions import predictions_of, without_labels
 from .profiling import Latency, compare_latency
 from .progress import Progress
+from .rows import bytes_of
 from .sentence_models import sentence_model
-from .shape_times import ShapeTimes, measure_shapes
+from .shape_times import ShapeTimes, bytes_to_time, measure_shapes
 
 
 if TYPE_CHECKING:
@@ -192,6 +193,7 @@ class Search:
             self.engine.refuse_too_little(blocks, everything, inputs, working)
         with memory.holding(later):
             self._refuse_too_little(widths)
+            self._refuse_too_little_to_time()
         self.metrics, self.metric_report = measure_metrics(self.engine, blocks)
         found = self.engine.reduce(blocks, dict.fromkeys(self.blocks), sizes, inputs, working)
         self.sizes = _of_the_first(found)
@@ -210,6 +212,18 @@ class Search:
             taken = self._taken([sizes])
             counts = {name: count for name, _, count in _keys(sizes)}
             self.engine.refuse_too_little([self.blocks[name] for name in counts], counts, *taken)
+
+    def _refuse_too_little_to_time(self) -> None:
+        """Raises if time is the budget and there is too little memory for what is held to measure it."""
+        if "latency" not in self.options.budget:
+            return
+        with processes.together():
+            memory, needed = self.engine.memory, self.bytes_of_shapes() | self.bytes_of_model()
+            if not memory.fits(needed):
+                raise ValueError(
+                    f"Plans are timed beside a copy of the model, after blocks of many sizes: that takes "
+                    f"{memory.told(needed)}. Raise `max_memory`, or give a budget of `macs` or `parameters`."
+                )
 
     def _foreseen(
         self, possible: Mapping[str, BlockSizes], widths: "Sequence[Mapping[BoundBlock, int]] | None"
@@ -403,11 +417,18 @@ class Search:
 
     # ---- Time ----
 
+    def bytes_of_shapes(self) -> Counter[torch.device]:
+        """What [`~Search.shape_times`] holds, in bytes, by device."""
+        return bytes_to_time(self.blocks.values(), *self._how)
+
+    def bytes_of_model(self) -> Counter[torch.device]:
+        """What a copy of the model takes, in bytes, by device."""
+        return bytes_of([dict([*self.timed.named_parameters(), *self.timed.named_buffers()])])
+
     def shape_times(self, batch: Mapping[str, Any]) -> ShapeTimes:
         """Seconds of every block at every size, on one batch."""
-        how = self.options.rank_shares, self.options.multiple_of, self.options.constant_term
-        with processes.together():
-            found = measure_shapes(self.model, self.inner, list(self.blocks.values()), batch, *how)
+        with processes.together(), self.engine.memory.holding(self.bytes_of_shapes()):
+            found = measure_shapes(self.model, self.inner, list(self.blocks.values()), batch, *self._how)
         return processes.of_the_first(found)
 
     def quickest(self, times: ShapeTimes, room: float) -> Candidate | None:
@@ -595,9 +616,19 @@ def within_latency(
     Raises:
         ValueError: Nothing is so quick.
     """
+    times = search.shape_times(batch)
+    with search.engine.memory.holding(search.bytes_of_model()):
+        candidate, measured = _quick_enough(search, times, batch, share, widths)
+    return search.measured([candidate]), measured
+
+
+def _quick_enough(
+    search: Search, times: ShapeTimes, batch: Mapping[str, Any], share: float, widths: Sequence[Candidate]
+) -> tuple[Candidate, float | None]:
+    """`(what is expected to lose least, its measured share of the time)`; the copy that it is timed beside goes with
+    this call."""
     with processes.together():
         dense = copy.deepcopy(search.timed)
-    times = search.shape_times(batch)
     as_it_is = {name: found.dense for name, found in search.sizes.items()}
     whole = search.latency_of(as_it_is, batch, dense)["dense"].median
 
@@ -616,7 +647,7 @@ def within_latency(
             f"The budget latency={share} cannot be met{said} of the dense model's time, and without its blocks the "
             f"model takes about {max(0.0, 1 - times.all(as_it_is) / whole):.3f}."
         )
-    return search.measured([candidate]), measured
+    return candidate, measured
 
 
 def first_that_holds(

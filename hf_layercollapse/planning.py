@@ -238,7 +238,7 @@ def plan_collapse(
             blocks, or largest share.
         latency (`float`, *optional*): Largest share of the dense model's time on the first scored batch, measured on
             this machine, in (0, 1). A table of the times that blocks of some shapes take says what is chosen, and the
-            whole model's time with it is measured.
+            whole model's time with it is measured beside that of a copy, which counts as held.
         max_drop (`float`, *optional*): Largest divergence from the dense model's predictions (nats; cosine distance
             for embeddings; see [`predictions`]), or drop of the metric. Exactly one of these four.
         metric (`Callable`, *optional*): `metric(model) -> float`, higher is better, in place of the divergence.

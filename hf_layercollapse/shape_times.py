@@ -2,6 +2,7 @@
 
 import bisect
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .block_sizes import BlockSize, any_fit, rank_of
 from .forward_passes import run_over
-from .merging import computed, has_constant, is_possible, make_merge, stored_neurons
+from .merging import computed, has_constant, is_possible, make_merge, parameters_of, stored_neurons
 from .models import device_of, inputs_of
 from .profiling import compare_latency
 
@@ -80,12 +81,10 @@ def measure_shapes(
         rank_shares, multiple_of, constant_term: As of a plan.
     """
     inputs: dict[str, torch.Tensor] = {}
-    same: dict[Any, list[Any]] = {}
-    for block in blocks:
-        same.setdefault(_shape_of(block), []).append(block)
+    same = _of_one_shape(blocks)
 
     def observe() -> Iterator[RemovableHandle]:
-        for first, *_ in same.values():
+        for first, *_ in same:
 
             def keep(module: nn.Module, args: Any, name: str = first.name) -> None:
                 inputs[name] = args[0].detach()
@@ -94,11 +93,41 @@ def measure_shapes(
 
     run_over(model, inner, [inputs_of(batch, device_of(inner))], observe)
     dense, others = {}, {}
-    for alike in same.values():
+    for alike in same:
         seconds, by_rank = _times(alike[0], inputs[alike[0].name], rank_shares, multiple_of, constant_term)
         for block in alike:
             dense[block.name], others[block.name] = seconds, by_rank
     return ShapeTimes(dense, others)
+
+
+def bytes_to_time(
+    blocks: "Iterable[BoundBlock]", rank_shares: Sequence[float | None], multiple_of: int, constant_term: str
+) -> Counter[torch.device]:
+    """What [`measure_shapes`] holds, in bytes, by device: blocks of one shape in all their sizes."""
+    most: Counter[torch.device] = Counter()
+    for block, *_ in _of_one_shape(blocks):
+        sizes = _timed_sizes(block, rank_shares, multiple_of)
+        parameters = sum(
+            parameters_of(block, rank, stored_neurons(rank, count), constant_term) for rank, count in sizes
+        )
+        most |= Counter({device_of(block.down): parameters * block.down.weight.element_size()})
+    return most
+
+
+def _of_one_shape(blocks: "Iterable[BoundBlock]") -> "list[list[BoundBlock]]":
+    same: dict[Any, list[BoundBlock]] = {}
+    for block in blocks:
+        same.setdefault(_shape_of(block), []).append(block)
+    return list(same.values())
+
+
+def _timed_sizes(
+    block: "BoundBlock", rank_shares: Sequence[float | None], multiple_of: int
+) -> list[tuple[int | None, int]]:
+    """`[(rank, neurons)]`."""
+    ranks = {rank_of(block, share, multiple_of) for share in rank_shares}
+    counts = sorted({round(share * block.hidden_features) for share in TIMED_SHARES})
+    return [(rank, count) for rank in ranks for count in counts if is_possible(block, rank, count)]
 
 
 def _shape_of(block: "BoundBlock") -> tuple[Any, ...]:
@@ -114,12 +143,9 @@ def _times(
     """`(seconds as it is, rank -> [(neurons, seconds)])`."""
     # As it is under no key of a size.
     calls: dict[tuple[int | None, int] | None, nn.Module] = {None: _Call(block.forward)}
-    for rank in {rank_of(block, share, multiple_of) for share in rank_shares}:
-        constant = has_constant(block, rank, constant_term)
-        counts = {round(share * block.hidden_features) for share in TIMED_SHARES}
-        for count in sorted(count for count in counts if is_possible(block, rank, count)):
-            fit = any_fit(block, rank, stored_neurons(rank, count), constant)
-            calls[rank, count] = _Call(computed(make_merge(block, fit, refit=False)))
+    for rank, count in _timed_sizes(block, rank_shares, multiple_of):
+        fit = any_fit(block, rank, stored_neurons(rank, count), has_constant(block, rank, constant_term))
+        calls[rank, count] = _Call(computed(make_merge(block, fit, refit=False)))
     times = compare_latency(calls, {"x": x}, ROUNDS, WARMUP, progress=False)
     medians = {key: statistics.median(found.seconds) for key, found in times.items()}
     as_it_is = medians.pop(None)

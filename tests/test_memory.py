@@ -1,8 +1,10 @@
 """Memory by a budget: what may be held, what is refused, and that less of it is the same answer in more passes."""
 
+import copy
 import math
 import weakref
 from collections import Counter
+from copy import deepcopy
 
 import pytest
 import torch
@@ -17,8 +19,9 @@ from hf_layercollapse import (
     functional,
     linearity_map,
     plan_collapse,
+    shape_times,
 )
-from hf_layercollapse.block_sizes import possible_sizes
+from hf_layercollapse.block_sizes import RANK_SHARES, possible_sizes
 from hf_layercollapse.blocks import bind_blocks
 from hf_layercollapse.calibration import Calibration, _Need
 from hf_layercollapse.loss_metric import bytes_of_metrics
@@ -170,6 +173,35 @@ def test_a_plan_that_cannot_hold_what_it_measures_is_refused_before_a_pass(how):
     assert not forwards
     # It is the candidates that there is too little for.
     assert plan_collapse(model, data(), macs=0.1, max_memory=enough + 20_000).point.choices
+
+
+def test_what_plans_are_timed_beside_counts(monkeypatch):
+    """A copy of the model, which may be all that a device has room for."""
+    model = llama()
+    forwards, copied = forwards_of(model), []
+    monkeypatch.setattr(copy, "deepcopy", lambda of: copied.append(of) or deepcopy(of))
+    # Far more than sums and fits of so small blocks take.
+    model.register_buffer("large", torch.zeros(10**7))
+    with pytest.raises(ValueError, match=r"beside a copy of the model.*: that takes 40,\d{3},\d{3} bytes, of 3\d,"):
+        plan_collapse(model, data(), latency=0.9, max_memory=4 * 10**7)
+    assert not forwards and not copied
+    assert plan_collapse(model, data(), macs=0.9, max_memory=4 * 10**7).point.choices
+
+
+def test_blocks_that_are_timed_count(monkeypatch):
+    """Those of one shape in all their sizes are held at a time."""
+    model, held = llama(), []
+    how = RANK_SHARES, 1, "native"
+    make = shape_times.make_merge
+
+    def made(*args, **options):
+        merge = make(*args, **options)
+        held.append(merge.bytes)
+        return merge
+
+    monkeypatch.setattr(shape_times, "make_merge", made)
+    shape_times.measure_shapes(model, model, bind_blocks(model), data()[0], *how)
+    assert shape_times.bytes_to_time(bind_blocks(model), *how) == Counter({torch.device("cpu"): sum(held)})
 
 
 def test_a_plan_of_a_low_rank_block_is_refused_before_its_metric_is_measured():
