@@ -4,7 +4,7 @@ import bisect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -134,13 +134,15 @@ def sizes_of(
     ranks = _ranks_of(block, rank_shares, multiple_of)
     chosen: dict[int | None, tuple[list[int], list[float]]] = {}
     # Those without a constant term last: moments about the origin take the place of the centred ones.
+    target = None
     for rank in sorted(ranks, key=lambda rank: not has_constant(block, rank, constant_term)):
         if moments.constant and not has_constant(block, rank, constant_term):
-            moments = moments.without_constant(in_place=True)
+            target, moments = None, moments.without_constant(in_place=True)
         most = _most_neurons(block, rank)
         if most is None:
             continue
-        order, left = _chosen(moments, rank, most, root)
+        target = target or _Target.of(moments, root)
+        order, left = _chosen(moments, rank, most, target)
         unit = 0.5 if metric is not None else 1 / max(float(moments.cov_oo.trace()), 1e-300)
         losses = [
             unit * functional.generalized(value, moments.tokens, moments.coefficients(rank, count))
@@ -179,20 +181,29 @@ def _most_neurons(block: BoundBlock, rank: int | None) -> int | None:
     return None if most < 0 or (rank == 0 and most == 0) else most
 
 
-def _chosen(
-    moments: "BlockMoments", rank: int | None, most: int, root: torch.Tensor | None
-) -> tuple[list[int], torch.Tensor]:
+class _Target(NamedTuple):
+    """What neurons and linear maps are chosen for: the output's moments with the features `(f, o)` in the metric of
+    the loss, and its variance there."""
+
+    cov_fo: torch.Tensor
+    variance: float
+
+    @classmethod
+    def of(cls, moments: "BlockMoments", root: torch.Tensor | None) -> "_Target":
+        if root is None:
+            return cls(moments.cov_fo, float(moments.cov_oo.trace()))
+        return cls(moments.cov_fo @ root, float((root @ moments.cov_oo @ root).trace()))
+
+
+def _chosen(moments: "BlockMoments", rank: int | None, most: int, target: _Target) -> tuple[list[int], torch.Tensor]:
     """`(order, what is left)`: neurons in the order of their use, and `tr(G R)` with the first `k` of them."""
     width = moments.width
-    cov_fo, cov_oo = moments.cov_fo, moments.cov_oo
-    if root is not None:
-        cov_fo, cov_oo = cov_fo @ root, root @ cov_oo @ root
     given = None if rank is None else moments.mean_f.new_zeros(0, width)
     if rank:
-        of_x = moments.cov_ff[:width, :width], cov_fo[:width]
+        of_x = moments.cov_ff[:width, :width], target.cov_fo[:width]
         given = functional.reduced_rank(*of_x, width, rank, moments.ridge)[1]
-    order, explained = functional.greedy_neurons(moments.cov_ff, cov_fo, width, most, given, moments.ridge)
-    return order, (float(cov_oo.trace()) - explained).clamp_min(0)
+    order, explained = functional.greedy_neurons(moments.cov_ff, target.cov_fo, width, most, given, moments.ridge)
+    return order, (target.variance - explained).clamp_min(0)
 
 
 def _counts(most: int, block: BoundBlock, multiple_of: int) -> list[int]:

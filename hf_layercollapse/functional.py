@@ -232,6 +232,8 @@ def effective_rank(cov_ff: torch.Tensor, least_share: float = LEAST_SHARE) -> fl
         cov_ff: Centred second moments.
         least_share (`float`): A direction of this part of the features' variance counts half.
     """
+    if not len(cov_ff):
+        return 0.0
     scale, factor = _damped_factor(cov_ff, least_share)
     squares = torch.zeros_like(scale)
     for part in _strips(len(factor)):
@@ -377,7 +379,7 @@ def greedy_neurons(
         taken[picked] = True
         if len(chosen) < count:
             _take_out(left_hh, rest_ho, picked, factor_bh)
-    explained = base + torch.cat([torch.zeros(1), torch.tensor(gains)]).double().cumsum(0)
+    explained = base + torch.tensor([0.0, *gains], dtype=torch.float64, device="cpu").cumsum(0)
     return chosen, explained
 
 
@@ -742,7 +744,8 @@ def linear_as_neurons(
 
 def gaussian_inputs(width: int, rows: int = 1024, seed: int = 0) -> torch.Tensor:
     """The inputs on which every merge is measured: standard normal, shape `(rows, width)`, float32, on the CPU."""
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, width, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def largest(values: Iterable[float]) -> float:

@@ -19,7 +19,7 @@ from . import functional, processes
 from .forward_passes import run_over
 from .models import device_of
 from .moments import NARROW_FEATURES
-from .predictions import Predictions, predictions_of
+from .predictions import Predictions, number_of, predictions_of
 from .rows import bytes_of, row_count, take
 from .token_filter import TokenFilter
 from .upstream import layers_checkpointed
@@ -442,7 +442,7 @@ class _Outcomes:
 
     def _send_back(self, inputs: Mapping[str, Any], output: Any) -> None:
         found = self.predictions_of(inputs, output)
-        self.predictions += max(part.values.shape[0] for part in found)
+        self.predictions += number_of(found)
         reached = [part for part in found if part.values.requires_grad]
         for draw in range(self.draws if reached and self._calls else 0):
             self._add_gradients(reached, last=draw == self.draws - 1)

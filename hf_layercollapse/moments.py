@@ -374,6 +374,12 @@ def bytes_to_fit(block: "BoundBlock", neurons: int, inputs: bool = True, low_ran
     return max(bytes_of_root(block), 28 * features**2 + solved + in_metric)
 
 
+def bytes_to_span(block: "BoundBlock", candidates: int, inputs: bool = True) -> int:
+    """Memory that [`BlockMoments.dimensions`] takes beside the sums: two matrices of float64, and one of theirs."""
+    width = block.in_features if inputs else 0
+    return 20 * (width + candidates if width + candidates <= EXACT_DIMENSIONS else width) ** 2
+
+
 def bytes_of_root(block: "BoundBlock") -> int:
     """Memory that the root of a block's metric of the loss takes while it is worked out: seven matrices of float64."""
     return 56 * block.out_features**2

@@ -32,9 +32,9 @@ from .forward_passes import lean
 from .loss_metric import LossMetric, MetricReport, held_by_metrics, measure_metrics
 from .merging import Merge, Trial, has_constant, is_possible, make_merge, size_of, stored_neurons
 from .models import device_of, evaluating, inputs_of, outputs_of
-from .moments import BlockMoments, bytes_in_metric, bytes_of_root, bytes_to_choose, bytes_to_fit
+from .moments import BlockMoments, bytes_in_metric, bytes_of_root, bytes_to_choose, bytes_to_fit, bytes_to_span
 from .plans import CollapsePlan, PlanPoint, key_of
-from .predictions import predictions_of, without_labels
+from .predictions import number_of, predictions_of, without_labels
 from .profiling import Latency, compare_latency
 from .progress import Progress
 from .rows import bytes_of
@@ -183,7 +183,8 @@ class Search:
         working = {}
         for block in blocks:
             how = block, block.hidden_features, with_inputs
-            working[block.name] = max(bytes_of_root(block), bytes_to_choose(*how) + bytes_in_metric(*how))
+            to_choose = bytes_to_choose(*how) + bytes_in_metric(*how)
+            working[block.name] = max(bytes_of_root(block), bytes_to_span(*how), to_choose)
         inputs = dict.fromkeys(self.blocks, with_inputs)
         memory, of_metrics = self.engine.memory, held_by_metrics(self.engine, blocks)
         # Fits ask the metric for linear maps of a low rank only.
@@ -551,7 +552,7 @@ def _divergences_on(
         pairs = zip(found, reference, strict=True)
         return sum(float(now.divergence_from(before).sum()) for now, before in pairs)
 
-    return [divergence(merges) if merges else 0.0 for merges in plans], sum(len(part.values) for part in reference)
+    return [divergence(merges) if merges else 0.0 for merges in plans], number_of(reference)
 
 
 def metric_scores(

@@ -94,7 +94,7 @@ class Predictions:
             elif self.kind == "labels":
                 drawn = torch.bernoulli(values.sigmoid().cpu(), generator=generator)
             else:
-                drawn = torch.randn(values.shape, generator=generator)
+                drawn = torch.randn(values.shape, generator=generator, dtype=torch.float32, device="cpu")
             drawn = drawn.to(values.device)
         if self.kind == "classes":
             return values.log_softmax(-1).gather(-1, drawn).sum()
@@ -104,6 +104,11 @@ class Predictions:
             length = values.detach().square().sum(-1, keepdim=True).clamp_min(LEAST_LENGTH).sqrt()
             return (drawn * values / length).sum()
         return (drawn * (values if self.kind == "values" else F.normalize(values, dim=-1))).sum()
+
+
+def number_of(predictions: Sequence[Predictions]) -> int:
+    """How many they are: start and end of an answer are two."""
+    return sum(len(part.values) for part in predictions)
 
 
 # Names under which models give embeddings of whole inputs.
@@ -206,5 +211,6 @@ def _mean_of_real(model: Any, inputs: Mapping[str, Any], hidden: torch.Tensor) -
     mask = _real_mask(model, inputs, hidden.shape[:-1])
     if mask is None:
         return hidden.mean(1)
-    weights = (mask.to(hidden.device) > 0).to(hidden.dtype)[..., None]
-    return (hidden * weights).sum(1) / weights.sum(1).clamp_min(1)
+    # Sums of many tokens are beyond half precision, as `mean` knows.
+    weights = (mask.to(hidden.device) > 0).float()[..., None]
+    return ((hidden.float() * weights).sum(1) / weights.sum(1).clamp_min(1)).to(hidden.dtype)

@@ -399,7 +399,7 @@ def _native(activation):
 
 def _check_activation(activation, shape):
     """Raises a `Refusal` unless a module is a function of one number, the same for every number of its input."""
-    x = 2 * torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    x = 2 * torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
     kept = (1000 * x).long() % 2 == 0
     other = torch.where(kept, x, -2 * x)
     called = f"its activation ({type(activation).__name__})"

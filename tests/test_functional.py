@@ -318,6 +318,25 @@ def test_greedy_neurons_in_batches_explain_nearly_as_much_as_one_by_one():
     assert (explained.diff() >= 0).all()
 
 
+def test_what_neurons_explain_does_not_hang_on_the_default_dtype():
+    torch.manual_seed(0)
+    f, y = torch.randn(400, 30).double(), torch.randn(400, 5).double()
+    _, _, cov_ff, cov_fo, _ = moments(f, y)
+    _, expected = functional.greedy_neurons(cov_ff, cov_fo, 4, 20)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        _, found = functional.greedy_neurons(cov_ff, cov_fo, 4, 20)
+        assert torch.equal(functional.gaussian_inputs(3), functional.gaussian_inputs(3).float())
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found, expected)
+
+
+def test_no_features_span_nothing():
+    assert functional.effective_rank(torch.zeros(0, 0)) == 0.0
+
+
 def test_line_residual_is_the_variance_around_the_line():
     z = random(500, 4) * 2
     a = torch.nn.functional.gelu(z)

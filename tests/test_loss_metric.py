@@ -21,7 +21,7 @@ from hf_layercollapse.loss_metric import (
     loss_metrics,
     measure_metrics,
 )
-from hf_layercollapse.predictions import Predictions, predictions_of
+from hf_layercollapse.predictions import Predictions, number_of, predictions_of
 from hf_layercollapse.rows import bytes_of
 
 from .models import BY_NAME
@@ -264,6 +264,19 @@ def test_heads_without_classes(kind):
     assert all(float(metric.matrix.trace()) > 0 for metric in metrics.values())
     found = predictions_of(model, batches[0], model(**batches[0]))
     assert [part.kind for part in found] == (["embedding"] if kind == "embedding" else ["classes", "classes"])
+    # What is expected and what is measured are by prediction, of which an answer has two.
+    predicted = sum(number_of(predictions_of(model, batch, model(**batch))) for batch in batches)
+    assert {metric.predictions for metric in metrics.values()} == {predicted}
+    assert predicted == (1 if kind == "embedding" else 2) * sum(len(batch["input_ids"]) for batch in batches)
+
+
+def test_a_mean_of_many_tokens_in_half_precision():
+    hidden, mask = torch.full((1, 2000, 4), 40.0, dtype=torch.float16), torch.ones(1, 2000)
+    mask[0, 0] = 0
+    given = {"last_hidden_state": hidden}
+    for inputs in ({"attention_mask": mask}, {}):
+        (found,) = predictions_of(torch.nn.Identity(), inputs, given)
+        assert torch.equal(found.values, hidden[:, 0]) and found.values.dtype == torch.float16
 
 
 def test_a_block_that_no_prediction_depends_on_is_named():

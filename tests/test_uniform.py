@@ -20,7 +20,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from hf_layercollapse import LayerCollapseConfig, collapse_model, export_stock, find_feed_forward_blocks, plan_collapse
+from hf_layercollapse import (
+    LayerCollapseConfig,
+    collapse_model,
+    export_stock,
+    find_feed_forward_blocks,
+    moments,
+    plan_collapse,
+)
 from hf_layercollapse.plans import CollapsePlan
 from hf_layercollapse.rows import hold_back
 
@@ -92,6 +99,12 @@ def test_a_uniform_plan_is_the_native_architecture(name, exported):
     config = json.loads((folder / name / "config.json").read_text())
     assert "layer_collapse" not in config and config["model_type"] == name
     torch.testing.assert_close(actual, logits(model, inputs), rtol=1e-5, atol=3e-6)
+
+
+def test_blocks_of_more_features_than_are_spanned_exactly(monkeypatch):
+    """Then the inputs are looked at alone, and of neurons alone there are none."""
+    monkeypatch.setattr(moments, "EXACT_DIMENSIONS", 8)
+    assert planned("bert")[1].point.choices
 
 
 def test_the_largest_width_within_the_budget():
