@@ -1,5 +1,6 @@
 """Models side by side on the same data: how good, how large, how fast."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,6 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ._version import __version__
 from .calibration_data import model_inputs
+from .data_reading import checked_inputs
 from .forward_passes import lean
 from .intervals import (
     accuracy_interval,
@@ -231,6 +233,8 @@ def compare_models(
     of classes (of inputs, tokens, pixels) and of several labels, half the squared error of values, the cosine distance
     of embeddings; half the relative squared error of those that an object of sentence-transformers compares otherwise.
 
+    The data are read once, and every model runs on a batch before the next is read; of them the largest batch is kept.
+
     Args:
         models (`dict[str, nn.Module]`): What each is called -> the model, all on one device, of one kind. The first is
             what the others are compared with, and each is compared with all before it: pass a control second to last.
@@ -248,19 +252,17 @@ def compare_models(
 
     Raises:
         ValueError: There are fewer than two models, no data, outputs that are no predictions or differ in shape, or
-            labels that are none of a head's classes.
+            labels that are none of a head's classes, or of some batches only.
     """
     if len(models) < 2:
         raise ValueError(f"A comparison needs at least two models, got {list(models)}.")
-    batches = list(model_inputs(data, processing_class, next(iter(models.values()))))
-    if not batches:
-        raise ValueError("The data is empty: it must give at least one batch of model inputs.")
-    metric = _metric_of(models, batches)
+    _check_kinds(models)
     first = next(iter(models.values()))
     device = device_of(first)
-    timed, main = _timed_call(first, batches, device)
+    metric, scores, largest = _scored(models, model_inputs(data, processing_class, first), progress=progress)
+    _check_finite(metric, scores)
+    timed, main = _timed_call(first, largest, device)
     unit, counted = READS.get(main, ("input", "numbers"))
-    scores = {name: _score(model, batches, metric, name, progress, first) for name, model in models.items()}
     latencies = compare_latency(models, timed, rounds, warmup, progress)
     qualities = _qualities(metric, {name: score.arrays for name, score in scores.items()})
     units = timed[main].numel() if unit == "token" else len(timed[main])
@@ -282,12 +284,10 @@ def compare_models(
     )
 
 
-def _timed_call(
-    model: nn.Module, batches: Sequence[Mapping[str, Any]], device: torch.device
-) -> tuple[dict[str, Any], str]:
-    """`(inputs, name of what the model reads among them)` of the largest batch, without labels if it runs without."""
+def _timed_call(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> tuple[dict[str, Any], str]:
+    """`(inputs, name of what the model reads among them)` of a batch, without labels if it runs without."""
     inner = unwrap(model)[0]
-    timed = inputs_of(without_labels(inner, max(batches, key=_count)), device)
+    timed = inputs_of(without_labels(inner, batch), device)
     tensors = {name: value for name, value in timed.items() if isinstance(value, torch.Tensor)}
     own = [carrier.main_input_name for _, carrier in carriers_of(inner)]
     # Of a model in several parts some batches have only what one of these reads.
@@ -341,17 +341,22 @@ def _count(batch: Mapping[str, Any]) -> int:
     return max((value.numel() for value in batch.values() if isinstance(value, torch.Tensor)), default=0)
 
 
-def _metric_of(models: Mapping[str, nn.Module], batches: Sequence[Mapping[str, Any]]) -> str:
-    inner = [unwrap(model)[0] for model in models.values()]
-    of_sentences = {type(sentence_model(model)).__name__ for model in models.values()}
-    if len(of_sentences) > 1:
+def _check_kinds(models: Mapping[str, nn.Module]) -> None:
+    """Raises unless all are objects of sentence-transformers of one kind, or none is one."""
+    if len({type(sentence_model(model)).__name__ for model in models.values()}) > 1:
         raise ValueError(
             f"Only models of one kind can be compared on the same inputs, got "
             f"{[type(model).__name__ for model in models.values()]}."
         )
-    if of_sentences == {"NoneType"} and all(is_causal_language_model(model) for model in inner):
+
+
+def _metric_of(models: Mapping[str, nn.Module], batch: Mapping[str, Any]) -> str:
+    """What quality is of these models, as the first batch says it."""
+    inner = [unwrap(model)[0] for model in models.values()]
+    of_sentences = any(sentence_model(model) is not None for model in models.values())
+    if not of_sentences and all(is_causal_language_model(model) for model in inner):
         return "perplexity"
-    if all(_is_of_classes(batch.get("labels")) for batch in batches) and all(map(_has_classes, inner)):
+    if _is_of_classes(batch.get("labels")) and all(map(_has_classes, inner)):
         return "accuracy"
     return "divergence"
 
@@ -382,56 +387,75 @@ class _Score:
     unit: str | None = None
 
 
-def _score(
-    model: Any, batches: Sequence[Mapping[str, Any]], metric: str, name: str, progress: bool, first: nn.Module
-) -> _Score:
+def _scored(
+    models: Mapping[str, nn.Module], data: Iterable[Any], metric: str | None = None, progress: bool = False
+) -> tuple[str, dict[str, _Score], Mapping[str, Any]]:
+    """`(metric, what was measured of each model, the largest batch)`, from one reading of the data. Where no metric is
+    given, the first batch says which."""
+    largest: Mapping[str, Any] = {}
+    parts: dict[str, list[_Score]] = {name: [] for name in models}
+    with contextlib.ExitStack() as modes, torch.no_grad():
+        for model in models.values():
+            modes.enter_context(evaluating(model))
+        for batch in map(checked_inputs, tqdm(data, desc="Scoring", leave=False, disable=not progress)):
+            metric = metric or _metric_of(models, batch)
+            for name, score in _scores_on(batch, models, metric).items():
+                parts[name].append(score)
+            if not largest or _count(batch) > _count(largest):
+                largest = batch
+    if metric is None or not largest:
+        raise ValueError("The data is empty: it must give at least one batch of model inputs.")
+    return metric, {name: _joined(scores) for name, scores in parts.items()}, largest
+
+
+def _joined(parts: Sequence[_Score]) -> _Score:
+    arrays = zip(*(part.arrays for part in parts), strict=True)
+    return _Score(tuple(np.concatenate(of_batches) for of_batches in arrays), parts[0].unit)
+
+
+def _scores_on(batch: Mapping[str, Any], models: Mapping[str, nn.Module], metric: str) -> dict[str, _Score]:
+    """What is measured of each model on one batch. Outputs, which may be large, are let go before the next model runs,
+    but for the first one's where the others' are compared with them."""
     if metric == "divergence":
-        found = _divergences(model, batches, name, progress, first)
-        if not np.isfinite(found.arrays[0]).all():
-            raise ValueError(f"How far predictions of {name} are from the first model's is not finite.")
-        return found
-    parts, device = [], device_of(model)
-    with evaluating(model), torch.no_grad():
-        for batch in tqdm(batches, desc=f"Scoring {name}", leave=False, disable=not progress):
-            parts.append(_score_on(inputs_of(batch, device), model, metric, name))
-    score = _joined(parts)
-    if metric == "perplexity" and not np.isfinite(score[0]).all():
-        raise ValueError(f"The loss of {name} is not finite.")
-    return _Score(score)
+        return _divergences_on(batch, models)
+    if metric == "accuracy" and not _is_of_classes(batch.get("labels")):
+        raise ValueError(
+            "The first batches have `labels` of classes and a later one has none: pass labels with all of them, or "
+            "with none to compare predictions."
+        )
+    return {name: _score_on(inputs_of(batch, device_of(model)), model, metric, name) for name, model in models.items()}
 
 
-def _score_on(batch: Mapping[str, Any], model: nn.Module, metric: str, name: str) -> tuple[np.ndarray, ...]:
-    """Accuracy or losses of one batch; its logits, which may be large, go with this call."""
+def _score_on(batch: Mapping[str, Any], model: nn.Module, metric: str, name: str) -> _Score:
     logits = outputs_of(model, lean(unwrap(model)[0], batch))["logits"]
-    if metric != "accuracy":
-        return _losses(logits, batch)
-    _check_logits(name, logits, batch["labels"])
-    return ((logits.argmax(-1) == batch["labels"]).cpu().numpy(),)
+    if metric == "accuracy":
+        _check_logits(name, logits, batch["labels"])
+        return _Score(((logits.argmax(-1) == batch["labels"]).cpu().numpy(),))
+    return _Score(_losses(logits, batch))
 
 
-def _joined(parts: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
-    return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-
-
-def _divergences(
-    model: nn.Module, batches: Sequence[Mapping[str, Any]], name: str, progress: bool, first: nn.Module
-) -> _Score:
+def _divergences_on(batch: Mapping[str, Any], models: Mapping[str, nn.Module]) -> dict[str, _Score]:
     """How far the predictions for each example are from the first model's; 0 of that itself."""
-    parts, device = [], device_of(model)
-    with evaluating(first), evaluating(model), torch.no_grad():
-        for batch in tqdm(batches, desc=f"Scoring {name}", leave=False, disable=not progress):
-            arrays, unit = _divergences_on(inputs_of(batch, device), model, first, name)
-            parts.append(arrays)
-    return _Score(_joined(parts), unit)
+    first = next(iter(models.values()))
+    inputs = inputs_of(batch, device_of(first))
+    outputs = outputs_of(first, lean(unwrap(first)[0], inputs))
+    return {name: _divergence_on(inputs, model, first, outputs, name) for name, model in models.items()}
 
 
-def _divergences_on(
-    batch: Mapping[str, Any], model: nn.Module, first: nn.Module, name: str
-) -> tuple[tuple[np.ndarray, ...], str]:
-    """`(sums and counts of one batch, their unit)`."""
-    given = (outputs_of(each, lean(unwrap(each)[0], batch)) for each in (model, first))
-    now, then = (predictions_of(unwrap(model)[0], batch, outputs) for outputs in given)
-    return _by_input(now, then, name), UNITS[now[0].kind]
+def _divergence_on(inputs: Mapping[str, Any], model: nn.Module, first: nn.Module, outputs: Any, name: str) -> _Score:
+    """The same of one model, from these outputs of the first one."""
+    inner = unwrap(model)[0]
+    then = predictions_of(inner, inputs, outputs)
+    now = then if model is first else predictions_of(inner, inputs, outputs_of(model, lean(inner, inputs)))
+    return _Score(_by_input(now, then, name), UNITS[now[0].kind])
+
+
+def _check_finite(metric: str, scores: Mapping[str, _Score]) -> None:
+    for name, score in scores.items():
+        if not np.isfinite(score.arrays[0]).all():
+            if metric == "perplexity":
+                raise ValueError(f"The loss of {name} is not finite.")
+            raise ValueError(f"How far predictions of {name} are from the first model's is not finite.")
 
 
 def _by_input(
@@ -516,10 +540,9 @@ def prediction_divergence(
     Raises:
         ValueError: There is no data, outputs are no predictions, or the two do not predict the same things.
     """
-    batches = list(model_inputs(data, processing_class, model))
-    if not batches:
-        raise ValueError("The data is empty: it must give at least one batch of model inputs.")
-    sums, counts = _divergences(model, batches, "the model", False, reference).arrays
+    models = {"the reference": reference, "the model": model}
+    _, scores, _ = _scored(models, model_inputs(data, processing_class, model), "divergence")
+    sums, counts = scores["the model"].arrays
     return float(sums.sum() / counts.sum())
 
 

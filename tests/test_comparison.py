@@ -1,6 +1,7 @@
 """Models side by side: what is counted, and what the numbers say."""
 
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from transformers import (
     VisionEncoderDecoderModel,
 )
 
-from hf_layercollapse import LayerCollapseConfig, collapse_model, prediction_divergence
+from hf_layercollapse import LayerCollapseConfig, collapse_model, comparison, prediction_divergence
 from hf_layercollapse.comparison import Comparison, compare_models, weights_folder
 from hf_layercollapse.metrics import (
     accuracy_interval,
@@ -105,6 +106,52 @@ def test_language_models():
     assert low < value < high
     # Paired: much narrower than the two intervals.
     assert high - low < 0.5 * (found["dense"].interval[1] - found["dense"].interval[0])
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "divergence"])
+def test_data_are_read_once_and_of_them_one_batch_is_kept(metric):
+    """10,000 images are 6 GB. The first model runs once on a batch, however many are compared with it."""
+    models = {name: BY_NAME["bert"].model(seed) for seed, name in enumerate(("dense", "control", "small"))}
+    calls, alive, most = {name: 0 for name in models}, weakref.WeakSet(), []
+
+    def count(name):
+        def hook(*_):
+            calls[name] += 1
+
+        return hook
+
+    handles = [model.register_forward_hook(count(name)) for name, model in models.items()]
+
+    def batch_of(seed):
+        labels = {"labels": torch.arange(8) % 3} if metric == "accuracy" else {}
+        return {**BY_NAME["bert"].inputs(batch=8, seed=seed), **labels}
+
+    def read():
+        for seed in range(8):
+            batch = batch_of(seed)
+            alive.add(batch["input_ids"])
+            yield batch
+            del batch
+            most.append(len(alive))
+
+    found, scores, largest = comparison._scored(models, read())
+    assert found == metric and calls == dict.fromkeys(models, 8) and len(scores["small"].arrays[0]) == 64
+    assert max(most) <= 2 and torch.equal(largest["input_ids"], batch_of(0)["input_ids"])
+    for handle in handles:
+        handle.remove()
+    # The same of what can be read once only as of a list.
+    data = [batch_of(seed) for seed in range(8)]
+    once, again = (compare_models(models, given, rounds=2, progress=False) for given in (iter(data), data))
+    assert [(m.quality, m.interval, m.differences) for m in once.models] == [
+        (m.quality, m.interval, m.differences) for m in again.models
+    ]
+
+
+def test_labels_of_some_batches_only():
+    data = labelled(3)
+    del data[2]["labels"]
+    with pytest.raises(ValueError, match="pass labels with all of them"):
+        compare_models({"dense": BY_NAME["bert"].model(), "other": BY_NAME["bert"].model()}, data, progress=False)
 
 
 class OnlyALoss(torch.nn.Linear):

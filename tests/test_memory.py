@@ -338,7 +338,7 @@ def test_outputs_of_one_batch_are_held(what):
     elif what == "plan":
         plan_collapse(model, data(), macs=0.8)
     else:
-        comparison._score(model, data()[:4], what, "dense", False, first=model)
+        comparison._scored({"dense": model, "other": copy.deepcopy(model), "third": model}, data()[:4], what)
     assert max(held) == (1 if what == "perplexity" else 2)
 
 
