@@ -132,12 +132,30 @@ class CalibrationData:
         if self._batches is not None:
             yield from self._batches
             return
-        for rows in self._parts_of_rows():
-            batch = self._collate(rows)
+        yield from self.at(range(len(self)))
+
+    @property
+    def given(self) -> Any:
+        """The batches that it was given, as they are; `None` where they are made of rows."""
+        return self._batches
+
+    def at(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """The batches of these numbers, of those that are made of rows."""
+        parts = self._parts_of_rows()
+        for number in numbers:
+            batch = self._collate(parts[number])
             if self.model is not None and not self._are_features:
                 taken = signature(self.model.forward).parameters
                 batch = {name: value for name, value in batch.items() if name in taken}
             yield batch
+
+    def regrouped(self, places: Mapping[int, Sequence[int]], batch_size: int, seed: int) -> "CalibrationData":
+        """Some of the rows, by the numbers of their batches and their places in these, in batches of another size."""
+        parts, chosen = self._parts_of_rows(), copy.copy(self)
+        chosen._rows = [parts[number][place] for number, found in places.items() for place in found]
+        chosen.batch_size = batch_size
+        random.Random(seed).shuffle(chosen._rows)
+        return chosen
 
     def _parts_of_rows(self) -> list[list[Any]]:
         """The rows of each batch; those that an object of sentence-transformers reads are of one kind in a batch."""

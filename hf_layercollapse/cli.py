@@ -190,6 +190,14 @@ RecoverySteps = Annotated[
         help="Steps of training afterwards towards the dense model's predictions on the data, without labels.",
     ),
 ]
+RecoveryBatch = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Rows a step of that training. Default: 32; of long ones so many as have 4,096 tokens, of a language "
+        "model 1,024.",
+    ),
+]
 UniformWidth = Annotated[
     bool,
     typer.Option(
@@ -215,6 +223,7 @@ def collapse(
     save_plan: Annotated[Path | None, typer.Option(help="Write the plan, with the curve of all plans (JSON).")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of that curve; .png, .svg or .pdf.")] = None,
     recovery_steps: RecoverySteps = 0,
+    recovery_batch_size: RecoveryBatch = None,
     blocks: Blocks = None,
     uniform_width: UniformWidth = False,
     multiple_of: MultipleOf = 1,
@@ -224,7 +233,8 @@ def collapse(
     trust_remote_code: Trust = False,
 ) -> None:
     """Collapses a model under a budget, with no training or a short one without labels, and saves it."""
-    _check_together(budget, plan, blocks, uniform_width, multiple_of, save_plan, recovery_steps)
+    _check_together(budget, plan, blocks, uniform_width, multiple_of, save_plan)
+    _check_recovery(recovery_steps, recovery_batch_size)
     wanted = parse_budget(budget, "--budget") if budget is not None else {}
     MemoryBudget(max_memory)
     check_files(save_plan=save_plan, plot=plot, json=json_file)
@@ -239,7 +249,8 @@ def collapse(
             made = plan_collapse(live, read, blocks=blocks or "all", max_memory=max_memory, **shape)
         with processes.together():
             _show_plan(made, out, save_plan, plot)
-        report, recovery = _collapsed_and_recovered(live, made, read, recovery_steps, max_memory)
+        steps = {"max_steps": recovery_steps, "batch_size": recovery_batch_size}
+        report, recovery = _collapsed_and_recovered(live, made, read, steps, max_memory)
         with processes.together():
             card = {"report": report, "plan": made, "recovery": recovery, "name": output.name}
             _save_collapsed(live, processors, card, folder, model)
@@ -282,16 +293,20 @@ def _check_together(
     uniform_width: bool,
     multiple_of: int,
     save_plan: Path | None,
-    recovery_steps: int,
 ) -> None:
     """Raises unless there is a budget or a plan; beside a plan that was made before, also for what makes one."""
-    if recovery_steps and processes.launched() > 1:
-        raise ValueError("--recovery-steps trains in one process: leave it out, or launch one.")
     if (budget is None) == (plan is None):
         raise ValueError("Pass either --budget or --plan.")
     if plan is not None and (blocks is not None or uniform_width or multiple_of != 1 or save_plan is not None):
         raise ValueError("--plan says which blocks collapse, and how: leave out --blocks, --uniform-width, "
                          "--multiple-of and --save-plan.")  # fmt: skip
+
+
+def _check_recovery(steps: int, batch_size: int | None) -> None:
+    if steps and processes.launched() > 1:
+        raise ValueError("--recovery-steps trains in one process: leave it out, or launch one.")
+    if batch_size is not None and not steps:
+        raise ValueError("--recovery-batch-size is of the training that --recovery-steps asks for: pass that too.")
 
 
 def _show_plan(plan: CollapsePlan, out: Output, save_plan: Path | None, plot: Path | None) -> None:
@@ -312,15 +327,16 @@ def _collapsed_and_recovered(
     model: nn.Module,
     plan: CollapsePlan,
     batches: Any,
-    recovery_steps: int,
+    steps: dict[str, Any],
     max_memory: int | str | dict[Any, Any] | None,
 ) -> "tuple[CollapseReport, RecoveryReport | None]":
-    """Collapses a model in place, and trains it if that is to follow: `(CollapseReport, RecoveryReport or None)`."""
-    teacher = copy.deepcopy(model) if recovery_steps else None
+    """Collapses a model in place, and trains it if steps of that are to follow: `(CollapseReport, RecoveryReport or
+    None)`."""
+    teacher = copy.deepcopy(model) if steps["max_steps"] else None
     report = collapse_model(model, plan=plan, calibration_data=batches, max_memory=max_memory)
     if teacher is None:
         return report, None
-    return report, recover_model(model, teacher, batches, max_steps=recovery_steps)
+    return report, recover_model(model, teacher, batches, **steps)
 
 
 def _save_collapsed(model: Any, beside: Sequence[Any], card: Mapping[str, Any], folder: Any, source: str) -> None:

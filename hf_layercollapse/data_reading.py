@@ -1,11 +1,12 @@
 """Reading calibration data: batches of model inputs, as often as they are needed, and each time the same rows."""
 
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from . import processes
 from .calibration_data import CalibrationData, is_stream, refuse_endless
@@ -93,6 +94,54 @@ def _is_in_order(data: Any) -> bool:
     """Whether it gives the same batches in the same order each time, as far as it decides that itself."""
     by_index = isinstance(data, DataLoader) and isinstance(data.sampler, SequentialSampler)
     return by_index or isinstance(data, CalibrationData)
+
+
+def shuffled(
+    data: DistinctRows | CalibrationData, order: random.Random
+) -> Iterator[tuple[int | None, dict[str, Any]]]:
+    """Every batch once, `(its number, batch)`, none held: in a random order, where any batch can be asked for (of a
+    list, a loader, [`CalibrationData`]), else in that of the data and without a number.
+
+    Raises:
+        ValueError: There are other rows than at the first reading.
+    """
+    numbers = list(range(len(data)) if isinstance(data, CalibrationData) else data.places)
+    order.shuffle(numbers)
+    found = _at(data, numbers)
+    if found is None:
+        yield from ((None, batch) for batch in data)
+    else:
+        yield from zip(numbers, found, strict=True)
+
+
+def _at(data: Any, numbers: list[int]) -> Iterator[Any] | None:
+    """The batches of these numbers; `None` where data can only be read from their beginning."""
+    if isinstance(data, (DistinctRows, _Checked)):
+        found = _at(data.data, numbers)
+        if found is None:
+            return None
+        if isinstance(data, _Checked):
+            return map(checked_inputs, found)
+        return data.again(numbers, found)
+    if isinstance(data, CalibrationData):
+        return data.at(numbers) if data.given is None else _at(data.given, numbers)
+    if isinstance(data, Sequence):
+        return (data[number] for number in numbers)
+    # One of a class of its own may do more than its parts say.
+    if type(data) is not DataLoader or type(data.batch_sampler) is not BatchSampler or not _is_in_order(data):
+        return None
+    indices = list(data.batch_sampler)
+    reordered: DataLoader[Any] = DataLoader(
+        data.dataset,
+        batch_sampler=[indices[number] for number in numbers],
+        collate_fn=data.collate_fn,
+        num_workers=data.num_workers,
+        pin_memory=data.pin_memory,
+        worker_init_fn=data.worker_init_fn,
+        multiprocessing_context=data.multiprocessing_context,
+        generator=data.generator,
+    )
+    return iter(reordered)
 
 
 class _Checked:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,16 +14,17 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import processes
-from .calibration_data import both_model_inputs
-from .data_reading import split_data
+from .calibration_data import CalibrationData, both_model_inputs
+from .data_reading import shuffled, split_data
 from .forward_passes import lean
 from .memory import MemoryBudget
 from .models import device_of, evaluating, inputs_of, is_encoder_decoder, outputs_of, unwrap
 from .patching import alpha_parameters
 from .predictions import UNITS, Predictions, predictions_of
+from .rows import DistinctRows
 from .sentence_models import sentence_model
 from .tables import table
-from .upstream import is_classifier
+from .upstream import is_causal_language_model, is_classifier
 
 
 # Share of all steps in which the learning rate rises to its full value; it then falls to 0, both linearly.
@@ -34,6 +36,11 @@ MAX_GRAD_NORM = 1.0
 # What losses of float16 models are multiplied by at first: with that of `GradScaler`, 16 times as large, some of the
 # few steps may be lost to numbers beyond float16's.
 FIRST_SCALE = 2.0**12
+
+# Rows of a step where raw data are given, as runs were measured with (MiniLM on SST-2). Of long ones fewer: so many as
+# have this many tokens together (eight of 512); of a language model, which predicts each of them, this many (SmolLM2
+# was measured with one window of 1,024).
+STEP_ROWS, STEP_TOKENS, STEP_TOKENS_PREDICTED = 32, 4096, 1024
 
 # How many times in a run the rows held aside are measured. What is lost at the highest rate comes back as it falls (a
 # plan of MiniLM at 20 %: 0.0105 before, 0.0134 after 50 of 150 steps), so that a run only ends where it is at more
@@ -93,6 +100,7 @@ def recover_model(
     top_k: int | None = None,
     seed: int = 0,
     processing_class: Any = None,
+    batch_size: int | None = None,
 ) -> RecoveryReport:
     """Trains a collapsed model in place for a few minutes, towards the teacher's predictions; needs no labels.
 
@@ -111,8 +119,10 @@ def recover_model(
             throughout; of trained weights in half precision float32 copies take the steps.
         teacher (`nn.Module`): The dense model, with the same head; of a `SentenceTransformer` another one. It runs in
             evaluation mode, unchanged.
-        calibration_data (iterable of `dict[str, Tensor]`): Model inputs; their batches are those of the training, in
-            an order of each epoch's own.
+        calibration_data (iterable of `dict[str, Tensor]`): Model inputs; their batches, without what is held aside of
+            them, are those of the training. Of raw data, and of [`CalibrationData`] made of some, rows are put
+            together anew, as `batch_size` says. Batches come in an order of each epoch's own, and none is held where
+            the data can be asked for any of them (a list, a `DataLoader` in order, `CalibrationData`).
         max_steps (`int`): Optimizer steps at most, one batch each.
         learning_rate (`float`): The highest.
         evaluation_data (*optional*): Rows to hold aside. Default: a quarter of the calibration data's rows.
@@ -122,6 +132,8 @@ def recover_model(
         processing_class (*optional*): Tokenizer or processor that makes model inputs of raw texts, pairs, images or
             sounds, as [`CalibrationData`] says. Default: the data are model inputs, or what an object of
             sentence-transformers reads.
+        batch_size (`int`, *optional*): Rows of a step, of raw data and [`CalibrationData`]. Default: 32; of long rows
+            so many as have 4,096 tokens on average (eight of 512), of a language model 1,024.
 
     Returns:
         [`RecoveryReport`]
@@ -129,15 +141,17 @@ def recover_model(
     Raises:
         TypeError: The model is wrapped or sharded for distributed training, or an argument of a wrong type.
         ValueError: The teacher is the model, predicts something else or has other classes, the data is empty or the
-            model cannot take it, nothing is to be trained, or a loss is not finite. The model is as it was then.
+            model cannot take it, `batch_size` is given for data that come in batches, nothing is to be trained, or a
+            loss is not finite. The model is as it was then.
     """
-    _check_numbers(max_steps, learning_rate, top_k)
+    _check_numbers(max_steps, learning_rate, top_k, batch_size)
     inner, _ = unwrap(model)
     parameters = _trained(model, inner, teacher)
     data = both_model_inputs(calibration_data, evaluation_data, processing_class, model)
     _check_labels(inner, unwrap(teacher)[0])
     _refuse_several_processes()
-    training, held = split_data(*data, MemoryBudget(), is_encoder_decoder(inner))
+    rows, held = split_data(*data, MemoryBudget(), is_encoder_decoder(inner))
+    training = _in_steps(rows, data[0], inner, batch_size, seed)
     started = time.perf_counter()
     with evaluating(model), evaluating(teacher), _restored_on_failure(model, parameters):
         run = _Run(model, inner, _Targets(teacher, top_k), parameters, learning_rate, max_steps, seed)
@@ -149,8 +163,35 @@ def recover_model(
     )
 
 
+def step_rows(inner: Any, tokens: float) -> int:
+    """How many rows a step takes where nothing else is said.
+
+    Args:
+        inner (`nn.Module`): The model, unwrapped.
+        tokens (`float`): Of a row on average; 0 of images and sounds.
+    """
+    most = STEP_TOKENS_PREDICTED if is_causal_language_model(inner) else STEP_TOKENS
+    return max(1, min(STEP_ROWS, int(most // max(1.0, tokens))))
+
+
+def _in_steps(
+    rows: DistinctRows, data: Any, inner: Any, batch_size: int | None, seed: int
+) -> DistinctRows | CalibrationData:
+    """The rows to train on in the batches of the steps: of a size of their own, or those that were given."""
+    if not isinstance(data, CalibrationData) or data.given is not None or not rows.divisible:
+        if batch_size is not None:
+            raise ValueError(
+                "`batch_size` is of rows, and the recovery data come in batches, which are those of the training: "
+                "pass batches of that size, or raw data with their `processing_class`."
+            )
+        return rows
+    if batch_size is None:
+        batch_size = step_rows(inner, sum(rows.tokens_of.values()) / max(1, rows.distinct))
+    return data.regrouped(rows.places, batch_size, seed)
+
+
 def _steps_to_the_best(
-    run: "_Run", training: Iterable[Mapping[str, Any]], held: list[dict[str, Any]]
+    run: "_Run", training: DistinctRows | CalibrationData, held: list[dict[str, Any]]
 ) -> "tuple[list[tuple[int, float | None, float]], _Best, int]":
     """Trains until the last step, or until it only loses, and puts back the weights that were best on the rows held
     aside: `(curve, best, predictions held aside)`, the curve as in [`RecoveryReport`]."""
@@ -221,9 +262,9 @@ class _Best:
         torch.clear_autocast_cache()
 
 
-def _check_numbers(max_steps: Any, learning_rate: Any, top_k: Any) -> None:
-    for name, value in (("max_steps", max_steps), ("top_k", top_k)):
-        if value is None and name == "top_k":
+def _check_numbers(max_steps: Any, learning_rate: Any, top_k: Any, batch_size: Any) -> None:
+    for name, value in (("max_steps", max_steps), ("top_k", top_k), ("batch_size", batch_size)):
+        if value is None and name != "max_steps":
             continue
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"`{name}` must be an integer, got {value!r}.")
@@ -274,7 +315,7 @@ class _Targets:
         self._kept: dict[Any, Sequence[Predictions | _Largest]] = {}  # position of a batch -> what it predicts
 
     def of(self, key: Any, inputs: Mapping[str, Any]) -> "Sequence[Predictions | _Largest]":
-        """The teacher's predictions; `key` tells batches apart."""
+        """The teacher's predictions; `key` tells batches apart, `None` says that they do not come again."""
         if key in self._kept:
             return self._kept[key]
         given = inputs_of(inputs, device_of(self.teacher))
@@ -283,8 +324,10 @@ class _Targets:
         self.unit = self.unit or UNITS[found[0].kind]
         if self.top_k is None:
             return found
-        self._kept[key] = [_Largest.of(part, self.top_k) for part in found]
-        return self._kept[key]
+        largest = [_Largest.of(part, self.top_k) for part in found]
+        if key is not None:
+            self._kept[key] = largest
+        return largest
 
 
 @dataclass(frozen=True)
@@ -359,12 +402,7 @@ class _Run:
             self.taken.optimizer,
             lambda step: min((step + 1) / warmup, (max_steps - step) / max(1, max_steps - warmup)),
         )
-        self._seen: dict[int, int] = {}  # position of a batch -> its predictions
-
-    @property
-    def predictions(self) -> int:
-        """How many different ones were trained on."""
-        return sum(self._seen.values())
+        self.predictions = 0  # how many different ones were trained on
 
     @torch.no_grad()
     def measure(self, data: Iterable[Any]) -> tuple[float, int]:
@@ -379,15 +417,15 @@ class _Run:
             raise ValueError("There is no row to hold aside: pass more calibration data, or `evaluation_data`.")
         return _finite(total / count), count
 
-    def steps(self, data: Iterable[Any], every: int) -> Iterator[tuple[int, float]]:
+    def steps(self, data: DistinctRows | CalibrationData, every: int) -> Iterator[tuple[int, float]]:
         """Yields `(step, mean divergence since the last yield)` after every so many steps, and at the end."""
         device = device_of(self.model)
         total, count = 0.0, 0
         with tqdm(total=self.max_steps, desc="Recovering", leave=False) as progress:
-            for step, (index, batch) in enumerate(self._batches(data), start=1):
-                part, rows = _divergence(self.model, self.inner, inputs_of(batch, device), self.targets, index)
+            for step, (epoch, number, batch) in enumerate(self._batches(data), start=1):
+                part, rows = _divergence(self.model, self.inner, inputs_of(batch, device), self.targets, number)
                 self._step(part / rows)
-                self._seen[index] = rows
+                self.predictions += rows if epoch == 0 else 0
                 total, count = total + _finite(float(part.detach())), count + rows
                 progress.update()
                 if step % every == 0 or step == self.max_steps:
@@ -402,18 +440,10 @@ class _Run:
         # A context of autocast around all this keeps casts of weights until it ends.
         torch.clear_autocast_cache()
 
-    def _batches(self, data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-        """`max_steps` batches with their positions, each epoch in an order of its own."""
-        batches = list(data)
-        taken = 0
-        while True:
-            order = list(range(len(batches)))
-            self.order.shuffle(order)
-            for index in order:
-                if taken == self.max_steps:
-                    return
-                taken += 1
-                yield index, batches[index]
+    def _batches(self, data: DistinctRows | CalibrationData) -> Iterator[tuple[int, int | None, Any]]:
+        """`max_steps` batches with the number of their epoch and their own, each epoch in an order of its own."""
+        epochs = ((epoch, *found) for epoch in itertools.count() for found in shuffled(data, self.order))
+        return itertools.islice(epochs, self.max_steps)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,8 @@ ROUTE = "task"
 
 IGNORED = -100  # the label of what is not predicted
 
+_STEADY = "Pass it without random changes of its rows, or as a list of batches."
+
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -71,10 +73,13 @@ class DistinctRows:
         self.data, self.labels = data, labels
         # Of each process: content -> what was met.
         self._found: list[dict[bytes, _Row]] = [{} for _ in range(processes.count())]
-        self._batches: list[set[bytes]] = []  # contents that are new in each batch here
+        # Whether rows can be told apart in every batch.
+        self.divisible = True
+        self._batches: list[dict[bytes, int]] = []  # contents that are new in each batch here -> their place in it
         with processes.together():
-            for _, new, everything in self._reading(self._own):
-                self._batches.append(set(new.values()))
+            for batch, new, everything in self._reading(self._own):
+                self.divisible = self.divisible and row_count(batch) is not None
+                self._batches.append({content: index for index, content in new.items()})
                 for content in everything:
                     row = self._own[content]
                     self._own[content] = replace(row, copies=row.copies + 1)
@@ -117,14 +122,37 @@ class DistinctRows:
     @property
     def batches(self) -> int:
         """How many batches this process gets."""
+        return len(self.places)
+
+    @property
+    def places(self) -> dict[int, list[int]]:
+        """Number of each batch of the data that this process gets something of -> the places of that in it."""
         mine = self._own.keys() - self._others
-        return sum(not mine.isdisjoint(batch) for batch in self._batches)
+        found = {
+            number: [place for content, place in batch.items() if content in mine]
+            for number, batch in enumerate(self._batches)
+        }
+        return {number: places for number, places in found.items() if places}
 
     def part(self, wanted: Any) -> Any:
         """Those of the rows for which `wanted(what they say without labels)`."""
         part = copy.copy(self)
         part._found = [{content: row for content, row in found.items() if wanted(row.text)} for found in self._found]
         return part
+
+    def again(self, numbers: Iterable[int], batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
+        """What this process gets of the batches of these numbers, which are read once more.
+
+        Raises:
+            ValueError: One holds other rows than before.
+        """
+        places = self.places
+        for number, batch in zip(numbers, batches, strict=True):
+            now = contents(batch, self.labels)
+            before = {place: content for content, place in self._batches[number].items()}
+            if any(place >= len(now) or now[place] != before[place] for place in places[number]):
+                raise ValueError(f"The calibration data changes: batch {number} has other rows than before. {_STEADY}")
+            yield take(batch, places[number])
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         found: dict[bytes, _Row] = {}
@@ -138,7 +166,7 @@ class DistinctRows:
             new, gone = len(found.keys() - everything), len(everything - found.keys())
             raise ValueError(
                 f"The calibration data changes: of {len(found)} different rows {new} are new, and {gone} that "
-                "were read before are gone. Pass it without random changes of its rows, or as a list of batches."
+                f"were read before are gone. {_STEADY}"
             )
 
     def _reading(self, found: dict[bytes, Any]) -> Iterator[Any]:

@@ -1,14 +1,18 @@
 """Recovery: it brings a collapsed model closer to the dense one without labels, or leaves it as it was."""
 
 import copy
+import weakref
+from collections.abc import Sequence
 
 import peft
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoModelForQuestionAnswering, BertConfig
 
 from hf_layercollapse import (
+    CalibrationData,
     LayerCollapseConfig,
     apply_layer_collapse,
     collapse_model,
@@ -111,6 +115,104 @@ def test_the_same_seed_gives_the_same_weights():
     recover_model(third, dense, batches, max_steps=8, learning_rate=1e-3, seed=1)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), third.parameters(), strict=True))
+
+
+def rows_of_steps(model, *arguments, **options):
+    """How many rows the model is given in each step of a recovery."""
+    rows = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, given: rows.append(len(given["input_ids"])) if torch.is_grad_enabled() else None,
+        with_kwargs=True,
+    )
+    recover_model(model, *arguments, **options)
+    handle.remove()
+    return rows
+
+
+def test_rows_are_put_together_in_steps_of_one_size():
+    """However many are held aside of the batches that the data were made in; batches that were given stay."""
+    dense, model = collapsed(BY_NAME["bert"])
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"input_ids": torch.randint(3, 64, (5,), generator=generator).tolist()} for _ in range(96)]
+    data = CalibrationData(rows, model=dense)
+    counts = rows_of_steps(model, dense, data, max_steps=6)
+    assert sorted(counts[:3]) == sorted(counts[3:]) == [8, 32, 32]
+    assert sorted(rows_of_steps(model, dense, data, max_steps=8, batch_size=10)) == [2, *[10] * 7]
+    given = rows_of_steps(model, dense, list(data), max_steps=12)
+    assert sum(given) == 72 and max(given) <= 8
+    with pytest.raises(ValueError, match="come in batches.*pass batches of that size"):
+        recover_model(model, dense, list(data), batch_size=10)
+
+
+def test_rows_of_a_step():
+    """Fewer where they are long, and fewer of a model that predicts each token."""
+    bert, gpt2 = BY_NAME["bert"].model(), BY_NAME["gpt2"].model()
+    assert [recovery.step_rows(bert, tokens) for tokens in (0, 20, 512, 9000)] == [32, 32, 8, 1]
+    assert [recovery.step_rows(gpt2, tokens) for tokens in (7, 64, 512, 2048)] == [32, 16, 2, 1]
+
+
+class Lazy(Sequence):
+    """Batches that are made when they are asked for."""
+
+    def __init__(self, made, count=16):
+        self.made, self.count = made, count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        if index >= self.count:
+            raise IndexError(index)
+        return self.made(index)
+
+
+@pytest.mark.parametrize("form", ["list", "loader"])
+def test_data_that_can_be_read_again_are_not_held(form):
+    """And come in the order of the same seed, whatever they are in."""
+    case, alive, most = BY_NAME["bert"], weakref.WeakSet(), []
+    dense, model = collapsed(case)
+    other = copy.deepcopy(model)
+    batches = batches_of(case)
+
+    def made(index):
+        batch = {name: value.clone() for name, value in batches[index].items()}
+        alive.add(batch["input_ids"])
+        most.append(len(alive))
+        return batch
+
+    data = Lazy(made)
+    if form == "loader":
+        data = DataLoader(range(16), collate_fn=lambda indices: made(indices[0]))
+    reports = [recover_model(each, dense, of, max_steps=20) for each, of in ((model, data), (other, batches))]
+    assert max(most) <= 3 and reports[0].curve == reports[1].curve
+    assert reports[0].predictions == reports[1].predictions
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_data_that_change_between_steps():
+    case, calls = BY_NAME["bert"], []
+    batches = batches_of(case, 40)
+
+    def made(index):
+        calls.append(index)
+        return batches[index if len(calls) <= 40 else index + 16]
+
+    dense, model = collapsed(case)
+    with pytest.raises(ValueError, match="data changes: batch .* has other rows"):
+        recover_model(model, dense, Lazy(made), max_steps=20)
+
+
+def test_data_in_an_order_of_their_own():
+    """A loader of somebody's own class is read from its beginning in each epoch."""
+
+    class Loader(DataLoader):
+        pass
+
+    case = BY_NAME["bert"]
+    dense, model = collapsed(case)
+    data = Loader(batches_of(case), collate_fn=lambda found: found[0])
+    report = recover_model(model, dense, data, max_steps=40, learning_rate=2e-3, top_k=1)
+    assert report.after < report.before and report.predictions + report.held_aside == 128
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
