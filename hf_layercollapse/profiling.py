@@ -1,8 +1,8 @@
 """What a model costs: parameters, multiply-accumulates (MACs), bytes on disk, seconds."""
 
+import json
 import os
 import platform
-import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,14 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import (
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
 
 from .families import FeedForwardBlock
 from .merging import cost_of as cost_of
@@ -132,22 +140,52 @@ def describe_hardware(device: torch.device | str = "cpu") -> str:
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-_WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model).*\.(safetensors|bin)")
+# Names of weights, those of a model and those of an adapter, in the order in which loaders look for them: the first
+# that is there is read. An index names the files that it is of.
+_WEIGHTS = (
+    (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME),
+    (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME),
+)
 
 
-def weights_size(folder: str | os.PathLike[str]) -> int:
-    """Bytes of the weight files in a folder written by `save_pretrained`: one file, or all its shards; of an object of
-    sentence-transformers also those of its further modules.
+def weights_size(folder: str | os.PathLike[str], variant: str | None = None) -> int:
+    """Bytes of the weights that `from_pretrained` reads from a folder: of one file or of all shards that its index
+    names, of safetensors where there are any; of an object of sentence-transformers also those of its further modules.
+
+    Args:
+        folder (`str` or `Path`): As `save_pretrained` writes it.
+        variant (`str`, *optional*): As `from_pretrained` takes it, `"fp16"` say. Default: none, whatever is there.
 
     Raises:
         ValueError: There are none.
     """
-    inside = Path(folder).rglob("*") if (Path(folder) / MODULES_FILE).is_file() else Path(folder).iterdir()
-    kept = (path for path in inside if not path.relative_to(folder).parts[0].startswith("checkpoint-"))
-    sizes = [path.stat().st_size for path in kept if _WEIGHTS.fullmatch(path.name)]
-    if not sizes:
-        raise ValueError(f"There are no weights in {os.fspath(folder)}: expected model*.safetensors.")
-    return sum(sizes)
+    folder = Path(folder)
+    inside = [folder]
+    if (folder / MODULES_FILE).is_file():
+        below = (path for path in folder.rglob("*") if path.is_dir())
+        inside += [path for path in below if not path.relative_to(folder).parts[0].startswith("checkpoint-")]
+    files = [file for each in inside for names in _WEIGHTS for file in _files_read(each, names, variant)]
+    if not files:
+        wanted = _with_variant(SAFE_WEIGHTS_NAME, variant)
+        raise ValueError(
+            f"There are no weights in {os.fspath(folder)}: expected {wanted}, or the index of its shards."
+        )
+    return sum(file.stat().st_size for file in files)
+
+
+def _files_read(folder: Path, names: Sequence[str], variant: str | None) -> list[Path]:
+    """What is read where a loader looks for the first of these names."""
+    paths = [folder / _with_variant(name, variant) for name in names]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None or path.suffix != ".json":
+        return [] if path is None else [path]
+    shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / shard for shard in sorted(set(shards))]
+
+
+def _with_variant(name: str, variant: str | None) -> str:
+    stem, _, suffix = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{suffix}"
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,21 @@ def test_weights_size_counts_weights_and_nothing_else(bert, tmp_path):
     assert whole == (tmp_path / "model.safetensors").stat().st_size > 4 * count_parameters(bert)
     bert.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    assert weights_size(tmp_path / "shards") == pytest.approx(whole, rel=0.1)
+    shards = weights_size(tmp_path / "shards")
+    assert shards == pytest.approx(whole, rel=0.1)
+    # What a loader does not read beside them: other formats, variants, shards of another save.
+    for name in ("pytorch_model.bin", "model.fp16.safetensors", "model-00001-of-00099.safetensors"):
+        (tmp_path / name).write_bytes(bytes(100))
+        (tmp_path / "shards" / name).write_bytes(bytes(100))
+    assert (weights_size(tmp_path), weights_size(tmp_path / "shards")) == (whole, shards)
+    assert weights_size(tmp_path, variant="fp16") == 100
+    with pytest.raises(ValueError, match="no weights.*expected model.bf16.safetensors"):
+        weights_size(tmp_path, variant="bf16")
+    (tmp_path / "model.safetensors").unlink()
+    assert weights_size(tmp_path) == 100
+    (tmp_path / "shards" / "model.fp16.safetensors").unlink()
+    bert.save_pretrained(tmp_path / "shards", max_shard_size="10KB", variant="fp16")
+    assert weights_size(tmp_path / "shards", variant="fp16") == shards
 
 
 class _Sleeper(nn.Module):
