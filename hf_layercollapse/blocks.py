@@ -177,11 +177,11 @@ def _normed(norms: Iterable[nn.Module], hidden_states: torch.Tensor) -> torch.Te
 
 def _scale_and_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """A batch norm in evaluation mode: a factor and a term per feature, float64."""
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    scale = (functional.wide(norm.running_var) + norm.eps).rsqrt()
     if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.double()
+        scale = scale * functional.wide(norm.weight)
+    shift = -functional.wide(norm.running_mean) * scale
+    return scale, shift if norm.bias is None else shift + functional.wide(norm.bias)
 
 
 def weight_and_bias(linear: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -468,7 +468,7 @@ def _by_input(
             divergence = now.divergence_from(then)
         except ValueError as error:
             raise ValueError(f"{name} beside the first model: {error}") from error
-        divergences.append(divergence.double().cpu())
+        divergences.append(divergence.cpu().double())
         owners.append(torch.arange(len(now.values)) if now.inputs is None else now.inputs.cpu())
     owner = torch.cat(owners).numpy()
     return np.bincount(owner, torch.cat(divergences).numpy()), np.bincount(owner)
@@ -499,7 +499,8 @@ def _losses(logits: torch.Tensor, batch: Mapping[str, Any]) -> tuple[np.ndarray,
         real &= (mask[:, 1:] * mask[:, :-1]).bool()
     targets = targets.masked_fill(~real, 0)
     loss = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
-    return (loss.double() * real).sum(1).cpu().numpy(), real.sum(1).cpu().numpy()
+    real = real.cpu()
+    return (loss.cpu().double() * real).sum(1).numpy(), real.sum(1).numpy()
 
 
 def _quality(metric: str, score: tuple[np.ndarray, ...]) -> tuple[float, tuple[float, float]]:

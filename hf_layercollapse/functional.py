@@ -42,6 +42,11 @@ OUTPUTS = 2**22
 _TINY = 1e-30
 
 
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In float64; on the CPU where that is not to be had, as on MPS."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def merge_plain(
     up_weight_mi: torch.Tensor,
     up_bias_m: torch.Tensor | None,
@@ -766,7 +771,7 @@ def largest_difference(outputs: torch.Tensor, others: torch.Tensor) -> float:
 
 def relative_error(expected: torch.Tensor, actual: torch.Tensor) -> float:
     """`|actual - expected| / |expected|` over all elements (float); 0 where both are zero."""
-    expected, actual = expected.double(), actual.double()
+    expected, actual = wide(expected), wide(actual)
     difference = torch.linalg.vector_norm(actual - expected)
     norm = torch.linalg.vector_norm(expected)
     return float(difference / norm) if norm > 0 else float(difference)

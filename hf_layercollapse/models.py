@@ -174,11 +174,6 @@ def base_layer(linear: Any) -> Any:
     return linear.get_base_layer() if is_adapted(linear) else linear
 
 
-def wide(tensor: torch.Tensor) -> torch.Tensor:
-    """In float64; on the CPU where that is not to be had, as on MPS."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
-
-
 def has_adapters(model: nn.Module) -> bool:
     """Whether modules of peft are in a model, around it or not."""
     return any(type(module).__module__.startswith("peft.") for module in model.modules())

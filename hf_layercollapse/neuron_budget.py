@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from . import processes
+from . import functional, processes
 from .blocks import BoundBlock, bind_blocks, survey
 from .budgets import least_that_works, limit_of, parse_budget, room_of
 from .config import LayerCollapseConfig
 from .merging import is_possible, size_of, stored_rank
 from .modeling_layercollapse import CollapsibleActivation
-from .models import count_parameters, shorten, unwrap, wide
+from .models import count_parameters, shorten, unwrap
 from .patching import activation_in_use, collapsible_activations
 from .selection import select_blocks
 
@@ -232,7 +232,7 @@ def _as_shares(squares: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
     """Sums over all processes, as shares of what they add up to: float64 tensors on one device. `None` where one is
     not finite, or all are 0: such a step says nothing."""
     device = squares[0].device
-    (joined,) = processes.summed([wide(torch.cat([part.to(device) for part in squares]))])
+    (joined,) = processes.summed([functional.wide(torch.cat([part.to(device) for part in squares]))])
     shares = joined / joined.sum()
     # Asked once for all blocks: it waits for the device.
     return list(shares.split([len(part) for part in squares])) if bool(shares.isfinite().all()) else None

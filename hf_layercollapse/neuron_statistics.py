@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import functional, processes
 from .modeling_layercollapse import CollapsibleActivation, is_inplace
-from .models import device_of, wide
+from .models import device_of
 from .moments import not_finite
 
 
@@ -180,7 +180,7 @@ def _neuron_sums(
             count, total = sums.get(block.name, (0, z.new_zeros(())))
             rows = tokens_at_a_time(z.device, z.shape[-1])
             for z_part, a_part in zip(z.split(rows), a.split(rows), strict=True):
-                z_part, a_part = wide(z_part), wide(a_part)
+                z_part, a_part = functional.wide(z_part), functional.wide(a_part)
                 products = [z_part, z_part.square(), a_part, a_part.square(), z_part * a_part]
                 total = total + torch.stack([product.sum(0) for product in products])
             sums[block.name] = count + z.shape[0], total
@@ -195,7 +195,7 @@ def _neuron_sums(
     engine.run("looking at neurons", hooks, blocks=blocks)
     for block in blocks:
         with processes.together():
-            none = wide(torch.zeros(5, block.hidden_features, device=device_of(block.down)))
+            none = functional.wide(torch.zeros(5, block.hidden_features, device=device_of(block.down)))
             count, total = sums.get(block.name, (0, none))
             number = torch.tensor(float(count), dtype=torch.float64)
         number, total = processes.summed([number, total])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from . import functional
 from .config import LayerCollapseConfig
 from .merging import BlockChoice, cost_of, ready_neurons
 from .modeling_layercollapse import CollapsibleActivation
@@ -47,7 +48,7 @@ class Outcome:
     @property
     def share(self) -> float:
         """Of its neurons, of those that merge: 1 of a block that is ready with all of them."""
-        return int(self.is_whole) if self.to_one.numel() == 1 else float(self.to_one.double().mean())
+        return int(self.is_whole) if self.to_one.numel() == 1 else float(functional.wide(self.to_one).mean())
 
 
 def outcome_of(block: FeedForwardBlock, activation: CollapsibleActivation, options: LayerCollapseConfig) -> Outcome:

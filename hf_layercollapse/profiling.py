@@ -130,9 +130,11 @@ def neurons_within(block: FeedForwardBlock, share: float, rank: int | None = Non
 def describe_hardware(device: torch.device | str = "cpu") -> str:
     """What a time was measured on: the accelerator's name, or the processor's and how many threads torch uses."""
     device = torch.device(device)
-    if device.type != "cpu":
+    if device.type not in ("cpu", "mps"):
         return torch.get_device_module(device).get_device_name(device)
     name = platform.processor() or platform.machine()
+    if device.type == "mps":  # a part of the processor, and without a name before torch 2.9
+        return f"{name}, MPS"
     if os.path.isfile("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
@@ -298,7 +300,7 @@ def _time_call(model: nn.Module, inputs: Mapping[str, Any]) -> float:
 def _synchronize(inputs: Mapping[str, Any]) -> None:
     # Accelerators only queue the work.
     for device in {value.device for value in inputs.values() if isinstance(value, torch.Tensor)} - {_CPU}:
-        torch.get_device_module(device).synchronize(device)
+        torch.accelerator.synchronize(device)
 
 
 _CPU = torch.device("cpu")

@@ -335,7 +335,7 @@ def _native_neurons(block: BoundBlock) -> _Neurons:
 
 def _affine(linear: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     weight, bias = weight_and_bias(linear)
-    return weight.double(), None if bias is None else bias.double()
+    return functional.wide(weight), None if bias is None else functional.wide(bias)
 
 
 def _nonzero(bias: torch.Tensor | None) -> torch.Tensor | None:

@@ -26,7 +26,7 @@ from hf_layercollapse import (
     find_feed_forward_blocks,
     plan_collapse,
 )
-from hf_layercollapse.profiling import compare_latency, count_parameters, neurons_within
+from hf_layercollapse.profiling import compare_latency, count_parameters, describe_hardware, neurons_within
 
 
 METHODS = {
@@ -546,7 +546,7 @@ def machine():
     """The hardware in a few words."""
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
-        return f"{torch.accelerator.device_count()} x {torch.get_device_module(device).get_device_name()}"
+        return f"{torch.accelerator.device_count()} x {describe_hardware(device)}"
     names = [line.partition(":")[2].strip() for line in _cpu_info() if line.startswith("model name")]
     return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} thread(s)"
 
