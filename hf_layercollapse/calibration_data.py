@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from numbers import Integral, Real
 from typing import Any
 
@@ -78,6 +78,8 @@ class CalibrationData:
         batch_size (`int`): Rows of a batch.
         samples (`int`, *optional*): Use so many rows, drawn at random, from as many texts as there are, or of a stream
             as are read. Default: all, in order.
+        max_tokens (`int`, *optional*): Of rows of tokens use so many, drawn at random, as have this many tokens
+            together; but 16, where there are these. Default: no limit.
         seed (`int`): Of that draw.
         task (`str`, *optional*): `"query"` or `"document"`: what `encode_query` or `encode_document` of an object of
             sentence-transformers makes of texts, with the prompt of that name, by that route of a `Router`.
@@ -100,12 +102,15 @@ class CalibrationData:
         samples: int | None = None,
         seed: int = 0,
         task: str | None = None,
+        max_tokens: int | None = None,
     ) -> None:
-        for name, value in (("max_length", max_length), ("batch_size", batch_size), ("samples", samples)):
+        numbers = {"max_length": max_length, "batch_size": batch_size, "samples": samples, "max_tokens": max_tokens}
+        for name, value in numbers.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
         self.model = None if model is None else unwrap(model)[0]
         self.batch_size, self.samples, self.label_column = batch_size, samples, label_column
+        self.max_tokens = max_tokens
         self.columns = [columns] if isinstance(columns, str) else None if columns is None else list(columns)
         data, first = _with_its_first(data)
         # Batches, as they were given.
@@ -113,6 +118,8 @@ class CalibrationData:
         if self._batches is not None:
             return
         self._order = random.Random(seed)
+        # How many rows were met, and of how many samples, where some of them are drawn.
+        self._met, self._visited, self._is_stream = 0, 0, is_stream(data)
         self._parts = _Parts(processing_class)
         sentences = sentence_model(model) if processing_class is None else None
         self._inputs: Any = None if sentences is None else SentenceInputs(sentences, task, max_length)
@@ -184,20 +191,35 @@ class CalibrationData:
         return part
 
     def __str__(self) -> str:
-        """What was read, in one line."""
+        return self.described()
+
+    def described(self, option: str = "`samples`") -> str:
+        """What was read, in one line, with this option for what says how many rows."""
         if self._batches is not None:
             return "batches of model inputs"
         parts = [f"column {' and '.join(self.columns)}"] if self.columns else []
-        parts.append(f"{len(self._rows):,} rows")
+        parts.append(f"{len(self._rows):,}{self._of_all(option)}")
         if self._has_tokens:
             batches = list(self)
             found = [content for batch in batches for content in contents(batch)]
             parts += [f"{len(set(found)):,} different", f"{sum(map(tokens_in, batches)):,} tokens"]
-        if self.samples is not None and len(self._rows) < self.samples:
+        if self.samples is not None and len(self._rows) < self.samples and len(self._rows) == self._met:
             parts.append(f"all there are (fewer than {self.samples:,})")
         if self._cut:
             parts.append(f"{self._cut:,} of them cut to {self.max_length} tokens")
         return ", ".join(parts)
+
+    def _of_all(self, option: str) -> str:
+        """Of how many rows these are, behind their number."""
+        if len(self._rows) == self._met and self._visited == len(self._data):
+            return " rows"
+        if self._is_stream:
+            return f" rows of the first {len(self._data):,} samples ({option})"
+        if self._visited == len(self._data):
+            return f" of {self._met:,} rows ({option})"
+        if self._met <= self._visited:  # one of each, but for empty ones
+            return f" of {len(self._data):,} rows ({option})"
+        return f" rows of {len(self._data):,} texts ({option})"
 
     # ---- What the samples are ----
 
@@ -209,7 +231,7 @@ class CalibrationData:
         self._collate: Callable[[Any], dict[str, Any]]
         if isinstance(first, Mapping) and "input_ids" in first:
             self._collate = self._padded
-            return self._drawn([_token_row(self._data[index])] for index in self._indices())
+            return self._within(self._drawn([_token_row(self._data[index])] for index in self._indices()))
         if isinstance(first, Mapping) and not _is_medium(first):
             self.columns = self._columns(first)
             if _is_data_set(self._data):
@@ -238,7 +260,7 @@ class CalibrationData:
             )
         self._reader = self._parts.reader(medium, self.model)
         self._collate, self._has_tokens = self._read, False
-        return list(islice((index for index in self._indices() if not self._is_empty(index)), self.samples))
+        return self._drawn([] if self._is_empty(index) else [index] for index in self._indices())
 
     def _columns(self, first: Mapping[str, Any]) -> list[str]:
         """The columns to read: those that were named, or the only one there is."""
@@ -288,19 +310,31 @@ class CalibrationData:
 
     def _drawn(self, rows_of_samples: Iterable[list[Any]]) -> list[Any]:
         """The rows of all samples; or so many as are wanted, from as many samples as there are."""
-        if self.samples is None:
-            return [row for rows in rows_of_samples for row in rows]
-        share = math.ceil(self.samples / len(self._data))
+        self._met, self._visited = 0, 0
+        samples = self.samples
+        share = 0 if samples is None else math.ceil(samples / len(self._data))
         drawn, spare = [], []
         for rows in rows_of_samples:
+            self._met, self._visited = self._met + len(rows), self._visited + 1
+            if samples is None:
+                drawn += rows
+                continue
             if len(rows) > share:
                 rows = self._order.sample(rows, len(rows))
             drawn += rows[:share]
             spare += rows[share:]
-            if len(drawn) >= self.samples:
+            if len(drawn) >= samples:
                 break
         self._order.shuffle(spare)
-        return (drawn + spare)[: self.samples]
+        return (drawn + spare)[:samples]
+
+    def _within(self, rows: list[Any]) -> list[Any]:
+        """Of rows of tokens so many, from all over them, as `max_tokens` leaves."""
+        if self.max_tokens is None or sum(len(row["input_ids"]) for row in rows) <= self.max_tokens:
+            return rows
+        self._order.shuffle(rows)
+        sums = accumulate(len(row["input_ids"]) for row in rows)
+        return rows[: max(FEW_ROWS, sum(total <= self.max_tokens for total in sums))]
 
     # ---- Texts ----
 
@@ -310,7 +344,7 @@ class CalibrationData:
         length = longest_row(max_length, self.model, tokenizer)
         while True:
             self._cut, self.max_length = 0, length
-            rows = self._drawn(self._tokenized(index, length) for index in self._indices())
+            rows = self._within(self._drawn(self._tokenized(index, length) for index in self._indices()))
             long = any(len(row["input_ids"]) == length for row in rows) and not self._cut
             if max_length is not None or len(rows) >= FEW_ROWS or not long or length // 2 < LEAST_TOKENS:
                 return rows

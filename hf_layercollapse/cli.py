@@ -2,10 +2,12 @@
 what was there, and export it, from the shell."""
 
 import copy
+import json
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,7 +43,7 @@ from .cli_options import (
 )
 from .collapsing import collapse_model
 from .comparison import Comparison, compare_models, weights_folder
-from .data_files import format_of, load_rows
+from .data_files import format_of, is_path, is_saved, load_rows
 from .families import find_feed_forward_blocks, refused_blocks
 from .forward_passes import lean
 from .loading import load_model, load_processor, load_transformers_model, processor_of, processors_to_save
@@ -51,7 +53,8 @@ from .models import carriers_of, count_parameters, device_of, inputs_of, outputs
 from .planning import linearity_map, plan_collapse
 from .plans import CollapsePlan
 from .profiling import Latency, compare_latency, measure_speedup
-from .recovery import RecoveryReport, recover_model
+from .recovery import RecoveryReport, recover_model, step_rows
+from .rows import row_count, tokens_in
 from .sentence_models import sentence_model
 from .tables import table
 from .upstream import is_causal_language_model, is_classifier
@@ -76,6 +79,16 @@ app = typer.Typer(
 # Forwards and backwards that a plan takes for each batch of the data, in times of one forward; measured, see the
 # command's estimate.
 PLAN_PASSES, COLLAPSE_PASSES, RECOVERY_PASSES = 8, 3, 5
+
+# What choosing and fitting takes of a block, in times of the product of two square matrices as wide as it has features
+# and neurons: a plan for SmolLM2-135M took 4.5 s a block of 2,112 beside its passes, and its collapse a fit, 0.4 s, on
+# a thread that does a product of 1,024 in 0.022 s. A plan of a large model, which fits in groups, takes more.
+PLAN_PRODUCTS, COLLAPSE_PRODUCTS, PRODUCT = 24, 2, 512
+
+# Rows that are read where nothing is said. Of a language model, which predicts every token, no more than have so many
+# tokens for each feature and neuron of its widest block, and so many at least: plans of SmolLM2-135M (2,112) were
+# measured with 16,384.
+SAMPLES, TOKENS_A_FEATURE, LEAST_TOKENS_OF_ALL = 512, 8, 16_384
 
 
 def _version(wanted: bool) -> None:
@@ -139,8 +152,7 @@ def inspect(
         out.write([{key: getattr(b, key) for key in _COLUMNS} for b in find_feed_forward_blocks(live)])
         return
     with processes.together():
-        read = read_data(live, load_processor(live, model, options, trust_remote_code), data, options)
-        out.say(f"data: {read}")
+        read, _ = _read_and_said(live, load_processor(live, model, options, trust_remote_code), data, options, out)
         own = read.part(processes.rank(), processes.count())
     result = linearity_map(live, own, blocks or "all", max_memory=max_memory)
     out.say(result)
@@ -240,16 +252,16 @@ def collapse(
     check_files(save_plan=save_plan, plot=plot, json=json_file)
     on, out, started = usable_device(device), Output(json_file), time.perf_counter()
     made = _plan_in(plan) if plan is not None else None
+    steps = {"max_steps": recovery_steps, "batch_size": recovery_batch_size}
     with new_folder(output) as folder:
         with processes.together():
             live, processors, read = _model_and_data(model, data, options, on, out, trust_remote_code)
-            out.say(_estimate(live, read, made is None, recovery_steps))
+            out.say(_estimate(live, read, made is None, steps))
         if made is None:
             shape: dict[str, Any] = {**wanted, "uniform_width": uniform_width, "multiple_of": multiple_of}
             made = plan_collapse(live, read, blocks=blocks or "all", max_memory=max_memory, **shape)
         with processes.together():
             _show_plan(made, out, save_plan, plot)
-        steps = {"max_steps": recovery_steps, "batch_size": recovery_batch_size}
         report, recovery = _collapsed_and_recovered(live, made, read, steps, max_memory)
         with processes.together():
             card = {"report": report, "plan": made, "recovery": recovery, "name": output.name}
@@ -281,8 +293,7 @@ def _model_and_data(
     processor = load_processor(live, model, options, trust_remote_code)
     given = options.processor
     beside = [] if processor is None else processors_to_save(processor, model, given, trust_remote_code)
-    everything = read_data(live, processor, data, options)
-    out.say(f"data: {everything}")
+    everything, _ = _read_and_said(live, processor, data, options, out)
     return live, beside, everything.part(processes.rank(), processes.count())
 
 
@@ -380,16 +391,33 @@ def _results(
     }
 
 
-def _estimate(model: nn.Module, batches: Any, planned: bool, recovery_steps: int) -> str:
-    """How long it is going to take, from the time of one batch."""
-    batch = lean(unwrap(model)[0], inputs_of(next(iter(batches)), device_of(model)))
+def _estimate(model: nn.Module, batches: CalibrationData, planned: bool, steps: Mapping[str, Any]) -> str:
+    """How long it is going to take at least, from the time of one batch, and of one product of matrices."""
+    given = next(iter(batches))
+    batch = lean(unwrap(model)[0], inputs_of(given, device_of(model)))
     with torch.no_grad():
         started = time.perf_counter()
         outputs_of(model, batch)
         one = time.perf_counter() - started
     passes = (PLAN_PASSES if planned else 0) + COLLAPSE_PASSES
-    seconds = one * (passes * len(batches) + RECOVERY_PASSES * recovery_steps)
-    return f"one batch takes the model {one:.2g} s, so all of it takes about {max(1, round(seconds / 60))} min"
+    products = (PLAN_PRODUCTS if planned else 0) + COLLAPSE_PRODUCTS
+    widths = [block.in_features + block.hidden_features for block in find_feed_forward_blocks(model)]
+    fitting = products * _product(device_of(model)) * sum((width / PRODUCT) ** 3 for width in widths)
+    rows = row_count(given) or batches.batch_size
+    of_a_step = steps["batch_size"] or step_rows(unwrap(model)[0], tokens_in(given) / rows)
+    recovery = RECOVERY_PASSES * steps["max_steps"] * of_a_step / rows
+    seconds = one * (passes * len(batches) + recovery) + fitting
+    return f"one batch takes the model {one:.2g} s, so all of it takes about {max(1, round(seconds / 60))} min or more"
+
+
+def _product(device: torch.device) -> float:
+    """Seconds of a product of two square matrices."""
+    matrix, times = torch.ones(PRODUCT, PRODUCT, device=device), []
+    for _ in range(3):  # the first also loads what it runs with
+        started = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 @app.command()
@@ -427,14 +455,13 @@ def compare(
         base = None if Path(dense).exists() else dense
         page = create_model_card(models["collapsed"], name=Path(collapsed).name, base_model=base)
     processor = load_processor(models["dense"], dense, options, trust_remote_code)
-    read = read_data(models["dense"], processor, data, options)
-    out.say(f"data: {read}")
+    read, split = _read_and_said(models["dense"], processor, data, options, out)
     result = compare_models(
         models,
         read,
         folders={name: weights_folder(str(folder)) for name, folder in names.items()},
         rounds=rounds,
-        source=(data, options.data_config, None if Path(data).exists() else options.split),
+        source=(data, options.data_config, None if Path(data).exists() else split),
     )
     out.say(result)
     if result.metric == "divergence" and options.label_column is None and is_classifier(models["dense"]):
@@ -676,7 +703,7 @@ def _vocabulary_of(model: Any) -> int:
 
 
 def read_data(model: Any, processor: Any, data: str, options: DataOptions) -> CalibrationData:
-    """Batches of model inputs from a file, a folder or a data set.
+    """Batches of model inputs from a file, a folder or a data set, of the split that the options name.
 
     Raises:
         ValueError: The data cannot be read, have no such column, or nothing that the model reads, or not all that it
@@ -693,12 +720,58 @@ def read_data(model: Any, processor: Any, data: str, options: DataOptions) -> Ca
             label_column=options.label_column,
             max_length=options.max_length,
             batch_size=options.batch_size,
-            samples=options.samples,
+            samples=options.samples or SAMPLES,
+            max_tokens=None if options.samples else _most_tokens(model),
         )
         runnable(model, next(iter(read)))
     except ValueError as error:
         raise ValueError(f"--data {data}: {error}") from error
     return read
+
+
+def _most_tokens(model: Any) -> int | None:
+    """Of how many tokens rows are read where nothing is said; `None` where only their number counts."""
+    if not is_causal_language_model(model):
+        return None
+    widths = [block.in_features + block.hidden_features for block in find_feed_forward_blocks(model)]
+    return max(LEAST_TOKENS_OF_ALL, TOKENS_A_FEATURE * max(widths, default=0))
+
+
+def split_of(data: str, options: DataOptions) -> str:
+    """The split that was asked for; or the usual one; or the only one, where there is one."""
+    if options.split is not None:
+        return options.split
+    found = _splits(data, options.data_config)
+    return found[0] if len(found) == 1 else options.usual_split
+
+
+def _splits(data: str, data_config: str | None) -> list[str]:
+    """The splits that data have; none of what is one by itself, or is not there."""
+    from datasets import load_dataset_builder
+
+    path = Path(data).expanduser()
+    if (path / "dataset_dict.json").is_file():
+        return json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+    if path.is_file() or is_saved(path) or (not path.is_dir() and (is_path(data) or format_of(path)[0] is not None)):
+        return []
+    try:
+        builder = load_dataset_builder(str(path) if path.is_dir() else data, data_config)
+    except ValueError as error:
+        raise ValueError(f"{data} cannot be read: {error}") from error
+    return list(builder.info.splits or builder.config.data_files or [])
+
+
+def _read_and_said(
+    model: Any, processor: Any, data: str, options: DataOptions, out: Output
+) -> tuple[CalibrationData, str]:
+    """`(data, the split that they are)`, said in one line with where it is computed."""
+    split, device = split_of(data, options), device_of(model)
+    read = read_data(model, processor, data, replace(options, split=split))
+    only = f"split {split}, the only one, " if split != (options.split or options.usual_split) else ""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    unused = f" (--device {accelerator.type} is there too)" if accelerator and device.type == "cpu" else ""
+    out.say(f"data: {only}{read.described('--samples')}, in batches of {read.batch_size}, on {device}{unused}")
+    return read, split
 
 
 def main() -> None:

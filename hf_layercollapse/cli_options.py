@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 
@@ -28,7 +28,12 @@ Processor = Annotated[
     typer.Option(help="Name or folder of a transformers model's tokenizer or processor. Default: its own."),
 ]
 DataConfig = Annotated[str | None, typer.Option(help="Configuration of a data set on the Hub.")]
-Split = Annotated[str, typer.Option(help="Split of the data to use. Not the one the result is tested on.")]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        help="Split of the data to use. Not the one the result is tested on. Default: train, or the only one there is."
+    ),
+]
 Columns = Annotated[
     list[str] | None,
     typer.Option(
@@ -39,13 +44,25 @@ Label = Annotated[
     str | None,
     typer.Option(help="Column of the class of each row; a text is then one row, cut to its length."),
 ]
-Samples = Annotated[int, typer.Option(min=8, help="Rows to use: texts, windows of long ones, images.")]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        min=8,
+        help="Rows to use: texts, windows of long ones, images. Default: 512; of a language model fewer, so many as "
+        "have 8 tokens for each feature and neuron of its widest block, and 16,384 at least.",
+    ),
+]
 Batch = Annotated[int, typer.Option(min=1, help="Rows a batch.")]
 Length = Annotated[
     int | None,
     typer.Option(min=1, help="Tokens a row; longer texts are several rows. Default: the model's most, up to 512."),
 ]
-TestSplit = Annotated[str, typer.Option(help="Split of the data to test on: one that no model here has seen.")]
+TestSplit = Annotated[
+    str | None,
+    typer.Option(
+        help="Split of the data to test on: one that no model here has seen. Default: test, or the only one there is."
+    ),
+]
 TestLabel = Annotated[str | None, typer.Option(help="Column of the class. Not for language models.")]
 TestSamples = Annotated[int, typer.Option(min=2, help="Rows of the data to test on.")]
 Blocks = Annotated[
@@ -76,12 +93,14 @@ DATA_HELP = (
 class DataOptions:
     """Which inputs a command reads from its data. The fields are options of every command that has one of these."""
 
+    usual_split: ClassVar[str] = "train"
+
     processor: Processor = None
     data_config: DataConfig = None
-    split: Split = "train"
+    split: Split = None
     column: Columns = None
     label_column: Label = None
-    samples: Samples = 512
+    samples: Samples = None
     batch_size: Batch = 8
     max_length: Length = None
 
@@ -90,7 +109,9 @@ class DataOptions:
 class TestDataOptions(DataOptions):
     """The same of a command that tests."""
 
-    split: TestSplit = "test"
+    usual_split: ClassVar[str] = "test"
+
+    split: TestSplit = None
     label_column: TestLabel = None
     samples: TestSamples = 10_000
 

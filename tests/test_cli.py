@@ -1,11 +1,12 @@
 """The command line, on tiny models and files."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -20,8 +21,10 @@ from typer.testing import CliRunner
 
 from hf_layercollapse import LayerCollapseConfig, collapse_model, find_feed_forward_blocks
 from hf_layercollapse.budgets import parse_budget
-from hf_layercollapse.cli import app
+from hf_layercollapse.cli import app, read_data
+from hf_layercollapse.cli_options import DataOptions
 from hf_layercollapse.comparison import Comparison
+from hf_layercollapse.loading import load_model, load_processor
 from hf_layercollapse.upstream import TRANSFORMERS
 
 from .command_line import fails, lines_of_words, run, save_text_model
@@ -88,6 +91,44 @@ def test_what_is_read_of_the_data_is_said(classifier, tmp_path, monkeypatch, cap
     assert "class indices" in fails(monkeypatch, capsys, *arguments, "--label-column", "class")
 
 
+def test_how_much_of_the_data_is_read_is_said(classifier, tmp_path):
+    folder, data = classifier
+    result = run("inspect", folder, "--data", data, "--samples", 40, "--batch-size", 4, "--column", "sentence")
+    assert "data: column sentence, 40 of 160 rows (--samples), 40 different, " in result.output
+    assert "tokens, in batches of 4, on cpu" in result.output
+    # Of a language model so many rows as a plan needs, from all over them.
+    folder = save_text_model(tmp_path / "decoder", "gpt2")
+    book = tmp_path / "book.txt"
+    book.write_text(" ".join(lines_of_words(4000)))
+    count = len(book.read_text().split())
+    live = load_model(str(folder))
+    options = replace(DataOptions(max_length=32, batch_size=32), split="train")
+    read = read_data(live, load_processor(live, str(folder), options, False), str(book), options)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in read)
+    assert 16_000 < tokens <= 16_384 < count
+    assert f"{len(read._rows):,} of {-(-count // 32):,} rows (--samples)" in read.described("--samples")
+
+
+def test_the_only_split_is_taken_and_said(classifier, tmp_path, monkeypatch, capsys):
+    folder, data = classifier
+    place = tmp_path / "folder"
+    place.mkdir()
+    rows = Dataset.from_csv(str(data), sep="\t")
+    rows.to_csv(place / "rows.csv")
+    compare = ["compare", folder, folder, "--label-column", "label", "--rounds", 2, "--data"]
+    result = run(*compare, place)
+    assert result.exit_code == 0 and "data: split train, the only one, column sentence, 160 rows" in result.output
+    DatasetDict(test=rows).save_to_disk(tmp_path / "saved")
+    assert (
+        "data: split test, the only one, column sentence"
+        in run("inspect", folder, "--data", tmp_path / "saved").output
+    )
+    # What was asked for is no other, and of several none is guessed.
+    assert "split" in fails(monkeypatch, capsys, *compare, place, "--split", "test")
+    DatasetDict(a=rows, b=rows).save_to_disk(tmp_path / "several")
+    assert "no split 'test'; it has ['a', 'b']" in fails(monkeypatch, capsys, *compare, tmp_path / "several")
+
+
 def test_memory_by_a_budget(classifier, tmp_path, monkeypatch, capsys):
     folder, data = classifier
     collapse = ["collapse", folder, "--data", data, "--output", tmp_path / "small", "--budget", "macs=0.4"]
@@ -129,7 +170,8 @@ def test_collapse_saves_a_model_that_loads(classifier, tmp_path):
     assert "collapsed" in run("inspect", output).output
     # And a few steps towards the dense model.
     arguments[-1] = tmp_path / "recovered"
-    result = run("collapse", folder, *arguments, "--plan", plan, "--recovery-steps", 8)
+    result = run("collapse", folder, *arguments, "--plan", plan, "--recovery-steps", 8, "--recovery-batch-size", 16)
+    assert "min or more" in result.output
     assert result.exit_code == 0 and "divergence from the teacher in nats" in result.output
     # The card of each says how it was made.
     cards = [(tmp_path / name / "README.md").read_text() for name in ("small", "recovered")]
@@ -251,6 +293,9 @@ def test_errors_are_one_line(classifier, tmp_path, monkeypatch, capsys):
     assert "no column 'x'" in error("inspect", folder, "--data", data, "--column", "x")
     assert "class indices" in error("inspect", folder, "--data", data, "--label-column", "sentence")
     assert "cannot be met" in error("collapse", folder, "--data", data, *out, "--budget", "parameters=0.01")
+    assert "pass that too" in error(
+        "collapse", folder, "--data", data, *out, "--budget", "macs=0.5", "--recovery-batch-size", 4
+    )
     assert "pass --data" in error("inspect", folder, "--plot", "a.png")
     assert "must end in" in error("inspect", folder, "--plot", "a.bmp")
     assert "not an empty folder" in error(
