@@ -34,7 +34,7 @@ from .sharding import Sharding
 from .teaching import Teaching
 from .trained_blocks import TrainedBlocks
 from .training_card import TrainingCard
-from .upstream import require_trainer
+from .upstream import declared_scaling, require_trainer
 
 
 logger = logging.get_logger(__name__)
@@ -81,9 +81,11 @@ class LayerCollapseTrainerMixin(InFrontOf):
     small are refused when the Trainer is made, and so are adapters, FSDP and DeepSpeed.
 
     Two things are put right for every model, patched or not. Checkpoints hold the names of the live model and are
-    loaded completely ([`Trainer`] restores 8 of a ViT's 40 tensors). And where the model's own loss ignores
+    loaded completely ([`Trainer`] restores 8 of a ViT's 40 tensors). And where the loss is the model's own and ignores
     `num_items_in_batch`, as most classification heads' does, `model_accepts_loss_kwargs` is False, so that gradients
-    do not grow with `gradient_accumulation_steps`.
+    do not grow with `gradient_accumulation_steps`. A class with a `compute_loss` of its own is given that count as
+    [`Trainer`] gives it, and says by `loss_is_scaled_for_ga` (since 5.19) whether it divides by it; where it does not
+    say, and batches are accumulated, `train` warns.
 
     Args:
         model (`nn.Module` or `str`, *optional*): Dense: it is patched, in place. Or patched already, as the config
@@ -196,13 +198,32 @@ class LayerCollapseTrainerMixin(InFrontOf):
 
     def _count_items_where_the_loss_does(self) -> None:
         # Most heads take the count of labels and ignore it, which makes gradients grow with the accumulated batches.
-        own_loss = self.label_smoother is None and self.compute_loss_func is None
-        if not own_loss or not self.model_accepts_loss_kwargs:
-            return
-        model: Any = self.model
-        # An object of sentence-transformers has losses of its own around the model that it holds.
-        if sentence_model(model) is not None or not counts_items(unwrap(model, sharded=True)[0]):
+        if not self._has_own_loss() and self._counts_for_nothing():
             self.model_accepts_loss_kwargs = False
+
+    def _counts_for_nothing(self) -> bool:
+        """Whether items are counted for a model that ignores how many there are, and nothing says what its loss is."""
+        says = declared_scaling(self) or self.label_smoother is not None or self.compute_loss_func is not None
+        model: Any = self.model
+        return not says and self.model_accepts_loss_kwargs and not counts_items(unwrap(model, sharded=True)[0])
+
+    def _has_own_loss(self) -> bool:
+        """Whether the loss is not the model's, but of a class around it, which is given the count of items."""
+        ours = (Trainer, LayerCollapseTrainerMixin)
+        return any("compute_loss" in vars(kind) for kind in type(self).__mro__ if kind not in ours)
+
+    def _warn_of_unsaid_scaling(self) -> None:
+        # sentence-transformers' trainers count no items.
+        if self.args.gradient_accumulation_steps == 1 or sentence_model(self.model) is not None:
+            return
+        if declared_scaling(self) is None and self._has_own_loss() and self._counts_for_nothing():
+            logger.warning(
+                f"{type(self).__name__} computes a loss of its own and does not say how: transformers takes it to be "
+                "divided by `num_items_in_batch`. Gradients of a mean over each batch would grow with "
+                "`gradient_accumulation_steps`: set `self.model_accepts_loss_kwargs = False` then, or, since "
+                "transformers 5.19, in the class `loss_is_scaled_for_ga`: False for such a mean, True for a loss that "
+                "is divided."
+            )
 
     # ---- The model ----
 
@@ -326,6 +347,7 @@ class LayerCollapseTrainerMixin(InFrontOf):
     # ---- Checkpoints: upstream writes and deletes them in place, under names that it does not load ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        self._warn_of_unsaid_scaling()
         # What was interrupted while it was written or deleted is no checkpoint.
         folder = self._folders.to_resume_from(resume_from_checkpoint)
         try:

@@ -52,13 +52,19 @@ def checkpointing_of(args: Any) -> tuple[bool, dict]:
     return args.gradient_checkpointing, args.gradient_checkpointing_kwargs or {}
 
 
-def loss_is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
-    """What `Trainer.training_step` asks before it divides the loss by the number of accumulated batches.
-
-    It keeps the answer to itself. `Trainer.loss_is_scaled_for_ga`, where a subclass says it, exists since 5.19.
+def declared_scaling(trainer: Any) -> bool | None:
+    """What a Trainer's class says of its loss: whether it is scaled for the number of accumulated batches; `None`:
+    nothing. `Trainer.loss_is_scaled_for_ga` exists since 5.19.
     """
-    if TRANSFORMERS >= (5, 19) and trainer.loss_is_scaled_for_ga is not None:
-        return trainer.loss_is_scaled_for_ga
+    return trainer.loss_is_scaled_for_ga if TRANSFORMERS >= (5, 19) else None
+
+
+def loss_is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
+    """What `Trainer.training_step` asks before it divides the loss by the number of accumulated batches, and keeps to
+    itself."""
+    declared = declared_scaling(trainer)
+    if declared is not None:
+        return declared
     counted = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
     return counted or trainer.compute_loss_func is not None
 

@@ -39,6 +39,7 @@ from hf_layercollapse.merging import is_ready
 from hf_layercollapse.optimization import AlphaSteps, penalty_strength_at
 from hf_layercollapse.patching import alpha_parameters
 from hf_layercollapse.trainer import counts_items
+from hf_layercollapse.upstream import TRANSFORMERS
 from tests.models import BY_NAME, HIDDEN, LAYERS
 from tests.test_patching import assert_unchanged, snapshot
 from tests.training import (
@@ -138,6 +139,45 @@ def test_upstream_lets_classification_gradients_grow_with_accumulation(tmp_path)
 
     assert norm(Trainer, 4) == pytest.approx(4 * norm(Trainer, 1), rel=1e-3)
     assert norm(LayerCollapseTrainer, 4) == pytest.approx(norm(Trainer, 1), rel=1e-3)
+
+
+class Summed(Trainer):
+    """A loss of its own, divided by the count that the Trainer makes."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+
+class Declared(Summed):
+    loss_is_scaled_for_ga = True
+
+
+class SummedBehindTheMixin(LayerCollapseTrainerMixin, Summed):
+    pass
+
+
+class DeclaredBehindTheMixin(LayerCollapseTrainerMixin, Declared):
+    pass
+
+
+@pytest.mark.parametrize("config", [None, False])
+@pytest.mark.parametrize("trainer_class, plain", [(SummedBehindTheMixin, Summed), (DeclaredBehindTheMixin, Declared)])
+def test_a_loss_of_a_subclass_is_given_the_count(trainer_class, plain, config, tmp_path, caplog):
+    """As in front of [`Trainer`]: what the model's own loss would make of it is not asked."""
+
+    def found(trainer_class, accumulate, config):
+        options = {"trainer_class": trainer_class, "config": config, "accumulate": accumulate}
+        return gradients("bert", tmp_path, batch=8 // accumulate, **options)["classifier.weight"]
+
+    expected = found(plain, 1, False)
+    for accumulate in (1, 4):
+        torch.testing.assert_close(found(trainer_class, accumulate, config), expected, rtol=1e-4, atol=1e-6)
+    # Said where it is not known, and only there.
+    unsaid = plain is Summed or TRANSFORMERS < (5, 19)
+    assert ("computes a loss of its own and does not say how" in caplog.text) is unsaid
 
 
 @pytest.mark.parametrize("case, counts", [("bert", False), ("vit", False), ("dinov2", False), ("gpt2", True)])

@@ -173,7 +173,11 @@ class SetAlphas(TrainerCallback):
 
 
 class OwnLoss(LayerCollapseTrainer):
-    """A `compute_loss` without `super()`, the pattern of transformers' docs for a loss of one's own."""
+    """A `compute_loss` without `super()`, the pattern of transformers' docs for a loss of one's own: a mean."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.pop("labels")
