@@ -17,11 +17,13 @@ import importlib
 import inspect
 import itertools
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
 import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +37,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module, res
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import auto_factory, configuration_auto, modeling_auto
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import ADAPTER_CONFIG_NAME, logging, output_capturing
+from transformers.utils import ADAPTER_CONFIG_NAME, hub, logging, output_capturing
 
 
 # Absent on Windows. Not imported in the usual way, which `trust_remote_code` takes for a requirement.
@@ -113,8 +115,8 @@ MODEL_METHODS = {
     # Both read the source of the class's module, which for a built class is this file.
     "_can_set_attn_implementation": "",
     "_can_set_experts_implementation": "",
-    # The last that `push_to_hub` does, when the stock card is written.
-    "_upload_modified_files": "working_dir",
+    # The last that `push_to_hub` does, when the stock card is written; of configs too.
+    "_upload_modified_files": "working_dir repo_id files_timestamps commit_message token create_pr",
 }
 MODULE_METHODS = {
     # `.to(dtype)` goes through it; alphas keep theirs.
@@ -242,6 +244,24 @@ require(
     "`model_to_save` in PreTrainedModel.save_pretrained",
     transformers,
 )
+
+
+# What `PreTrainedModel.save_pretrained` names itself. All else that it is given is for the Hub.
+SAVE_OPTIONS = frozenset(inspect.signature(PreTrainedModel.save_pretrained).parameters)
+require({"token", "variant"} <= SAVE_OPTIONS, "save_pretrained(token, variant)", transformers)
+require_methods(PreTrainedModel, {"should_save_on_this_rank": "is_main_process"}, transformers)
+
+
+def repository_on_hub(repo_id, tags, token=None, **kwargs):
+    """`(full name, card)` of a repository, which is made where there is none; its card is the stock one, tagged, where
+    it has none. What `PreTrainedModel.save_pretrained` does with the same arguments for a push, in the middle of the
+    save. Upstream: `utils.hub.hf_api`, `create_and_tag_model_card`."""
+    given = {} if token is None else {"token": token}
+    repo_id = hub.hf_api().create_repo(repo_id, exist_ok=True, **given, **kwargs).repo_id
+    return repo_id, hub.create_and_tag_model_card(repo_id, tags, token=token)
+
+
+require({"hf_api", "create_and_tag_model_card"} <= set(dir(hub)), "utils.hub.create_and_tag_model_card", transformers)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1412,12 +1432,17 @@ else:
     _ConfigBase = _ModelBase = object
 
 
-def push_failed(repo_id: str) -> str:
-    """What to say where a push was interrupted: a commit is there as a whole or not at all."""
-    return (
-        f"The push to {repo_id} did not go through. Nothing is lost here; on the Hub a commit is made as a whole or "
-        "not at all. Push again to go on: large files that have arrived are not sent a second time."
-    )
+@contextlib.contextmanager
+def push_to(repo_id: str) -> Iterator[None]:
+    """Says what holds where a push is interrupted: a commit is there as a whole or not at all."""
+    try:
+        yield
+    except Exception:
+        logger.error(
+            f"The push to {repo_id} did not go through. Nothing is lost here; on the Hub a commit is made as a whole "
+            "or not at all. Push again to go on: large files that have arrived are not sent a second time."
+        )
+        raise
 
 
 class LayerCollapseConfigMixin(_ConfigBase):
@@ -1484,6 +1509,11 @@ class LayerCollapseConfigMixin(_ConfigBase):
         if not (os.path.exists(target) and os.path.samefile(__file__, target)):
             shutil.copyfile(__file__, target)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs):
+        # The code lies there since before the times were taken.
+        times = {name: time for name, time in files_timestamps.items() if name != CODE_FILE}
+        return super()._upload_modified_files(working_dir, repo_id, times, **kwargs)
 
     def to_dict(self):
         caller = inspect.currentframe().f_back
@@ -1757,6 +1787,9 @@ class LayerCollapseModelMixin(_ModelBase):
         interrupted leaves the old model whole or a folder that does not load. Of several that save into one folder at
         a time, the last one's model is there as a whole, where the file system has locks.
 
+        With `push_to_hub`, what was saved is uploaded once it is there. A README.md in the folder stays as it is: the
+        repository keeps its own card, or gets the stock one.
+
         Raises:
             ValueError: The folder holds an adapter, and the model has none: it would be loaded with that on top.
         """
@@ -1768,12 +1801,15 @@ class LayerCollapseModelMixin(_ModelBase):
         kwargs |= {"state_dict": state_dict, "max_shard_size": max_shard_size}
         if kwargs.get("distributed_checkpoint", False) or os.path.isfile(save_directory):
             return super().save_pretrained(save_directory, is_main_process, push_to_hub=push_to_hub, **kwargs)
-        hub_kwargs = {key: kwargs.pop(key) for key in ("commit_message", "repo_id", "create_pr") if key in kwargs}
-        if not is_main_process:
+        for_hub = {key: kwargs.pop(key) for key in kwargs.keys() - SAVE_OPTIONS}
+        if not self.should_save_on_this_rank(is_main_process):
             # Takes part in gathering sharded weights, writes nothing.
-            return super().save_pretrained(save_directory, is_main_process=False, **kwargs)
+            super().save_pretrained(save_directory, is_main_process=False, **kwargs)
+            self._name_if_new(os.fspath(save_directory))
+            return
 
         os.makedirs(save_directory, exist_ok=True)
+        times = _times_of_files(save_directory) if push_to_hub else {}
         if has_own_adapters(self):
             for adapter in self.peft_config.values():
                 # Added before the model was saved.
@@ -1786,9 +1822,22 @@ class LayerCollapseModelMixin(_ModelBase):
                     _move_in(beside, save_directory, kwargs.get("variant"))
             self._name_if_new(os.fspath(save_directory))
         if push_to_hub:
-            hub_kwargs.setdefault("repo_id", os.path.basename(os.path.normpath(save_directory)))
-            hub_kwargs |= {key: kwargs[key] for key in ("token", "max_shard_size", "variant") if key in kwargs}
-            self.push_to_hub(**hub_kwargs)
+            for_hub.setdefault("repo_id", os.path.basename(os.path.normpath(save_directory)))
+            self._push_saved(os.fspath(save_directory), times, token=kwargs.get("token"), **for_hub)
+
+    def _push_saved(self, folder, times, repo_id, commit_message=None, create_pr=False, token=None, **kwargs):
+        """What `PreTrainedModel.save_pretrained` does for the Hub, with a folder that is whole: uploads what is new
+        there since `times`. Further arguments are those of `create_repo`."""
+        tags = dict.fromkeys([*(self.model_tags or []), MODEL_TYPE])
+        with push_to(repo_id):
+            repo_id, card = repository_on_hub(repo_id, list(tags), token, **kwargs)
+            with _card_in(folder, card):
+                # Nor what somebody else is saving there at the moment.
+                saving = [name for name in os.listdir(folder) if name.startswith(SAVING_PREFIX)]
+                times = {**times, **dict.fromkeys(saving, math.inf)}
+                self._upload_modified_files(
+                    folder, repo_id, times, commit_message=commit_message, token=token, create_pr=create_pr
+                )
 
     def push_to_hub(self, repo_id, *args, model_card=None, **kwargs):
         """As `PreTrainedModel.push_to_hub`, with a card.
@@ -1805,15 +1854,15 @@ class LayerCollapseModelMixin(_ModelBase):
         kwargs["tags"] = [*([tags] if isinstance(tags, str) else tags), MODEL_TYPE]
         self._model_card = model_card
         try:
-            result = super().push_to_hub(repo_id, *args, **kwargs)
-        except Exception:
-            logger.error(push_failed(repo_id))
-            raise
+            with push_to(repo_id):
+                result = super().push_to_hub(repo_id, *args, **kwargs)
         finally:
             del self._model_card
             # Not after the temporary folder that was uploaded from.
             self.name_or_path = self.config.name_or_path = name
-        self._name_if_new(repo_id)
+        # A name stands for the main branch.
+        if not kwargs.get("create_pr") and kwargs.get("revision") in (None, "main"):
+            self._name_if_new(result.repo_url.repo_id)
         return result
 
     def _upload_modified_files(self, working_dir, *args, **kwargs):
@@ -1930,6 +1979,29 @@ def state_dict_without_adapters(model):
                 key = children[child] + key.removeprefix(child)
             state_dict[key] = tensor
     return state_dict
+
+
+def _times_of_files(folder):
+    """Name -> when it was changed last, of what lies in a folder, but for what is being saved there."""
+    with _lock(folder), os.scandir(folder) as entries:
+        return {entry.name: entry.stat().st_mtime for entry in entries if not entry.name.startswith(SAVING_PREFIX)}
+
+
+@contextlib.contextmanager
+def _card_in(folder, card):
+    """A card as README.md while the folder is uploaded. It stays, unless there was one."""
+    file = os.path.join(folder, "README.md")
+    own = None
+    if os.path.exists(file):
+        with open(file, "rb") as stream:
+            own = stream.read()
+    try:
+        card.save(file)
+        yield
+    finally:
+        if own is not None:
+            with open(file, "wb") as stream:
+                stream.write(own)
 
 
 @contextlib.contextmanager

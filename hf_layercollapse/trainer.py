@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import Trainer
-from transformers.utils import logging
 
 from .alpha_gradients import refuse_liger
 from .alpha_training import AlphaTraining
@@ -23,7 +22,7 @@ from .collapsed_evaluation import CollapsedEvaluation
 from .comparison import Comparison
 from .config import LayerCollapseConfig
 from .loss_scaling import counts_items
-from .modeling_layercollapse import push_failed
+from .modeling_layercollapse import push_to
 from .models import unwrap
 from .patching import collapsible_activations, layer_collapse_config_of
 from .plans import CollapsePlan
@@ -36,8 +35,6 @@ from .trained_blocks import TrainedBlocks
 from .training_card import TrainingCard
 from .upstream import declared_scaling, require_trainer
 
-
-logger = logging.get_logger(__name__)
 
 require_trainer(Trainer)
 
@@ -457,11 +454,8 @@ class LayerCollapseTrainerMixin(InFrontOf):
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         # Upstream does not say that a repository may have been left half-written.
-        try:
+        with push_to(self.hub_model_id or str(self.args.output_dir)):
             return super().push_to_hub(*args, **kwargs)
-        except Exception:
-            logger.error(push_failed(self.hub_model_id or str(self.args.output_dir)))
-            raise
 
 
 class LayerCollapseTrainer(LayerCollapseTrainerMixin, Trainer):

@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -72,9 +73,12 @@ def push(folder):
 
     model, report = collapsed(seed=1)
     model.push_to_hub("with-card", model_card=create_model_card(model, report, repo_id="user/with-card"))
+    assert model.name_or_path == model.config.name_or_path == "user/with-card"
     # Again, and no card: that on the Hub stays. Nothing changed, so that nothing is committed.
     model.push_to_hub("user/with-card")
     result["with-card"] = logits_of(model)
+
+    save_and_push(folder)
 
     trainer = trained(folder, "user/trained")
     trainer.push_to_hub(tags="a-tag", dataset_tags="stanfordnlp/sst2")
@@ -96,6 +100,36 @@ def push(folder):
         assert model.name_or_path == str(folder / "base")
         result["adapter"] = logits_of(model)
     save_file(result, folder / "pushed.safetensors")
+
+
+def save_and_push(folder):
+    """`save_pretrained(..., push_to_hub=True)` of a dense model and a collapsed one, with the same arguments."""
+    from tests.models import BY_NAME
+
+    for kind, model in (("dense", BY_NAME["bert"].model()), ("collapsed", collapsed()[0])):
+        place = folder / f"saved-{kind}"
+        place.mkdir()
+        (place / "older.txt").write_text("was here")
+        asked = []
+        model.register_state_dict_pre_hook(lambda *_, asked=asked: asked.append(True))
+        average = {key: value + 7 if key == "classifier.bias" else value for key, value in model.state_dict().items()}
+        asked.clear()
+        options = {"commit_message": "An average", "private": True, "variant": "average", "max_shard_size": "20KB"}
+        model.save_pretrained(place, state_dict=average, push_to_hub=True, repo_id=f"user/saved-{kind}", **options)
+        # Another process may hold a part of what was given.
+        assert not asked
+        model.save_pretrained(
+            folder / f"proposed-{kind}", push_to_hub=True, create_pr=True, token=os.environ["HF_TOKEN"]
+        )
+        model.config.save_pretrained(str(folder / f"config-{kind}"), push_to_hub=True)
+
+    model, _ = collapsed()
+    model.push_to_hub("proposed-collapsed", create_pr=True)
+    # By its name another model is loaded.
+    assert model.name_or_path == ""
+    (place / "README.md").write_text("mine")
+    model.save_pretrained(place, push_to_hub=True, repo_id="with-a-readme")
+    assert (place / "README.md").read_text() == "mine"
 
 
 def interrupted(folder, kind):

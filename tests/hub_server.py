@@ -10,7 +10,7 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -21,10 +21,13 @@ LARGE = (".safetensors", ".bin")
 
 @dataclass
 class Repository:
-    """`commits`: oid -> files (path -> (content, whether it is large)), in order; the last is `main`."""
+    """`commits`: oid -> files (path -> (content, whether it is large)), in order; the last is `main`. `asked`: what it
+    was made with. `proposed`: the files of each pull request."""
 
+    asked: dict = field(default_factory=dict)
     commits: dict[str, dict[str, tuple[bytes, bool]]] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
+    proposed: list[dict[str, tuple[bytes, bool]]] = field(default_factory=list)
 
     @property
     def head(self):
@@ -191,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.url}/{name}"
         if name in self.hub.repositories:
             raise Refused(409, message="You already created this model repo", url=url)
-        self.hub.repositories[name] = Repository()
+        self.hub.repositories[name] = Repository(asked)
         self.hub.repositories[name].commit(
             {".gitattributes": (b"*.safetensors filter=lfs\n", False)}, "initial commit"
         )
@@ -279,9 +282,14 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.hub.objects[value["oid"]], True
             else:
                 raise Refused(400, message=f"This server knows no {entry['key']}")
-        oid = repository.commit(files, message)
-        url = f"{self.hub.url}/{name}/commit/{oid}"
-        return ({"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""},)
+        url, pull = f"{self.hub.url}/{name}", {}
+        if "create_pr" in parse_qs(urlsplit(self.path).query):
+            oid = repository.head
+            repository.proposed.append(files)
+            pull = {"pullRequestUrl": f"{url}/discussions/{len(repository.proposed)}"}
+        else:
+            oid = repository.commit(files, message)
+        return ({"success": True, "commitOid": oid, "commitUrl": f"{url}/commit/{oid}", "hookOutput": "", **pull},)
 
     def resolve(self, body, name, revision, path):
         oid, files = self._commit_of(name, revision)

@@ -255,6 +255,18 @@ def refusals(rank, count):
     return found
 
 
+def saved_by_each(rank, folder):
+    """Files in a folder that every process saves into, the second after the first; and what the model is called."""
+    model = apply_layer_collapse(BY_NAME["gpt2"].model())
+    if rank == 1:
+        dist.barrier()
+    model.save_pretrained(folder)
+    if rank == 0:
+        dist.barrier()
+    dist.barrier()
+    return sorted(path.name for path in folder.iterdir()), model.name_or_path
+
+
 def of_the_shell(*arguments):
     """`(exit code, last line of stderr)` of the command line in this process."""
     sys.argv, errors = ["layercollapse", *map(str, arguments)], io.StringIO()
@@ -300,4 +312,5 @@ if __name__ == "__main__":
     results["anywhere"] = {name: no_memory_anywhere(rank, name) for name in USES}
     folder = Path(sys.argv[1])
     results["shell"] = shell_refusals(rank, folder / "shell")
+    results["saved"] = saved_by_each(rank, folder / "saved")
     torch.save(results, folder / f"results_{rank}.pt")

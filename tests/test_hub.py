@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from transformers import AutoModelForSequenceClassification
 
 import hf_layercollapse  # noqa: F401  (reads the models here)
@@ -79,6 +79,30 @@ def test_what_is_in_the_repositories(hub, pushed):
         # In one commit.
         assert len(hub.repositories[f"user/{name}"].commits) == 2
     assert not hub.unknown
+
+
+def test_saved_and_pushed_as_a_dense_model_is(hub, pushed):
+    """All that the caller says reaches the Hub, and what is there is what lies in the folder."""
+    folder, _ = pushed
+    names, asked, tags = {}, {}, {}
+    for kind in ("dense", "collapsed"):
+        repository = hub.repositories[f"user/saved-{kind}"]
+        asked[kind] = {key: value for key, value in repository.asked.items() if key != "name"}
+        tags[kind] = card_of(repository).data.tags or []
+        assert repository.messages[1:] == ["An average"]
+        files = {name: content for name, (content, _) in repository.files.items() if name != ".gitattributes"}
+        index = json.loads(files["model.safetensors.index.average.json"])["weight_map"]
+        bias = load(files[index["classifier.bias"]])["classifier.bias"]
+        assert (bias > 5).all()
+        for name in files.keys() - {"README.md"}:
+            assert (folder / f"saved-{kind}" / name).read_bytes() == files[name]
+        (proposed,) = hub.repositories[f"user/proposed-{kind}"].proposed[:1]
+        config = hub.repositories[f"user/config-{kind}"].files
+        names[kind] = [{name.partition("-0")[0] for name in each} for each in (files, proposed, config)]
+    assert asked["collapsed"] == asked["dense"] != hub.repositories["user/proposed-dense"].asked
+    assert names["collapsed"] == [each | {"modeling_layercollapse.py"} for each in names["dense"]]
+    assert set(tags["collapsed"]) - set(tags["dense"]) == {"layercollapse"}
+    assert hub.repositories["user/with-a-readme"].files["README.md"][0] != b"mine"
 
 
 def test_an_adapter_alone_in_a_repository(hub, pushed):

@@ -115,6 +115,13 @@ def test_what_one_process_is_given_wrong_both_say(results):
     assert "`recover_model` trains in one process" in first["recovery"]
 
 
+def test_a_folder_that_every_process_saves_into(results):
+    """The first writes, as of a dense model; the others take nothing away."""
+    for files, name in (result["saved"] for result in results):
+        assert {"config.json", "model.safetensors", "modeling_layercollapse.py"} <= set(files)
+        assert name.endswith("saved")
+
+
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory):
     """`(folder, arguments of a collapse into a folder there)`, of a model and a text file."""

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from huggingface_hub import ModelCard
+from huggingface_hub import CommitInfo, ModelCard
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -431,6 +431,7 @@ def hub(monkeypatch):
 
     def upload(self, working_dir, repo_id, *args, **kwargs):
         uploaded[repo_id] = {file.name: file.read_bytes() for file in Path(working_dir).iterdir()}
+        return CommitInfo(f"https://huggingface.co/{repo_id}/commit/1", "", "", "1")
 
     api = SimpleNamespace(create_repo=lambda repo_id, **kwargs: SimpleNamespace(repo_id=f"me/{repo_id}"))
     monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda *args, **kwargs: api)
@@ -446,7 +447,7 @@ def test_what_is_pushed_loads(hub, how, tmp_path):
     model = in_life(case, "half")
     if how == "push_to_hub":
         model.push_to_hub("smaller")
-        assert model.name_or_path == "smaller"
+        assert model.name_or_path == model.config.name_or_path == "me/smaller"
     else:
         named = {"repo_id": "smaller"} if how.endswith("named") else {}
         model.save_pretrained(tmp_path / ("x" if named else "smaller"), push_to_hub=True, commit_message="x", **named)
