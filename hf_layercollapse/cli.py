@@ -49,7 +49,16 @@ from .forward_passes import lean
 from .loading import load_model, load_processor, load_transformers_model, processor_of, processors_to_save
 from .memory import MemoryBudget
 from .model_card import add_comparison, create_model_card, loader_of
-from .models import carriers_of, count_parameters, device_of, inputs_of, outputs_of, unwrap, written_beside
+from .models import (
+    carriers_of,
+    count_parameters,
+    device_of,
+    inputs_of,
+    is_encoder_decoder,
+    outputs_of,
+    unwrap,
+    written_beside,
+)
 from .planning import linearity_map, plan_collapse
 from .plans import CollapsePlan
 from .profiling import Latency, compare_latency, measure_speedup
@@ -647,6 +656,8 @@ def example_inputs(model: Any, processor: Any, rows: int, length: int | None, us
     for name, value in (("attention_mask", 1), ("token_type_ids", 0)):
         if name in processor.model_input_names and name in taken:
             inputs[name] = torch.full_like(inputs["input_ids"], value)
+    if is_encoder_decoder(model) and "decoder_input_ids" in taken:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
     return runnable(model, inputs)
 
 

@@ -132,14 +132,15 @@ def export_model(
     - `"openvino"`: `openvino_model.xml` and `.bin`.
     - `"stock"`: a checkpoint of the native model type ([`export_stock`]), for transformers without this package.
 
-    Batch size and length are dynamic. A causal language model is exported as one step with a cache, which reads any
-    number of tokens after any number of cached ones (none: the prompt). The folder also gets the native config, the
-    generation config and the processor's files.
+    The number of rows is dynamic, and that of tokens; pictures and sounds keep their size. A causal language model is
+    exported as one step with a cache, which reads any number of tokens after any number of cached ones (none: the
+    prompt). The folder also gets the native config, the generation config and the processor's files.
 
     Args:
-        model (`PreTrainedModel`): On the CPU. Not changed.
-        inputs (`dict[str, Tensor]`): An example batch: what the graph takes. Comparisons are never longer than it, and
-            cover one row, other lengths, and padding if there is an `attention_mask`.
+        model (`PreTrainedModel`): On the CPU. Not changed. An encoder-decoder to `"stock"` only.
+        inputs (`dict[str, Tensor]`): An example batch: what the graph takes, at least 4 tokens a row. Comparisons are
+            never longer than it, and cover one row, and of what reads `input_ids` other lengths, and padding if there
+            is an `attention_mask`: what is as long as the tokens is cut with them.
         output (`str` or `Path`): A folder that is not there yet, or empty.
         to (`str`): `"onnx"`, `"openvino"` or `"stock"`.
         cache (`bool`, *optional*): Whether the graph has a key-value cache. Default: if the model generates text.
@@ -158,7 +159,7 @@ def export_model(
     check_format(to)
     refuse_objects_around(model)
     model = unwrap(model)[0]
-    _check(model, inputs)
+    _check(model, inputs, to)
     output = _checked_folder(output)
     cache = _has_cache(model, to, cache)
 
@@ -185,14 +186,14 @@ def export_model(
     )
 
 
-def _check(model: Any, inputs: Mapping[str, Any]) -> None:
+def _check(model: Any, inputs: Mapping[str, Any], to: str) -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"Expected a transformers model, got {type(model).__name__}.")
-    if model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder and to != "stock":
         raise ValueError(
             f"{type(model).__name__} is an encoder-decoder: its parts are separate graphs, which "
             "`transformers.exporters.OnnxExporter().export_for_generation(model, inputs, config)` makes, for patched "
-            "and collapsed models too."
+            'and collapsed models too. `to="stock"` exports it whole.'
         )
     if model.device.type != "cpu":
         raise ValueError(f"The model is on {model.device}: move it to the CPU first, `model.to('cpu')`.")
@@ -203,10 +204,10 @@ def _check(model: Any, inputs: Mapping[str, Any]) -> None:
         )
     if "labels" in inputs:
         raise ValueError("`inputs` holds labels: an exported model computes no loss. Leave them out.")
-    lengths = {value.shape[1] for value in tensors.values() if value.dim() == 2}
-    if len(lengths) > 1 or any(length < LEAST_LENGTH for length in lengths):
+    length = _tokens(inputs)
+    if length is not None and length < LEAST_LENGTH:
         raise ValueError(
-            f"The example needs one length of at least {LEAST_LENGTH} for all its inputs, got "
+            f"The example needs a length of at least {LEAST_LENGTH} tokens, got "
             f"{ {name: tuple(value.shape) for name, value in tensors.items()} }."
         )
 
@@ -255,7 +256,7 @@ class _Sample:
 
 def _samples(model: Any, inputs: Mapping[str, Any], cache: bool) -> Any:
     """The batch that is traced, then those that are compared."""
-    length = next((value.shape[1] for value in inputs.values() if value.dim() == 2), None)
+    length = _tokens(inputs)
     if length is None:
         return [_Sample(f"{rows} rows", _resize(inputs, rows, None)) for rows in (2, 1, 3)]
     if not cache:
@@ -270,17 +271,31 @@ def _samples(model: Any, inputs: Mapping[str, Any], cache: bool) -> Any:
     return samples
 
 
+def _tokens(inputs: Mapping[str, Any]) -> int | None:
+    """How many tokens a row has; `None` where no token ids are read: pictures and sounds are not to be cut short."""
+    ids = inputs.get("input_ids")
+    return ids.shape[1] if ids is not None and ids.dim() == 2 else None
+
+
+def _is_of_tokens(value: torch.Tensor, lengths: set[int | None]) -> bool:
+    """Whether a tensor of these lengths holds something of each token: ids, a mask, boxes; pixels are floats."""
+    return value.dim() > 1 and value.shape[1] in lengths and (value.dim() == 2 or not value.is_floating_point())
+
+
 def _resize(inputs: Mapping[str, Any], rows: int, length: int | None) -> dict[str, Any]:
-    """The batch with this many rows and this length, padding in the last row."""
-    resized = {}
+    """The batch with this many rows and this many tokens, padding in the last row; no row is padding alone."""
+    resized, tokens = {}, _tokens(inputs)
     for name, value in inputs.items():
         value = value[torch.arange(rows) % len(value)]
-        if value.dim() == 2:
+        if length is not None and _is_of_tokens(value, {tokens}):
             value = value[:, :length]
         resized[name] = value.clone()
     mask = resized.get("attention_mask")
-    if mask is not None and rows > 1 and length is not None:
-        mask[-1, -(length // 3) :] = 0
+    if mask is not None and length is not None and mask.shape == (rows, length):
+        if rows > 1:
+            mask[-1, length - length // 3 :] = 0
+        # What was padded on the left, and is cut on the right.
+        mask[~mask.bool().any(1)] = 1
     return resized
 
 
@@ -323,15 +338,17 @@ def decoder_step(model: PreTrainedModel, inputs: Mapping[str, Any], past: int) -
 
 
 def _dynamic_shapes(inputs: Mapping[str, Any]) -> Any:
-    """Which axes vary: rows, and tokens of what is (rows, tokens)."""
+    """Which axes vary: rows, and tokens of what is (rows, tokens, ...)."""
     # `DYNAMIC`: an axis that the tracer finds constant is an error, not a graph of one shape.
     vary = torch.export.Dim.DYNAMIC
     shapes: dict[str, Any] = {}
+    # In a step with a cache the mask is of the cached tokens too.
+    lengths = {_tokens(inputs), *([inputs["attention_mask"].shape[1]] if "past_key_values" in inputs else [])}
     for name, value in inputs.items():
         if name == "past_key_values":
             shapes[name] = [{0: vary, 2: vary} for _ in range(2 * len(value.layers))]
         else:
-            shapes[name] = {0: vary, 1: vary} if value.dim() == 2 else {0: vary}
+            shapes[name] = {0: vary, 1: vary} if _is_of_tokens(value, lengths) else {0: vary}
     return shapes
 
 
@@ -480,11 +497,12 @@ def load_exported(folder: str | os.PathLike[str], precision: Any = "f32") -> nn.
 
 
 def _export_stock(model: Any, samples: Any, folder: Any) -> Any:
+    expected = [model(**sample.inputs)[0] for sample in samples]
     native, report = export_stock(model)
     native.save_pretrained(folder)
+    del native  # the other process holds it
     with tempfile.TemporaryDirectory() as work:
         actual = logits_without_plugin(folder, [sample.inputs for sample in samples], work)
-    expected = [model(**sample.inputs)[0] for sample in samples]
     return {
         "bytes": weights_size(folder),
         "difference": functional.largest(_difference(*pair) for pair in zip(expected, actual, strict=True)),
@@ -504,6 +522,7 @@ folder, inputs, outputs = sys.argv[1:]
 with open(f"{folder}/config.json") as file:
     architecture = json.load(file)["architectures"][0]
 model = getattr(transformers, architecture).from_pretrained(folder).eval()
+print("loaded")
 batches = {}
 for key, value in load_file(inputs).items():
     number, name = key.split(" ")
@@ -526,7 +545,7 @@ def logits_without_plugin(
         work (`str` or `Path`): A folder for what the processes exchange.
 
     Raises:
-        ValueError: The model does not load there.
+        ValueError: The model does not load there, or does not run on these inputs.
     """
     inputs, outputs = Path(work) / "inputs.safetensors", Path(work) / "outputs.safetensors"
     save_file(
@@ -540,6 +559,13 @@ def logits_without_plugin(
     command = [sys.executable, "-c", _WITHOUT_PLUGIN, *map(str, (folder, inputs, outputs))]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        raise ValueError(f"Stock transformers does not load the exported model: {result.stderr.strip()[-500:]}")
+        fails = (
+            "loads the exported model and does not run it"
+            if "loaded" in result.stdout.split()
+            else "does not load the exported model"
+        )
+        raise ValueError(
+            f"Stock transformers {fails} (exit status {result.returncode}): {result.stderr.strip()[-500:]}"
+        )
     found = load_file(outputs)
     return [found[str(number)] for number in range(len(batches))]

@@ -21,14 +21,16 @@ from typer.testing import CliRunner
 
 from hf_layercollapse import LayerCollapseConfig, collapse_model, find_feed_forward_blocks
 from hf_layercollapse.budgets import parse_budget
-from hf_layercollapse.cli import app, read_data
+from hf_layercollapse.cli import app, example_inputs, read_data
 from hf_layercollapse.cli_options import DataOptions
 from hf_layercollapse.comparison import Comparison
 from hf_layercollapse.loading import load_model, load_processor
 from hf_layercollapse.upstream import TRANSFORMERS
 
-from .command_line import fails, lines_of_words, run, save_text_model
+from .command_line import WORDS, fails, lines_of_words, run, save_text_model
 from .models import BY_NAME, needs_exporters, needs_torchvision, randomize, tiny_wav2vec2
+from .test_stock import t5
+from .words import word_tokenizer
 
 
 @pytest.fixture
@@ -357,6 +359,14 @@ def test_uniform_width(classifier, tmp_path):
     assert result.exit_code == 0, result.output
     blocks = find_feed_forward_blocks(AutoModelForSequenceClassification.from_pretrained(tmp_path / "small"))
     assert {(block.hidden_features, block.state) for block in blocks} == {(16, "collapsed")}
+
+
+def test_an_encoder_decoder_gets_tokens_for_both_parts():
+    tokenizer = word_tokenizer(["[PAD]", "[UNK]", *WORDS])
+    inputs = example_inputs(t5(), tokenizer, 2, 5, 32)
+    assert {name: tuple(value.shape) for name, value in inputs.items()} == {
+        name: (2, 5) for name in ("input_ids", "attention_mask", "decoder_input_ids")
+    }
 
 
 def test_export_errors_are_one_line(classifier, tmp_path, monkeypatch, capsys):

@@ -6,15 +6,15 @@ import os
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MambaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LayoutLMConfig, LayoutLMModel, LlamaConfig, MambaConfig
 
 from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model, exporting, upstream
-from hf_layercollapse.exporting import decoder_step, export_model, load_exported
+from hf_layercollapse.exporting import decoder_step, export_model, load_exported, logits_without_plugin
 from hf_layercollapse.patching import alpha_parameters
 from hf_layercollapse.profiling import compare_latency
 from hf_layercollapse.upstream import TRANSFORMERS
 
-from .models import BY_NAME, image_inputs, randomize, text_inputs
+from .models import BY_NAME, image_inputs, randomize, text_inputs, tiny_wav2vec2
 from .test_stock import collapsed, t5
 
 
@@ -159,14 +159,70 @@ def decoder_step_cache(model, inputs, batch, length):
 
 
 def test_stock(tmp_path):
-    model = MODELS["bert"]()
-    data = [masked(2, 9, seed) for seed in range(20)]
-    collapse_model(model, LayerCollapseConfig(rank=5, keep_neurons=4), calibration_data=data)
-    report = export_model(model, masked(2, 9), tmp_path / "out", to="stock")
-    assert report.difference < 1e-5 and report.stock.fields == {"intermediate_size": (40, 14)}
+    """Of an encoder-decoder too; and what is said where the other process does not get as far."""
+    model, batch = collapsed("t5", rank=5, keep_neurons=4)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["decoder_input_ids"] = batch["decoder_input_ids"][:, :5]
+    folder = tmp_path / "out"
+    report = export_model(model, batch, folder, to="stock")
+    assert report.difference < 1e-5 and report.stock.fields == {"d_ff": (48, 14)} and len(report.shapes) == 4
     assert "without this package" in str(report) and not report.cache
     assert report.to_dict()["stock"]["parameters_stock"] == report.stock.parameters_stock
-    assert type(load_exported(tmp_path / "out")).__module__ == "transformers.models.bert.modeling_bert"
+    assert type(load_exported(folder)).__module__ == "transformers.models.t5.modeling_t5"
+    with pytest.raises(ValueError, match="(?s)loads the exported model and does not run it.*must specify exactly one"):
+        logits_without_plugin(folder, [{"input_ids": batch["input_ids"]}], tmp_path)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="(?s)does not load the exported model.*model.safetensors"):
+        logits_without_plugin(folder, [batch], tmp_path)
+
+
+def test_graphs_of_encoder_decoders_are_transformers_own(tmp_path):
+    needs("onnx")
+    with pytest.raises(ValueError, match='is an encoder-decoder.*`to="stock"` exports it whole'):
+        export_model(t5(), masked(2, 9), tmp_path / "out")
+
+
+def samples_of(model, inputs):
+    """Those that are compared, each run once."""
+    samples = [sample.inputs for sample in exporting._samples(model, inputs, cache=False)]
+    with torch.no_grad():
+        assert all(model(**sample)[0].isfinite().all() for sample in samples)
+    return samples
+
+
+def test_whatever_is_of_tokens_is_cut_with_them():
+    config = LayoutLMConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_2d_position_embeddings=8,
+    )
+    inputs = {**masked(2, 9), "bbox": torch.zeros(2, 9, 4, dtype=torch.long)}
+    samples = samples_of(LayoutLMModel(config).eval(), inputs)
+    assert {(*sample["input_ids"].shape, 4) for sample in samples} == {sample["bbox"].shape for sample in samples}
+    assert len({sample["bbox"].shape[1] for sample in samples}) > 2
+    assert [set(axes) for axes in exporting._dynamic_shapes(samples[0]).values()] == [{0, 1}] * 3
+
+
+def test_sounds_keep_their_length():
+    inputs = {"input_values": torch.randn(2, 400), "attention_mask": torch.ones(2, 400, dtype=torch.long)}
+    samples = samples_of(tiny_wav2vec2().eval(), inputs)
+    assert [tuple(value.shape) for sample in samples for value in sample.values()] == [
+        (rows, 400) for rows in (2, 2, 1, 1, 3, 3)
+    ]
+    assert [set(axes) for axes in exporting._dynamic_shapes(samples[0]).values()] == [{0}] * 2
+
+
+@pytest.mark.parametrize("length", [4, 5, 9])
+def test_no_row_is_padding_alone(length):
+    inputs = {**text_inputs(2, length), "attention_mask": torch.ones(2, length, dtype=torch.long)}
+    samples = samples_of(MODELS["bert"]().eval(), inputs)
+    assert any(not sample["attention_mask"].all() for sample in samples)
+    inputs["attention_mask"][1, :-1] = 0  # on the left
+    samples += samples_of(MODELS["bert"]().eval(), inputs)
+    assert all(sample["attention_mask"].any(1).all() for sample in samples)
 
 
 def test_outputs_that_are_no_numbers_are_refused(tmp_path):
@@ -245,8 +301,6 @@ def test_errors(tmp_path, monkeypatch):
         export_model(torch.nn.Linear(2, 2), inputs, tmp_path / "out", to="stock")
     with pytest.raises(TypeError, match="Expected a collapsed model"):
         export_model(model, inputs, tmp_path / "out", to="stock")
-    with pytest.raises(ValueError, match="encoder-decoder"):
-        export_model(t5(), inputs, tmp_path / "out", to="stock")
     with pytest.raises(ValueError, match="labels"):
         export_model(model, {**inputs, "labels": torch.zeros(2)}, tmp_path / "out", to="stock")
     with pytest.raises(ValueError, match="'input_ids'"):
