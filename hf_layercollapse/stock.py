@@ -7,7 +7,7 @@ is a native feed-forward block of width `2 r`, with `up = [V; -V]` and `down = [
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import functional
-from .blocks import BoundBlock, bind, bind_blocks, weight_and_bias
+from .blocks import BoundBlock, bind_blocks, weight_and_bias
 from .families import BIAS_FIELDS, RATIO_FIELDS, WIDTH_FIELDS
 from .modeling_layercollapse import (
     CollapsedBlock,
@@ -25,7 +25,7 @@ from .modeling_layercollapse import (
     NarrowActivation,
     NarrowFeedForward,
 )
-from .models import count_parameters, evaluating, refuse_objects_around, unwrap
+from .models import count_parameters, evaluating, refuse_objects_around, shorten, unwrap
 from .widths import (
     build_native,
     governing_fields,
@@ -40,6 +40,8 @@ from .widths import (
 GATE_POINT = 1.0
 # Relative to the dtype's precision: two products and a sum of up to a few thousand terms stay far below.
 TOLERANCE = 1000
+# Relative, of what is computed in float64 before weights are rounded: the same.
+EXACT_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ class StockReport:
 
 @dataclass
 class _Neurons:
-    """A block as neurons of a native feed-forward block, float64; biases are `None` where they are zero."""
+    """A block as neurons of a native feed-forward block: float64, or as they are where they are such neurons already.
+    Biases are `None` where they are zero."""
 
     up_mi: torch.Tensor
     up_m: torch.Tensor | None
@@ -103,10 +106,23 @@ class _Neurons:
     def width(self) -> int:
         return self.up_mi.shape[0]
 
-    def biases(self) -> set[str]:
-        """Names of the linears that need one."""
-        values = {"gate": self.gate_m, "up": self.up_m, "down": self.down_o}
-        return {name for name, value in values.items() if value is not None}
+
+@dataclass(frozen=True)
+class _Needs:
+    """What the neurons of a block take, which themselves are made again when they are written.
+
+    Args:
+        width (`int`): How many there are.
+        biases (`frozenset[str]`): Names of the linears that need one.
+    """
+
+    width: int
+    biases: frozenset[str]
+
+    @classmethod
+    def of(cls, neurons: _Neurons) -> "_Needs":
+        values = {"gate": neurons.gate_m, "up": neurons.up_m, "down": neurons.down_o}
+        return cls(neurons.width, frozenset(name for name, value in values.items() if value is not None))
 
 
 @torch.no_grad()
@@ -114,7 +130,9 @@ def export_stock(model: PreTrainedModel) -> tuple[PreTrainedModel, StockReport]:
     """A collapsed model as one of its native class, which transformers loads without this package, and a report.
 
     Every block keeps its input and output; hidden widths become what the widest block needs, and the others are padded
-    with neurons that give zero. The model itself is not changed.
+    with neurons that give zero. The model itself is not changed, and its weights that stay as they are (all but those
+    of the blocks, and of blocks that are native modules of that width already) are not copied: both models hold the
+    same tensors. `copy.deepcopy` of the native one gives it its own, where one of them is to be trained.
 
     Args:
         model (`PreTrainedModel`): A collapsed model.
@@ -132,17 +150,17 @@ def export_stock(model: PreTrainedModel) -> tuple[PreTrainedModel, StockReport]:
     blocks = _collapsed_blocks(model)
     _check_weights(model)
     config = native_config(model.config)
-    dense = build_native(model, config, meta=True)
+    dense = build_native(model, config)
     native_blocks = {block.name: block for block in bind_blocks(dense)}
-    wanted = {}
-    for name, block in blocks.items():
-        if block.state == "collapsed":
-            wanted[name] = _as_neurons(block, native_blocks[name])
-    config, fields, stock_blocks = _fit_config(model, config, dense, blocks, native_blocks, wanted)
-
-    native = _native_model(model, config, blocks, stock_blocks, wanted)
+    wanted = {
+        name: _Needs.of(_as_neurons(block, native_blocks[name]))
+        for name, block in blocks.items()
+        if block.state == "collapsed"
+    }
+    native, fields, stock_blocks = _fitting_model(model, config, dense, blocks, native_blocks, wanted)
+    _fill(native, model, blocks, native_blocks, stock_blocks)
     report = StockReport(
-        config.model_type,
+        native.config.model_type,
         fields,
         count_parameters(dense),
         count_parameters(model),
@@ -150,12 +168,15 @@ def export_stock(model: PreTrainedModel) -> tuple[PreTrainedModel, StockReport]:
         sum(block.macs for block in native_blocks.values()),
         sum(block.macs for block in blocks.values()),
         sum(block.macs for block in stock_blocks.values()),
-        {name: _error(model, blocks[name], bind(native, stock_blocks[name])) for name in wanted},
+        {name: _error(model, blocks[name], stock_blocks[name]) for name in wanted},
     )
-    eps = torch.finfo(model.dtype).eps
-    if not functional.largest(report.errors.values()) <= TOLERANCE * eps:  # not (NaN) either
-        raise ValueError(f"The native blocks do not compute what the collapsed ones do: {report.errors}.")
+    _check_errors(report.errors, TOLERANCE * torch.finfo(model.dtype).eps)
     return native, report
+
+
+def _check_errors(errors: Mapping[str, float], tolerance: float) -> None:
+    if not functional.largest(errors.values()) <= tolerance:  # not (NaN) either
+        raise ValueError(f"The native blocks do not compute what the collapsed ones do: {dict(errors)}.")
 
 
 def _collapsed_blocks(model: Any) -> dict[str, BoundBlock]:
@@ -194,26 +215,80 @@ def _check_weights(model: nn.Module) -> None:
             )
 
 
-def _native_model(
+def _fill(
+    native: Any,
     model: Any,
-    config: Any,
     blocks: Mapping[str, BoundBlock],
+    native_blocks: Mapping[str, BoundBlock],
     stock_blocks: Mapping[str, BoundBlock],
-    wanted: Mapping[str, _Neurons],
-) -> Any:
-    """The native model of this config, with the weights of the collapsed one."""
-    native = build_native(model, config)
-    state, native_state = model.state_dict(), native.state_dict()
-    new = {key: value.clone() for key, value in state.items() if key in native_state}
-    for name, block in stock_blocks.items():
-        neurons = wanted[name] if name in wanted else _native_neurons(blocks[name])
-        new.update(_weights(block, neurons, next(blocks[name].module.parameters()).dtype))
-    native.load_state_dict(new, assign=True)
+) -> None:
+    """Gives a native model, which has none, the weights of the collapsed one: the same tensors where they fit, and one
+    block after the other those of its neurons.
+
+    Args:
+        stock_blocks (`dict[str, BoundBlock]`): Of the native model; the others are of the collapsed one, and of the
+            native class at its own width.
+
+    Raises:
+        ValueError: A block does not compute what the collapsed one does, or the native class has what the collapsed
+            model does not have.
+    """
+    changed = {name: stock for name, stock in stock_blocks.items() if not _is_the_same(blocks[name], stock)}
+    inside = {f"{stock.path(path)}.{kind}" for stock in changed.values() for path in stock.linears for kind in _KINDS}
+    own = native.state_dict()
+    outside = {key: value for key, value in model.state_dict().items() if key in own and key not in inside}
+    native.load_state_dict(outside, strict=False, assign=True)
+    _take_buffers(native, model)
+    tensors = (*native.named_parameters(), *native.named_buffers())
+    empty = [name for name, tensor in tensors if tensor.is_meta and name not in inside]
+    if empty:
+        raise ValueError(
+            f"The native {type(native).__name__} has {shorten(empty)}, which this collapsed model has not. Save the "
+            "model with `save_pretrained` instead."
+        )
+    for name, stock in stock_blocks.items():
+        block = blocks[name]
+        if block.state == "collapsed" or name in changed:
+            entries = _weights(stock, _as_neurons(block, native_blocks[name]))
+            _check_errors({name: _exact_error(block, stock, entries)}, EXACT_TOLERANCE)
+        if name in changed:
+            like = next(block.module.parameters())
+            for path, values in entries.items():
+                _load(stock.linears[path], [value.detach().to(like) for value in values])
     native.tie_weights()
     native.to(model.device).eval()
     if model.can_generate():
         native.generation_config = copy.deepcopy(model.generation_config)
-    return native
+
+
+_KINDS = ("weight", "bias")
+
+
+def _is_the_same(block: BoundBlock, stock: BoundBlock) -> bool:
+    """Whether a block has the linears of the native one, so that it can stay as it is."""
+
+    def shapes(each: BoundBlock) -> dict[str, dict[str, torch.Size]]:
+        return {
+            path: {name: value.shape for name, value in linear.named_parameters()}
+            for path, linear in each.linears.items()
+        }
+
+    return block.can_collapse and shapes(block) == shapes(stock)
+
+
+def _take_buffers(native: nn.Module, model: nn.Module) -> None:
+    """Buffers that are not saved (frequencies of rotary embeddings, say) become those of the collapsed model."""
+    own = dict(native.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name in own and own[name].is_meta:
+            path, _, last = name.rpartition(".")
+            setattr(native.get_submodule(path), last, buffer)
+
+
+def _load(linear: nn.Module, values: Sequence[torch.Tensor]) -> nn.Module:
+    """Makes these the weight, and the bias if there is one, of a linear in place."""
+    linear.load_state_dict(dict(zip(_KINDS, values, strict=False)), assign=True)
+    return linear
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -321,15 +396,15 @@ def _joined(first: _Neurons, second: _Neurons, down_o: torch.Tensor | None) -> _
 def _native_neurons(block: BoundBlock) -> _Neurons:
     """A block whose modules are native, dense or narrowed."""
     layout = block.layout
-    up, up_bias = _affine(block.up)
-    down, down_bias = _affine(block.down)
+    up, up_bias = weight_and_bias(block.up)
+    down, down_bias = weight_and_bias(block.down)
     gate = gate_bias = None
     if layout.fused:
         gate, up = layout.split(up, 0)
         if up_bias is not None:
             gate_bias, up_bias = layout.split(up_bias, 0)
     elif layout.gate:
-        gate, gate_bias = _affine(block.gate)
+        gate, gate_bias = weight_and_bias(block.gate)
     return _Neurons(up, up_bias, down, down_bias, gate, gate_bias)
 
 
@@ -350,8 +425,9 @@ def _or_zeros(bias: torch.Tensor | None, count: int) -> torch.Tensor:
     return torch.zeros(count, dtype=torch.float64) if bias is None else bias
 
 
-def _weights(block: BoundBlock, neurons: _Neurons, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """State dict entries of a native block, padded with neurons that give zero."""
+def _weights(block: BoundBlock, neurons: _Neurons) -> dict[str, list[torch.Tensor]]:
+    """`{path of a linear: [weight, bias]}` of a native block, padded with neurons that give zero; without a bias where
+    that has none."""
     layout, width = block.layout, block.hidden_features
     padding = width - neurons.width
     pad_rows = torch.nn.functional.pad
@@ -371,24 +447,52 @@ def _weights(block: BoundBlock, neurons: _Neurons, dtype: torch.dtype) -> dict[s
     for path, (weight, bias) in parts.items():
         linear = block.linears[path]
         transposed = weight_and_bias(linear)[0] is not linear.weight
-        entries[f"{block.path(path)}.weight"] = (weight.T if transposed else weight).contiguous().to(dtype)
+        entries[path] = [(weight.T if transposed else weight).contiguous()]
         if linear.bias is not None:
-            entries[f"{block.path(path)}.bias"] = bias.to(dtype)
+            entries[path].append(bias)
     return entries
 
 
-def _error(model: Any, block: BoundBlock, native: BoundBlock) -> float:
-    """Relative error of the native block, on Gaussian inputs."""
-    holder = block.module
-    x = functional.gaussian_inputs(block.in_features).to(model.device, next(holder.parameters()).dtype)
-    actual = native.forward(x)
+def _exact_error(block: BoundBlock, stock: BoundBlock, entries: Mapping[str, Sequence[torch.Tensor]]) -> float:
+    """Relative error, on Gaussian inputs, of the native block with these weights, before they are rounded to the
+    model's type: all in float64, since in half precision a wrong block is hardly to be told from a rounded one."""
+    entries = {path: [functional.wide(value) for value in values] for path, values in entries.items()}
+    layout = stock.layout
+    device = entries[layout.down][0].device
+
+    def wide(module: Any) -> Any:
+        return None if module is None else copy.deepcopy(module).to(device).double()
+
+    paths = {"up": layout.up, "down": layout.down} | ({} if layout.gate is None else {"gate": layout.gate})
+    linears: dict[str, Any] = {
+        part: _load(copy.deepcopy(getattr(stock, part)), entries[path]) for part, path in paths.items()
+    }
+    native = dataclasses.replace(stock, activation=wide(stock.activation), **linears)
+    names = ("module",) if _is_a_module(block) else ("up", "activation", "down", "gate")
+    parts: dict[str, Any] = {name: wide(getattr(block, name)) for name in names}
+    collapsed = dataclasses.replace(block, **parts)
+    x = functional.wide(functional.gaussian_inputs(block.in_features)).to(device)
+    return functional.relative_error(_outputs(collapsed, x), native.forward(x))
+
+
+def _error(model: Any, block: BoundBlock, stock: BoundBlock) -> float:
+    """Relative error of the native block, on Gaussian inputs, as the models are."""
+    x = functional.gaussian_inputs(block.in_features).to(model.device, next(block.module.parameters()).dtype)
+    return functional.relative_error(_outputs(block, x), stock.forward(x))
+
+
+def _outputs(block: BoundBlock, x: torch.Tensor) -> torch.Tensor:
+    """What a block of the collapsed model computes, dropouts off."""
     if block.can_collapse:
-        return functional.relative_error(block.forward(x), actual)
-    own = isinstance(holder, (CollapsedBlock, NarrowFeedForward))
-    collapsed = holder if own else torch.nn.Sequential(block.up, block.activation, block.down)
-    with evaluating(collapsed):
-        expected = collapsed(x)
-    return functional.relative_error(expected, actual)
+        return block.forward(x)
+    whole = block.module if _is_a_module(block) else nn.Sequential(block.up, block.activation, block.down)
+    with evaluating(whole):
+        return whole(x)
+
+
+def _is_a_module(block: BoundBlock) -> bool:
+    """Whether a block became one module, and not several in the places of its parts."""
+    return isinstance(block.module, (CollapsedBlock, NarrowFeedForward))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -396,15 +500,16 @@ def _error(model: Any, block: BoundBlock, native: BoundBlock) -> float:
 # ----------------------------------------------------------------------------------------------------
 
 
-def _fit_config(
+def _fitting_model(
     model: Any,
     config: Any,
     dense: nn.Module,
     blocks: Mapping[str, BoundBlock],
     native_blocks: Mapping[str, BoundBlock],
-    wanted: Mapping[str, _Neurons],
+    wanted: Mapping[str, _Needs],
 ) -> tuple[Any, dict[str, Any], dict[str, BoundBlock]]:
-    """`(config, {field: (old, new)}, {name: block})`: a native config in which every block fits, and saves."""
+    """`(native model without weights, {field: (old, new)}, {name: its block})`: one where every block fits, and that
+    is smaller than the dense one."""
     needed = {name: wanted[name].width if name in wanted else native_blocks[name].hidden_features for name in blocks}
     changed, fields = _with_widths(model, config, native_blocks, wanted, needed)
     lacking = _lacking_biases(native_blocks, wanted)
@@ -414,22 +519,22 @@ def _fit_config(
             setattr(changed, name, True)
             fields[name] = (False, True)
         if flags:
-            lacking = _lacking_biases(resized_blocks(build_native(model, changed, meta=True), native_blocks), wanted)
+            lacking = _lacking_biases(resized_blocks(build_native(model, changed), native_blocks), wanted)
         if lacking:
             _refuse_biases(config, native_blocks, needed, wanted, lacking)
 
-    stock = build_native(model, changed, meta=True)
+    stock = build_native(model, changed)
     stock_blocks = resized_blocks(stock, native_blocks)
     _check_shapes(dense, stock, native_blocks, stock_blocks, needed, fields)
     _check_saving(config, dense, stock, native_blocks, wanted, needed)
-    return changed, fields, stock_blocks
+    return stock, fields, stock_blocks
 
 
 def _with_widths(
     model: Any,
     config: Any,
     native_blocks: Mapping[str, BoundBlock],
-    wanted: Mapping[str, _Neurons],
+    wanted: Mapping[str, _Needs],
     needed: Mapping[str, int],
 ) -> tuple[Any, dict[str, Any]]:
     """`(config, {field: (old, new)})`: a copy whose fields give collapsed blocks the width they need."""
@@ -457,7 +562,7 @@ def _check_saving(
     dense: nn.Module,
     stock: nn.Module,
     native_blocks: Mapping[str, BoundBlock],
-    wanted: Mapping[str, _Neurons],
+    wanted: Mapping[str, _Needs],
     needed: Mapping[str, int],
 ) -> None:
     """Raises where the native model would be no smaller than the dense one."""
@@ -476,13 +581,13 @@ def _check_saving(
     )
 
 
-def _lacking_biases(native_blocks: Mapping[str, BoundBlock], wanted: Mapping[str, _Neurons]) -> dict[str, list[str]]:
+def _lacking_biases(native_blocks: Mapping[str, BoundBlock], wanted: Mapping[str, _Needs]) -> dict[str, list[str]]:
     """Block -> the linears that need a bias and have none."""
     lacking = {}
-    for name, neurons in wanted.items():
+    for name, needs in wanted.items():
         block = native_blocks[name]
         linears = {"up": block.up, "down": block.down, "gate": block.first}
-        missing = [part for part in sorted(neurons.biases()) if linears[part].bias is None]
+        missing = [part for part in sorted(needs.biases) if linears[part].bias is None]
         if missing:
             lacking[name] = missing
     return lacking
@@ -492,7 +597,7 @@ def _refuse_biases(
     config: Any,
     native_blocks: Mapping[str, BoundBlock],
     needed: Mapping[str, int],
-    wanted: Mapping[str, _Neurons],
+    wanted: Mapping[str, _Needs],
     lacking: Mapping[str, list[str]],
 ) -> NoReturn:
     name = next(iter(lacking))

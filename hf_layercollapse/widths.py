@@ -24,14 +24,11 @@ def native_config(config: Any) -> Any:
     return config
 
 
-def build_native(model: nn.Module, config: Any, meta: bool = False) -> PreTrainedModel:
-    """A new model of the native class of `model`, from a native config; with `meta` it has no weights."""
-    native_class = native_class_of(model)
-    config = copy.deepcopy(config)
-    if meta:
-        with torch.device("meta"):
-            return native_class(config)
-    return native_class(config)
+def build_native(model: nn.Module, config: Any) -> PreTrainedModel:
+    """A new model of the native class of `model`, from a native config, without weights: on the meta device, as
+    transformers builds those that it loads."""
+    with torch.device("meta"):
+        return native_class_of(model)(copy.deepcopy(config))
 
 
 def resized_blocks(model: nn.Module, native_blocks: Mapping[str, FeedForwardBlock]) -> dict[str, BoundBlock]:
@@ -109,7 +106,7 @@ def governing_fields(model: nn.Module, config: Any, native_blocks: Mapping[str, 
             fields = _told_apart(path, name, values[name], max(hidden))
             for field, value in fields.items():
                 field.set(changed, value)
-            for block in resized_blocks(build_native(model, changed, meta=True), native_blocks).values():
+            for block in resized_blocks(build_native(model, changed), native_blocks).values():
                 if block.hidden_features != native_blocks[block.name].hidden_features:
                     own = [field for field in fields if len(fields) == 1 or fields[field] == block.hidden_features]
                     if own:
@@ -185,14 +182,14 @@ def check_native(model: PreTrainedModel, groups: Sequence[WidthGroup], widths: S
         ValueError: It has other widths then, or something else changes too.
     """
     config = native_config(model.config)
-    dense = build_native(model, config, meta=True)
+    dense = build_native(model, config)
     native_blocks = {block.name: block for block in bind_blocks(dense)}
     wanted: dict[str, Any] = {}
     for group, width in zip(groups, widths, strict=True):
         field, features = group.field, group.blocks[0].in_features
         field.set(config, value_for(field.name, field.value(config), width, features))
         wanted |= {block.name: width for block in group.blocks}
-    narrow = build_native(model, config, meta=True)
+    narrow = build_native(model, config)
     found = {name: block.hidden_features for name, block in resized_blocks(narrow, native_blocks).items()}
     other = shapes_outside(dense, native_blocks) != shapes_outside(narrow, native_blocks)
     if other or any(found[name] != width for name, width in wanted.items()):
@@ -249,7 +246,7 @@ def _is_coarse(config: Any, field: WidthField) -> bool:
 def _fields_of(model: Any, chosen: Sequence[BoundBlock]) -> dict[str, WidthField]:
     """Name of a native block -> the field that sets its width, where it sets that of a chosen one."""
     config = native_config(model.config)
-    dense = build_native(model, config, meta=True)
+    dense = build_native(model, config)
     native_blocks = {block.name: block for block in bind_blocks(dense)}
     governed = governing_fields(model, config, native_blocks)
     for block in chosen:

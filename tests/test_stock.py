@@ -1,8 +1,13 @@
 """Collapsed models as checkpoints of their native class: equal logits in a process that has never seen the package."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -44,18 +49,15 @@ def seq2seq_inputs(seed=0):
 
 
 def decoder(config_class, **kwargs):
+    sizes = {"hidden_size": 16, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = config_class(
         vocab_size=64,
-        hidden_size=16,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
-        **kwargs,
+        **{**sizes, **kwargs},
     )
     return randomize(AutoModelForCausalLM.from_config(config)).eval()
 
@@ -282,14 +284,87 @@ def test_bfloat16_and_the_model_itself_is_not_changed():
     before = {key: value.clone() for key, value in model.state_dict().items()}
     config = model.config.to_dict()
     native, _ = export_stock(model)
+    native = copy.deepcopy(native)
     for parameter in native.parameters():
-        parameter.data.zero_()  # not even through shared memory
+        parameter.data.zero_()
     assert model.config.to_dict() == config
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     native, report = export_stock(model.to(torch.bfloat16))
     assert native.dtype == torch.bfloat16
     with torch.no_grad():
         torch.testing.assert_close(native(**batch).logits, model(**batch).logits, rtol=0.05, atol=0.05)
+
+
+def in_memory(model):
+    return {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_weights_that_stay_are_not_copied(name):
+    """Nor are those of blocks that are native modules of the right width."""
+    model, batch = collapsed(name, rank=0, keep_neurons=9)
+    native, _ = export_stock(model)
+    assert in_memory(native) == in_memory(model)
+    assert not {id(part) for part in native.parameters()} & {id(part) for part in model.parameters()}
+    assert not any(tensor.is_meta for tensor in (*native.parameters(), *native.buffers()))
+    if name == "llama":
+        collapse_model(model, LayerCollapseConfig(blocks=[1], rank=0, keep_neurons=5), [batch] * 3)
+        native, report = export_stock(model)
+        assert report.fields == {"intermediate_size": (48, 9)}
+        padded = {f"model.layers.1.mlp.{linear}_proj.weight" for linear in ("gate", "up", "down")}
+        own, others = native.state_dict(), model.state_dict()
+        assert {key for key in own if own[key].data_ptr() != others[key].data_ptr()} == padded
+
+
+def test_tied_weights_stay_tied():
+    make, inputs = MODELS["gpt2"]
+    model = make()
+    collapse_model(model, LayerCollapseConfig(rank=5), [inputs(seed=seed) for seed in range(20)])
+    native, report = export_stock(model)
+    assert native.lm_head.weight is native.transformer.wte.weight
+    assert report.parameters_stock == sum(parameter.numel() for parameter in native.parameters())
+
+
+class Float64(TorchDispatchMode):
+    """How much there is of float64 at most at one time, in numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.most = {}, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        found = operation(*args, **(kwargs or {}))
+        for value in tree_leaves(found):
+            if isinstance(value, torch.Tensor) and value.dtype == torch.float64 and not value.is_meta:
+                storage = value.untyped_storage()
+                self.alive[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes() // 8)
+        self.alive = {key: (held, size) for key, (held, size) in self.alive.items() if not held.expired()}
+        self.most = max(self.most, sum(size for _, size in self.alive.values()))
+        return found
+
+
+@pytest.mark.parametrize("options", [BOTH, KEPT], ids=["linear", "neurons"])
+def test_one_block_at_a_time_is_float64(options):
+    most = []
+    for layers in (1, 3):
+        model = decoder(LlamaConfig, num_hidden_layers=layers)
+        collapse_model(model, LayerCollapseConfig(**options), [text_inputs(seed=seed) for seed in range(20)])
+        with Float64() as seen:
+            export_stock(model)
+        most.append(seen.most)
+    assert 0 < most[1] <= 1.01 * most[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{"keep_neurons": 3}, KEPT], ids=["linear", "neurons"])
+def test_a_wrong_block_is_refused_in_half_precision_too(options, dtype):
+    """Here the native class would compute with another activation than the collapsed model does."""
+    model, _ = collapsed("bert", **options)
+    model.to(dtype)
+    assert max(export_stock(model)[1].errors.values()) < 0.05
+    model.config.hidden_act = "relu"
+    with pytest.raises(ValueError, match="do not compute what the collapsed ones do"):
+        export_stock(model)
 
 
 def test_a_block_that_gives_no_numbers_is_refused():
