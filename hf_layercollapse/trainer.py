@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import Trainer
+from transformers.utils import logging
 
 from .alpha_gradients import refuse_liger
 from .alpha_training import AlphaTraining
@@ -35,6 +36,8 @@ from .trained_blocks import TrainedBlocks
 from .training_card import TrainingCard
 from .upstream import declared_scaling, require_trainer
 
+
+logger = logging.get_logger(__name__)
 
 require_trainer(Trainer)
 
