@@ -20,6 +20,7 @@ from .modeling_layercollapse import (
     native_class_of,
     native_models_of,
     prune_parallel_plans,
+    tell_places,
     validate_layer_collapse,
 )
 from .upstream import auto_class_of_code, limit_of_registration
@@ -114,6 +115,7 @@ def set_layer_collapse(
         model.__dict__["native_name_or_path"] = model.name_or_path
     model.name_or_path = ""
     if layer_collapse is not None:
+        tell_places(model)
         prune_parallel_plans(model)
     return model
 

@@ -1586,10 +1586,9 @@ def _part_being_saved(config):
     part = local_of(frame, "model_to_save", PreTrainedModel)
     if isinstance(part, LayerCollapseModelMixin) or part.config is not config:
         return None
-    table = config.layer_collapse["modules"]
-    if not any(_has_part(part, path, spec) for path, spec in table.items()):
+    if _PLACE in part.__dict__:
         return part
-    if not standing(part, table):
+    if not standing(part, config.layer_collapse["modules"]):
         raise ValueError(
             f"This {type(part).__name__} is dense, and its config describes a patched or collapsed model: what is "
             "saved could not be loaded. `hf_layercollapse.patching.refresh_layer_collapse(model)` gives the model the "
@@ -1600,20 +1599,36 @@ def _part_being_saved(config):
 
 def _config_of_part(config, part):
     """A config for a part of a model alone: its table is that of the whole below the place of the part."""
-    table = config.layer_collapse["modules"]
-    places = {path[: match.start()] for path in table for match in re.finditer(r"\.", path)}
-    for place in sorted(places, key=len):
-        below = f"{place}."
-        own = {path.removeprefix(below): _without_scope(table[path]) for path in table if path.startswith(below)}
-        if all(_stands_at(part, path, spec) for path, spec in own.items()):
-            alone = copy.deepcopy(config)
-            alone.layer_collapse = {**config.layer_collapse, "part": type(part).__name__, "modules": own}
-            return alone
-    raise ValueError(
-        f"This {type(part).__name__} is a part of a patched or collapsed model, and nothing that the table of the "
-        "whole names stands in it. Save the whole, and take the part from it where it is loaded: "
-        "`AutoModel.from_pretrained(folder)`."
-    )
+    place, in_model = part.__dict__[_PLACE]
+    below, table = f"{place}.", config.layer_collapse["modules"]
+    below_it = [path for path in table if path.startswith(below) and _is_scoped_to_model(table[path]) == in_model]
+    own = {path.removeprefix(below): _without_scope(table[path]) for path in below_it}
+    if not own:
+        raise ValueError(
+            f"This {type(part).__name__} is a part of a patched or collapsed model, and nothing that the table of the "
+            "whole names stands in it. Save the whole, and take the part from it where it is loaded: "
+            "`AutoModel.from_pretrained(folder)`."
+        )
+    alone = copy.deepcopy(config)
+    alone.layer_collapse = {**config.layer_collapse, "part": type(part).__name__, "modules": own}
+    return alone
+
+
+# Where a part that is a model stands in the whole whose config it has: (path, whether it begins at the whole and not
+# at the base model). An encoder and a decoder may be of one shape, so that no table tells whose it is.
+_PLACE = "place_in_layer_collapse"
+
+
+def tell_places(model):
+    """Tells the models inside a patched or collapsed one where they stand, for when one of them is saved by itself."""
+    base, prefix = base_model_of(model), base_model_prefix_of(model)
+    for name, part in model.named_modules():
+        if not isinstance(part, PreTrainedModel):
+            continue
+        if base_model_of(part) is base:  # paths begin there
+            part.__dict__.pop(_PLACE, None)
+        else:
+            part.__dict__[_PLACE] = (name.removeprefix(prefix), not name.startswith(prefix))
 
 
 def standing(model, table):
@@ -1698,6 +1713,7 @@ class LayerCollapseModelMixin(_ModelBase):
         self._renamed_keys = renamed_keys(self, names)
         prefixes = tuple(f"{name}." for _, name, _, _ in resolve_table(self, table))
         self._table_keys = frozenset(key for key in self.state_dict() if key.startswith(prefixes))
+        tell_places(self)
         prune_parallel_plans(self)
         self.init_weights()
 

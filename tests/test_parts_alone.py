@@ -7,19 +7,25 @@ import pytest
 import torch
 from transformers import AutoModel, BertForSequenceClassification, PreTrainedModel
 
-from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model, remove_layer_collapse
+from hf_layercollapse import (
+    LayerCollapseConfig,
+    apply_layer_collapse,
+    collapse_model,
+    find_feed_forward_blocks,
+    remove_layer_collapse,
+)
 
 from .models import randomize
 from .test_families import bert_config, tiny_bart, tiny_t5, tiny_whisper
 from .test_patching import set_alphas
 
 
-def in_life(model, life, inputs):
-    config = LayerCollapseConfig(keep_neurons=4) if life == "narrow" else None
-    if life == "narrow":
-        collapse_model(model, config, calibration_data=inputs)
+def in_life(model, life, inputs, blocks="all"):
+    if life in ("narrow", "cut"):
+        rank = {"rank": 0} if life == "cut" else {}
+        collapse_model(model, LayerCollapseConfig(keep_neurons=4, blocks=blocks, **rank), calibration_data=inputs)
         return model.eval()
-    apply_layer_collapse(model)
+    apply_layer_collapse(model, LayerCollapseConfig(blocks=blocks))
     set_alphas(model, 0.375 if life == "patched" else 1.0)
     if life == "collapsed":
         collapse_model(model)
@@ -65,6 +71,30 @@ def test_comes_back_through_auto_model(build, name, life, tmp_path):
     tables = [[vars(module.config)["layer_collapse"] for module in parts_of(model)] for model in (whole, loaded)]
     assert tables[0] == tables[1]
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("encoder, decoder", [([0, 1], [0]), ([0], [0, 1]), ([0], [1])])
+@pytest.mark.parametrize("life", ["patched", "collapsed", "narrow", "cut"])
+def test_encoder_and_decoder_with_unequal_tables(encoder, decoder, life, tmp_path):
+    """No table tells which of them it is of where the other's stands in it too."""
+    whole = tiny_bart()
+    layers = [f"encoder.layers.{i}" for i in encoder] + [f"decoder.layers.{i}" for i in decoder]
+    blocks = [block.name for block in find_feed_forward_blocks(whole) if block.name.endswith(tuple(layers))]
+    assert len(blocks) == len(layers)
+    in_life(whole, life, inputs_of(tiny_bart), blocks=blocks)
+    # As a copy, and after the whole was loaded.
+    whole.save_pretrained(tmp_path / "whole")
+    for model in (copy.deepcopy(whole), type(whole).from_pretrained(tmp_path / "whole")):
+        for name, numbers in (("encoder", encoder), ("decoder", decoder)):
+            part = getattr(model.base_model, name)
+            part.save_pretrained(tmp_path / name)
+            table = json.loads((tmp_path / name / "config.json").read_text())["layer_collapse"]["modules"]
+            assert {int(path.split(".")[1]) for path in table} == set(numbers)
+            again = AutoModel.from_pretrained(tmp_path / name)
+            state = again.state_dict()
+            kept = {key: value for key, value in part.state_dict().items() if "embed" not in key}
+            assert kept.keys() == {key for key in state if "embed" not in key}
+            assert all(torch.equal(state[key], value) for key, value in kept.items())
 
 
 def test_goes_on_as_a_model_of_its_own(tmp_path):
