@@ -20,7 +20,7 @@ from .modeling_layercollapse import (
     NarrowFeedForward,
     children_of,
     linear_shape,
-    resolve_table,
+    resolved_of,
 )
 from .models import CUT, base_layer, part_at, unwrap
 from .verification import DROPOUTS, NORMS, Refusal, Verifier, Wiring
@@ -352,8 +352,7 @@ def _cut_linears(model: nn.Module) -> set[nn.Module]:
     cut = {module for module in model.modules() if CUT in module.__dict__}
     for part in model.modules():
         if isinstance(part, LayerCollapseModelMixin):
-            resolved = resolve_table(part, part.config.layer_collapse["modules"])
-            cut.update(module for _, _, module, spec in resolved if spec["type"] in ("linear", "conv1d"))
+            cut.update(module for _, _, module, spec in resolved_of(part) if spec["type"] in ("linear", "conv1d"))
     return cut
 
 

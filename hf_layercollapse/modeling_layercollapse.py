@@ -468,7 +468,8 @@ class CollapsibleActivation(nn.Module):
             "type": "activation",
             "act": self.act_name,
             "linear_target": self.linear_target,
-            "alpha_shape": list(self.alpha.shape),
+            # What it is as a whole; a process may hold a part of it.
+            "alpha_shape": [self.width if self.granularity == "neuron" else 1],
             "width": self.width,
             "gate": self.gate,
         }
@@ -646,10 +647,8 @@ class NarrowFeedForward(_Remains):
         self.then = [name for name in children if name not in used]
 
     @property
-    def spec(self):
-        """This module, its linears included, as an entry of the replacement table."""
-        modules, names = children_of(self), self.names
-        up, gate = (modules.get(names.get(part)) for part in ("up", "gate"))
+    def form(self):
+        """What an entry of the replacement table says of it beside its linears."""
         return {
             "type": "narrow_ffn",
             "part": "block",
@@ -657,15 +656,24 @@ class NarrowFeedForward(_Remains):
             "neurons": self.neurons,
             "gated": self.gated,
             "in_features": self.in_features,
-            "out_features": linear_shape(modules[names["down"]])[1],
-            "up": names["up"],
-            "activation": names["activation"],
-            "down": names["down"],
-            "gate": names.get("gate"),
+            "up": self.names["up"],
+            "activation": self.names["activation"],
+            "down": self.names["down"],
+            "gate": self.names.get("gate"),
             "then": list(self.then),
+            "act": self.act_name,
+        }
+
+    @property
+    def spec(self):
+        """This module, its linears included, as an entry of the replacement table."""
+        modules, names = children_of(self), self.names
+        up, gate = (modules.get(names.get(part)) for part in ("up", "gate"))
+        return {
+            **self.form,
+            "out_features": linear_shape(modules[names["down"]])[1],
             "up_bias": up is not None and up.bias is not None,
             "gate_bias": gate is not None and gate.bias is not None,
-            "act": self.act_name,
         }
 
     def forward(self, hidden_states):
@@ -1033,9 +1041,90 @@ def resolve_table(model, table):
     return resolved
 
 
-def _resolved_of(model):
-    """[`resolve_table`] of a patched or collapsed model and its own table."""
-    return resolve_table(model, model.config.layer_collapse["modules"])
+def resolved_of(model):
+    """[`resolve_table`] of a patched or collapsed model and its own table, without layers that it has no more."""
+    table = model.config.layer_collapse["modules"]
+    found = {path: found_at(_root_of(model, spec), path) for path, spec in table.items()}
+    left = {path: spec for path, spec in table.items() if found[path] is not TAKEN_OUT}
+    return resolve_table(model, left) if left else []
+
+
+# In the place of a module: its list of layers is shorter by now, or a collapse took it out of what is around it.
+TAKEN_OUT = object()
+
+
+def found_at(root, path):
+    """What stands at a path of a table in a live model, behind what is around it; [`TAKEN_OUT`] where it is not there
+    any more, `None` where it is in no part of this class, or behind a module of somebody else's."""
+    module = root
+    for name in path.split("."):
+        module = _inside(module)
+        child = _child(module, name)
+        if child is None:
+            in_list = isinstance(module, (nn.ModuleList, nn.Sequential)) and name.isdigit()
+            return TAKEN_OUT if in_list or isinstance(module, REMAINS) else None
+        module = child
+    return _inside(module)
+
+
+def _inside(module):
+    """A module itself, where an adapter, FSDP or activation checkpointing may have put another around it."""
+    while True:
+        children = children_of(module)
+        if type(module).__module__.startswith("peft."):
+            inner = children.get("base_layer", children.get("original_module"))
+        else:
+            inner = next(iter(children.values())) if [name[:1] for name in children] == ["_"] else None
+        if inner is None:
+            return module
+        module = inner
+
+
+def _is_described(module, spec):
+    """Whether a module is what an entry of a table says."""
+    if spec["type"] in ("linear", "conv1d"):
+        kind = Conv1D if spec["type"] == "conv1d" else nn.Linear
+        return isinstance(module, kind) and linear_shape(module) == (spec["in_features"], spec["out_features"])
+    if not isinstance(module, (*REMAINS, CollapsibleActivation)):
+        return False
+    said = module.form if isinstance(module, NarrowFeedForward) else module.spec
+    return all(spec.get(key, _DEFAULTS.get(key)) == value for key, value in said.items())
+
+
+def standing(model, table):
+    """The entries of a table that say what stands in a model. None of one that a native class made from the config of
+    a patched or collapsed model: it takes that for one of its own."""
+    return {path: spec for path, spec in table.items() if _is_described(found_at(_root_of(model, spec), path), spec)}
+
+
+def differences(model, table):
+    """`(paths, paths, names)`: entries whose layers were taken out of a live model, entries that something else stands
+    for, and the qualified names of what a collapse or a patch left that no entry speaks of. All are empty where the
+    parts of the model are behind modules that do not tell."""
+    taken_out, wrong, spoken_of = [], [], set()
+    for path, spec in table.items():
+        if not _has_part(model, path, spec):
+            continue
+        module = found_at(_root_of(model, spec), path)
+        if module is None:
+            return [], [], []
+        if module is TAKEN_OUT:
+            taken_out.append(path)
+            continue
+        # Of what a quantizer put in a linear's place, sizes are not asked.
+        plain = spec["type"] not in ("linear", "conv1d") or isinstance(module, (nn.Linear, Conv1D, *REMAINS))
+        if plain and not _is_described(module, spec):
+            wrong.append(path)
+        else:
+            spoken_of.update(map(id, module.modules()))
+    for part in model.modules():
+        # Copies of activations that an adapter trains; models with a table of their own.
+        own = part is not model and isinstance(part, LayerCollapseModelMixin)
+        if own or type(part).__module__.startswith("peft."):
+            spoken_of.update(map(id, part.modules()))
+    ours = (*REMAINS, CollapsibleActivation)
+    names = [name for name, part in model.named_modules() if isinstance(part, ours) and id(part) not in spoken_of]
+    return taken_out, wrong, names
 
 
 def base_model_of(model):
@@ -1393,7 +1482,7 @@ def prune_parallel_plans(model):
     """Takes modules that a collapse replaced out of the model's tensor-parallel and FSDP plans: sharding one half of a
     pair of linears whose other half is gone would give wrong results. Where a layer got narrower linears and nothing
     else, its blocks are what they were, and are sharded as before."""
-    resolved = _resolved_of(model)
+    resolved = resolved_of(model)
     linears = ("linear", "conv1d")
     changed = {_layer_of(name) for _, name, _, spec in resolved if spec["type"] not in ("activation", *linears)}
     replaced = [
@@ -1574,8 +1663,7 @@ def config_parts(config, within=""):
 
 
 def _part_being_saved(config):
-    """The part of a patched or collapsed model that is being saved by itself, with the config of the whole, if its
-    modules are not where the table of the whole has them.
+    """The part of a patched or collapsed model that is being saved by itself, with the config of the whole.
 
     Raises:
         ValueError: They are where they would be in a dense model: this one was made by its native class.
@@ -1586,32 +1674,57 @@ def _part_being_saved(config):
     part = local_of(frame, "model_to_save", PreTrainedModel)
     if isinstance(part, LayerCollapseModelMixin) or part.config is not config:
         return None
-    if _PLACE in part.__dict__:
-        return part
-    if not standing(part, config.layer_collapse["modules"]):
+    if _PLACE not in part.__dict__ and not standing(part, config.layer_collapse["modules"]):
         raise ValueError(
             f"This {type(part).__name__} is dense, and its config describes a patched or collapsed model: what is "
             "saved could not be loaded. `hf_layercollapse.patching.refresh_layer_collapse(model)` gives the model the "
             "config of what it is. For a new model as the config says, use `AutoModelFor….from_config(config)`."
         )
-    return None
+    return part
 
 
 def _config_of_part(config, part):
-    """A config for a part of a model alone: its table is that of the whole below the place of the part."""
-    place, in_model = part.__dict__[_PLACE]
-    below, table = f"{place}.", config.layer_collapse["modules"]
-    below_it = [path for path in table if path.startswith(below) and _is_scoped_to_model(table[path]) == in_model]
-    own = {path.removeprefix(below): _without_scope(table[path]) for path in below_it}
-    if not own:
+    """A config for a part of a model alone: its table is that of the whole below the place of the part; that of the
+    whole for the base model, or another head that has its paths."""
+    table, kept = config.layer_collapse["modules"], config.layer_collapse
+    if _PLACE in part.__dict__:
+        place, in_model = part.__dict__[_PLACE]
+        below = f"{place}."
+        below_it = [path for path in table if path.startswith(below) and _is_scoped_to_model(table[path]) == in_model]
+        table = {path.removeprefix(below): _without_scope(table[path]) for path in below_it}
+        kept = {**kept, "part": type(part).__name__}
+    if not table:
         raise ValueError(
             f"This {type(part).__name__} is a part of a patched or collapsed model, and nothing that the table of the "
             "whole names stands in it. Save the whole, and take the part from it where it is loaded: "
             "`AutoModel.from_pretrained(folder)`."
         )
     alone = copy.deepcopy(config)
-    alone.layer_collapse = {**config.layer_collapse, "part": type(part).__name__, "modules": own}
+    alone.layer_collapse = {**kept, "modules": _table_to_save(part, table)}
     return alone
+
+
+def _table_to_save(model, table):
+    """A table without the layers that were taken out of a live model since.
+
+    Raises:
+        ValueError: Nothing else is left, or something is not as the table says.
+    """
+    taken_out, wrong, names = differences(model, table)
+    left = {path: spec for path, spec in table.items() if path not in taken_out}
+    if wrong or names or (taken_out and not any(_has_part(model, path, spec) for path, spec in left.items())):
+        _refuse_other_layers(model, [*wrong, *names, *taken_out])
+    return left
+
+
+def _refuse_other_layers(model, where):
+    """Raises if there is anything in which a live model is not what its table says."""
+    if where:
+        raise ValueError(
+            f"`{where[0]}` of this {type(model).__name__} is not what its config describes: layers that were patched "
+            "or collapsed have been taken out, put in, or have changed places. What is saved could not be loaded. "
+            "`hf_layercollapse.patching.refresh_layer_collapse(model)` gives the model the config of what it is."
+        )
 
 
 # Where a part that is a model stands in the whole whose config it has: (path, whether it begins at the whole and not
@@ -1629,31 +1742,6 @@ def tell_places(model):
             part.__dict__.pop(_PLACE, None)
         else:
             part.__dict__[_PLACE] = (name.removeprefix(prefix), not name.startswith(prefix))
-
-
-def standing(model, table):
-    """The entries of a table that say what stands in a model. None of one that a native class made from the config of
-    a patched or collapsed model: it takes that for one of its own."""
-    return {path: spec for path, spec in table.items() if _stands_at(_root_of(model, spec), path, spec)}
-
-
-def _stands_at(part, path, spec):
-    """Whether what a spec describes stands at a path of a module."""
-    module = part
-    for name in path.split("."):
-        module = _child(module, name)
-        while type(module).__module__.startswith("peft."):  # an adapter around it
-            children = children_of(module)
-            module = children.get("base_layer", children.get("original_module"))
-        if module is None:
-            return False
-    if spec["type"] in ("linear", "conv1d"):
-        kind = Conv1D if spec["type"] == "conv1d" else nn.Linear
-        return isinstance(module, kind) and linear_shape(module) == (spec["in_features"], spec["out_features"])
-    if spec["type"] == "activation":
-        return isinstance(module, CollapsibleActivation) and module.spec == {"gate": False, **_without_scope(spec)}
-    kinds = {"identity": CollapsedIdentity, "block": CollapsedBlock}
-    return isinstance(module, kinds.get(spec["type"], (NarrowFeedForward, NarrowActivation, *PASS_ON)))
 
 
 def _refuse_fixed_part(outer, config):
@@ -1721,13 +1809,7 @@ class LayerCollapseModelMixin(_ModelBase):
         """As [`follow_renames`]; the configs of the model and of its parts say from here on what it is now."""
         followed, names = follow_renames(self, table)
         if followed is not table:
-            configs = {id(part.config): part.config for part in self.modules() if isinstance(part, PreTrainedModel)}
-            for config in configs.values():
-                stored = config.__dict__.get("layer_collapse")
-                if stored is not None and stored["modules"] == table:
-                    # Names of blocks are of then too; what was chosen is what the table holds.
-                    options = {key: value for key, value in stored.get("options", {}).items() if key != "blocks"}
-                    config.layer_collapse = {**stored, "options": options, "modules": followed}
+            _exchange_table(self, table, followed)
         return followed, names
 
     @classmethod
@@ -1782,7 +1864,7 @@ class LayerCollapseModelMixin(_ModelBase):
 
     def load_adapter(self, *args, **kwargs):
         loading_info = super().load_adapter(*args, **kwargs)
-        prefixes = tuple(f"{name}." for _, name, _, spec in _resolved_of(self) if spec["type"] != "activation")
+        prefixes = tuple(f"{name}." for _, name, _, spec in resolved_of(self) if spec["type"] != "activation")
         keys = [key for key in sorted(loading_info.unexpected_keys) if key.startswith(prefixes)]
         if keys:
             raise ValueError(adapter_of_another_life(keys))
@@ -1807,11 +1889,13 @@ class LayerCollapseModelMixin(_ModelBase):
         repository keeps its own card, or gets the stock one.
 
         Raises:
-            ValueError: The folder holds an adapter, and the model has none: it would be loaded with that on top.
+            ValueError: The folder holds an adapter, and the model has none: it would be loaded with that on top. Or
+                layers of the model have changed places since it was patched or collapsed.
         """
         _refuse_lost_table(self)
         _refuse_lost_base(self)
         _refuse_adapter_of_another(self, save_directory)
+        _follow_layers_taken_out(self)
         if state_dict is None and not has_own_adapters(self):
             state_dict = state_dict_without_adapters(self)
         kwargs |= {"state_dict": state_dict, "max_shard_size": max_shard_size}
@@ -1865,6 +1949,7 @@ class LayerCollapseModelMixin(_ModelBase):
         # Before there is a repository.
         _refuse_lost_table(self)
         _refuse_lost_base(self)
+        _follow_layers_taken_out(self)
         name = self.name_or_path
         tags = kwargs.pop("tags", None) or []
         kwargs["tags"] = [*([tags] if isinstance(tags, str) else tags), MODEL_TYPE]
@@ -1893,6 +1978,25 @@ class LayerCollapseModelMixin(_ModelBase):
 
     def __reduce_ex__(self, protocol):
         return _empty_model, (type(self).native_class, type(self).config_class.native_class), self.__dict__
+
+
+def _exchange_table(model, table, now):
+    """Gives the configs of a model and of its parts another table in the place of one."""
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    for config in configs.values():
+        stored = config.__dict__.get("layer_collapse")
+        if stored is not None and stored["modules"] == table:
+            # Names of blocks are of then too; what was chosen is what the table holds.
+            options = {key: value for key, value in stored.get("options", {}).items() if key != "blocks"}
+            config.layer_collapse = {**stored, "options": options, "modules": now}
+
+
+def _follow_layers_taken_out(model):
+    """Takes layers that were taken out of a model out of its table: a native model saves then, and loads."""
+    table = model.config.layer_collapse["modules"]
+    left = _table_to_save(model, table)
+    if left.keys() != table.keys():
+        _exchange_table(model, table, left)
 
 
 def _refuse_lost_table(model):
@@ -1948,6 +2052,7 @@ def _check_part_being_saved(model, prefix):
     _refuse_lost_table(model)
     if outer is model or _names_all_of(outer, model, prefix):
         return
+    _refuse_other_layers(model, sum(differences(model, model.config.layer_collapse["modules"]), []))
     what = f"`{prefix.removesuffix('.')}` of this {type(outer).__name__} is patched or collapsed"
     wanted = model.config.layer_collapse
     if wanted not in [part.__dict__.get("layer_collapse") for _, part, free in config_parts(outer.config) if free]:
@@ -1973,7 +2078,7 @@ def _names_all_of(outer, part, prefix):
 
 def _specs_of(model):
     """Qualified name -> spec without its scope, of what a model's table says."""
-    return {name: _without_scope(spec) for _, name, _, spec in _resolved_of(model)}
+    return {name: _without_scope(spec) for _, name, _, spec in resolved_of(model)}
 
 
 def state_dict_without_adapters(model):
@@ -2084,7 +2189,7 @@ def refuse_incomplete(model, loading_info):
     A native model with missing weights warns and goes on with random ones; for an alpha or a merged matrix that would
     be a different model.
     """
-    resolved = _resolved_of(model)
+    resolved = resolved_of(model)
     prefixes = tuple(f"{name}." for _, name, _, _ in resolved)
     # A base model's checkpoint in a head model, or the other way round: what found no place keeps its own prefix.
     paths = [path for path, _, _, spec in resolved if not _is_scoped_to_model(spec)]

@@ -1,6 +1,7 @@
 """Dense <-> patched: exchanging the activation module of a block, and nothing else."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -8,27 +9,35 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from . import processes
 from .blocks import BoundBlock, bind_blocks, check_weights, survey
 from .calibration import Calibration
 from .calibration_data import model_inputs
-from .classes import refuse_lost_code, set_layer_collapse
+from .classes import make_native, refuse_lost_code, set_layer_collapse
 from .config import LayerCollapseConfig
 from .families import find_feed_forward_blocks
 from .modeling_layercollapse import (
     FORMAT_VERSION,
+    TAKEN_OUT,
     CollapsibleActivation,
     LayerCollapseModelMixin,
+    NarrowFeedForward,
     apply_table,
     base_model_prefix_of,
+    differences,
+    found_at,
+    linear_shape,
     mark_initialized,
+    native_class_of,
     resolve_table,
+    resolved_of,
     spec_of,
     standing,
     validate_layer_collapse,
 )
-from .models import carriers_of, device_of, is_peft_model, shorten, unwrap
+from .models import base_layer, carriers_of, device_of, is_peft_model, shorten, unwrap
 from .neuron_statistics import calibrate_affine_targets
 from .progress import Progress
 from .selection import select_blocks
@@ -317,6 +326,9 @@ def layer_collapse_config_of(model: nn.Module) -> LayerCollapseConfig | None:
     if not options:
         return None
     blocks = {name: values.pop("blocks", None) for name, values in options.items()}
+    for name, carrier in carriers:
+        if isinstance(blocks.get(name), list):
+            blocks[name] = [each for each in blocks[name] if found_at(carrier, str(each)) is not TAKEN_OUT]
     (first, chosen), *others = options.items()
     different = [name for name, other in others if other != chosen]
     if different:
@@ -467,10 +479,43 @@ def _described(
     gone = {_entry(prefix, name, spec)[0] for name, spec in replaced}
     table = {path: spec for path, spec in table.items() if not gone.intersection(_and_above(path))}
     table |= dict(_entry(prefix, name, spec) for name, spec in replaced)
+    now = _as_layers_are(model, table)
+    if now.keys() != table.keys():
+        options = {key: value for key, value in options.items() if key != "blocks"}
+    table = now
     if not table:
         return None
     layer_collapse = {"version": FORMAT_VERSION, "options": options, "modules": table}
     return {**layer_collapse, "part": stored["part"]} if "part" in stored else layer_collapse
+
+
+def _as_layers_are(model: PreTrainedModel, table: dict[str, Any]) -> dict[str, Any]:
+    """A table after layers were taken out of a live model, put in, or have changed places."""
+    taken_out, wrong, names = differences(model, table)
+    table = {path: spec for path, spec in table.items() if path not in {*taken_out, *wrong}}
+    if not wrong and not names:
+        return table
+    prefix = base_model_prefix_of(model)
+    specs = {name: spec_of(model.get_submodule(name)) for name in names}
+    return table | dict(_entry(prefix, name, spec) for name, spec in {**specs, **_resized_linears(model)}.items())
+
+
+def _resized_linears(model: PreTrainedModel) -> dict[str, Any]:
+    """Qualified name -> spec, of the linears of a model that have another size than its native class gives them, and
+    are called by native code. Nothing tells them from others but that."""
+    config = copy.deepcopy(model.config)
+    make_native(config)
+    with torch.device("meta"):
+        native = native_class_of(model)(config)
+    whole = tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, NarrowFeedForward))
+    now = {name: part for name, part in model.named_modules() if not f"{name}.".startswith(whole)}
+    resized = {}
+    for name, part in native.named_modules():
+        linear = base_layer(now.get(name))
+        if isinstance(part, (nn.Linear, Conv1D)) and isinstance(linear, (nn.Linear, Conv1D)):
+            if linear_shape(linear) != linear_shape(part):
+                resized[name] = spec_of(linear)
+    return resized
 
 
 def _entry(prefix: str, name: str, spec: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -486,9 +531,7 @@ def _and_above(path: str) -> list[str]:
 
 def replaced_modules(model: PreTrainedModel) -> list[tuple[str, dict[str, Any]]]:
     """`[(qualified name, spec)]` of what a collapse replaced in a model, as its own table says."""
-    table = model.config.layer_collapse["modules"]
-    table = {path: spec for path, spec in table.items() if spec["type"] != "activation"}
-    return [(name, spec) for _, name, _, spec in resolve_table(model, table)] if table else []
+    return [(name, spec) for _, name, _, spec in resolved_of(model) if spec["type"] != "activation"]
 
 
 def target_of(activation: CollapsibleActivation) -> str:

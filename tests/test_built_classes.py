@@ -23,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model, remove_layer_collapse
+from hf_layercollapse.patching import refresh_layer_collapse
 
 from .models import BY_NAME, needs_registration, randomize, registered
 from .test_families import (
@@ -304,5 +305,9 @@ def test_a_head_whose_base_became_another_is_still_refused(tmp_path):
     other = AutoModel.from_config(llama_config())
     apply_layer_collapse(other, LayerCollapseConfig(blocks=[1]))
     model.model = other
-    with pytest.raises(ValueError, match="the config of the whole does not say so"):
+    with pytest.raises(ValueError, match="is not what its config describes.*refresh_layer_collapse"):
         model.save_pretrained(tmp_path / "again")
+    refresh_layer_collapse(model)
+    before = weights(model)
+    model.save_pretrained(tmp_path / "again")
+    assert_unchanged(AutoModelForSequenceClassification.from_pretrained(tmp_path / "again"), before)

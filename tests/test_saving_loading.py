@@ -38,6 +38,7 @@ from hf_layercollapse import (
     remove_layer_collapse,
 )
 from hf_layercollapse.modeling_layercollapse import CODE_FILE, OLD_SAVING_PREFIX, SAVING_PREFIX
+from hf_layercollapse.patching import refresh_layer_collapse
 from hf_layercollapse.upstream import TRANSFORMERS
 
 from .models import BY_NAME, LAYERS, needs_torchvision
@@ -488,6 +489,99 @@ class Around(PreTrainedModel):
     def __init__(self, inner):
         super().__init__(PreTrainedConfig())
         self.inner = inner
+
+
+# ----------------------------------------------------------------------------------------------------
+# Layers that are taken out of a live model
+# ----------------------------------------------------------------------------------------------------
+
+some_models = pytest.mark.parametrize(
+    "case", [BY_NAME[name] for name in ("bert", "distilbert", "gpt2")], ids=lambda case: case.name
+)
+
+
+def take_layers(model, indices):
+    """Keeps these layers, in this order."""
+    name, layers = next(
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == LAYERS
+    )
+    holder, _, child = name.rpartition(".")
+    setattr(model.get_submodule(holder), child, torch.nn.ModuleList(layers[index] for index in indices))
+    for index, layer in enumerate(model.get_submodule(name)):
+        for module in layer.modules():
+            if "layer_idx" in vars(module):  # where its keys and values are cached
+                module.layer_idx = index
+    model.config.num_hidden_layers = len(indices)
+    return model
+
+
+def cut(case, block):
+    """One block keeps five neurons in its native linears."""
+    data = [case.inputs(batch=8, seed=seed) for seed in range(3)]
+    config = LayerCollapseConfig(blocks=[block], rank=0, keep_neurons=5)
+    model = case.model()
+    collapse_model(model, config, calibration_data=data)
+    return model.eval()
+
+
+def assert_comes_back(model, case, folder):
+    expected = logits(model, case.inputs())
+    model.save_pretrained(folder)
+    loaded = case.auto_class.from_pretrained(folder)
+    assert_same_weights(loaded, model)
+    assert torch.equal(logits(loaded.eval(), case.inputs()), expected)
+    assert loaded.config.layer_collapse["modules"] == model.config.layer_collapse["modules"]
+    states = [block.state for block in find_feed_forward_blocks(model)]
+    assert [block.state for block in find_feed_forward_blocks(loaded)] == states
+    return states
+
+
+@some_models
+@pytest.mark.parametrize("life", ["patched", "half", "cut"])
+def test_layers_are_taken_out(case, life, tmp_path):
+    model = take_layers(cut(case, 1) if life == "cut" else in_life(case, life), [0, 1])
+    states = [block.state for block in find_feed_forward_blocks(model)]
+    assert len(states) == 2
+    model.base_model.save_pretrained(tmp_path / "base")
+    base = AutoModel.from_pretrained(tmp_path / "base")
+    for key, value in model.base_model.state_dict().items():
+        assert torch.equal(base.state_dict()[key], value), key
+    assert assert_comes_back(model, case, tmp_path / "whole") == states
+    assert torch.equal(alphas(model)[0], alphas(base)[0]) if life != "cut" else not alphas(model)
+
+
+@some_models
+@pytest.mark.parametrize("life", ["half", "cut"])
+def test_layers_change_places(case, life, tmp_path):
+    model = take_layers(cut(case, 1) if life == "cut" else in_life(case, life), [1, 2])
+    folder = tmp_path / "folder"
+    with pytest.raises(ValueError, match="is not what its config describes.*refresh_layer_collapse"):
+        model.save_pretrained(folder)
+    assert not folder.exists()
+    refresh_layer_collapse(model)
+    assert assert_comes_back(model, case, folder) == ["collapsed", "patched" if life == "half" else "dense"]
+
+
+def test_what_is_left_of_a_patched_model_goes_on(tmp_path):
+    case = BY_NAME["bert"]
+    model = take_layers(in_life(case, "patched"), [0, 1])
+    dense = remove_layer_collapse(copy.deepcopy(model))
+    assert type(dense) is type(case.model())
+    set_alphas(model, 1.0)
+    assert collapse_model(model).collapsed == case.blocks()[:2]
+    assert assert_comes_back(model, case, tmp_path) == ["collapsed"] * 2
+
+
+def test_nothing_that_was_patched_is_left(tmp_path):
+    case = BY_NAME["bert"]
+    model = apply_layer_collapse(case.model(), LayerCollapseConfig(blocks="last:2"))
+    take_layers(model, [0])
+    with pytest.raises(ValueError, match="is not what its config describes"):
+        model.save_pretrained(tmp_path / "refused")
+    refresh_layer_collapse(model)
+    assert type(model) is type(case.model()) and type(model.config) is type(case.config())
 
 
 # ----------------------------------------------------------------------------------------------------
