@@ -102,7 +102,7 @@ class Calibration:
     ) -> None:
         self.model, self.inner, self.rows = model, inner, rows
         self.memory = memory or MemoryBudget()
-        self.tokens = TokenFilter(inner, token_mask_fn)
+        self.tokens = TokenFilter(model, token_mask_fn)
         self.progress = progress or Progress()
         self.most_tokens = 0  # of all blocks, those that the most tokens reached
         self._ranges: dict[str, TokenRange] = {}

@@ -158,7 +158,7 @@ class Distillation:
         self._inner, self._by_itself = unwrap(model)[0], is_transformers_model(model)
         sentences = sentence_model(model)
         self._kind = type(self._inner if sentences is None else sentences).__name__
-        self._tokens = TokenFilter(self._inner)
+        self._tokens = TokenFilter(model)
         self._blocks = {}
         if not self.config.hidden_state_weight:
             return

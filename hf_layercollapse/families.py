@@ -1,5 +1,6 @@
 """How each family of models spells its feed-forward block, as data; finding blocks; why one is refused."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -192,6 +193,44 @@ WIDTH_FIELDS = (
 RATIO_FIELDS = ("mlp_ratio", "expansion_ratio")
 # Fields that give the linears of feed-forward blocks, and no others, biases.
 BIAS_FIELDS = ("mlp_bias",)
+
+
+@dataclass(frozen=True)
+class TokensInside:
+    """What a family's own code does to the tokens of a batch on their way to its blocks.
+
+    Args:
+        multiple (`tuple[str, ...]`): Fields of its config. It pads rows on the right to a multiple of the least common
+            multiple of these, of a field that has a number for each layer of the largest; some do for long rows only.
+        before (`str`, *optional*): Field of its config. It puts so many tokens of its own before those of each row.
+        time_first (`bool`): Whether its blocks see `(tokens, rows)` in place of `(rows, tokens)`.
+    """
+
+    multiple: tuple[str, ...] = ()
+    before: str | None = None
+    time_first: bool = False
+
+    def multiple_of(self, config: Any) -> int:
+        """What the length of a row is padded to a multiple of; 1 where it stays."""
+        values = [vars(config)[name] for name in self.multiple]
+        return math.lcm(*(max(value) if isinstance(value, (list, tuple)) else value for value in values))
+
+    def before_of(self, config: Any) -> int:
+        """How many tokens come before those of each row."""
+        return vars(config)[self.before] if self.before is not None else 0
+
+
+# By model type; of all others the blocks see the tokens of the batch.
+TOKENS_INSIDE = {
+    "longformer": TokensInside(multiple=("attention_window",)),
+    "led": TokensInside(multiple=("attention_window",)),
+    "big_bird": TokensInside(multiple=("block_size",)),  # rows that are long enough for sparse attention
+    "bigbird_pegasus": TokensInside(multiple=("block_size",)),
+    "reformer": TokensInside(multiple=("lsh_attn_chunk_length", "local_attn_chunk_length")),  # rows over one chunk
+    "cpmant": TokensInside(before="prompt_length"),
+    "fsmt": TokensInside(time_first=True),
+    "xlnet": TokensInside(time_first=True),
+}
 
 
 def register_feed_forward_layout(layout: FeedForwardLayout) -> None:

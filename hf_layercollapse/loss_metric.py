@@ -266,7 +266,7 @@ class _Kept:
 
     def __init__(self, engine: "Calibration", blocks: "Sequence[BoundBlock]") -> None:
         self.engine = engine
-        self.outcomes = _Outcomes(engine.inner, blocks, TokenFilter(engine.inner, engine.tokens.token_mask_fn))
+        self.outcomes = _Outcomes(engine.inner, blocks, TokenFilter(engine.model, engine.tokens.token_mask_fn))
         parameters = [p for p in engine.model.parameters() if type(p) in _WITH_STORAGE]
         self.known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
         # By storage: a reference that keeps no bytes, and by which two in one place after each other are two.
@@ -376,7 +376,7 @@ def loss_metrics(
         ValueError: The model's outputs are no predictions, no gradient reaches a block, or predictions or gradients
             are not finite.
     """
-    outcomes = _Outcomes(inner, blocks, TokenFilter(inner, token_mask_fn), draws)
+    outcomes = _Outcomes(inner, blocks, TokenFilter(model, token_mask_fn), draws)
     outcomes.run(model, data, checkpointed, progress)
     return outcomes.metrics(blocks)
 

@@ -160,6 +160,19 @@ def is_peft_model(module: Any) -> bool:
     return isinstance(module, PeftModel)
 
 
+def prompt_tokens(model: Any) -> int:
+    """How many tokens of its own an adapter (prompt tuning) puts before those of each row."""
+    adapters = [wrapper.active_peft_config for wrapper in unwrap(model)[1] if is_peft_model(wrapper)]
+    return sum(adapter.num_virtual_tokens for adapter in adapters if adapter.is_prompt_learning)
+
+
+def config_around(model: nn.Module, path: str) -> Any:
+    """The config of the innermost transformers model that the module at a path is in; `None` if it is in none."""
+    parts = path.split(".") if path else []
+    around = [model.get_submodule(".".join(parts[:count])) for count in range(len(parts) + 1)]
+    return next((part.config for part in reversed(around) if isinstance(part, PreTrainedModel)), None)
+
+
 def is_fully_sharded(model: nn.Module) -> bool:
     """Whether `fully_shard` (FSDP2) has sharded a model in place."""
     if not torch.distributed.is_available():

@@ -4,8 +4,27 @@ import copy
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel, T5Config, T5Model
+from torch.nn import functional as F
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    BertConfig,
+    BertModel,
+    BigBirdConfig,
+    BigBirdModel,
+    BigBirdPegasusConfig,
+    BigBirdPegasusModel,
+    FSMTConfig,
+    FSMTModel,
+    LEDConfig,
+    LEDModel,
+    LongformerConfig,
+    LongformerModel,
+    T5Config,
+    T5Model,
+)
 
 from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, functional
 from hf_layercollapse.blocks import bind, bind_blocks
@@ -168,10 +187,10 @@ def test_blocks_of_a_decoder_use_its_mask():
     assert collected(model, [decoder], batches)[decoder.name].tokens == 140
 
 
-def filter_of(mask, token_mask_fn=None):
-    model = bert()
+def filter_of(mask, token_mask_fn=None, model=None, **inputs):
+    model = bert() if model is None else model
     tokens = TokenFilter(model, token_mask_fn)
-    tokens.start({"attention_mask": mask})
+    tokens.start({"attention_mask": mask, **inputs})
     return tokens, bind_blocks(model)[0]
 
 
@@ -179,15 +198,106 @@ def test_a_mask_fits_flattened_tokens_too():
     tokens, block = filter_of(torch.tensor([[1, 1, 0], [1, 0, 0]]))
     (rows,) = tokens.select(block, torch.arange(6.0)[:, None])
     assert rows.flatten().tolist() == [0, 1, 3]
+    # Choices are rows.
+    mask = torch.tensor([[[1, 1, 0], [1, 0, 0]]])
+    tokens, block = filter_of(mask, input_ids=mask)
+    (rows,) = tokens.select(block, torch.arange(6.0).reshape(2, 3, 1))
+    assert rows.flatten().tolist() == [0, 1, 3]
 
 
 def test_padding_that_cannot_be_told_is_an_error():
-    tokens, block = filter_of(torch.tensor([[1, 1, 0]]))
-    with pytest.raises(ValueError, match="token_mask_fn"):
-        tokens.select(block, torch.zeros(1, 5, 4))
-    # No padding: nothing to tell.
-    tokens, block = filter_of(torch.ones(1, 3))
+    for mask in (torch.tensor([[1, 1, 0, 0]]), torch.ones(1, 4)):
+        tokens, block = filter_of(mask)
+        # What is added within the model may be padding, too.
+        with pytest.raises(ValueError, match=r"does not say which .* \(1, 5\), are padding.* `token_mask_fn"):
+            tokens.select(block, torch.zeros(1, 5, 4))
+    # Two tokens in place of four are pooled ones: no chunk, since this model makes none.
+    with pytest.raises(ValueError, match="The batch has padding, .* Use inputs without padding"):
+        filter_of(torch.tensor([[1, 1, 0, 0]]))[0].select(block, torch.zeros(1, 2, 4))
+    # Without padding there is nothing to tell of pooled tokens, those of one expert, and patches of pictures.
+    for shape in ((1, 2, 4), (3, 4)):
+        assert tokens.select(block, torch.zeros(shape))[0].shape == (shape[-2], 4)
+    tokens, block = filter_of(torch.ones(1, 4), pixel_values=torch.zeros(1, 3, 8, 8))
     assert tokens.select(block, torch.zeros(1, 5, 4))[0].shape == (5, 4)
+
+
+SIZES = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": HIDDEN}
+SIDES = {"d_model": WIDTH, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": HIDDEN, "decoder_ffn_dim": 40}
+SIDES |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+SPARSE = {"block_size": 2, "num_random_blocks": 1, "attention_type": "block_sparse", "max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config", "padded_to"),
+    [
+        (LongformerModel, LongformerConfig(attention_window=[4, 8], **SIZES | {"num_hidden_layers": 2}), 24),
+        (LongformerModel, LongformerConfig(attention_window=16, chunk_size_feed_forward=4, **SIZES), 32),
+        (LEDModel, LEDConfig(attention_window=8, max_encoder_position_embeddings=64, **SIDES), 24),
+        (BigBirdModel, BigBirdConfig(**SPARSE, **SIZES), 18),
+        (BigBirdPegasusModel, BigBirdPegasusConfig(**SPARSE, **SIDES), 18),
+    ],
+    ids=["longformer", "longformer in chunks", "led", "big_bird", "bigbird_pegasus"],
+)
+def test_what_a_model_pads_within_is_padding(model_class, config, padded_to):
+    config.vocab_size, config.pad_token_id = VOCABULARY, 1
+    model = randomize(model_class(config)).eval()
+    blocks = bind_blocks(model)
+    ids = torch.cat([text_inputs(batch=4, length=17, seed=seed)["input_ids"] for seed in range(2)])
+    mask = torch.ones_like(ids)
+
+    def moments(ids, mask):
+        batch = {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
+        if config.is_encoder_decoder:
+            batch["decoder_input_ids"] = ids[:, :5]
+        return collected(model, blocks, [batch])
+
+    lengths = []
+    handle = blocks[0].down.register_forward_hook(lambda *call: lengths.append(call[-1].shape[1]))
+    whole, bare = moments(ids, mask), moments(ids, None)
+    handle.remove()
+    assert set(lengths) == {config.chunk_size_feed_forward or padded_to}
+    mask[0, 12:] = 0
+    padded = moments(ids, mask)
+    added = padded_to - 17
+    outside = moments(F.pad(ids, (0, added), value=1), F.pad(mask, (0, added)))
+    for block in blocks:
+        real = 8 * 5 if "decoder" in block.name else 8 * 17
+        assert whole[block.name].tokens == bare[block.name].tokens == real
+        assert torch.equal(whole[block.name].cov_fo, bare[block.name].cov_fo)
+        assert padded[block.name].tokens == outside[block.name].tokens == real - 5 * ("decoder" not in block.name)
+        torch.testing.assert_close(padded[block.name].cov_fo, outside[block.name].cov_fo, rtol=1e-4, atol=1e-5)
+
+
+def test_chunks_that_may_be_of_padded_rows_or_not():
+    config = BigBirdConfig(vocab_size=VOCABULARY, chunk_size_feed_forward=1, **SPARSE, **SIZES)
+    model = randomize(BigBirdModel(config)).eval()
+    with pytest.raises(ValueError, match="Pad its rows to a multiple of 2 tokens, which the model does within"):
+        collected(model, bind_blocks(model), [text_inputs(batch=4, length=17)])
+
+
+def test_a_model_whose_blocks_have_the_rows_second():
+    config = FSMTConfig(langs=["a", "b"], src_vocab_size=VOCABULARY, tgt_vocab_size=VOCABULARY, **SIDES)
+    model = randomize(FSMTModel(config)).eval()
+    ids = torch.randint(3, VOCABULARY, (4, 4), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
+    block, kept = bind_blocks(model)[0], []
+    tokens = TokenFilter(model)
+    batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids}
+    tokens.start(batch)
+    block.down.register_forward_hook(lambda module, args, output: kept.append(tokens.select(block, output)[0]))
+    model(**batch)
+    model(**{**batch, "input_ids": torch.where(mask > 0, ids, 7)})  # what padding says changes nothing
+    assert kept[0].shape[0] == 11 and torch.allclose(*kept, atol=1e-6)
+
+
+def test_prompts_of_an_adapter_are_real_tokens():
+    model = get_peft_model(bert(), PromptTuningConfig(num_virtual_tokens=3, task_type="FEATURE_EXTRACTION"))
+    blocks = bind_blocks(model)
+    mask = torch.ones(4, 7)
+    mask[1, 5:] = 0
+    batches = [{**text_inputs(batch=4, seed=seed), "attention_mask": mask} for seed in range(2)]
+    engine = Calibration.on(model, model.get_base_model(), batches)
+    assert engine.moments(blocks)[blocks[0].name].tokens == 2 * (4 * 10 - 2)
 
 
 def test_the_users_own_mask():
