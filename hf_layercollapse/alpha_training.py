@@ -26,7 +26,7 @@ from .optimization import (
 )
 from .patching import collapsible_activations, penalty
 from .sharding import Sharding
-from .trained_blocks import READY_BLOCKS, TrainedBlocks, forget_base
+from .trained_blocks import READY_BLOCKS, TrainedBlocks, alphas_lost_in_saves, forget_base
 from .upstream import checkpointing_of
 
 
@@ -113,8 +113,11 @@ class AlphaTraining(TrainerCallback):
             if config.budget is not None:
                 told = NeuronBudget(self._trainer.model, config, optimizer, self._progress)
             self.steps = AlphaSteps(optimizer, alphas, config, self.penalty_strength, scheduled, told)
-        if self._blocks.alphas_beside_adapters():
-            # The base is about to change, so it is not the saved one any more.
+        self._forget_base_that_changes()
+
+    def _forget_base_that_changes(self) -> None:
+        # What adapters are on is not the saved model any more.
+        if alphas_lost_in_saves(self._trainer.model):
             forget_base(self._trainer.model)
 
     def restore(self) -> None:
@@ -195,7 +198,8 @@ class AlphaTraining(TrainerCallback):
         alphas = self._blocks.trainable_alphas()
         if self.steps is not None:
             one_process = args.parallel_mode != ParallelMode.DISTRIBUTED
-            self.steps.follow(self._trainer.model, alone=one_process and self._trainer.accelerator.scaler is None)
+            if self.steps.follow(self._trainer.model, one_process and self._trainer.accelerator.scaler is None):
+                self._forget_base_that_changes()
             self._taken_before = self.steps.taken
         with torch.no_grad():
             summed = penalty(alphas) if self.steps is None else self.steps.penalty(alphas)

@@ -16,8 +16,8 @@ from transformers.utils import logging
 
 from .alpha_gradients import AlphaGradients, refuse_liger
 from .config import LayerCollapseConfig
-from .modeling_layercollapse import CollapsibleActivation, has_own_adapters
-from .models import unwrap
+from .modeling_layercollapse import CollapsibleActivation
+from .models import shorten, unwrap
 from .neuron_budget import NeuronBudget, refuse_neuron_budget, refuse_several_devices
 from .optimization import (
     NO_TRAINABLE_ALPHA,
@@ -35,7 +35,16 @@ from .patching import (
     patch_or_check,
     refuse_budget_in,
 )
-from .trained_blocks import READY_BLOCKS, Place, activations_in_use, forget_base, places_of, ready_blocks
+from .trained_blocks import (
+    READY_BLOCKS,
+    Place,
+    activations_in_use,
+    alphas_lost_in_saves,
+    forget_base,
+    places_of,
+    ready_blocks,
+    saves_adapters_alone,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -52,8 +61,9 @@ class LayerCollapseCallback(TrainerCallback):
     collapsed model would do, and the best checkpoint may be one with few ready blocks; checkpoints of families whose
     weights are renamed on loading (ViT) are resumed incompletely; task gradients of heads that ignore
     `num_items_in_batch` grow with `gradient_accumulation_steps`; models that `model_init` makes, as in a search, are
-    not patched. Logs go into `state.log_history` and to callbacks added after this one. Collapse with
-    [`collapse_model`] once training has ended.
+    not patched; checkpoints of adapters hold those alphas alone whose activation modules are in the adapter's
+    `modules_to_save`, so that a run with others is refused unless it saves none. Logs go into `state.log_history` and
+    to callbacks added after this one. Collapse with [`collapse_model`] once training has ended.
 
     With setfit's Trainer it is the body that is patched and trained: collapse `model.model_body`, and fit the head to
     what it gives then with `trainer.train_classifier(texts, labels)`.
@@ -68,7 +78,8 @@ class LayerCollapseCallback(TrainerCallback):
         ValueError: `config` has distillation, or a budget for a plan to meet. When the Trainer is constructed: the
             model is patched in another way, or collapsed, or cannot be as small as a budget. When training starts: it
             is not patched, or for distillation, or training runs under FSDP or DeepSpeed, or with an optimizer that
-            steps during backward. Kernels of liger would take the place of blocks.
+            steps during backward, or checkpoints of adapters would lose alphas or their base. Kernels of liger would
+            take the place of blocks.
         RuntimeError: In a step the code of a block ran without its activation.
     """
 
@@ -85,7 +96,7 @@ class LayerCollapseCallback(TrainerCallback):
         self._activations: dict[str, CollapsibleActivation] = {}
         self._places: weakref.WeakKeyDictionary[nn.Module, Place] = weakref.WeakKeyDictionary()
         self._gradients = AlphaGradients({})
-        self._names_base, self._warned_of_frozen, self._patched = False, False, False
+        self._names_base, self._warned_of_frozen, self._patched, self._resumed = False, False, False, False
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -101,7 +112,7 @@ class LayerCollapseCallback(TrainerCallback):
         patch_or_check(model, self.config, self._calibration_data)
         self._patched = True
         self._find_places(model)
-        if name:
+        if name and not inner.config.name_or_path:  # it was patched here
             # The constructor goes on, and trl's read there whose reference model and tokenizer to load. The config
             # only: adapters ask the model.
             inner.config.name_or_path, self._names_base = name, True
@@ -119,7 +130,6 @@ class LayerCollapseCallback(TrainerCallback):
         if self._names_base:
             forget_base(model)
             self._names_base = False
-        _refuse_adapters_without_base(args, model)
         self._find_places(model)
         self._state, self._activations = state, _trained_activations(model, self._places, self._patched)
         activations = self._activations
@@ -132,6 +142,9 @@ class LayerCollapseCallback(TrainerCallback):
         refuse_steps_in_backward(args)
         if config.budget is not None:
             refuse_several_devices(args)
+        _refuse_adapters_without_base(args, model)
+        self._resumed = state.global_step > 0
+        self._look_beside_adapters(args, model)
         optimizer = plain_optimizer(optimizer)
         steps = self._alpha_steps
         if steps is None or steps.optimizer is not optimizer or not steps.drives:
@@ -143,6 +156,21 @@ class LayerCollapseCallback(TrainerCallback):
         if steps.told is not None:
             steps.told.refuse_forgotten(state.global_step)
         self._gradients = AlphaGradients(self._blocks_of(activations))
+
+    def _look_beside_adapters(self, args: TrainingArguments, model: Any) -> None:
+        """Refuses a run whose checkpoints would lose what it trains; and what is saved after another names no base."""
+        lost = alphas_lost_in_saves(model)
+        if not lost:
+            return
+        if self._resumed or args.save_strategy != SaveStrategy.NO:
+            raise ValueError(
+                f"{len(lost)} alphas train under adapters, whose checkpoints do not hold them: {shorten(list(lost))}. "
+                "A run that is resumed, and the best model, would go on with those of the base. Save the patched "
+                "model, load it and name its activation modules in `modules_to_save` of the adapter; or use "
+                "LayerCollapseTrainer or its mixin, whose checkpoints of a PeftModel hold them; or train in one run "
+                'with save_strategy="no", and collapse or save the base after it.'
+            )
+        forget_base(model)  # as it was saved it has other alphas
 
     def _find_places(self, model: Any) -> None:
         """Where activations stand, before anything puts code of its own in the place of their blocks'."""
@@ -188,7 +216,8 @@ class LayerCollapseCallback(TrainerCallback):
         # fp16 on a GPU, where the Trainer scales the loss.
         alone = args.parallel_mode != ParallelMode.DISTRIBUTED and not args.fp16
         assert self._alpha_steps is not None
-        self._alpha_steps.follow(model, alone)
+        if self._alpha_steps.follow(model, alone):
+            self._look_beside_adapters(args, model)
         self._gradients.look(model)
 
     def on_log(
@@ -265,22 +294,21 @@ def _trained_activations(model: Any, places: Any, patched: bool) -> dict[str, Co
 
 
 def _refuse_adapters_without_base(args: TrainingArguments, model: Any) -> None:
-    """Raises where the run's first checkpoint would: of a model in which transformers has put adapters, a save holds
-    these alone, and what was patched in memory is saved nowhere.
+    """Raises where the run's first checkpoint would: of a model with adapters a save holds these alone, and what was
+    patched in memory is saved nowhere.
 
     Raises:
         ValueError: As said.
     """
-    inner = unwrap(model, sharded=True)[0]
-    if args.save_strategy == SaveStrategy.NO or not isinstance(inner, PreTrainedModel):
+    if args.save_strategy == SaveStrategy.NO or not saves_adapters_alone(model):
         return
-    if inner.name_or_path or not has_own_adapters(inner):
-        return
-    raise ValueError(
-        "The model has adapters and was patched in memory: checkpoints of its adapters could name no base. Save the "
-        'patched model before adapters are added, train with save_strategy="no", or use LayerCollapseTrainer, whose '
-        "checkpoints need none."
-    )
+    if not unwrap(model, sharded=True)[0].name_or_path:
+        raise ValueError(
+            "The model has adapters and was patched in memory: checkpoints of its adapters could name no base. Save "
+            "the patched model before adapters are added, those of peft with its activation modules in "
+            '`modules_to_save`; or train with save_strategy="no"; or use LayerCollapseTrainer or its mixin, whose '
+            "checkpoints need no base."
+        )
 
 
 def _refuse_sharding() -> None:

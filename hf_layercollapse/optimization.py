@@ -146,8 +146,8 @@ class AlphaSteps:
             self.optimizer.register_step_post_hook(self._show_and_step),
         ]
 
-    def follow(self, model: nn.Module, alone: bool) -> None:
-        """Drives those alphas too that have become trainable since.
+    def follow(self, model: nn.Module, alone: bool) -> bool:
+        """Drives those alphas too that have become trainable since, and says whether there are any.
 
         Args:
             model (`nn.Module`): What is trained.
@@ -174,6 +174,7 @@ class AlphaSteps:
                 "`ddp_find_unused_parameters=True`)."
             )
         self.alphas = [*self.alphas, *unfrozen]
+        return bool(unfrozen)
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:

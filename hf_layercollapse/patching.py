@@ -198,7 +198,7 @@ def patch_or_check(model: nn.Module, config: LayerCollapseConfig, calibration_da
             + "\nLeave `layer_collapse_config` out to train the model as it is patched, or take it back to dense "
             "first: `remove_layer_collapse(model)`."
         )
-    config = replace(config, blocks=[block.name for block in blocks if block.state == "patched"])
+    config = replace(config, blocks=_names_of_patched(blocks, patched.values()))
     carriers = [carrier for _, carrier in carriers_of(inner) if collapsible_activations(carrier)]
     if not all(isinstance(carrier, LayerCollapseModelMixin) for carrier in carriers):  # a part of one was patched
         refresh_layer_collapse(inner, config, wrappers)
@@ -217,13 +217,19 @@ def _patch_differences(
         asked = getattr(config, option)
         if found != {asked}:
             differences.append(f"`{option}`: {asked!r} in the config, {' and '.join(map(repr, sorted(found)))} here")
-    ours = {id(activation) for activation in activations}
     remaining = [block for block in blocks if block.state != "collapsed"]
-    patched = [block.name for block in remaining if any(id(module) in ours for module in block.activation.modules())]
+    patched = _names_of_patched(blocks, activations)
     wanted = [block.name for block in select_blocks(blocks, config.blocks) if block in remaining]
     if patched != wanted:
         differences.append(f"`blocks`: {config.blocks!r} chooses {shorten(wanted)}, patched are {shorten(patched)}")
     return differences
+
+
+def _names_of_patched(blocks: Sequence[BoundBlock], activations: Iterable[CollapsibleActivation]) -> list[str]:
+    """Of the blocks in which these activations are, in peft's `modules_to_save` or not."""
+    ours = {id(activation) for activation in activations}
+    remaining = [block for block in blocks if block.state != "collapsed"]
+    return [block.name for block in remaining if any(id(module) in ours for module in block.activation.modules())]
 
 
 def remove_layer_collapse(model: ModelT) -> ModelT:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_compiled_module
 from torch import nn
+from transformers.modeling_utils import PreTrainedModel
 
 from .blocks import bind_blocks
 from .config import LayerCollapseConfig
 from .families import FeedForwardBlock, find_feed_forward_blocks
 from .modeling_layercollapse import CollapsibleActivation, has_own_adapters
-from .models import unwrap
+from .models import is_peft_model, unwrap
 from .neuron_budget import refuse_neuron_budget
 from .optimization import budget_progress
 from .outcomes import Outcome, outcome_of
@@ -109,14 +110,7 @@ class TrainedBlocks:
 
     def alphas_beside_adapters(self) -> dict[str, nn.Parameter]:
         """Name -> alpha, for those that train under a PeftModel that does not save them."""
-        if not unwrap(self._trainer.model, sharded=True)[1]:
-            return {}
-        activations = collapsible_activations(self._trainer.model).items()
-        return {
-            name: module.alpha
-            for name, module in activations
-            if module.alpha.requires_grad and ".modules_to_save." not in name
-        }
+        return _outside_adapters(self._trainer.model) if unwrap(self._trainer.model, sharded=True)[1] else {}
 
     def activations(self) -> dict[str, CollapsibleActivation]:
         """Block index, as in [`find_feed_forward_blocks`], -> the activation in use."""
@@ -163,6 +157,27 @@ class TrainedBlocks:
             blocks = find_feed_forward_blocks(self._trainer.model)
             self._collapsed = sum(block.state == "collapsed" for block in blocks)
         return self._collapsed
+
+
+def saves_adapters_alone(model: nn.Module) -> bool:
+    """Whether a save of a model holds its adapters, peft's or those that transformers put in, and nothing of what they
+    are on."""
+    inner, wrappers = unwrap(model, sharded=True)
+    return any(map(is_peft_model, wrappers)) or (isinstance(inner, PreTrainedModel) and has_own_adapters(inner))
+
+
+def alphas_lost_in_saves(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> alpha, for those that train under adapters with which they are not saved."""
+    return _outside_adapters(model) if saves_adapters_alone(model) else {}
+
+
+def _outside_adapters(model: nn.Module) -> dict[str, nn.Parameter]:
+    activations = collapsible_activations(model).items()
+    return {
+        name: module.alpha
+        for name, module in activations
+        if module.alpha.requires_grad and ".modules_to_save." not in name
+    }
 
 
 def forget_base(model: nn.Module, only: str | None = None) -> None:

@@ -28,9 +28,16 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModelForSequenceClassification, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForSequenceClassification, OPTConfig, OPTForCausalLM, Trainer, TrainerCallback
 
-from hf_layercollapse import LayerCollapseConfig, apply_layer_collapse, collapse_model, find_feed_forward_blocks
+from hf_layercollapse import (
+    LayerCollapseCallback,
+    LayerCollapseConfig,
+    LayerCollapseTrainer,
+    apply_layer_collapse,
+    collapse_model,
+    find_feed_forward_blocks,
+)
 from hf_layercollapse.patching import alpha_parameters
 from tests.models import BY_NAME, HIDDEN, LAYERS, VOCABULARY, WIDTH, randomize, text_inputs
 from tests.training import (
@@ -59,10 +66,35 @@ def with_adapter(model, how="saved", **options):
     """Under LoRA, with the alphas trainable: in the adapter, or just unfrozen."""
     model = get_peft_model(model, lora(**(ALPHAS if how == "saved" else {}), **options))
     if how == "unfrozen":
-        for name, parameter in model.named_parameters():
-            if name.endswith(".alpha"):
-                parameter.requires_grad_(True)
+        unfreeze_alphas(model)
     return model
+
+
+def unfreeze_alphas(model):
+    for name, parameter in model.named_parameters():
+        if name.endswith(".alpha"):
+            parameter.requires_grad_(True)
+
+
+class Thaw(TrainerCallback):
+    """Alphas train from the second step on."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        unfreeze_alphas(model)
+
+
+def trainer_by(way, folder, model, config=None, callbacks=(), **args):
+    """A trainer with the mixin or the callback."""
+    ours = [LayerCollapseCallback(config)] if way == "callback" else []
+    return trainer_for(
+        "bert",
+        folder,
+        config=False if way == "callback" or config is None else config,
+        trainer_class=Trainer if way == "callback" else LayerCollapseTrainer,
+        model=model,
+        callbacks=[*ours, *callbacks],
+        args=args,
+    )
 
 
 def patched_on_disk(folder, **options):
@@ -362,9 +394,11 @@ def test_transformers_own_adapter_over_what_is_only_in_memory_is_not_saved(when,
     assert {b.state for b in find_feed_forward_blocks(loaded)} == {"collapsed" if when == "collapsed" else "patched"}
 
 
-def test_a_base_whose_alphas_were_trained_is_not_the_saved_one(tmp_path):
-    model = with_adapter(patched_on_disk(tmp_path / "base"), "unfrozen")
-    trainer = trainer_for("bert", tmp_path, config=False, model=model, args={"max_steps": 2})
+@pytest.mark.parametrize("way", ["mixin", "callback"])
+@pytest.mark.parametrize("how", ["unfrozen", "thawed"])
+def test_a_base_whose_alphas_were_trained_is_not_the_saved_one(how, way, tmp_path):
+    model = with_adapter(patched_on_disk(tmp_path / "base"), how)
+    trainer = trainer_by(way, tmp_path, model, callbacks=[Thaw()] if how == "thawed" else [], max_steps=2)
     trainer.train()
     with pytest.raises(ValueError, match="Save the base first"):
         trainer.save_model(str(tmp_path / "adapter"))
@@ -372,6 +406,77 @@ def test_a_base_whose_alphas_were_trained_is_not_the_saved_one(tmp_path):
     trainer.save_model(str(tmp_path / "adapter"))
     loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(loaded), logits(model))
+    assert all(float(alpha) > 0.3 for alpha in alphas_of(loaded).values())
+
+
+@pytest.mark.parametrize("way", ["mixin", "callback"])
+def test_a_base_under_transformers_own_adapter_whose_alphas_were_trained_is_not_the_saved_one(way, tmp_path):
+    if not adapters_of_transformers():
+        pytest.skip(NEWER_PEFT)
+    model = patched_on_disk(tmp_path / "base")
+    model.add_adapter(LoraConfig(target_modules=["query"]))
+    unfreeze_alphas(model)
+    trainer_by(way, tmp_path, model).train()
+    with pytest.raises(ValueError, match="Save the model first"):
+        model.save_pretrained(tmp_path / "adapter")
+
+
+SAVING = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.mark.parametrize("how", ["saved", "patched by the callback"])
+def test_a_callback_refuses_adapters_without_a_base_before_the_first_step(how, tmp_path):
+    if how == "saved":
+        model, config = with_adapter(apply_layer_collapse(model_of(CASE))), None
+    else:
+        model_of(CASE).save_pretrained(tmp_path / "dense")
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense")
+        model, config = with_adapter(model, "none"), LayerCollapseConfig()
+    trainer = trainer_by("callback", tmp_path, model, config, **SAVING)
+    with pytest.raises(ValueError, match="patched in memory.*`modules_to_save`; .* or its mixin, whose"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and not any(alphas_of(model).values())
+
+
+@pytest.mark.parametrize("how", ["unfrozen", "thawed", "resumed"])
+def test_a_callback_refuses_checkpoints_that_lose_alphas(how, tmp_path):
+    def model():
+        return with_adapter(AutoModelForSequenceClassification.from_pretrained(tmp_path / "base"), how)
+
+    patched_on_disk(tmp_path / "base")
+    before = model()
+    if how == "resumed":
+        trainer_by("callback", tmp_path, before, **SAVING, save_only_model=True).train()  # they are frozen
+        before = model()
+        unfreeze_alphas(before)
+        trainer, resume = trainer_by("callback", tmp_path, before, max_steps=2), str(tmp_path / "checkpoint-1")
+    else:
+        callbacks = [Thaw()] if how == "thawed" else []
+        trainer, resume = trainer_by("callback", tmp_path, before, callbacks=callbacks, **SAVING), None
+    with pytest.raises(ValueError, match="3 alphas train under adapters, .*`modules_to_save` .* or its mixin, whose"):
+        trainer.train(resume_from_checkpoint=resume)
+    assert trainer.state.global_step == (0 if how == "unfrozen" else 1) and not any(alphas_of(before).values())
+
+
+@pytest.mark.parametrize("way", ["mixin", "callback"])
+def test_alphas_in_the_adapter_are_in_the_checkpoints(way, tmp_path):
+    """Also where the options are given once more."""
+    config = LayerCollapseConfig(alpha_learning_rate=0.05)
+    patched_on_disk(tmp_path / "base")
+
+    def trainer(**args):
+        torch.manual_seed(0)
+        base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+        return trainer_by(way, tmp_path, with_adapter(base), config, **args)
+
+    whole = trainer(**SAVING)
+    whole.train()
+    resumed = trainer(max_steps=2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert_same(state_of(resumed.model), state_of(whole.model))
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-2")
+    assert_same(alphas_of(loaded), alphas_of(whole.model))
+    assert 0.15 < max(map(float, alphas_of(loaded).values())) < 0.25
 
 
 def test_a_checkpoint_over_what_is_only_in_memory_does_not_load_without_it(tmp_path):
