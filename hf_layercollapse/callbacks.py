@@ -15,7 +15,7 @@ from transformers.training_args import ParallelMode, TrainingArguments
 from transformers.utils import logging
 
 from .alpha_gradients import AlphaGradients, refuse_liger
-from .config import LayerCollapseConfig
+from .config import LayerCollapseConfig, refuse_unread
 from .modeling_layercollapse import CollapsibleActivation
 from .models import shorten, unwrap
 from .neuron_budget import NeuronBudget, refuse_neuron_budget, refuse_several_devices
@@ -75,11 +75,11 @@ class LayerCollapseCallback(TrainerCallback):
 
     Raises:
         TypeError: `config` is of a wrong type.
-        ValueError: `config` has distillation, or a budget for a plan to meet. When the Trainer is constructed: the
-            model is patched in another way, or collapsed, or cannot be as small as a budget. When training starts: it
-            is not patched, or for distillation, or training runs under FSDP or DeepSpeed, or with an optimizer that
-            steps during backward, or checkpoints of adapters would lose alphas or their base. Kernels of liger would
-            take the place of blocks.
+        ValueError: `config` has distillation, `progressive`, or a budget for a plan to meet. When the Trainer is
+            constructed: the model is patched in another way, or collapsed, or cannot be as small as a budget. When
+            training starts: it is not patched, or with such options, or training runs under FSDP or DeepSpeed, or with
+            an optimizer that steps during backward, or checkpoints of adapters would lose alphas or their base.
+            Kernels of liger would take the place of blocks.
         RuntimeError: In a step the code of a block ran without its activation.
     """
 
@@ -88,8 +88,7 @@ class LayerCollapseCallback(TrainerCallback):
     ) -> None:
         if config is not None and not isinstance(config, LayerCollapseConfig):
             raise TypeError(f"`config` must be a LayerCollapseConfig, got {type(config).__name__}.")
-        refuse_budget_in(config)
-        _refuse_distillation(config)
+        _refuse_what_nothing_here_reads(config)
         self.config = config
         self._calibration_data = calibration_data
         self._alpha_steps: AlphaSteps | None = None
@@ -193,7 +192,7 @@ class LayerCollapseCallback(TrainerCallback):
             self.config = layer_collapse_config_of(unwrap(model)[0])
             if self.config is None:
                 raise ValueError("The model is patched but carries no options: pass a config to the callback.")
-            _refuse_distillation(self.config)
+            _refuse_what_nothing_here_reads(self.config)
         return self.config
 
     def _penalty_strength(self, config: LayerCollapseConfig) -> float:
@@ -259,11 +258,14 @@ def _is_training_loss(name: str) -> bool:
     return name == "loss" or (name.endswith("embedding_loss") and not name.startswith("eval_"))
 
 
-def _refuse_distillation(config: LayerCollapseConfig | None) -> None:
-    if config is not None and config.distils:
-        raise ValueError(
-            "A callback cannot distil: use LayerCollapseTrainer or LayerCollapseTrainerMixin, or set "
-            "`distillation_weight` and `hidden_state_weight` to 0 in the config."
+def _refuse_what_nothing_here_reads(config: LayerCollapseConfig | None) -> None:
+    refuse_budget_in(config)
+    if config is not None:
+        refuse_unread(
+            config,
+            ("teacher", "evaluations", "plan"),
+            "A callback cannot distil, nor collapse blocks while training goes on",
+            " (beside a `budget` set distillation_weight=0), or use LayerCollapseTrainer or LayerCollapseTrainerMixin",
         )
 
 

@@ -29,10 +29,23 @@ _CHOICES = {
     "budget_method": ("plan", "penalty"),
 }
 
-# Options that say something beside a budget that a plan meets. The others are of alphas, or say what a plan does.
-_BESIDE_A_PLAN = {
-    *("budget", "budget_method", "budget_samples", "blocks", "constant_term", "adapters"),
-    *("distillation_weight", "hidden_state_weight", "task_loss_weight", "temperature"),
+# What reads options -> those that it reads. Where some of these readers are missing, an option that none of the others
+# reads is refused (`refuse_unread`), rather than do nothing.
+READERS: dict[str, tuple[str, ...]] = {
+    "patching": ("blocks", "linear_target", "granularity", "activation", "initial_alpha"),
+    "alphas": (
+        *("penalty_strength", "penalty_schedule", "penalty_warmup_ratio", "alpha_learning_rate", "alpha_lr_schedule"),
+        *("collapse_threshold", "budget", "budget_method", "budget_ratio"),
+    ),
+    "teacher": ("distillation_weight", "hidden_state_weight", "task_loss_weight", "temperature"),
+    # Those of a Trainer while it trains.
+    "evaluations": ("progressive", "progressive_order"),
+    # Its collapse has a method of its own.
+    "plan": ("budget", "budget_method", "budget_samples", "blocks", "constant_term", "adapters"),
+    "collapse": (
+        *("blocks", "collapse_threshold", "not_ready", "adapters", "rank", "keep_neurons", "neuron_choice"),
+        *("constant_term", "sequential"),
+    ),
 }
 
 # Default of `distillation_weight`, which depends on `budget`: a number once the config is made, hence its type there.
@@ -151,7 +164,8 @@ class LayerCollapseConfig:
         default=False,
         metadata={
             "help": "Whether the Trainer collapses each block after the first evaluation that finds it ready, with "
-            "all of its neurons, and trains on with what is left. Otherwise blocks collapse when `collapse` is called."
+            "all of its neurons, and trains on with what is left; it needs an `eval_strategy`. Otherwise blocks "
+            "collapse when `collapse` is called. For LayerCollapseTrainer and its mixin only."
         },
     )
     progressive_order: list[str] | None = field(
@@ -366,7 +380,8 @@ def _check_budget(config: LayerCollapseConfig) -> None:
     if config.budget_method == "penalty":
         _check_penalty_budget(config, budget)
         return
-    others = [option.name for option in dataclasses.fields(config) if option.name not in _BESIDE_A_PLAN]
+    beside = {*READERS["plan"], *READERS["teacher"]}
+    others = [option.name for option in dataclasses.fields(config) if option.name not in beside]
     _refuse_changed(
         config,
         others,
@@ -375,9 +390,27 @@ def _check_budget(config: LayerCollapseConfig) -> None:
     )
 
 
+def refuse_unread(config: LayerCollapseConfig, missing: Iterable[str], reason: str, instead: str) -> None:
+    """Raises if an option is set that no reader is there for.
+
+    Args:
+        missing (`Iterable[str]`): Names in [`READERS`] of those that are not.
+        reason (`str`): Why they are not; the beginning of a sentence.
+        instead (`str`): What else may be done than to leave such options out; the end of it.
+
+    Raises:
+        ValueError: As said.
+    """
+    missing = set(missing)
+    read = {option for reader, options in READERS.items() if reader not in missing for option in options}
+    unread = [option for reader in READERS if reader in missing for option in READERS[reader] if option not in read]
+    _refuse_changed(config, unread, reason, instead)
+
+
 def _refuse_changed(config: LayerCollapseConfig, names: Iterable[str], reason: str, instead: str = "") -> None:
     """Raises if one of these options is not as it is by default."""
     defaults = {option.name: option.default for option in dataclasses.fields(config)}
+    defaults["distillation_weight"] = 0.0  # where no plan gives it another
     changed = [f"`{name}`" for name in names if getattr(config, name) != defaults[name]]
     if changed:
         raise ValueError(f"{reason}: leave {', '.join(changed)} out{instead}.")

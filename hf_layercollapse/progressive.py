@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_compiled_module
 from torch import nn
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from .alpha_training import AlphaTraining
 from .collapsing import collapse_as, collapse_model
+from .config import refuse_unread
 from .families import find_feed_forward_blocks
 from .modeling_layercollapse import resolve_table
 from .models import carriers_of, shorten, unwrap
@@ -78,6 +80,17 @@ class ProgressiveCollapse:
                 f"`progressive_order` names what is no block of this model: {shorten(unknown)}. Its blocks are "
                 f"{shorten(sorted(names))}."
             )
+
+    def refuse_training(self) -> None:
+        """Raises if no block would ever collapse in the training that is about to begin.
+
+        Raises:
+            ValueError: As said.
+        """
+        config = self._trainer.layer_collapse_config
+        if config is not None and self._trainer.args.eval_strategy == IntervalStrategy.NO:
+            reason = 'Blocks collapse after evaluations, and with eval_strategy="no" training has none'
+            refuse_unread(config, ["evaluations"], reason, ', or set `eval_strategy` to "steps" or "epoch"')
 
     def collapse_ready(self) -> None:
         """Collapses the blocks whose turn it is."""

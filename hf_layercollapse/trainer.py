@@ -110,7 +110,7 @@ class LayerCollapseTrainerMixin(InFrontOf):
             reentrant checkpointing. Under FSDP2 and ZeRO-2, further settings are refused: those that shard alphas, and
             distillation. With a budget: the model is not dense or under an adapter, or cannot be so small; from
             `train`, that there are no inputs to plan with, that the teacher cannot be compared on them, or that a
-            checkpoint is of another run.
+            checkpoint is of another run. From `train` with `progressive`: training runs without evaluations.
         RuntimeError: From `train`: a step left alphas out, or the code of a block ran without its activation.
     """
 
@@ -347,6 +347,7 @@ class LayerCollapseTrainerMixin(InFrontOf):
     # ---- Checkpoints: upstream writes and deletes them in place, under names that it does not load ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        self._progressive.refuse_training()
         self._warn_of_unsaid_scaling()
         # What was interrupted while it was written or deleted is no checkpoint.
         folder = self._folders.to_resume_from(resume_from_checkpoint)

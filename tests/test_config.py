@@ -11,6 +11,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from hf_layercollapse import LayerCollapseConfig
+from hf_layercollapse.config import READERS
 
 
 FULL = {
@@ -43,6 +44,11 @@ def test_round_trips_through_json(values):
     assert LayerCollapseConfig.from_dict(config.to_dict()) == config
     assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
     assert {**config.to_dict(), **values} == config.to_dict()
+
+
+def test_something_reads_each_option():
+    options = {option.name for option in dataclasses.fields(LayerCollapseConfig)}
+    assert {option for read in READERS.values() for option in read} == options
 
 
 def test_to_dict_is_a_copy():

@@ -7,10 +7,11 @@ import logging
 import pytest
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from hf_layercollapse import (
     CollapsePlan,
+    LayerCollapseCallback,
     LayerCollapseConfig,
     apply_layer_collapse,
     collapse_model,
@@ -268,7 +269,13 @@ def test_what_is_refused(tmp_path, monkeypatch):
         LayerCollapseConfig(progressive_order=["a"])
     with pytest.raises(ValueError, match=r"no block of this model: \['a'\]"):
         trainer_for("bert", tmp_path, config={**PROGRESSIVE, "progressive_order": ["a"]})
+    for options, named in ((PROGRESSIVE, "`progressive`"), ({"temperature": 3.0}, "`temperature`")):
+        with pytest.raises(ValueError, match=f"nor collapse blocks while training goes on: leave {named} out"):
+            LayerCollapseCallback(LayerCollapseConfig(**options))
     trainer = trainer_for("bert", tmp_path, config=PROGRESSIVE)
+    with pytest.raises(ValueError, match='with eval_strategy="no" training has none: leave `progressive` out, or set'):
+        trainer.train()
+    assert "eval_collapsed_loss" in trainer.evaluate()  # which needs none
     monkeypatch.setattr(type(trainer.args), "world_size", property(lambda self: 2))
     trainer._refuse_setup()
     trainer.args.torch_compile = True
@@ -276,6 +283,11 @@ def test_what_is_refused(tmp_path, monkeypatch):
         trainer._refuse_setup()
     monkeypatch.undo()
     model = apply_layer_collapse(model_of(BY_NAME["bert"]), LayerCollapseConfig(**PROGRESSIVE))
+    brought = trainer_for(
+        "bert", tmp_path, False, model=model, trainer_class=Trainer, callbacks=[LayerCollapseCallback()]
+    )
+    with pytest.raises(ValueError, match="leave `progressive` out"):
+        brought.train()
     model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
     with pytest.raises(ValueError, match="not supported under an adapter"):
         trainer_for("bert", tmp_path, config=False, model=model)
