@@ -67,8 +67,8 @@ class CollapseAfterTraining:
         config, model = self._options(), self._sharding.whole_model()
         work = partial(collapse_model, model, config, calibration_data, max_error=max_error, allow_none=allow_none)
         report = self._sharding.on_all_processes(model, work)
-        self._go_on_with(model)
         trainer.collapse_report = _joined([*reports, report])
+        self._go_on_with(model)
         return trainer.collapse_report
 
     def _options(self) -> LayerCollapseConfig | None:
@@ -86,12 +86,12 @@ class CollapseAfterTraining:
             # They were merged, and what is left of the PeftModel would save an empty adapter.
             model = inner
         self._sharding.let_go(model)
-        self._teaching.changed(inner)
-        self._blocks.changed()
         # They hold parameters that are gone.
         trainer.optimizer = trainer.lr_scheduler = None
         self._alphas.forget()
         trainer.model = trainer.model_wrapped = trainer.callback_handler.model = model
+        self._blocks.changed()
+        self._teaching.changed(inner)
 
 
 def _joined(reports: Sequence[CollapseReport]) -> CollapseReport:

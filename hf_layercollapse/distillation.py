@@ -152,9 +152,16 @@ class Distillation:
         self._sums: dict[str, torch.Tensor] = {}  # since the last log
         self._count = 0
         self.find_blocks(model)
+        if config.hidden_state_weight and not self._blocks:
+            raise ValueError("`hidden_state_weight` compares patched and collapsed blocks, and the model has none.")
+
+    @property
+    def compares(self) -> bool:
+        """Whether anything is: predictions, or blocks."""
+        return bool(self.config.distillation_weight or self._blocks)
 
     def find_blocks(self, model: nn.Module) -> None:
-        """Chooses the blocks that are compared: those that are patched or collapsed now."""
+        """Chooses the blocks that are compared: those that are patched or collapsed now. There may be none left."""
         self._inner, self._by_itself = unwrap(model)[0], is_transformers_model(model)
         sentences = sentence_model(model)
         self._kind = type(self._inner if sentences is None else sentences).__name__
@@ -163,8 +170,6 @@ class Distillation:
         if not self.config.hidden_state_weight:
             return
         blocks = [block for block in find_feed_forward_blocks(self._inner) if block.state != "dense"]
-        if not blocks:
-            raise ValueError("`hidden_state_weight` compares patched and collapsed blocks, and the model has none.")
         self._blocks = {block.path(block.layout.down): block for block in blocks}
         _refuse_blocks_without_a_teacher(self._blocks, self.teacher)
 
@@ -228,7 +233,7 @@ class Distillation:
             terms["distillation"] = losses.mean() if losses.numel() else losses.sum()
             whole = losses.sum() / items if items is not None else terms["distillation"] / batches
             parts.append(self.config.distillation_weight * whole)
-        if self.config.hidden_state_weight:
+        if self._blocks:
             shares = [self._hidden_loss(lesson.inputs, lesson.hidden, lesson.expected) for lesson in lessons]
             terms["hidden_state"] = torch.stack(shares).mean()
             parts.append(self.config.hidden_state_weight * terms["hidden_state"] / batches)

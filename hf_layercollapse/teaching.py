@@ -105,9 +105,11 @@ class Teaching(TrainerCallback):
             self.distillation = Distillation(self._trainer.layer_collapse_config, teacher, model)
 
     def changed(self, model: nn.Module) -> None:
-        """To be called when blocks were exchanged."""
+        """To be called when blocks were exchanged. Of those that are dense again nothing is compared."""
         if self.distillation is not None:
             self.distillation.find_blocks(model)
+            if not self.distillation.compares:
+                self.distillation = None
 
     def compute_loss(
         self,
@@ -169,6 +171,18 @@ class Teaching(TrainerCallback):
         if args.n_gpu > 1:
             return items if averaged else items * args.n_gpu
         return items / (self._trainer.accelerator.num_processes // self._trainer.get_tp_size()) if averaged else items
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        config = self._trainer.layer_collapse_config
+        if config is None or config.plans or not config.distils:
+            return
+        if self.distillation is None and not config.task_loss_weight:
+            raise ValueError(
+                "Nothing is left to learn: with task_loss_weight=0 it was what `hidden_state_weight` compares, and "
+                "all blocks are dense again. Make a new Trainer with other options."
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

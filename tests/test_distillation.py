@@ -475,6 +475,29 @@ def test_the_callback_refuses_what_a_model_was_patched_with(tmp_path):
 # ---- The rest of training ----
 
 
+@pytest.mark.parametrize("weights", [{"hidden_state_weight": 1.0}, BOTH], ids=["blocks", "both"])
+def test_nothing_is_compared_of_blocks_that_went_back_to_dense(weights, tmp_path):
+    """What is left is the Trainer that it is without; and the old optimizer, which holds their alphas, is let go."""
+    trainer = trainer_for("bert", tmp_path, {**weights, "not_ready": "restore"})
+    trainer.train()
+    report = trainer.collapse(allow_none=True)
+    assert report.collapsed == [] and trainer.collapse_report is report and trainer.optimizer is None
+    assert not alphas_of(trainer.model)
+    trainer.train()
+    told = {"layer_collapse/distillation_loss"} if "distillation_weight" in weights else set()
+    assert {name for name in trainer.state.log_history[0] if name.endswith("_loss")} == told
+    assert (trainer.teacher is None) is (not told)
+
+
+def test_blocks_alone_teach_nothing_once_they_are_dense(tmp_path):
+    config = {"hidden_state_weight": 1.0, "task_loss_weight": 0.0, "not_ready": "restore"}
+    trainer = trainer_for("bert", tmp_path, config)
+    trainer.train()
+    trainer.collapse(allow_none=True)
+    with pytest.raises(ValueError, match="Nothing is left to learn: with task_loss_weight=0"):
+        trainer.train()
+
+
 def test_evaluation_has_no_teacher(tmp_path):
     with_teacher = trainer_for("bert", tmp_path, BOTH, teacher=teacher_of("bert")).evaluate()
     without = trainer_for("bert", tmp_path, {}).evaluate()
