@@ -24,7 +24,7 @@ from .optimization import (
     plain_optimizer,
     refuse_steps_in_backward,
 )
-from .patching import collapsible_activations, penalty
+from .patching import collapsible_activations
 from .sharding import Sharding
 from .trained_blocks import READY_BLOCKS, TrainedBlocks, alphas_lost_in_saves, forget_base
 from .upstream import checkpointing_of
@@ -57,8 +57,6 @@ class AlphaTraining(TrainerCallback):
         self.steps: AlphaSteps | None = None
         self._penalty: float | torch.Tensor = 0.0  # times its strength, in the step that is being taken
         self._taken_before = 0
-        self._penalty_sum: float | torch.Tensor = 0.0  # since the last log
-        self._penalty_count = 0
         self._warned_of_frozen = False
         self._gradients = AlphaGradients({})
 
@@ -166,6 +164,7 @@ class AlphaTraining(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._penalty = 0.0
         if self._trainer.layer_collapse_config is None or not self._blocks.activations():
             return
         self.warn_of_frozen()
@@ -173,8 +172,10 @@ class AlphaTraining(TrainerCallback):
         self._gradients = AlphaGradients({a: (place.block.name, place.linears) for a, place in in_use.items()})
         # Those that a subclass's own `create_optimizer` left to it, or none as long as all are frozen.
         self._drive(self._blocks.trainable_alphas())
-        if self.steps is not None and self.steps.told is not None:
-            self.steps.told.refuse_forgotten(state.global_step)
+        if self.steps is not None:
+            self.steps.begin_run()
+            if self.steps.told is not None:
+                self.steps.told.refuse_forgotten(state.global_step)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -195,15 +196,13 @@ class AlphaTraining(TrainerCallback):
             self._gradients.look(self._trainer.model)
 
     def _look_at_alphas(self, args: TrainingArguments) -> None:
-        alphas = self._blocks.trainable_alphas()
         if self.steps is not None:
             one_process = args.parallel_mode != ParallelMode.DISTRIBUTED
             if self.steps.follow(self._trainer.model, one_process and self._trainer.accelerator.scaler is None):
                 self._forget_base_that_changes()
             self._taken_before = self.steps.taken
-        with torch.no_grad():
-            summed = penalty(alphas) if self.steps is None else self.steps.penalty(alphas)
-            self._penalty = (self.penalty_strength() * summed).to(args.device)
+            with torch.no_grad():
+                self._penalty = self.steps.penalty().to(args.device)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -223,8 +222,7 @@ class AlphaTraining(TrainerCallback):
                 "This step left alphas where they were, though they are trainable: something else than the `step` of "
                 "`trainer.optimizer` was taken. Pass the optimizer as `optimizers`, or let `create_optimizer` make it."
             )
-        self._penalty_sum = self._penalty_sum + self._penalty
-        self._penalty_count += 1
+        self.steps.count_penalty(self._penalty)
 
     # ---- Logs ----
 
@@ -241,13 +239,11 @@ class AlphaTraining(TrainerCallback):
             added[COLLAPSED_BLOCKS] = collapsed
         if "loss" not in logs or not activations:
             return added
-        if self._penalty_count:
-            added["layer_collapse/penalty"] = float(self._penalty_sum) / self._penalty_count
-            self._penalty_sum, self._penalty_count = 0.0, 0
         step = max(0, self._trainer.state.global_step - 1)  # the one that was taken last
         strength = penalty_strength_at(config, step, self._trainer.state.max_steps)
         added |= alpha_logs({name: module.alpha for name, module in activations.items()}, strength)
         if self.steps is not None:
+            added |= self.steps.penalty_logs()
             if self.steps.told is not None:
                 added["layer_collapse/told_neurons"] = self.steps.told.count
             self.steps.warn_if_not_finite()

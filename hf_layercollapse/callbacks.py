@@ -152,6 +152,7 @@ class LayerCollapseCallback(TrainerCallback):
             if config.budget is not None:
                 told = NeuronBudget(model, config, optimizer, partial(self._progress, config))
             steps = self._alpha_steps = AlphaSteps(optimizer, alphas, config, strength, scheduled=True, told=told)
+        steps.begin_run()
         if steps.told is not None:
             steps.told.refuse_forgotten(state.global_step)
         self._gradients = AlphaGradients(self._blocks_of(activations))
@@ -217,6 +218,7 @@ class LayerCollapseCallback(TrainerCallback):
         assert self._alpha_steps is not None
         if self._alpha_steps.follow(model, alone):
             self._look_beside_adapters(args, model)
+        self._alpha_steps.count_penalty(self._alpha_steps.penalty().detach())
         self._gradients.look(model)
 
     def on_log(
@@ -230,14 +232,13 @@ class LayerCollapseCallback(TrainerCallback):
         if not any(map(_is_training_loss, logs)) or self.config is None or self._alpha_steps is None:
             return
         alphas = {index: module.alpha for index, module in self._activations.items()}
-        driven = [alpha for alpha in alphas.values() if alpha.requires_grad]
         placed = [module for module in self._activations.values() if module in self._places]
         outcomes = [outcome_of(self._places[module].block, module, self.config) for module in placed]
         progress = budget_progress(self.config, state.global_step, state.max_steps)
         strength = penalty_strength_at(self.config, max(0, state.global_step - 1), state.max_steps)
         added = {
             READY_BLOCKS: ready_blocks(outcomes, self.config, progress),
-            "layer_collapse/penalty": strength * float(self._alpha_steps.penalty(driven).detach()),
+            **self._alpha_steps.penalty_logs(),
             **alpha_logs(alphas, strength),
         }
         logs.update(added)

@@ -149,8 +149,7 @@ class Distillation:
     def __init__(self, config: LayerCollapseConfig, teacher: nn.Module, model: nn.Module) -> None:
         self.config, self.teacher = config, teacher
         self._device: torch.device | None = None
-        self._sums: dict[str, torch.Tensor] = {}  # since the last log
-        self._count = 0
+        self.begin_run()
         self.find_blocks(model)
         if config.hidden_state_weight and not self._blocks:
             raise ValueError("`hidden_state_weight` compares patched and collapsed blocks, and the model has none.")
@@ -246,8 +245,13 @@ class Distillation:
     def logs(self) -> dict[str, float]:
         """Means of the unweighted terms over the batches of this process since the last call."""
         logs = {f"layer_collapse/{name}_loss": float(total) / self._count for name, total in self._sums.items()}
-        self._sums, self._count = {}, 0
+        self.begin_run()
         return logs
+
+    def begin_run(self) -> None:
+        """To be called when training begins: its first log is not of batches of the run before."""
+        self._sums: dict[str, torch.Tensor] = {}  # since the last log
+        self._count = 0
 
     def _lessons(self, inputs: Mapping[str, Any], seen: Seen, label_names: Sequence[str]) -> list[Lesson]:
         if not seen.takes_one_dict:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,6 +115,7 @@ class AlphaSteps:
         self._resting = False
         self._not_finite: torch.Tensor | None = None  # a flag on the device of an alpha
         self._warned = False
+        self.begin_run()
         # What `alpha_lr_schedule="same"` compares with; a schedule sets it too.
         optimizer.param_groups[0].setdefault("initial_lr", optimizer.param_groups[0]["lr"])
         for handle in _HOOKS.pop(optimizer, []):
@@ -215,17 +216,41 @@ class AlphaSteps:
         if not self._resting:
             self._step_all()
 
-    def penalty(self, alphas: Sequence[nn.Parameter]) -> torch.Tensor:
-        """[`penalty`] of these alphas, with the goals that they have now."""
-        return penalty(alphas, None if self.told is None else self.told.goal)
+    # ---- The penalty ----
+
+    @property
+    def _driven(self) -> list[nn.Parameter]:
+        return [alpha for alpha in self.alphas if alpha.requires_grad]
+
+    def penalty(self) -> torch.Tensor:
+        """[`penalty`] of the alphas that a step moves now, with the goals that they have, times its strength."""
+        return self.strength() * penalty(self._driven, None if self.told is None else self.told.goal)
+
+    def begin_run(self) -> None:
+        """To be called when training begins: its first log is not of steps of the run before."""
+        self._penalty_sum: float | torch.Tensor = 0.0  # since the last log
+        self._penalty_count = 0
+
+    def count_penalty(self, value: torch.Tensor) -> None:
+        """Adds the penalty of a step, before alphas move, to what the next log is of."""
+        self._penalty_sum = self._penalty_sum + value
+        self._penalty_count += 1
+
+    def penalty_logs(self) -> dict[str, float]:
+        """The mean over the steps since the last call, as the loss is logged; nothing if there were none."""
+        mean = float(self._penalty_sum) / self._penalty_count if self._penalty_count else None
+        self.begin_run()
+        return {} if mean is None else {"layer_collapse/penalty": mean}
+
+    # ---- Steps ----
 
     def _step_all(self) -> None:
         if self.told is not None:
             self.told.note()
-        driven = [alpha for alpha in self.alphas if alpha.requires_grad]
+        driven = self._driven
         if driven:
             with torch.enable_grad():
-                gradients = torch.autograd.grad(self.strength() * self.penalty(driven), driven)
+                gradients = torch.autograd.grad(self.penalty(), driven)
             for alpha, gradient in zip(driven, gradients, strict=True):
                 bounds = (0, 1) if self.told is None else self.told.bounds(alpha)
                 self._note(_step(alpha, gradient, self.learning_rate, *bounds))

@@ -176,9 +176,9 @@ class Teaching(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         config = self._trainer.layer_collapse_config
-        if config is None or config.plans or not config.distils:
-            return
-        if self.distillation is None and not config.task_loss_weight:
+        if self.distillation is not None:
+            self.distillation.begin_run()
+        elif config is not None and config.distils and not config.plans and not config.task_loss_weight:
             raise ValueError(
                 "Nothing is left to learn: with task_loss_weight=0 it was what `hidden_state_weight` compares, and "
                 "all blocks are dense again. Make a new Trainer with other options."

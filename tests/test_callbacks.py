@@ -36,7 +36,7 @@ def plain(case, folder, config=None, callback=None, **kwargs):
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_alphas_move_as_under_the_trainer(accumulate, schedule, tmp_path):
     config = {"alpha_learning_rate": 0.05, "penalty_schedule": schedule}
-    args = {"max_steps": 6, "learning_rate": 0.01, "max_grad_norm": 1.0}
+    args = {"max_steps": 6, "learning_rate": 0.01, "max_grad_norm": 1.0, "logging_steps": 2}
     options = {"batch": 8 // accumulate, "accumulate": accumulate, "args": args, "compute_loss_func": zero_loss}
     ours = trainer_for("bert", tmp_path, config=config, **options)
     other = plain("bert", tmp_path, config=config, **options)
@@ -45,9 +45,8 @@ def test_alphas_move_as_under_the_trainer(accumulate, schedule, tmp_path):
     for name, alpha in alphas_of(ours.model).items():
         torch.testing.assert_close(alphas_of(other.model)[name], alpha)
     for left, right in zip(ours.state.log_history[:-1], other.state.log_history[:-1], strict=True):
-        for name in left:
-            if name.startswith("layer_collapse/"):
-                assert right[name] == pytest.approx(left[name], rel=1e-4 if "penalty" not in name else 0.2, abs=1e-6)
+        left, right = ({n: v for n, v in log.items() if n.startswith("layer_collapse/")} for log in (left, right))
+        assert right == pytest.approx(left, rel=1e-4, abs=1e-6) and "layer_collapse/penalty" in left
 
 
 def test_everything_else_is_as_under_the_trainer(tmp_path):
@@ -99,6 +98,18 @@ def test_training_twice_goes_on(tmp_path):
     trainer.train()
     trainer.train()
     assert list(map(float, alphas_of(trainer.model).values())) == pytest.approx([1 - 0.8**2] * LAYERS)
+
+
+@pytest.mark.parametrize("make", [plain, trainer_for])
+def test_the_first_log_of_a_run_is_of_its_own_steps(make, tmp_path):
+    """And not of those of the run before that no log came after."""
+    args = {"max_steps": 3, "logging_steps": 2}
+    trainer = make("bert", tmp_path, config={"alpha_learning_rate": 0.1}, compute_loss_func=zero_loss, args=args)
+    for taken in (0, 3):
+        trainer.train()
+        penalties = [LAYERS * 0.8 ** (2 * step) for step in (taken, taken + 1)]
+        logged = trainer.state.log_history[0]["layer_collapse/penalty"]
+        assert logged == pytest.approx(sum(penalties) / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("adapted", [False, True])

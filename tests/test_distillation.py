@@ -489,6 +489,18 @@ def test_nothing_is_compared_of_blocks_that_went_back_to_dense(weights, tmp_path
     assert (trainer.teacher is None) is (not told)
 
 
+def test_the_first_log_of_a_run_is_of_its_own_batches(tmp_path):
+    args = {"max_steps": 3, "logging_steps": 2, "learning_rate": 0.0, "train_sampling_strategy": "sequential"}
+    config = {**BOTH, "alpha_learning_rate": 1e-12}
+    trainer = trainer_for("bert", tmp_path, config, teacher=teacher_of("bert"), args=args)
+    logged = []
+    for _ in range(2):
+        trainer.train()
+        log = trainer.state.log_history[0]
+        logged.append([log[f"layer_collapse/{name}_loss"] for name in ("distillation", "hidden_state")])
+    assert logged[1] == pytest.approx(logged[0], rel=1e-5)
+
+
 def test_blocks_alone_teach_nothing_once_they_are_dense(tmp_path):
     config = {"hidden_state_weight": 1.0, "task_loss_weight": 0.0, "not_ready": "restore"}
     trainer = trainer_for("bert", tmp_path, config)
