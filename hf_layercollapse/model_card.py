@@ -1,9 +1,12 @@
 """A model card made from what was measured; what was not is left out."""
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
@@ -15,8 +18,8 @@ from .card_comparison import put_comparison, results_of, section_of
 from .card_sentences import Making, how, largest_difference, method, summary
 from .comparison import Comparison
 from .modeling_layercollapse import FORMAT_VERSION, LayerCollapseModelMixin
-from .models import unwrap
-from .patching import layer_collapse_config_of, writes_code
+from .models import is_fully_sharded, unwrap, whole_class_of
+from .patching import collapsible_activations, layer_collapse_config_of, refuse_sharded, writes_code
 from .plans import CollapsePlan
 from .recovery import RecoveryReport
 from .reports import CollapseReport
@@ -59,7 +62,8 @@ def create_model_card(
     `model.push_to_hub(repo_id, model_card=card)`, or alone by `card.push_to_hub(repo_id)`.
 
     Args:
-        model (`nn.Module`): A patched or collapsed model, or an object of sentence-transformers with one inside.
+        model (`nn.Module`): A patched or collapsed model, or an object of sentence-transformers with one inside. Of a
+            transformers model that `fully_shard` has sharded no weight is read, so that one process can write a card.
         report ([`CollapseReport`], *optional*): From [`collapse_model`], for how each block became what it is, and how
             far off that is.
         comparison ([`Comparison`], *optional*): From [`compare_models`] or `layercollapse compare --json-file`, for
@@ -78,7 +82,8 @@ def create_model_card(
         evaluation (`dict`, *optional*): Further measurements of this model to list, by name.
 
     Raises:
-        TypeError: `report`, `comparison`, `plan` or `recovery` is of a wrong type.
+        TypeError: `report`, `comparison`, `plan` or `recovery` is of a wrong type, or the model is wrapped for
+            distributed training, or an alpha is sharded.
         ValueError: The model is neither patched nor collapsed, or the comparison has no model called `compared_as`.
     """
     kinds = {"report": CollapseReport, "comparison": Comparison, "plan": CollapsePlan, "recovery": RecoveryReport}
@@ -87,8 +92,8 @@ def create_model_card(
             _check_type(what, value, kind)
     if comparison is not None:
         _check_name(comparison, compared_as)
-    inner, _ = unwrap(model)
-    blocks = bind_blocks(inner)
+    inner, _ = unwrap(model, sharded=True)
+    blocks = _blocks_of(inner)
     if all(block.state == "dense" for block in blocks):
         raise ValueError("The model is dense: a card says which blocks are patched or collapsed.")
     making = Making(
@@ -100,7 +105,7 @@ def create_model_card(
         recovery,
         trained_since,
     )
-    name = name or (repo_id.split("/")[-1] if repo_id else type(inner).__name__)
+    name = name or (repo_id.split("/")[-1] if repo_id else whole_class_of(inner).__name__)
     metadata = {"language": language, "license": license, "base_model": base_model, "model_name": name}
     return ModelCard.from_template(
         _metadata(model, comparison, compared_as, datasets=datasets, tags=tags, **metadata),
@@ -141,7 +146,30 @@ def add_comparison(
     _check_type("card", card, ModelCard)
     _check_type("comparison", comparison, Comparison)
     _check_name(comparison, compared_as)
-    put_comparison(card, comparison, compared_as, name or type(unwrap(model)[0]).__name__, _task_of(model))
+    put_comparison(
+        card, comparison, compared_as, name or whole_class_of(unwrap(model, sharded=True)[0]).__name__, _task_of(model)
+    )
+
+
+def _blocks_of(inner: Any) -> list[BoundBlock]:
+    """The blocks of a model; of one that is sharded over processes, as its config describes them: their weights are
+    whole on no process, and to look at them would wait for all. Alphas are not sharded."""
+    if not is_fully_sharded(inner):
+        return bind_blocks(inner)
+    with torch.device("meta"):
+        described = whole_class_of(inner)(copy.deepcopy(inner.config))
+    alphas = collapsible_activations(inner)
+    return [
+        replace(block, alpha=_mean(alphas[block.path(block.layout.activation_path)].alpha))
+        if block.state == "patched"
+        else block
+        for block in bind_blocks(described)
+    ]
+
+
+def _mean(alpha: torch.Tensor) -> float:
+    refuse_sharded(alpha)
+    return float(alpha.detach().mean())
 
 
 def _check_type(name: str, value: Any, kind: type) -> None:
@@ -186,7 +214,7 @@ def _task_of(model: nn.Module) -> str | None:
     from transformers.modelcard import TASK_MAPPING  # with the Trainer's arguments, and peft, behind it
 
     tasks: Mapping[str, Any] = TASK_MAPPING
-    name = type(unwrap(model)[0]).__name__
+    name = whole_class_of(unwrap(model, sharded=True)[0]).__name__
     return next((task for task, names in tasks.items() if name in names.values()), None)
 
 
@@ -218,8 +246,8 @@ def loader_of(model: nn.Module) -> Loader:
     if sentences is not None:
         name = type(sentences).__name__
         return Loader("sentence_transformers", "sentence_transformers", name, name)
-    inner: Any = unwrap(model)[0]
-    name, module = type(inner).__name__, "transformers"
+    inner: Any = unwrap(model, sharded=True)[0]
+    name, module = whole_class_of(inner).__name__, "transformers"
     auto_class = auto_class_of(inner.config, name)
     if auto_class is not None:
         name = auto_class
@@ -244,7 +272,7 @@ def _of_model(model: nn.Module, blocks: Sequence[BoundBlock], making: Making) ->
         "report": making.report,
         "largest_difference": largest_difference(making),
         "loader": loader_of(model),
-        "writes_code": writes_code(unwrap(model)[0]),
+        "writes_code": writes_code(unwrap(model, sharded=True)[0]),
         "format_version": FORMAT_VERSION,
     }
 

@@ -182,6 +182,15 @@ def is_fully_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def whole_class_of(model: Any) -> type[Any]:
+    """The class of a model, also of one that `fully_shard` has given another."""
+    if not is_fully_sharded(model):
+        return type(model)
+    from torch.distributed.fsdp import FSDPModule
+
+    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+
+
 def base_layer(linear: Any) -> Any:
     """What an adapter wraps, or the linear itself."""
     return linear.get_base_layer() if is_adapted(linear) else linear

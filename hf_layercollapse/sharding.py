@@ -15,7 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.training_args import ParallelMode
 
 from . import processes
-from .models import is_fully_sharded
+from .models import is_fully_sharded, whole_class_of
 from .optimization import replicate_alphas
 from .patching import collapsible_activations
 from .trained_blocks import TrainedBlocks
@@ -39,7 +39,6 @@ class Sharding:
     def __init__(self, trainer: LayerCollapseTrainerMixin, blocks: TrainedBlocks) -> None:
         self._trainer: Any = trainer
         self._blocks = blocks
-        self._whole_class: type | None = None  # of the model, before FSDP2 exchanged it
         # Hooks on alphas that nothing else keeps the same on all processes.
         self._replicating: list[RemovableHandle] = []
 
@@ -56,7 +55,6 @@ class Sharding:
         trainer = self._trainer
         if not trainer.is_fsdp_enabled or is_fully_sharded(trainer.model):
             return
-        self._whole_class = type(trainer.model)
         alphas = self._blocks.trainable_alphas()
         if alphas:
             leave_out_of_sharding(trainer.accelerator.state.fsdp_plugin, trainer.model, trainer.args.device)
@@ -71,10 +69,7 @@ class Sharding:
     def whole_model(self) -> nn.Module:
         """The Trainer's model; if it is sharded, a new one, gathered."""
         model = self._trainer.model
-        if not is_fully_sharded(model):
-            return model
-        assert self._whole_class is not None, "FSDP2 is what this part gave the model to"
-        return gathered(model, self._whole_class, self._trainer.args.device)
+        return gathered(model, self._trainer.args.device) if is_fully_sharded(model) else model
 
     def on_all_processes(self, model: nn.Module, work: Callable[[], Result]) -> Result:
         """Runs `work`, which changes a whole model, so that all processes hold what the first one found."""
@@ -97,7 +92,11 @@ class Sharding:
     # ---- Saving ----
 
     def is_passed_over_by_save_model(self, in_checkpoint: bool) -> bool:
-        """Whether upstream would save nothing, or ask an engine that is none before training and after a collapse."""
+        """Whether upstream would save nothing, or ask an engine that is none before training and after a collapse.
+
+        Args:
+            in_checkpoint (`bool`): Whether a state dict that is sharded is being written beside.
+        """
         trainer = self._trainer
         if trainer.is_fsdp_enabled:
             # Where checkpoints are sharded, upstream would save nothing at all. FSDP1 wraps instead.
@@ -197,19 +196,18 @@ def leave_out_of_sharding(plugin: Any, model: nn.Module, device: torch.device) -
     plugin.ignored_modules = [*(module for module in ignored if module not in ours), *ours]
 
 
-def gathered(model: Any, model_class: type[Any], device: torch.device) -> nn.Module:
+def gathered(model: Any, device: torch.device) -> nn.Module:
     """A model that `fully_shard` sharded, whole again on every process: a new one, with all that it was trained to.
 
     Args:
         model (`PreTrainedModel`): Sharded. Its config tells what its modules are.
-        model_class (`type`): What it was before that.
         device (`torch.device`): Where the new one goes.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     state_dict = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     with torch.random.fork_rng():
-        whole = model_class(copy.deepcopy(model.config))
+        whole = whole_class_of(model)(copy.deepcopy(model.config))
     whole.load_state_dict(state_dict, assign=True)
     whole.tie_weights()
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}

@@ -389,7 +389,8 @@ class LayerCollapseTrainerMixin(InFrontOf):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         # Under FSDP2 and DeepSpeed upstream saves nothing, or asks an engine that is none.
-        if not self._sharding.is_passed_over_by_save_model(_internal_call):
+        # `push_to_hub` calls this as a checkpoint does.
+        if not self._sharding.is_passed_over_by_save_model(in_checkpoint=self._folders.staging is not None):
             return super().save_model(output_dir, _internal_call)
         self._save(output_dir, self._sharding.whole_state_dict())
         if self.args.push_to_hub and not _internal_call:

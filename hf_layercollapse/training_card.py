@@ -61,7 +61,7 @@ class TrainingCard(TrainerCallback):
             comparison ([`Comparison`], *optional*): See [`LayerCollapseTrainerMixin.create_model_card`].
             metadata: As there. trl's own method does not take all of it, so that it gets what is given.
         """
-        inner, wrappers = unwrap(self._trainer.model)
+        inner, wrappers = unwrap(self._trainer.model, sharded=True)
         if wrappers or not (is_transformers_model(self._trainer.model) and tables_of(inner)):
             return stock_card(**{name: value for name, value in metadata.items() if value is not None})
         if self._trainer.is_world_process_zero():

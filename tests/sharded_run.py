@@ -4,6 +4,7 @@ accelerate has no FSDP on a CPU: it would run DDP, without a word. So its state 
 that it shards for. From there on everything is its own, and the results say what was sharded.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -15,13 +16,14 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
+from huggingface_hub.errors import OfflineModeIsEnabled  # noqa: E402
 from transformers import Trainer  # noqa: E402
 
 import tests.conftest  # noqa: E402, F401  (offline, one thread)
 from hf_layercollapse import (  # noqa: E402
     LayerCollapseCallback,
     LayerCollapseConfig,
-    LayerCollapseTrainer,
+    LayerCollapseTrainerMixin,
     apply_layer_collapse,
     find_feed_forward_blocks,
 )
@@ -49,7 +51,15 @@ class ShardsOnCPU:
         super().create_accelerator_and_postprocess()
 
 
-class Sharding(ShardsOnCPU, LayerCollapseTrainer):
+class WithCards(Trainer):
+    """Writes a card with each checkpoint, as trl's trainers do."""
+
+    def _save_checkpoint(self, model, trial):
+        self.create_model_card(model_name="in training")
+        super()._save_checkpoint(model, trial)
+
+
+class Sharding(ShardsOnCPU, LayerCollapseTrainerMixin, WithCards):
     pass
 
 
@@ -65,6 +75,25 @@ def kinds_of(model):
     """What the parameters are: (whether an alpha, class, dtype) in order."""
     kinds = {(n.endswith(".alpha"), type(p.data).__name__, str(p.dtype)) for n, p in model.named_parameters()}
     return sorted(kinds)
+
+
+def card_in(folder):
+    dist.barrier()
+    return (folder / "README.md").read_text()
+
+
+def card_of(trainer):
+    trainer.create_model_card(model_name="bert")
+    return card_in(Path(trainer.args.output_dir))
+
+
+def push(trainer, folder):
+    """As far as to the Hub, which is out of reach: what would go there is in the folder."""
+    before, trainer.args.output_dir, trainer.hub_model_id = trainer.args.output_dir, str(folder), "user/bert"
+    # Only the first process uploads.
+    with pytest.raises(OfflineModeIsEnabled) if dist.get_rank() == 0 else contextlib.nullcontext():
+        trainer.push_to_hub()
+    trainer.args.output_dir = before
 
 
 def train_save_collapse(folder, rank, name, options, more_args, make=sharding):
@@ -100,6 +129,10 @@ def train_save_collapse(folder, rank, name, options, more_args, make=sharding):
     with pytest.raises((ValueError, RuntimeError), match="holds a model that is patched|alpha"):
         dense = make("bert", run, config=False, batch=4, args={**args, "save_strategy": "no"})
         dense.train(resume_from_checkpoint=str(run / "checkpoint-3"))
+    if make is sharding:
+        result["cards"] = {"in training": card_in(run), "dense": card_of(dense), "patched": card_of(resumed)}
+        result["predictions"] = torch.from_numpy(resumed.predict(resumed.eval_dataset).predictions)
+        push(resumed, folder / f"{name}_pushed")
     resumed.save_model(str(folder / f"{name}_patched"))
     # Refused: nothing is gathered, and all say so. Their data differ, so only some would have.
     data = [BY_NAME["bert"].inputs(batch=16, seed=10 * rank + i) for i in range(3)]
@@ -113,6 +146,8 @@ def train_save_collapse(folder, rank, name, options, more_args, make=sharding):
     resumed.save_model(str(folder / f"{name}_collapsed_by_{rank}"))
     resumed.train()
     result["kinds_healed"] = kinds_of(resumed.model)
+    if make is sharding:
+        result["cards"]["healed"] = card_of(resumed)
     result["healed"] = state_of(resumed.model)
     return result
 

@@ -3,8 +3,10 @@
 import functools
 
 import pytest
+import torch
 from transformers import AutoModelForSequenceClassification
 
+from hf_layercollapse import create_model_card
 from tests.models import LAYERS
 from tests.sharded_run import RUNS, TRAJECTORIES
 from tests.test_distributed import ROOT, launch, launched
@@ -80,6 +82,30 @@ def test_gathered_collapsed_and_saved_by_the_main_process_only(name, results):
     # And before that, as it was trained.
     patched = AutoModelForSequenceClassification.from_pretrained(folder / f"{name}_patched")
     assert_same(state_of(patched), run["resumed"])
+
+
+def block_table(card):
+    lines = card.split("## Feed-forward blocks")[1].splitlines()
+    return [line for line in lines if line.startswith("| ") and ("alpha" in line or "bert.encoder" in line)]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_a_trainer_says_and_saves_of_a_sharded_model(name, results):
+    """Cards, predictions, and what would go to the Hub, before a collapse; the card of what is trained after it."""
+    folder, (first, second) = results
+    cards, pushed = first[name]["cards"], folder / f"{name}_pushed"
+    loaded = AutoModelForSequenceClassification.from_pretrained(pushed)
+    assert_same(state_of(loaded), first[name]["resumed"])
+    whole = block_table(str(create_model_card(loaded)))
+    assert len(whole) == LAYERS + 1 and block_table(cards["patched"]) == whole
+    assert block_table((pushed / "README.md").read_text()) == whole
+    for card in ("in training", "patched"):
+        assert f"in which {LAYERS} of {LAYERS} feed-forward blocks carry an alpha" in cards[card]
+        assert "AutoModelForSequenceClassification.from_pretrained" in cards[card]
+        assert "pipeline_tag: text-classification" in cards[card]
+    assert f"in which {LAYERS} of {LAYERS} feed-forward blocks are collapsed" in cards["healed"]
+    assert "generated automatically" in cards["dense"]  # the stock one
+    assert torch.equal(first[name]["predictions"], second[name]["predictions"])
 
 
 def test_what_is_refused(results):
