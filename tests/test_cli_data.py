@@ -212,7 +212,7 @@ def test_what_is_not_there(bert, tmp_path, text_file, error):
     assert "no such file or folder" in error("inspect", bert, "--data", "none.csv.gz")
     saved = tmp_path / "dict"
     DatasetDict(train=Dataset.from_list(ROWS)).save_to_disk(saved)
-    assert "no split 'test'; it has ['train']" in error("compare", bert, bert, "--data", saved)
+    assert "no split 'test'; it has ['train']" in error("compare", bert, bert, "--data", saved, "--split", "test")
     assert "there is no such folder" in error("inspect", tmp_path / "none")
     assert "it has no config.json" in error("inspect", tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
