@@ -231,7 +231,7 @@ class AlphaSteps:
         self._penalty_sum: float | torch.Tensor = 0.0  # since the last log
         self._penalty_count = 0
 
-    def count_penalty(self, value: torch.Tensor) -> None:
+    def count_penalty(self, value: float | torch.Tensor) -> None:
         """Adds the penalty of a step, before alphas move, to what the next log is of."""
         self._penalty_sum = self._penalty_sum + value
         self._penalty_count += 1
