@@ -777,6 +777,41 @@ def relative_error(expected: torch.Tensor, actual: torch.Tensor) -> float:
     return float(difference / norm) if norm > 0 else float(difference)
 
 
+def drawn_classes(logits_nc: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(classes, logarithms of their probabilities)`, shapes `(n,)`: one of each row, drawn from its softmax.
+
+    What is drawn is what `torch.multinomial` draws of the same probabilities, without a copy of them all: of numbers
+    `q` from an exponential distribution, the class where `p / q` is largest.
+
+    Args:
+        generator: of the CPU, where one float32 number of each logit is drawn.
+    """
+    waiting_nc = torch.empty(logits_nc.shape, dtype=torch.float32, device="cpu").exponential_(generator=generator)
+    drawn, logs = [], []
+    for rows in _output_strips(logits_nc):
+        p_nc = logits_nc[rows].float().softmax(-1)
+        class_n1 = (p_nc.cpu() / waiting_nc[rows]).argmax(-1, keepdim=True).to(p_nc.device)
+        drawn.append(class_n1[:, 0])
+        logs.append(p_nc.gather(-1, class_n1)[:, 0].log())
+    return torch.cat(drawn), torch.cat(logs)
+
+
+def log_probability_gradient(logits_nc: torch.Tensor, class_n: torch.Tensor) -> torch.Tensor:
+    """The gradient of the logarithm of each row's probability of its class, in the logits' own type: the class's one,
+    less the softmax."""
+    gradient_nc = torch.empty_like(logits_nc)
+    for rows in _output_strips(logits_nc):
+        minus_nc = logits_nc[rows].float().softmax(-1).neg_()
+        minus_nc.scatter_add_(-1, class_n[rows, None], minus_nc.new_ones(len(minus_nc), 1))
+        gradient_nc[rows] = minus_nc
+    return gradient_nc
+
+
+def _output_strips(outputs_nc: torch.Tensor) -> list[slice]:
+    """Rows that are worked on at a time."""
+    return _strips(len(outputs_nc), max(1, OUTPUTS // max(1, outputs_nc.shape[-1])))
+
+
 def soft_target_loss(student_nc: torch.Tensor, teacher_nc: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """`T^2 * KL(softmax(teacher / T) || softmax(student / T))` of each row, in float32: distillation as in Hinton et
     al., arXiv 1503.02531, section 2; the factor keeps gradients the same size for every temperature.

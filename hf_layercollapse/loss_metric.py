@@ -165,7 +165,8 @@ def _measured(
     for device in bytes_of_metrics(blocks):
         taken[device] += max(_bytes_of_metric(block) for block in blocks if device_of(block.down) == device)
     with memory.holding(taken):
-        needed, layers = _need_of_a_row(engine, blocks, _largest_rows(batches))
+        padded = any(_has_padding(batch) for batch in batches)
+        needed, layers = _need_of_a_row(engine, blocks, _largest_rows(batches), padded)
         if not memory.fits(needed):
             raise ValueError(
                 f"A backward pass of one row of the calibration data takes {memory.told(needed)} beside the metric of "
@@ -237,41 +238,50 @@ def _parts_of(batch: Mapping[str, Any], rows: int) -> list[Any]:
     return [take(batch, range(start, min(start + rows, count))) for start in range(0, count, rows)]
 
 
+def _has_padding(batch: Mapping[str, Any]) -> bool:
+    masks = (batch.get(name) for name in ("attention_mask", "decoder_attention_mask"))
+    return any(isinstance(mask, torch.Tensor) and not bool((mask > 0).all()) for mask in masks)
+
+
 def _need_of_a_row(
-    engine: "Calibration", blocks: "Sequence[BoundBlock]", rows: Sequence[Mapping[str, Any]]
+    engine: "Calibration", blocks: "Sequence[BoundBlock]", rows: Sequence[Mapping[str, Any]], padded: bool = False
 ) -> tuple[Counter[torch.device], list[nn.Module]]:
-    """`(bytes that a backward pass of the row that takes most keeps, by device; the layers to run twice)`. Nothing is
-    kept to learn it, and layers run twice only where their memory is wanted."""
+    """`(bytes that a backward pass of the row that takes most holds, by device; the layers to run twice)`. Nothing is
+    kept to learn it, and layers run twice only where their memory is wanted. Padded: whether rows that run with it may
+    have padding."""
     layers: list[nn.Module] = [m for m in engine.inner.modules() if isinstance(m, GradientCheckpointingLayer)]
-    found = [(row, _Kept(engine, blocks).of(row, layers)) for row in rows]
+    found = [(row, _Kept(engine, blocks, padded).of(row, layers)) for row in rows]
     row, plain = max(found, key=lambda pair: sum(pair[1].bytes.values()))
     if engine.memory.fits(plain.bytes) or not layers:
         return plain.bytes, []
-    twice = _Kept(engine, blocks).of(row, layers, checkpointed=True)
+    twice = _Kept(engine, blocks, padded).of(row, layers, checkpointed=True)
     # Some layers ask themselves whether they train, for a dropout of their own.
     if not _same(plain.lengths, twice.lengths):
         return plain.bytes, []
     # What is kept outside of them, and of one at a time on the way back.
-    return twice.bytes + max(plain.inside, key=lambda counts: sum(counts.values())), layers
+    inside = max(plain.inside, key=lambda counts: sum(counts.values()))
+    return twice.kept + inside + plain.back, layers
 
 
 class _Kept:
-    """How much autograd would keep of a forward pass, of which nothing is kept here; parameters, which are there
-    anyway, do not count.
+    """How much a forward pass and the way back would hold, of which nothing is kept here: what autograd keeps, what
+    the model gives, and what is made on the way back. Parameters, which are there anyway, do not count.
 
     Args:
         engine ([`Calibration`]): Of the model.
         blocks (`list[BoundBlock]`): Whose outputs' gradients are wanted.
+        padded (`bool`): Whether other rows, beside which the row runs, have padding.
     """
 
-    def __init__(self, engine: "Calibration", blocks: "Sequence[BoundBlock]") -> None:
-        self.engine = engine
+    def __init__(self, engine: "Calibration", blocks: "Sequence[BoundBlock]", padded: bool = False) -> None:
+        self.engine, self.padded = engine, padded
         self.outcomes = _Outcomes(engine.inner, blocks, TokenFilter(engine.model, engine.tokens.token_mask_fn))
         parameters = [p for p in engine.model.parameters() if type(p) in _WITH_STORAGE]
         self.known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
         # By storage: a reference that keeps no bytes, and by which two in one place after each other are two.
         self.seen: dict[StorageWeakRef, tuple[torch.device, int]] = {}
         self.inside: list[Counter[torch.device]] = []  # of each call of a layer
+        self.back: Counter[torch.device] = Counter()  # at most at a time, beside what is kept
         self.lengths: list[torch.Tensor] = []  # of the blocks' outputs, by which two passes are compared
 
     def of(self, row: Mapping[str, Any], layers: Sequence[nn.Module], checkpointed: bool = False) -> "_Kept":
@@ -296,9 +306,14 @@ class _Kept:
         return self
 
     @property
+    def kept(self) -> Counter[torch.device]:
+        """What is there when the way back begins, in bytes, by device."""
+        return _by_device(self.seen.values())
+
+    @property
     def bytes(self) -> Counter[torch.device]:
         """How much in all, by device."""
-        return _by_device(self.seen.values())
+        return self.kept + self.back
 
     def _add(self, tensor: torch.Tensor) -> None:
         # Quantized weights are tensors of other classes, without a storage of their own.
@@ -313,6 +328,10 @@ class _Kept:
     def _read(self, inputs: Mapping[str, Any], output: Any) -> None:
         found = self.outcomes.predictions_of(inputs, output)
         reached = [part for part in found if part.values.requires_grad]
+        given = [value for value in output.values() if isinstance(value, torch.Tensor)]
+        self.back = _on_the_way_back(self.seen.values()) | _made_of(reached, given, self.padded)
+        for value in given:
+            self._add(value)
         if reached:
             self.outcomes.score_of(reached)
         for called in self.outcomes.called():
@@ -320,6 +339,52 @@ class _Kept:
             # It is kept, and so is its gradient.
             self._add(called)
             self._add(torch.empty_like(called))
+
+
+def _on_the_way_back(kept: Iterable[tuple[torch.device, int]]) -> Counter[torch.device]:
+    """What an operation holds at most: the gradient of what it gave, and, of a product, those of both factors."""
+    most: Counter[torch.device] = Counter()
+    for device, count in kept:
+        most |= Counter({device: 3 * count})
+    return most
+
+
+def _made_of(predictions: Sequence[Predictions], given: Sequence[torch.Tensor], padded: bool) -> Counter[torch.device]:
+    """What is drawn for predictions; or then their gradients; and a copy of those that are no padding."""
+    largest = max(given, key=_bytes)
+    storages = {value.untyped_storage().data_ptr() for value in given}
+    copies, drawn, gradients = Counter[torch.device](), Counter[torch.device](), Counter[torch.device]()
+    for part in predictions:
+        values, where = part.values, part.values.device
+        as_given = values.untyped_storage().data_ptr() in storages
+        selected = padded or not as_given
+        if selected:
+            # The gradient of what is selected is put into zeros, and those are copied.
+            gradients[where] += 3 * _bytes(largest)
+        else:
+            # What stands before a matrix product is of the hidden width. Before a cast or a scale it is not.
+            gradients[where] += _bytes(values) + (0 if _is_product(values) else _bytes(largest))
+        if padded and as_given:
+            copies[where] += _bytes(values)
+        if part.kind == "classes":
+            drawn |= Counter({torch.device("cpu"): _DRAWN * (largest if selected else values).numel()})
+    return copies + (drawn | gradients)
+
+
+# Bytes of a number that is drawn: float32, and the float64 that MKL makes it from.
+_DRAWN = torch.float32.itemsize + torch.float64.itemsize
+
+
+def _bytes(values: torch.Tensor) -> int:
+    return values.numel() * values.element_size()
+
+
+def _is_product(values: torch.Tensor) -> bool:
+    """Whether a matrix product made them, perhaps in another shape."""
+    node = values.grad_fn
+    while node is not None and "View" in node.name():
+        node = node.next_functions[0][0]
+    return node is not None and node.name() in ("AddmmBackward0", "MmBackward0")
 
 
 _WITH_STORAGE = (torch.Tensor, nn.Parameter)
@@ -428,7 +493,7 @@ class _Outcomes:
             ValueError: It is not finite, or no predictions.
         """
         found = predictions_of(self.inner, inputs, output)
-        if not all(functional.is_finite(part.values) for part in found):
+        if not all(functional.is_finite(part.values.detach()) for part in found):
             raise ValueError(f"What this {type(self.inner).__name__} predicts for the calibration data is not finite.")
         return found
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.modeling_utils import PreTrainedModel
 
@@ -87,23 +88,40 @@ class Predictions:
         Args:
             generator (`torch.Generator`): Of the CPU; what is drawn depends on nothing else.
         """
+        if self.kind == "classes":
+            drawn, logs = functional.drawn_classes(self.values.detach(), generator)
+            return _LogProbability.apply(self.values, drawn, logs.sum())
         values = self.values.float()
         with torch.no_grad():
-            if self.kind == "classes":
-                drawn = torch.multinomial(values.softmax(-1).cpu(), 1, generator=generator)
-            elif self.kind == "labels":
+            if self.kind == "labels":
                 drawn = torch.bernoulli(values.sigmoid().cpu(), generator=generator)
             else:
                 drawn = torch.randn(values.shape, generator=generator, dtype=torch.float32, device="cpu")
             drawn = drawn.to(values.device)
-        if self.kind == "classes":
-            return values.log_softmax(-1).gather(-1, drawn).sum()
         if self.kind == "labels":
             return -F.binary_cross_entropy_with_logits(values, drawn, reduction="sum")
         if self.kind == "vector":
             length = values.detach().square().sum(-1, keepdim=True).clamp_min(LEAST_LENGTH).sqrt()
             return (drawn * values / length).sum()
         return (drawn * (values if self.kind == "values" else F.normalize(values, dim=-1))).sum()
+
+
+class _LogProbability(torch.autograd.Function):
+    """The logarithm of the probability of the classes that were drawn, which is given. Its gradient is worked out from
+    the logits on the way back: of a large vocabulary each copy that autograd makes is as much as what the model gave.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, drawn: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(logits, drawn)
+        return score.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        logits, drawn = ctx.saved_tensors
+        gradient = functional.log_probability_gradient(logits, drawn)
+        return gradient.mul_(grad), None, None
 
 
 def number_of(predictions: Sequence[Predictions]) -> int:
@@ -194,8 +212,8 @@ def _real_mask(model: Any, inputs: Mapping[str, Any], shape: Sequence[int]) -> t
 def _of_tokens(model: Any, inputs: Mapping[str, Any], logits: torch.Tensor) -> Predictions:
     rows, owners = logits.flatten(0, -2), _inputs_of_rows(logits)
     mask = _real_mask(model, inputs, logits.shape[:-1])
-    if mask is not None:
-        real = mask.reshape(-1).to(rows.device) > 0
+    real = None if mask is None else mask.reshape(-1).to(rows.device) > 0
+    if real is not None and not bool(real.all()):
         rows, owners = rows[real], owners[real]
     return Predictions(_kind_of(model, inputs, logits), rows, owners)
 
