@@ -148,7 +148,9 @@ class BoundBlock(FeedForwardBlock):
 
     def weights_present(self) -> contextlib.AbstractContextManager[None]:
         """A context in which its weights can be read, wherever accelerate keeps them."""
-        return weights_present([*self.linears.values(), *self.before, *self.between])
+        # A linear of its own may be what another block of a chain is to become.
+        linears = [linear for linear in (self.gate, self.up, self.down) if linear is not None]
+        return weights_present([*linears, *self.before, *self.between])
 
     def exchange(self, path: str, module: nn.Module) -> Exchange:
         """Puts a module where a part stands, or with the path `""` in the place of all of the block; in the model,
@@ -170,7 +172,8 @@ class BoundBlock(FeedForwardBlock):
 
 def _normed(norms: Iterable[nn.Module], hidden_states: torch.Tensor) -> torch.Tensor:
     for norm in norms:
-        scale, shift = _scale_and_shift(norm)
+        with weights_present([norm]):
+            scale, shift = _scale_and_shift(norm)
         hidden_states = hidden_states * scale.to(hidden_states) + shift.to(hidden_states)
     return hidden_states
 

@@ -16,7 +16,7 @@ from .data_reading import read_calibration_data, split_data
 from .forward_passes import LayerOrder, run_over
 from .memory import MemoryBudget
 from .modeling_layercollapse import CollapsibleActivation, is_inplace
-from .models import device_of, is_encoder_decoder
+from .models import device_of, is_encoder_decoder, kept_on
 from .moments import BlockMoments, MomentSums, RangeSums, TokenRange, bytes_of_sums
 from .neuron_statistics import Turns
 from .plans import weights_fingerprint
@@ -33,26 +33,48 @@ RANGE_SHARE, LEAST_RANGE_ROWS, RANGE_ROWS, RANGE_TOKENS, RANGE_BYTES = 1 / 8, 8,
 
 @dataclass(frozen=True)
 class _Need:
-    """What one block takes, in bytes."""
+    """What one block takes, in bytes.
+
+    Args:
+        device, kept_on (`torch.device`): Where its sums are, and where its new weights wait.
+    """
 
     block: BoundBlock
     device: torch.device
     sums: int
     working: int
     kept: int
+    kept_on: torch.device
 
     @property
     def alone(self) -> int:
         return self.sums + self.working + self.kept
 
-    def told(self, beside: int, room: int, held: int) -> str:
-        """What it lacks, for a message, beside bytes of new weights, of those that are left beside what is held."""
+    @property
+    def by_device(self) -> Counter[torch.device]:
+        """The same by device."""
+        return Counter({self.device: self.sums + self.working}) + Counter({self.kept_on: self.kept})
+
+    def told(self, device: torch.device, apart: bool, needed: int, beside: int, room: int, held: int) -> str:
+        """What it lacks on a device, for a message.
+
+        Args:
+            apart (`bool`): Whether its sums count on one device, and its new weights on another.
+            needed, beside (`int`): Bytes that count on this one, of it and of the new weights of others.
+            room, held (`int`): Bytes that are left there, and that are held.
+        """
         alone, others = ("", f", beside {beside / 1e9:.3g} GB of new weights") if beside else ("alone ", "")
         left = f" ({held / 1e9:.3g} GB are held, of rows and of the metric of the loss)" if held else ""
+        purpose, remedies = "its sums over the calibration data and for what is worked out from them", ""
+        if apart and device == self.kept_on:
+            purpose = "its new weights, which are kept where offloaded ones lie"
+        elif apart:
+            remedies = ", or offload more of the model, so that more is free there"
+        if beside:
+            remedies += ", or take fewer blocks (`blocks`)"
         return (
-            f"Block {self.block.name} {alone}needs {self.alone / 1e9:.3g} GB for its sums over the calibration data "
-            f"and for what is worked out from them{others}, and there are {max(0, room) / 1e9:.3g} GB on "
-            f"{self.device}{left}: raise `max_memory`."
+            f"Block {self.block.name} {alone}needs {needed / 1e9:.3g} GB for {purpose}{others}, and there are "
+            f"{max(0, room) / 1e9:.3g} GB on {device}{left}: raise `max_memory`{remedies}."
         )
 
 
@@ -70,6 +92,7 @@ def _needs_of(
             bytes_of_sums(block, neurons[block.name], inputs[block.name]),
             working.get(block.name, 0),
             kept.get(block.name, 0),
+            kept_on(block.down),
         )
         for block in blocks
     ]
@@ -202,7 +225,8 @@ class Calibration:
             inputs (`dict[str, bool]`, *optional*): Block name -> whether its input is among the features. Default:
                 every block's is.
             working (`dict[str, int]`, *optional*): Block name -> bytes that `work` takes beside the moments.
-            kept (`dict[str, int]`, *optional*): Block name -> bytes of what it gives, all of which is held in the end.
+            kept (`dict[str, int]`, *optional*): Block name -> bytes of what it gives, all of which is held in the end,
+                where the block's weights lie.
 
         Returns:
             Block name -> what `work` gave.
@@ -285,7 +309,7 @@ class Calibration:
             group = groups[-1] if groups else []
             if not group or not self._fit([*group, need], held):
                 for other in group:
-                    held[other.device] += other.kept
+                    held[other.kept_on] += other.kept
                 groups.append([])
             groups[-1].append(need)
         return [[need.block for need in group] for group in groups]
@@ -296,11 +320,13 @@ class Calibration:
         held: Counter[torch.device] = Counter()
         lacking: tuple[int, str] = 0, ""
         for need in needs:
-            beside, room = self.memory.counted_on(need.device, held), self.memory.room(need.device)
-            if not self._fit([need], held):
-                told = need.told(beside, room, self.memory.held(need.device))
-                lacking = max(lacking, (beside + need.alone - room, told), key=lambda one: one[0])
-            held[need.device] += need.kept
+            apart = need.device != need.kept_on and not self.memory.is_one_number
+            for device in need.by_device:
+                needed, beside = (self.memory.counted_on(device, counts) for counts in (need.by_device, held))
+                room = self.memory.room(device)
+                told = need.told(device, apart, needed, beside, room, self.memory.held(device))
+                lacking = max(lacking, (beside + needed - room, told), key=lambda one: one[0])
+            held[need.kept_on] += need.kept
         if lacking[1]:
             raise ValueError(lacking[1])
 
@@ -308,7 +334,8 @@ class Calibration:
         """Whether what these blocks need is there, beside what is held. One block after the other is worked on."""
         taken, working = Counter(held), Counter[torch.device]()
         for need in needs:
-            taken[need.device] += need.sums + need.kept
+            taken[need.device] += need.sums
+            taken[need.kept_on] += need.kept
             working[need.device] = max(working[need.device], need.working)
         return self.memory.fits(taken, working)
 

@@ -36,6 +36,7 @@ from .models import (
     inputs_of,
     is_adapted,
     is_peft_model,
+    kept_on,
     outputs_of,
     unwrap,
 )
@@ -54,7 +55,7 @@ from .plans import CollapsePlan
 from .progress import Progress
 from .reports import BlockReport, CollapseReport
 from .selection import select_blocks
-from .upstream import offload_like, uncompiled
+from .upstream import uncompiled
 
 
 # Rows whose outputs are compared before and after.
@@ -143,7 +144,9 @@ def collapse_model(
         read = None if engine is None else engine.data_report()
         parameters_before, was_patched = count_parameters(inner), bool(collapsible_activations(inner))
         with as_one():
-            _put(trial, merges, restored)
+            for merge in merges:
+                trial.put(merge)
+            trial.restore(restored)
         # From here on no process waits for others.
         _record(merges, trial.exchanges, inner, wrappers, options, was_patched)
         trial.keep()
@@ -158,14 +161,6 @@ def _options_for(inner: Any, config: LayerCollapseConfig | None, plan: CollapseP
         config = layer_collapse_config_of(inner)
     options = config or LayerCollapseConfig()
     return options if plan is None else replace(options, constant_term=plan.constant_term)
-
-
-def _put(trial: Trial, merges: Sequence[Merge], restored: Iterable[BoundBlock]) -> None:
-    """Puts merges in place and restores blocks, until the trial ends."""
-    for merge in merges:
-        for exchange in trial.put(merge):
-            offload_like(exchange.new, merge.block.down)
-    trial.restore(restored)
 
 
 def _record(
@@ -422,8 +417,7 @@ def _merges_of(chosen: _Chosen, engine: Calibration | None, options: LayerCollap
             merges = _merge_all(ready, fitted, threshold)
     # The same to the bit, whatever each process computes on; those that were fitted are.
     told = {block.name for block in refit}
-    linears = [linear for merge in merges if merge.block.name not in told for linear in merge.linears.values()]
-    processes.spread([parameter for linear in linears for parameter in linear.parameters()])
+    processes.spread([weight for merge in merges if merge.block.name not in told for weight in merge.weights])
     return merges
 
 
@@ -441,7 +435,7 @@ def _merge_in_turn(
                 merges += _merge_all([bound], fitted, collapse_threshold)
                 trial.put(merges[-1])
             # The next are fitted beside it.
-            fitting.engine.memory.hold(merges[-1].bytes, device_of(block.down))
+            fitting.engine.memory.hold(merges[-1].bytes, kept_on(block.down))
     return merges
 
 

@@ -20,7 +20,7 @@ from .merging import (
     stored_neurons,
     stored_rank,
 )
-from .models import device_of
+from .models import kept_on
 from .moments import BlockMoments, bytes_to_choose, bytes_to_fit
 
 
@@ -106,7 +106,7 @@ class BlockFitting:
         merged: Counter[torch.device] = Counter()
         for block in ready:
             if block not in refit:
-                merged[device_of(block.down)] += kept[block.name]
+                merged[kept_on(block.down)] += kept[block.name]
         with self.engine.memory.holding(merged):
             self.engine.refuse_too_little(refit, neurons, inputs, working, kept, in_turn=True)
 

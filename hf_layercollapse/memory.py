@@ -42,6 +42,11 @@ class MemoryBudget:
             self._total = _bytes_of(max_memory)
         self._held: dict[torch.device, int] = {}
 
+    @property
+    def is_one_number(self) -> bool:
+        """Whether one number is for all devices together."""
+        return self._total is not None
+
     def room(self, device: torch.device | str = "cpu") -> int:
         """Bytes that are left on a device."""
         device = _one_name(torch.device(device))

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from . import functional, processes
 from .blocks import BoundBlock, Exchange, weight_and_bias
 from .modeling_layercollapse import (
+    PASS_ON,
     CollapsedBlock,
     CollapsedIdentity,
     CollapsibleActivation,
@@ -21,8 +22,9 @@ from .modeling_layercollapse import (
     children_of,
     mark_initialized,
 )
-from .models import CUT, device_of
+from .models import CUT, device_of, kept_on
 from .reports import BlockReport
+from .upstream import offload_like, weights_in_memory
 
 
 if TYPE_CHECKING:
@@ -51,13 +53,14 @@ class BlockChoice:
         return self.neurons if isinstance(self.neurons, int) else len(self.neurons)
 
 
-# What a merge makes, of the class that the native code has there.
-LinearLayer = nn.Linear | Conv1D
+# What a merge makes: of the class that the native code has there, or what passes its input on beside that.
+LinearLayer = nn.Linear | Conv1D | PassOnLinear | PassOnConv1D
 
 
 @dataclass(frozen=True)
 class Merge:
-    """What a block becomes, not yet in the model.
+    """What a block becomes, not yet in the model. Its weights wait where those of the block lie: in the host's memory
+    where accelerate offloads these, brought to where they run for each call as they will be in the model.
 
     Args:
         block (`BoundBlock`): Which.
@@ -74,8 +77,12 @@ class Merge:
     @property
     def bytes(self) -> int:
         """What its linears take."""
-        parameters = (parameter for linear in self.linears.values() for parameter in linear.parameters())
-        return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        return sum(weight.numel() * weight.element_size() for weight in self.weights)
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """Those of its linears, where they wait."""
+        return [weight for linear in self.linears.values() for weight in weights_in_memory(linear)]
 
     @property
     def error(self) -> float:
@@ -184,11 +191,9 @@ class Trial:
         """Everything stays as it is now."""
         self.exchanges = []
 
-    def put(self, merge: Merge) -> list[Exchange]:
-        """Puts what a block becomes in its place; returns the new exchanges."""
-        count = len(self.exchanges)
+    def put(self, merge: Merge) -> None:
+        """Puts what a block becomes in its place, with the hooks that bring its weights there."""
         put_in_place(merge, self.exchanges)
-        return self.exchanges[count:]
 
     def restore(self, blocks: Iterable[BoundBlock]) -> None:
         """Puts the native activations back into patched blocks."""
@@ -237,8 +242,7 @@ def merges_of_the_first(merges: Mapping[str, Merge]) -> dict[str, Merge]:
     """The first process's merges of the same blocks to the same sizes, on all: what is decided by them, or fitted with
     them in place, is to be the same everywhere."""
     told = processes.of_the_first([(merge.fit, merge.report) for merge in merges.values()])
-    linears = [linear for merge in merges.values() for linear in merge.linears.values()]
-    processes.spread([parameter for linear in linears for parameter in linear.parameters()])
+    processes.spread([weight for merge in merges.values() for weight in merge.weights])
     pairs = zip(merges.items(), told, strict=True)
     return {name: replace(merge, fit=fit, report=report) for (name, merge), (fit, report) in pairs}
 
@@ -279,6 +283,8 @@ def _linears_of(block: BoundBlock, fit: functional.Fit) -> dict[str, LinearLayer
         return _cut_linears(block, fit)
     linear = fit.linear_or
     linears: dict[str, LinearLayer] = {}
+    # Native code gives what leaves the first linear to the activation, and that to the last one.
+    passes = not block.code.own_module and fit.right_ri is None
     if neurons or fit.right_ri is not None:
         up, up_bias = block.up_affine()
         rows = [up[neurons].double()]
@@ -294,7 +300,7 @@ def _linears_of(block: BoundBlock, fit: functional.Fit) -> dict[str, LinearLayer
                 biases.insert(0, gate_bias)
             else:
                 linears[layout.gate] = _make_linear(block.gate, gate, gate_bias)
-        linears[layout.up] = _make_linear(block.up, torch.cat(rows), _stack_biases(rows, biases))
+        linears[layout.up] = _make_linear(block.up, torch.cat(rows), _stack_biases(rows, biases), passes)
     bias = fit.bias_o
     if bias is None and linears and block.code.own_module:
         bias = linear.new_zeros(linear.shape[0])  # a `NarrowFeedForward` has one
@@ -357,27 +363,37 @@ def _compute(
         gate = linears[layout.gate](x)
     elif layout.fused and count:
         gate, up = up[..., :count], up[..., count:]
-    linear, up = (x, up) if fit.right_ri is None else (up[..., : fit.rank], up[..., fit.rank :])
+    linear = x
+    if fit.right_ri is not None or isinstance(linears[layout.up], PASS_ON):
+        linear, up = up.split([up.shape[-1] - count, count], dim=-1)
     act = native_activation(block)[2]
     return linears[layout.down](torch.cat([linear, act(up) if gate is None else act(gate) * up], dim=-1))
 
 
 @torch.no_grad()
-def _make_linear(like: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> LinearLayer:
-    """A layer of the same kind, device and dtype as `like` that holds these weights."""
+def _make_linear(like: Any, weight: torch.Tensor, bias: torch.Tensor | None, passes: bool = False) -> LinearLayer:
+    """A layer of the same kind and dtype as `like` that holds these weights, where those of `like` lie, offloaded as
+    they are.
+
+    Args:
+        passes (`bool`): Whether it passes its input on.
+    """
     out_features, in_features = weight.shape
     with torch.device("meta"):  # neither time nor random numbers go into first values
         linear: LinearLayer
         if isinstance(like, Conv1D):
-            linear, weight = Conv1D(out_features, in_features), weight.T
+            weight, sizes = weight.T, (out_features, in_features)
+            linear = PassOnConv1D(*sizes) if passes else Conv1D(*sizes)
         else:
-            linear = nn.Linear(in_features, out_features, bias=bias is not None)
-    linear.to(like.weight.dtype).to_empty(device=like.weight.device)
+            shape = in_features, out_features, bias is not None
+            linear = PassOnLinear(*shape) if passes else nn.Linear(*shape)
+    linear.to(like.weight.dtype).to_empty(device=kept_on(like))
     linear.weight.copy_(weight)
     if linear.bias is not None:
         linear.bias.copy_(torch.zeros(()) if bias is None else bias)
     linear.requires_grad_(like.weight.requires_grad)
     mark_initialized(linear)
+    offload_like(linear, like)
     return linear
 
 
@@ -436,7 +452,7 @@ def _parts_of(merge: Merge) -> dict[str, nn.Module]:
     modules: dict[str, nn.Module] = {layout.down: linears[layout.down]}
     modules |= {path: CollapsedIdentity() for path in idle}
     if layout.up in linears:
-        modules[layout.up] = _pass_on(linears[layout.up]) if fit.right_ri is None else linears[layout.up]
+        modules[layout.up] = linears[layout.up]
     if fit.neurons:
         native, name, act = native_activation(block)
         narrow = NarrowActivation(native, _linear_channels(merge), len(fit.neurons), name)
@@ -444,15 +460,6 @@ def _parts_of(merge: Merge) -> dict[str, nn.Module]:
             narrow.replacement = act  # with what it learned
         modules[layout.activation_path] = narrow
     return modules
-
-
-def _pass_on(linear: nn.Module) -> nn.Module:
-    """The same weights in a layer that passes its input on."""
-    # Built like any other and not converted: a module must be of the class that the table will make.
-    kind = PassOnConv1D if isinstance(linear, Conv1D) else PassOnLinear
-    passing = kind.__new__(kind)
-    passing.__dict__.update(linear.__dict__)
-    return passing
 
 
 def _narrow_module(merge: Merge, then: Mapping[str, nn.Module]) -> NarrowFeedForward:

@@ -16,7 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .modeling_layercollapse import SAVING_PREFIX, CollapsibleActivation, children_of
 from .rows import not_inputs
 from .sentence_models import predicted, sentence_model
-from .upstream import align_hook_of, uncompiled
+from .upstream import align_hook_of, offload_hook_of, uncompiled
 
 
 # Marks the last linear of a block that a collapse made narrower, where no table says so: in a plain torch module.
@@ -242,6 +242,12 @@ def device_of(model: nn.Module) -> torch.device:
     devices = (hook.execution_device for hook in map(align_hook_of, model.modules()) if hook is not None)
     device = next((device for device in devices if device is not None), None)
     return next(model.parameters()).device if device is None else torch.device(device)
+
+
+def kept_on(part: nn.Module) -> torch.device:
+    """Where a linear's weights lie between its calls, and what takes its place waits and stays: in the host's memory
+    where accelerate offloads them, also those that it has on a disk; else where it runs."""
+    return device_of(part) if offload_hook_of(part) is None else torch.device("cpu")
 
 
 @contextlib.contextmanager

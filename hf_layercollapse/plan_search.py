@@ -31,7 +31,7 @@ from .budgets import least_that_works, limit_of, room_of
 from .forward_passes import lean
 from .loss_metric import LossMetric, MetricReport, held_by_metrics, measure_metrics
 from .merging import Merge, Trial, has_constant, is_possible, make_merge, size_of, stored_neurons
-from .models import device_of, evaluating, inputs_of, outputs_of
+from .models import device_of, evaluating, inputs_of, kept_on, outputs_of
 from .moments import BlockMoments, bytes_in_metric, bytes_of_root, bytes_to_choose, bytes_to_fit, bytes_to_span
 from .plans import CollapsePlan, PlanPoint, key_of
 from .predictions import number_of, predictions_of, without_labels
@@ -40,6 +40,7 @@ from .progress import Progress
 from .rows import bytes_of
 from .sentence_models import sentence_model
 from .shape_times import ShapeTimes, bytes_to_time, measure_shapes
+from .upstream import weights_in_memory
 
 
 if TYPE_CHECKING:
@@ -366,7 +367,7 @@ class Search:
         for candidate in candidates:
             for name, size in candidate.sizes.items():
                 if not size.as_it_is:
-                    twice[device_of(self.blocks[name].down)] += 2 * self._bytes_of(name, size)
+                    twice[kept_on(self.blocks[name].down)] += 2 * self._bytes_of(name, size)
             if part and not all(processes.gathered(self.engine.memory.fits(twice))):
                 break
             part.append(candidate)
@@ -423,8 +424,11 @@ class Search:
         return bytes_to_time(self.blocks.values(), *self._how)
 
     def bytes_of_model(self) -> Counter[torch.device]:
-        """What a copy of the model takes, in bytes, by device."""
-        return bytes_of([dict([*self.timed.named_parameters(), *self.timed.named_buffers()])])
+        """What a copy of the model takes, in bytes, by device. It reads what is on a disk from there, too."""
+        tensors: dict[int, torch.Tensor] = {}
+        for module in self.timed.modules():
+            tensors |= {id(each): each for each in (*weights_in_memory(module), *module.buffers(recurse=False))}
+        return bytes_of({"": tensor} for tensor in tensors.values())
 
     def shape_times(self, batch: Mapping[str, Any]) -> ShapeTimes:
         """Seconds of every block at every size, on one batch."""

@@ -14,8 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from .block_sizes import BlockSize, any_fit, rank_of
 from .forward_passes import run_over
 from .merging import computed, has_constant, is_possible, make_merge, parameters_of, stored_neurons
-from .models import device_of, inputs_of
+from .models import device_of, inputs_of, kept_on
 from .profiling import compare_latency
+from .upstream import is_on_disk, offload_hook_of
 
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def bytes_to_time(
         parameters = sum(
             parameters_of(block, rank, stored_neurons(rank, count), constant_term) for rank, count in sizes
         )
-        most |= Counter({device_of(block.down): parameters * block.down.weight.element_size()})
+        most |= Counter({kept_on(block.down): parameters * block.down.weight.element_size()})
     return most
 
 
@@ -132,9 +133,11 @@ def _timed_sizes(
 
 def _shape_of(block: "BoundBlock") -> tuple[Any, ...]:
     """What blocks of equal times have in common."""
-    weight = block.down.weight
+    down = block.down
     widths = block.in_features, block.hidden_features, block.out_features
-    return (*widths, block.kind, type(block.down), type(block.activation), weight.dtype, weight.device)
+    # Weights that are brought for each call take longer, from a disk longer still.
+    places = device_of(down), offload_hook_of(down) is None, is_on_disk(down, "weight")
+    return (*widths, block.kind, type(down), type(block.activation), down.weight.dtype, *places)
 
 
 def _times(

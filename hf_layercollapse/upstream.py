@@ -17,6 +17,7 @@ import accelerate
 import torch
 import transformers
 from accelerate import hooks
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from packaging.version import Version
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -212,16 +213,37 @@ def align_hook_of(module: nn.Module) -> hooks.AlignDevicesHook | None:
     return next((each for each in found if isinstance(each, hooks.AlignDevicesHook)), None)
 
 
+def offload_hook_of(module: nn.Module) -> hooks.AlignDevicesHook | None:
+    """accelerate's hook that keeps a module's own weights in the host's memory, or on a disk, and brings them to where
+    it runs for each call; `None` where they lie there."""
+    hook = align_hook_of(module)
+    return hook if hook is not None and hook.offload else None
+
+
 def offload_like(module: nn.Module, like: nn.Module) -> None:
-    """Keeps a module's weights on the CPU, in place, and brings them to where it runs for each call, if accelerate
-    does so with another's, or has those on disk."""
-    hook = align_hook_of(like)
-    if hook is None or not hook.offload:
-        return
-    given = {"execution_device": hook.execution_device, "skip_keys": hook.skip_keys}
-    for part in module.modules():
-        if next(part.parameters(recurse=False), None) is not None and not is_hooked(part):
-            hooks.add_hook_to_module(part, hooks.AlignDevicesHook(offload=True, **given))
+    """Keeps a module's own weights, which are on the CPU, there, in place, and brings them to where it runs for each
+    call, if accelerate does so with another's, or has those on a disk."""
+    hook = offload_hook_of(like)
+    if hook is not None:
+        given = {"execution_device": hook.execution_device, "skip_keys": hook.skip_keys}
+        hooks.add_hook_to_module(module, hooks.AlignDevicesHook(offload=True, **given))
+
+
+def weights_in_memory(module: nn.Module) -> list[torch.Tensor]:
+    """A module's own parameters, as they are kept between its calls; without those on a disk."""
+    hook, own = offload_hook_of(module), dict(module.named_parameters(recurse=False))
+    if hook is None:
+        return list(own.values())
+    return [hook.weights_map[name] for name in own if not is_on_disk(module, name)]
+
+
+def is_on_disk(module: nn.Module, name: str) -> bool:
+    """Whether accelerate reads a module's own parameter of this name from a disk for each call."""
+    hook = offload_hook_of(module)
+    kept = None if hook is None else hook.weights_map
+    while isinstance(kept, PrefixedDataset):
+        kept, name = kept.dataset, kept.prefix + name
+    return isinstance(kept, OffloadedWeightsLoader) and name not in kept.state_dict
 
 
 def forward_before_hooks(module: Any) -> Callable[..., Any]:

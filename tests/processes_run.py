@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from accelerate import PartialState  # noqa: E402
+from accelerate import PartialState, cpu_offload  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
@@ -36,6 +36,7 @@ from hf_layercollapse.loss_metric import measure_metrics  # noqa: E402
 from hf_layercollapse.merging import BlockChoice  # noqa: E402
 from hf_layercollapse.plan_search import PlanOptions, Score, Search, divergences  # noqa: E402
 from hf_layercollapse.uniform_plans import LEVELS  # noqa: E402
+from hf_layercollapse.upstream import weights_in_memory  # noqa: E402
 from tests.command_line import lines_of_words, save_text_model  # noqa: E402
 from tests.models import BY_NAME, text_inputs  # noqa: E402
 
@@ -108,18 +109,21 @@ def tipped(rank, count):
     choices = {block.name: BlockChoice(0, 4) for block in blocks}
     merges = BlockFitting(engine, choices, "variance").merges(blocks)
     found["neurons"] = {name: merge.fit.neurons for name, merge in merges.items()}
-    found["merges"] = {name: [*merge.linears[block_down(merge)].parameters()] for name, merge in merges.items()}
+    found["merges"] = {name: [weight.detach() for weight in merge.weights] for name, merge in merges.items()}
     # Other sizes to choose from.
     options = PlanOptions({"macs": 0.4}, False, (None, 0.0), 1 + rank, "native", LEVELS, None, False)
     whole = {"parameters": 10**6, "macs": sum(block.macs for block in blocks)}
     search = Search(engine, blocks, whole, batches[:1], Score("divergence", 1.0, partial(divergences, model)), options)
     search.look()
     found["sizes"] = {name: [(size.rank, size.count) for size in sizes.choice] for name, sizes in search.sizes.items()}
+    # What of the new weights is not where they run travels all the same.
+    model = cpu_offload(case.model(), torch.device("cpu"))
+    engine, blocks = Calibration.on(model, model, batches), bind_blocks(model)
+    for block in blocks:
+        weights_in_memory(block.down)[0].data.mul_(1 + rank)
+    merges = BlockFitting(engine, choices).merges(blocks)
+    found["offloaded"] = {name: [weight.detach() for weight in merge.weights] for name, merge in merges.items()}
     return found
-
-
-def block_down(merge):
-    return merge.block.layout.down
 
 
 def patched():

@@ -8,6 +8,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_layercollapse import (
@@ -24,9 +25,10 @@ from hf_layercollapse import (
 from hf_layercollapse.block_sizes import RANK_SHARES, possible_sizes
 from hf_layercollapse.blocks import bind_blocks
 from hf_layercollapse.calibration import Calibration, _Need
+from hf_layercollapse.fitting import BlockFitting
 from hf_layercollapse.loss_metric import bytes_of_metrics
 from hf_layercollapse.memory import MemoryBudget, left_by_control_groups
-from hf_layercollapse.merging import parameters_of
+from hf_layercollapse.merging import BlockChoice, parameters_of
 from hf_layercollapse.moments import bytes_in_metric, bytes_of_sums, bytes_to_choose, bytes_to_fit
 from hf_layercollapse.neuron_statistics import tokens_at_a_time
 from hf_layercollapse.plan_search import Candidate, PlanOptions, Search
@@ -52,7 +54,10 @@ def test_one_number_is_for_all_devices_together():
     model = llama()
     first, second, *_ = bind_blocks(model)
     here, there = torch.device("cpu"), torch.device("meta")
-    pair = [_Need(first, here, sums=40, working=20, kept=0), _Need(second, there, sums=40, working=20, kept=0)]
+    pair = [
+        _Need(block, device, sums=40, working=20, kept=0, kept_on=device)
+        for block, device in ((first, here), (second, there))
+    ]
     # What is worked out on one device comes after what is on the other.
     for given, fit in ((99, False), (100, True), ({"cpu": 60}, True), ({"cpu": 59}, False)):
         engine = Calibration.on(model, model, data(), max_memory=given)
@@ -188,20 +193,25 @@ def test_what_plans_are_timed_beside_counts(monkeypatch):
     assert plan_collapse(model, data(), macs=0.9, max_memory=4 * 10**7).point.choices
 
 
-def test_blocks_that_are_timed_count(monkeypatch):
-    """Those of one shape in all their sizes are held at a time."""
-    model, held = llama(), []
+@pytest.mark.parametrize("offloaded", [False, True], ids=["resident", "offloaded"])
+def test_blocks_that_are_timed_count(offloaded, monkeypatch):
+    """Those of one shape in all their sizes are held at a time, and timed as they would run."""
+    model, held, brought = llama(), [], []
+    if offloaded:
+        cpu_offload(model, torch.device("cpu"))
     how = RANK_SHARES, 1, "native"
     make = shape_times.make_merge
 
     def made(*args, **options):
         merge = make(*args, **options)
         held.append(merge.bytes)
+        brought.extend(weight.is_meta for linear in merge.linears.values() for weight in linear.parameters())
         return merge
 
     monkeypatch.setattr(shape_times, "make_merge", made)
     shape_times.measure_shapes(model, model, bind_blocks(model), data()[0], *how)
     assert shape_times.bytes_to_time(bind_blocks(model), *how) == Counter({torch.device("cpu"): sum(held)})
+    assert set(brought) == {offloaded}
 
 
 def test_a_plan_of_a_low_rank_block_is_refused_before_its_metric_is_measured():
@@ -303,6 +313,53 @@ def test_new_weights_count_where_they_lie():
     assert len(search._next_of(candidates)) == 3
     search.engine.memory.hold(9_000)
     assert len(search._next_of(candidates)) == 1
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_new_weights_of_offloaded_blocks_count_in_the_memory_of_the_host(sequential):
+    model = cpu_offload(llama(), torch.device("meta"))
+    blocks, accelerator = bind_blocks(model), torch.device("meta")
+    new = sum(4 * parameters_of(block, 0, 40, "native") for block in blocks)
+    choices = {block.name: BlockChoice(0, 40) for block in blocks}
+
+    def refuse(most, held=0):
+        engine = Calibration.on(model, model, data(), max_memory=most)
+        engine.memory.hold(held, accelerator)
+        fitting = BlockFitting(engine, choices)
+        if sequential:
+            fitting.refuse_too_little_in_turn(blocks, blocks)
+        else:
+            engine.refuse_too_little(blocks, *fitting._taken(blocks))
+
+    refuse({"cpu": new})
+    with pytest.raises(
+        ValueError,
+        match=r"needs .* for its new weights, which are kept where offloaded ones lie, beside .* GB of new weights, "
+        r"and there are .* GB on cpu.*: raise `max_memory`, or take fewer blocks",
+    ):
+        refuse({"cpu": new - 1})
+    # What there is of the host's memory is no help for sums; nor are the new weights in their way.
+    with pytest.raises(
+        ValueError,
+        match=r"alone needs .* GB for its sums .* on meta \(.* are held.*\): raise `max_memory`, or offload more of",
+    ):
+        refuse({"cpu": new}, held=2**60)
+    # One number is for both.
+    with pytest.raises(ValueError, match=r"for its sums .* beside .* raise `max_memory`, or take fewer blocks"):
+        refuse(new)
+
+
+def test_a_copy_of_an_offloaded_model_counts_where_its_weights_lie(tmp_path):
+    expected = sum(parameter.numel() * 4 for parameter in llama().parameters())
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in llama().buffers())
+    options = PlanOptions({"latency": 0.5}, False, (0.0,), 1, "native", (), None, False)
+    models = {
+        0: disk_offload(llama(), str(tmp_path), execution_device=torch.device("cpu")),
+        expected: cpu_offload(llama(), torch.device("cpu")),
+    }
+    for count, model in models.items():
+        search = Search(Calibration.on(model, model, data()), [], {"macs": 0}, [], None, options)
+        assert search.bytes_of_model() == Counter({torch.device("cpu"): count + buffers})
 
 
 def test_moments_are_let_go_before_the_next_are_measured():

@@ -81,8 +81,9 @@ def test_what_is_chosen_is_the_first_processs_choice(results):
     for found in (first, second):
         assert {**found["metric of the loss"], "seconds": 0, "metric": {}} == {**planned, "seconds": 0, "metric": {}}
     assert first["neurons"] == second["neurons"] and first["sizes"] == second["sizes"]
-    for name, parameters in first["merges"].items():
-        assert all(map(torch.equal, parameters, second["merges"][name]))
+    for what in ("merges", "offloaded"):
+        for name, weights in first[what].items():
+            assert weights and all(map(torch.equal, weights, second[what][name]))
     # The second process's own would be even numbers of neurons only.
     assert any(count % 2 for sizes in second["sizes"].values() for _, count in sizes)
 
