@@ -1,13 +1,13 @@
 """Adapters (peft) on a model that is to change under them: merged, and back again if what follows fails."""
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from .modeling_layercollapse import children_of
+from .restoring import structure_restored_on_error
 
 
 @contextlib.contextmanager
@@ -17,23 +17,14 @@ def restored_on_error(model: Any) -> Iterator[None]:
 
     Weights are copied, since to subtract what was added leaves a rounding error.
     """
-    attributes = [
-        (module, {name: _copy_if_plain(value) for name, value in vars(module).items()}) for module in model.modules()
-    ]
     weights = [(parameter, parameter.detach().clone()) for parameter in _weights_under_adapters(model)]
-    try:
-        yield
-    except BaseException:
-        for module, values in attributes:
-            vars(module).clear()
-            vars(module).update(values)
-        for parameter, weight in weights:
-            parameter.data = weight
-        raise
-
-
-def _copy_if_plain(value: Any) -> Any:
-    return copy.copy(value) if isinstance(value, (dict, list, set)) else value
+    with structure_restored_on_error(model):
+        try:
+            yield
+        except BaseException:
+            for parameter, weight in weights:
+                parameter.data = weight
+            raise
 
 
 def _weights_under_adapters(model: nn.Module) -> list[nn.Parameter]:

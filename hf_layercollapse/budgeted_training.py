@@ -19,9 +19,9 @@ from . import processes
 from .blocks import survey
 from .budgets import parse_budget
 from .collapsing import collapse_model
+from .exchanging import Exchanging
 from .families import FeedForwardBlock, find_feed_forward_blocks
 from .models import count_parameters, has_adapters, inputs_of, shorten, unwrap
-from .optimization import exchange_parameters
 from .patching import record_options, take_shapes
 from .planning import plan_collapse, refuse_budget
 from .plans import CollapsePlan
@@ -54,6 +54,7 @@ class BudgetedTraining(TrainerCallback):
         trainer ([`LayerCollapseTrainerMixin`]): Has the model, the data and the options.
         blocks ([`TrainedBlocks`]): Of the model.
         teaching ([`Teaching`]): Keeps the dense model as teacher.
+        exchanging ([`Exchanging`]): Takes along what holds the parameters.
         calibration_data (iterable of `dict[str, Tensor]`, *optional*): In place of training inputs.
 
     Attributes:
@@ -67,10 +68,12 @@ class BudgetedTraining(TrainerCallback):
         trainer: LayerCollapseTrainerMixin,
         blocks: TrainedBlocks,
         teaching: Teaching,
+        exchanging: Exchanging,
         calibration_data: Iterable[Any] | None = None,
     ):
         self._trainer: Any = trainer
-        self._blocks, self._teaching, self._given = blocks, teaching, calibration_data
+        self._blocks, self._teaching, self._exchanging = blocks, teaching, exchanging
+        self._given = calibration_data
         self.plan: CollapsePlan | None = None
         self.report: CollapseReport | None = None
         self.recorded: LayerCollapseConfig | None = None
@@ -118,14 +121,14 @@ class BudgetedTraining(TrainerCallback):
 
         Raises:
             ValueError: There are no inputs that a plan can be made from, or none that the teacher can be compared on,
-                or nothing is within the budget.
+                nothing is within the budget, or the Trainer was given an optimizer of another model.
         """
         trainer, model = self._trainer, self._trainer.model
         if not self.is_asked_for or "collapsed" in _states(model):
             return
         _refuse_adapters(model)  # one may have come since
-        config, before = trainer.layer_collapse_config, dict(model.named_parameters())
-        with same_random_state():
+        config = trainer.layer_collapse_config
+        with self._exchanging.all_or_nothing(), same_random_state():
             data = self._inputs()
             self._rehearse(data)
             budget: dict[str, Any] = parse_budget(config.budget)
@@ -136,17 +139,14 @@ class BudgetedTraining(TrainerCallback):
                     "Allow more, or leave it out."
                 )
             with self._teaching.of(model):
-                self.report = collapse_model(model, plan=plan, calibration_data=data)
+                report = collapse_model(model, plan=plan, calibration_data=data)
         self.plan = plan
-        logger.info(f"{plan}\n{self.report}")
-        self._collapsed(self.report)
-        if trainer.optimizer is not None:  # that the Trainer was given
-            exchange_parameters(trainer.optimizer, before, dict(model.named_parameters()))
+        logger.info(f"{plan}\n{report}")
+        self._collapsed(report)
 
     def _collapsed(self, report: CollapseReport) -> None:
         trainer = self._trainer
-        self._blocks.changed()
-        trainer.collapse_report = report
+        self.report = trainer.collapse_report = report
         self.recorded = replace(trainer.layer_collapse_config, blocks=report.collapsed)
         record_options(trainer.model, self.recorded)
 
@@ -171,9 +171,12 @@ class BudgetedTraining(TrainerCallback):
 
     # ---- A run that is resumed ----
 
-    def follow(self, folder: str, stored: dict[str, dict] | None, options: Mapping[str, Any] | None) -> None:
-        """Gives a dense model the shapes of a checkpoint of this run, of which the tables are given; its weights come
-        afterwards.
+    @contextlib.contextmanager
+    def following(
+        self, folder: str, stored: dict[str, dict] | None, options: Mapping[str, Any] | None
+    ) -> Iterator[None]:
+        """In which a dense model has the shapes of a checkpoint of this run, of which the tables are given, so that
+        its weights can be loaded; if they were, it keeps them, and the dense model is the teacher.
 
         Args:
             options (`Mapping` or `None`): Those of the checkpoint's run, as far as it says them.
@@ -183,6 +186,7 @@ class BudgetedTraining(TrainerCallback):
         """
         model = self._trainer.model
         if not self.is_asked_for or "collapsed" in _states(model):
+            yield
             return
         patched = any(spec["type"] == "activation" for table in (stored or {}).values() for spec in table.values())
         if not stored or patched:
@@ -194,10 +198,10 @@ class BudgetedTraining(TrainerCallback):
         if options is not None:
             self._refuse_other_options(folder, options)
         before, parameters = find_feed_forward_blocks(model), count_parameters(model)
-        with same_random_state(), self._teaching.of(model):
+        with self._exchanging.all_or_nothing(), same_random_state(), self._teaching.of(model):
             take_shapes(model, stored)
-        self.report = _report_of(before, find_feed_forward_blocks(model), parameters, count_parameters(model))
-        self._collapsed(self.report)
+            yield
+        self._collapsed(_report_of(before, find_feed_forward_blocks(model), parameters, count_parameters(model)))
 
     def _refuse_other_options(self, folder: str, options: Mapping[str, Any]) -> None:
         """Raises if a checkpoint's run made its model to other options than those of this run."""

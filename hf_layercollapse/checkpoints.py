@@ -5,13 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    logging,
+)
 
 from .budgeted_training import BudgetedTraining
 from .checkpoint_folders import CheckpointFolders
@@ -19,6 +26,7 @@ from .modeling_layercollapse import has_own_adapters
 from .models import carriers_of, is_transformers_model, shorten, unwrap
 from .patching import collapsible_activations
 from .progressive import ProgressiveCollapse
+from .sentence_models import sentence_model
 from .trained_blocks import TrainedBlocks, forget_base
 
 
@@ -120,18 +128,17 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def loading(self, folder: str) -> Iterator[None]:
-        """In which weights of a checkpoint are loaded: it is of this model, or refused before any is changed.
+        """In which weights of a checkpoint are loaded: it is of this model, or refused before any is changed. Where it
+        gives the model other shapes first, and fails, the model gets its own back.
 
         Raises:
-            ValueError: It is of another model, or of this one in another state.
+            ValueError: It is of another model, of this one in another state, or damaged.
         """
         try:
-            stored = self._stored_tables(folder)
-            self._budgeted.follow(folder, stored, self._stored_options(folder))
-            self._progressive.follow(stored)
-            self._refuse_other_life(folder)
-            yield
-            self._load_alphas(folder)
+            shapes, stored = self._stored_shapes(folder), self._stored_tables(folder)
+            following = self._budgeted.following(folder, stored, self._stored_options(folder))
+            with following, self._progressive.following(stored), self._complete(folder, shapes):
+                yield
         except Exception as error:
             self._loading_failed = error
             raise
@@ -154,13 +161,24 @@ class Checkpoints:
     def loading_best(self) -> Iterator[None]:
         """As [`Checkpoints.loading`], of the best checkpoint."""
         folder = self._trainer.state.best_model_checkpoint
-        self._refuse_other_life(folder)
         self._loading_failed = None
+        with self._complete(folder, self._stored_shapes(folder)):
+            yield
+            if self._loading_failed is not None:
+                # sentence-transformers' trainers log it, and end with the last model in place of the best.
+                raise self._loading_failed
+
+    @contextlib.contextmanager
+    def _complete(self, folder: str, shapes: Mapping[str, Any] | None) -> Iterator[None]:
+        """In which weights of these shapes are read into the model, and then the alphas beside them."""
+        self._refuse_other_life(folder)
+        if shapes is not None:
+            self._refuse_other_weights(folder, shapes)
+        alphas = self._stored_alphas(folder)
         yield
-        if self._loading_failed is not None:
-            # sentence-transformers' trainers log it, and end with the last model in place of the best.
-            raise self._loading_failed
-        self._load_alphas(folder)
+        with torch.no_grad():
+            for name, alpha in self._blocks.alphas_beside_adapters().items():
+                alpha.copy_(alphas[name])
 
     def _stored_tables(self, folder: str) -> dict[str, dict[str, Any]] | None:
         """What [`tables_of`] gave for the model of a checkpoint; `None` if that does not say, as one of an adapter."""
@@ -181,21 +199,32 @@ class Checkpoints:
         config = _read_json(os.path.join(folder, CONFIG_NAME)) or {}
         return (config.get("layer_collapse") or {}).get("options")
 
-    def _load_alphas(self, folder: str) -> None:
+    def _stored_shapes(self, folder: str) -> dict[str, tuple[int, ...]] | None:
+        """Name -> shape of the weights in a checkpoint; `None` where what upstream reads is something else: an
+        adapter, what an engine has sharded, the folder of an object of sentence-transformers.
+
+        Raises:
+            ValueError: One of its files cannot be read.
+        """
+        trainer = self._trainer
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or sentence_model(trainer.model) is not None:
+            return None
+        files = [] if unwrap(trainer.model)[1] else _weight_files(folder)
+        return {name: shape for file in files for name, shape in _shapes_in(file).items()} if files else None
+
+    def _stored_alphas(self, folder: str) -> dict[str, torch.Tensor]:
         alphas = self._blocks.alphas_beside_adapters()
         if not alphas:
-            return
+            return {}
         file = os.path.join(folder, ALPHAS_NAME)
         stored = safetensors.torch.load_file(file) if os.path.isfile(file) else {}
-        if stored.keys() != alphas.keys():
+        if {name: alpha.shape for name, alpha in stored.items()} != {n: alpha.shape for n, alpha in alphas.items()}:
             raise ValueError(
                 f"The checkpoint {folder} holds {len(stored)} alphas beside its adapter, and the model here trains "
-                f"{len(alphas)}. Give the Trainer the model that the checkpoint was made from, patched and with its "
-                "alphas trainable as then."
+                f"{len(alphas)}, or of other shapes. Give the Trainer the model that the checkpoint was made from, "
+                "patched and with its alphas trainable as then."
             )
-        with torch.no_grad():
-            for name, alpha in alphas.items():
-                alpha.copy_(stored[name])
+        return stored
 
     def _refuse_other_life(self, folder: str) -> None:
         self._refuse_other_adapter(folder)
@@ -226,26 +255,55 @@ class Checkpoints:
                 "patched and with the same `modules_to_save`."
             )
 
-    def refuse_partial(self, load_result: Any) -> None:
-        """Raises if a patched or collapsed model was not loaded whole: without an alpha or a merged matrix it is
-        another one.
-
-        Args:
-            load_result: What `load_state_dict` gave.
-
-        Raises:
-            ValueError: Keys were missing or left over.
-        """
+    def _refuse_other_weights(self, folder: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises if a patched or collapsed model would not be loaded whole: without an alpha or a merged matrix it is
+        another one."""
         model = self._trainer.model
-        if not self._blocks.tables() or unwrap(model, sharded=True)[1]:
+        if not self._blocks.tables():
             return
-        missing = _not_tied(model, load_result.missing_keys)
-        if missing or load_result.unexpected_keys:
+        live = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        other = [f"{n} {shapes[n]} in place of {live[n]}" for n in live if n in shapes and shapes[n] != live[n]]
+        found = {
+            "missing": _not_tied(model, [name for name in live if name not in shapes]),
+            "unexpected": [name for name in shapes if name not in live],
+            "of another shape": other,
+        }
+        if any(found.values()):
+            listed = ", ".join(f"{what} {shorten(names)}" for what, names in found.items() if names)
             raise ValueError(
-                f"The checkpoint does not hold this model: missing {shorten(missing)}, unexpected "
-                f"{shorten(load_result.unexpected_keys)}. It is damaged or was written by another class; resume "
-                "from a complete one."
+                f"The checkpoint {folder} does not hold this model: {listed}. It is damaged or was written by another "
+                "class; resume from a complete one."
             )
+
+
+def _weight_files(folder: str) -> list[str]:
+    """What upstream loads of a checkpoint: one file, or those that an index names."""
+    for name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
+        if os.path.isfile(os.path.join(folder, name)):
+            return [os.path.join(folder, name)]
+    for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+        index = _read_json(os.path.join(folder, name))
+        if index is not None:
+            return [os.path.join(folder, part) for part in sorted(set(index["weight_map"].values()))]
+    return []
+
+
+def _shapes_in(file: str) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors in a file, which are not read.
+
+    Raises:
+        ValueError: It is not there, or not whole.
+    """
+    if not file.endswith(".safetensors"):
+        stored = torch.load(file, map_location="meta", weights_only=True)
+        return {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(
+            f"{file} cannot be read: {error}. It is cut off, damaged or missing; resume from another checkpoint."
+        ) from error
 
 
 def _read_json(file: str) -> Any:

@@ -395,15 +395,9 @@ def exchange_parameters(
         ValueError: What the optimizer holds is no parameter of `before`: it was made for another model, or steps
             copies. Nothing is changed then.
     """
+    refuse_other_optimizer(optimizer, before)
     optimizer = plain_optimizer(optimizer)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if held and not any(id(parameter) in held for parameter in before.values()):
-        raise ValueError(
-            f"This {type(optimizer).__name__} holds none of the {len(before)} parameters that the model had before. "
-            "Take `dict(model.named_parameters())` before anything is replaced, of the model that the optimizer was "
-            "made for. An optimizer that steps copies of the parameters cannot follow: collapse once training has "
-            "ended, or make a new one."
-        )
     old_order = {id(parameter): i for i, parameter in enumerate(before.values())}
     order = {id(parameter): i for i, parameter in enumerate(after.values())}
     successors = {id(parameter): after.get(name) for name, parameter in before.items() if id(parameter) not in order}
@@ -425,6 +419,23 @@ def exchange_parameters(
     for parameter in before.values():
         if id(parameter) in successors:
             optimizer.state.pop(parameter, None)
+
+
+def refuse_other_optimizer(optimizer: Optimizer, before: Mapping[str, nn.Parameter]) -> None:
+    """Raises as [`exchange_parameters`] does for an optimizer that cannot follow a model with these parameters.
+
+    Raises:
+        ValueError: It holds none of them.
+    """
+    optimizer = plain_optimizer(optimizer)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if held and not any(id(parameter) in held for parameter in before.values()):
+        raise ValueError(
+            f"This {type(optimizer).__name__} holds none of the {len(before)} parameters that the model had before. "
+            "Take `dict(model.named_parameters())` before anything is replaced, of the model that the optimizer was "
+            "made for. An optimizer that steps copies of the parameters cannot follow: collapse once training has "
+            "ended, or make a new one."
+        )
 
 
 def _new_beside_trained(before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter], held: Any) -> list[Any]:

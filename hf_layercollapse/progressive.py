@@ -13,16 +13,14 @@ from torch import nn
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from .alpha_training import AlphaTraining
 from .collapsing import collapse_as, collapse_model
 from .config import refuse_unread
+from .exchanging import Exchanging
 from .families import find_feed_forward_blocks
 from .modeling_layercollapse import resolve_table
 from .models import carriers_of, shorten, unwrap
-from .optimization import exchange_parameters
 from .reports import CollapseReport
 from .trained_blocks import TrainedBlocks
-from .upstream import prepared_models
 
 
 if TYPE_CHECKING:
@@ -37,15 +35,15 @@ class ProgressiveCollapse:
     Args:
         trainer ([`LayerCollapseTrainerMixin`]): Has the model, the optimizer and the options.
         blocks ([`TrainedBlocks`]): Of the model.
-        alphas ([`AlphaTraining`]): Those that are left are told to it.
+        exchanging ([`Exchanging`]): Takes along what holds the parameters.
 
     Attributes:
         reports (`list[CollapseReport]`): Of what was collapsed until now.
     """
 
-    def __init__(self, trainer: LayerCollapseTrainerMixin, blocks: TrainedBlocks, alphas: AlphaTraining) -> None:
+    def __init__(self, trainer: LayerCollapseTrainerMixin, blocks: TrainedBlocks, exchanging: Exchanging) -> None:
         self._trainer: Any = trainer
-        self._blocks, self._alphas = blocks, alphas
+        self._blocks, self._exchanging = blocks, exchanging
         self.reports: list[CollapseReport] = []
 
     @property
@@ -98,7 +96,7 @@ class ProgressiveCollapse:
         if not ready:
             return
         options = replace(self._trainer.layer_collapse_config, not_ready="keep", blocks=ready)
-        with self._optimizer_follows():
+        with self._exchanging.all_or_nothing():
             self.reports.append(collapse_model(self._trainer.model, options))
         logger.info(f"Step {self._trainer.state.global_step}: collapsed {self.reports[-1].collapsed}")
 
@@ -114,14 +112,17 @@ class ProgressiveCollapse:
         reached = list(itertools.takewhile(lambda name: name in ready or name in collapsed, order))
         return [name for name in ready if name in reached or len(reached) == len(order)]
 
-    def follow(self, stored: dict[str, dict] | None) -> None:
-        """Collapses the blocks that a checkpoint of this run, of which the tables are given, holds collapsed; its
-        weights come afterwards."""
-        if self.is_asked_for:
-            waiting = self._collapsed_only_in(stored or {})
-            if waiting:
-                with self._optimizer_follows():
-                    collapse_as(self._trainer.model, waiting)
+    @contextlib.contextmanager
+    def following(self, stored: dict[str, dict] | None) -> Iterator[None]:
+        """In which the blocks are collapsed that a checkpoint of this run, of which the tables are given, holds
+        collapsed, so that its weights can be loaded; they stay so if they were."""
+        waiting = self._collapsed_only_in(stored or {}) if self.is_asked_for else []
+        if not waiting:
+            yield
+            return
+        with self._exchanging.all_or_nothing():
+            collapse_as(self._trainer.model, waiting)
+            yield
 
     def _collapsed_only_in(self, stored: dict[str, dict]) -> list[str]:
         """Names of the patched blocks that are not so in these tables, if all else is the same there."""
@@ -142,22 +143,6 @@ class ProgressiveCollapse:
                 return []
             waiting += [block.name for block in ready]
         return waiting
-
-    @contextlib.contextmanager
-    def _optimizer_follows(self) -> Iterator[None]:
-        """Parameters that are exchanged inside are exchanged in the optimizer too."""
-        trainer = self._trainer
-        before = dict(trainer.model.named_parameters())
-        yield
-        self._blocks.changed()
-        if trainer.optimizer is not None:
-            exchange_parameters(trainer.optimizer, before, dict(trainer.model.named_parameters()))
-        self._alphas.exchanged()
-        if isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel):
-            # It reduces the parameters that it was made with. A new one takes its place, in `wrapper_of_now`.
-            prepared_models(trainer.accelerator).remove(trainer.model)
-            trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
-            trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
 
     @contextlib.contextmanager
     def wrapper_of_now(self, model: nn.Module) -> Iterator[nn.Module]:

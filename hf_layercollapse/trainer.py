@@ -22,6 +22,7 @@ from .collapse_after_training import CollapseAfterTraining
 from .collapsed_evaluation import CollapsedEvaluation
 from .comparison import Comparison
 from .config import LayerCollapseConfig
+from .exchanging import Exchanging
 from .loss_scaling import counts_items
 from .modeling_layercollapse import push_to
 from .models import unwrap
@@ -139,11 +140,14 @@ class LayerCollapseTrainerMixin(InFrontOf):
         self._take_over_patched()
         self._refuse_setup()
         self._count_items_where_the_loss_does()
+        if self.layer_collapse_config is not None:
+            self._exchanging.look_at_optimizer()
         if layer_collapse_config is not None and model is not None:
             self._patch(self.model)
         self.add_callback(self._teaching)
         self.add_callback(self._alphas)
         self.add_callback(self._budgeted)
+        self.add_callback(self._exchanging)
         self.add_callback(self._card)
         self._alphas.warn_of_frozen()
 
@@ -154,8 +158,9 @@ class LayerCollapseTrainerMixin(InFrontOf):
         self._sharding = Sharding(self, self._blocks)
         self._alphas = AlphaTraining(self, self._blocks, self._sharding)
         self._teaching = Teaching(self, teacher)
-        self._progressive = ProgressiveCollapse(self, self._blocks, self._alphas)
-        self._budgeted = BudgetedTraining(self, self._blocks, self._teaching, calibration_data)
+        self._exchanging = Exchanging(self, self._blocks, self._alphas)
+        self._progressive = ProgressiveCollapse(self, self._blocks, self._exchanging)
+        self._budgeted = BudgetedTraining(self, self._blocks, self._teaching, self._exchanging, calibration_data)
         self._ending = CollapseAfterTraining(
             self, self._blocks, self._sharding, self._alphas, self._teaching, self._progressive, self._budgeted
         )
@@ -406,11 +411,6 @@ class LayerCollapseTrainerMixin(InFrontOf):
         if not self._checkpoints.best_is_less_collapsed():
             with self._checkpoints.loading_best():
                 super()._load_best_model()
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # A missing alpha or merged matrix is not a warning: the model would be another one.
-        self._checkpoints.refuse_partial(load_result)
-        super()._issue_warnings_after_load(load_result)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # FSDP2's state dicts want a state for each parameter, and alphas have none; nor do they have a config beside.

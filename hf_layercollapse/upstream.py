@@ -318,7 +318,6 @@ TRAINER_METHODS = {
     "_load_optimizer_and_scheduler": "checkpoint",
     "_load_from_checkpoint": "resume_from_checkpoint model",
     "_load_best_model": "",
-    "_issue_warnings_after_load": "load_result",
     "_push_from_checkpoint": "checkpoint_folder",
     # Resumed from its last checkpoint, a run takes no further step, and deletes nothing in place.
     "_run_epoch": "",

@@ -1,11 +1,14 @@
 """A stated size in the Trainer: a plan, a collapse before the first step, training with the dense model as teacher."""
 
 import copy
+import json
+import shutil
 
 import pytest
+import safetensors.torch
 import torch
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from hf_layercollapse import (
     LayerCollapseCallback,
@@ -183,13 +186,42 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
     )
 
 
-def test_an_optimizer_that_is_given_follows(tmp_path):
+@pytest.mark.parametrize("only_model", [False, True])
+def test_an_optimizer_that_is_given_follows(only_model, tmp_path):
+    """When the model collapses, and when it takes the shapes of a checkpoint."""
+
+    def run(resume=None):
+        model = model_of(BY_NAME["bert"])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        args = {**SAVING, "save_only_model": only_model}
+        trainer = trainer_for("bert", tmp_path, BUDGET, model=model, args=args, optimizers=(optimizer, None))
+        trainer.train(resume_from_checkpoint=resume)
+        held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+        assert held == [id(parameter) for parameter in model.parameters()]
+        return state_of(model)
+
+    whole, resumed = run(), run(str(tmp_path / "checkpoint-2"))
+    if not only_model:
+        assert_same(resumed, whole)
+    before = safetensors.torch.load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert not [name for name in before if "layer" in name and torch.equal(resumed[name], before[name])]
+
+
+def test_an_optimizer_of_another_model_is_refused_before_a_plan(tmp_path):
+    optimizer = torch.optim.SGD(model_of(BY_NAME["bert"]).parameters(), lr=1e-2)
+    refused("holds none of the", tmp_path, when="trained", optimizers=(optimizer, None))
+
+
+def test_blocks_that_an_optimizer_has_lost(tmp_path):
+    """It held their parameters, and something replaced them without a word to it."""
     model = model_of(BY_NAME["bert"])
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    trainer = trainer_for("bert", tmp_path, BUDGET, model=model, optimizers=(optimizer, None))
+    trainer = trainer_for("bert", tmp_path, {"initial_alpha": 1.0}, model=model, optimizers=(optimizer, None))
+    collapse_model(model)
+    with pytest.raises(RuntimeError, match="6 parameters of blocks .*layer.0.output.dense.weight"):
+        trainer.train()
+    trainer.optimizer = None
     trainer.train()
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    assert held == {id(parameter) for parameter in trainer.model.parameters()}
 
 
 def test_each_model_of_model_init_is_planned_for(tmp_path):
@@ -379,6 +411,51 @@ def test_a_checkpoint_of_a_patched_model(tmp_path):
         trainer.train(resume_from_checkpoint=True)
     assert_same(state_of(model), before)
     assert [type(module) for module in model.modules()] == modules
+
+
+DAMAGE = ["cut", "shape", "missing", "table"]
+
+
+def damage(folder, kind):
+    """A checkpoint of a collapsed model that cannot be loaded."""
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    tensors, stored = safetensors.torch.load_file(weights), json.loads(config.read_text())
+    name = [name for name in tensors if name.endswith("output.dense.weight")][-1]
+    if kind == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif kind == "table":
+        # Its other entries fit.
+        table = stored["layer_collapse"]["modules"]
+        table[list(table)[-1]] = {"type": "linear", "in_features": 7, "out_features": 7, "bias": True}
+        config.write_text(json.dumps(stored))
+    else:
+        tensor = tensors.pop(name)
+        if kind == "shape":
+            tensors[name] = tensor[:, 1:].contiguous()
+        safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+
+
+def test_a_resume_that_fails_leaves_the_model_as_it_was(tmp_path):
+    whole = trainer_for("bert", tmp_path, BUDGET, args=SAVING)
+    whole.train()
+    model = model_of(BY_NAME["bert"])
+    trainer = trainer_for("bert", tmp_path / "again", BUDGET, model=model, args={**SAVING, "save_strategy": "no"})
+    before, modules, config = state_of(model), dict(model.named_modules()), model.config
+    for kind in DAMAGE:
+        folder = tmp_path / kind / "checkpoint-2"
+        shutil.copytree(tmp_path / "checkpoint-2", folder)
+        damage(folder, kind)
+        with pytest.raises(ValueError, match="cannot be read|does not hold this model|does not fit"):
+            trainer.train(resume_from_checkpoint=str(folder))
+        assert_same(state_of(model), before)
+        assert dict(model.named_modules()) == modules and model.config is config
+        assert type(model) is type(model_of(BY_NAME["bert"]))
+        assert (trainer.collapse_report, trainer.teacher, trainer.collapse_plan) == (None, None, None)
+    # And what follows is a run from its begin.
+    set_seed(trainer.args.seed)
+    trainer.train()
+    assert trainer.collapse_plan is not None
+    assert_same(state_of(model), state_of(whole.model))
 
 
 def test_rows_are_planned_with_whatever_the_last_batch_of_training_is(tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import logging
+import shutil
 
 import pytest
 import torch
@@ -119,6 +120,25 @@ def test_a_model_that_was_narrowed_before_resumes(case, tmp_path):
     resumed = run(case, tmp_path, model=narrow, resume=str(tmp_path / "checkpoint-4"))
     assert_same(state_of(resumed.model), state_of(whole.model))
     assert resumed.model.config.layer_collapse == whole.model.config.layer_collapse
+
+
+def test_a_resume_that_fails_leaves_blocks_patched(tmp_path):
+    whole = run("bert", tmp_path)
+    folder = tmp_path / "cut" / "checkpoint-4"
+    shutil.copytree(tmp_path / "checkpoint-4", folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    trainer = trainer_for(
+        "bert", tmp_path, config=PROGRESSIVE, dropout=True, args=ARGS, callbacks=[SetAlphas(SCHEDULE)]
+    )
+    before, table = state_of(trainer.model), trainer.model.config.layer_collapse
+    with pytest.raises(ValueError, match="cannot be read"):
+        trainer.train(resume_from_checkpoint=str(folder))
+    assert_same(state_of(trainer.model), before)
+    assert trainer.model.config.layer_collapse == table
+    assert [block.state for block in find_feed_forward_blocks(trainer.model)] == ["patched"] * LAYERS
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert_same(state_of(trainer.model), state_of(whole.model))
 
 
 def test_training_goes_on_when_all_are_collapsed(tmp_path):

@@ -1334,21 +1334,39 @@ def test_resuming_another_life_is_an_error(tmp_path):
         assert_same(state_of(other.model), before)
 
 
-@pytest.mark.parametrize("damage", ["missing", "unexpected"])
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "shape", "shard"])
 def test_resuming_a_damaged_checkpoint_is_an_error(damage, tmp_path):
+    """Before any weight is read into the model."""
     from safetensors.torch import load_file, save_file
 
     trainer_for("gpt2", tmp_path, args={"save_strategy": "steps", "save_steps": 1}).train()
-    file = tmp_path / "checkpoint-1" / "model.safetensors"
-    tensors = load_file(file)
+    folder = tmp_path / "checkpoint-1"
+    file, second = folder / "model.safetensors", folder / "model-00002-of-00002.safetensors"
+    tensors, message = load_file(file), rf"{damage} \['transformer.h.1.mlp"
     if damage == "missing":
         del tensors["transformer.h.1.mlp.act.alpha"]
-    else:
+    elif damage == "unexpected":
         tensors["transformer.h.1.mlp.extra"] = torch.zeros(1)
+    elif damage == "shape":
+        tensors["transformer.h.1.mlp.act.alpha"] = torch.zeros(2)
+        message = r"of another shape \['transformer.h.1.mlp.act.alpha \(2,\) in place of \(1,\)'"
     save_file(tensors, file, metadata={"format": "pt"})
+    if damage == "shard":
+        names, first = list(tensors), folder / "model-00001-of-00002.safetensors"
+        parts = {first: names[:5], second: names[5:]}
+        for part, held in parts.items():
+            save_file({name: tensors[name] for name in held}, part, metadata={"format": "pt"})
+        index = {"metadata": {}, "weight_map": {name: part.name for part, held in parts.items() for name in held}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        file.unlink()
+        trainer_for("gpt2", tmp_path, args={"max_steps": 2}).train(resume_from_checkpoint=str(folder))
+        second.write_bytes(second.read_bytes()[:-10])
+        message = f"{second.name} cannot be read"
     other = trainer_for("gpt2", tmp_path)
-    with pytest.raises(ValueError, match=rf"{damage} \['transformer.h.1.mlp"):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    before = state_of(other.model)
+    with pytest.raises(ValueError, match=message):
+        other.train(resume_from_checkpoint=str(folder))
+    assert_same(state_of(other.model), before)
 
 
 def test_a_pushed_checkpoint_has_its_code(tmp_path, monkeypatch):
