@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from itertools import accumulate, chain, islice
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,10 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorM
 from transformers.image_utils import is_pil_image
 from transformers.modeling_utils import PreTrainedModel
 
+from .class_labels import Labels, ModelClasses, labels_of
 from .models import is_encoder_decoder, unwrap
 from .rows import IGNORED, contents, tokens_in
-from .scoring import check_classes
+from .scoring import SECRET, check_classes
 from .sentence_models import SentenceInputs, sentence_model
 from .upstream import is_causal_language_model, is_classifier
 
@@ -58,7 +58,8 @@ class CalibrationData:
             - images (`PIL.Image`, or arrays as the processor takes them);
             - sounds: arrays of shape `(samples,)` at the processor's sampling rate, or dicts of `array` and
               `sampling_rate`; for an encoder-decoder pairs of a sound and a text;
-            - rows that are tokenized (`{"input_ids": list[int], …}`), which are padded to batches;
+            - rows that are tokenized (`{"input_ids": list[int], …}`), which are padded to batches; their `labels`, or
+              `label`, are the model's numbers;
             - batches (dicts of tensors), which stay as they are.
 
             A stream (an `IterableDataset` of datasets or torch that has no length) is read from its beginning: twice
@@ -72,7 +73,9 @@ class CalibrationData:
         columns (`str` or `list[str]`, *optional*): Where data has columns: which to read, two for pairs. Default: the
             only one that holds something of the above.
         label_column (`str`, *optional*): Column of the class of each row, its index or its name in the model's
-            config; the batches then have `labels`.
+            config; the batches then have `labels`. Where a data set names its classes (a `ClassLabel`, as the folders
+            of images are) and the model's config does, they are found by name, in whatever case and order. Rows
+            without a label are left out.
         max_length (`int`, *optional*): Tokens of a row at most. Default: what the model and its tokenizer take, at
             most 512; the `max_seq_length` of an object of sentence-transformers.
         batch_size (`int`): Rows of a batch.
@@ -87,7 +90,8 @@ class CalibrationData:
     Raises:
         TypeError: `processing_class` is none of these.
         ValueError: There is no data, it is of no kind that is known or that `processing_class` reads, it is a stream
-            that goes on and on, columns or labels are missing or wrong, or `max_length` is more than the model takes.
+            that goes on and on, columns or labels are missing or wrong, the data's classes have names and the model's
+            have others, or `max_length` is more than the model takes.
     """
 
     def __init__(
@@ -125,6 +129,8 @@ class CalibrationData:
         self._inputs: Any = None if sentences is None else SentenceInputs(sentences, task, max_length)
         if task is not None and self._inputs is None:
             raise ValueError("`task` is of objects of sentence-transformers, without a `processing_class`.")
+        self._class_names = _class_names_of(data, label_column)
+        self._labels = Labels([])  # none where no column of them is asked for
         # The second to ask what is there, which decodes nothing.
         self._data: Any
         self._undecoded: Any
@@ -207,12 +213,17 @@ class CalibrationData:
             parts.append(f"all there are (fewer than {self.samples:,})")
         if self._cut:
             parts.append(f"{self._cut:,} of them cut to {self.max_length} tokens")
+        if self._labels.missing:
+            parts.append(f"{self._labels.missing:,} without a label left out")
+        if self._labels.said:
+            parts.append(f"classes by name: {self._labels.said}")
         return ", ".join(parts)
 
     def _of_all(self, option: str) -> str:
         """Of how many rows these are, behind their number."""
         if len(self._rows) == self._met and self._visited == len(self._data):
-            return " rows"
+            texts = f" of {self._visited:,} text{'s' if self._visited > 1 else ''}"
+            return " rows" + (texts if self._met > self._visited else "")
         if self._is_stream:
             return f" rows of the first {len(self._data):,} samples ({option})"
         if self._visited == len(self._data):
@@ -231,9 +242,13 @@ class CalibrationData:
         self._collate: Callable[[Any], dict[str, Any]]
         if isinstance(first, Mapping) and "input_ids" in first:
             self._collate = self._padded
-            return self._within(self._drawn([_token_row(self._data[index])] for index in self._indices()))
+            self._check_columns(first)
+            self._labels = self._read_labels()
+            return self._within(self._drawn(self._tokens(index) for index in self._indices()))
         if isinstance(first, Mapping) and not _is_medium(first):
+            self._check_columns(first)
             self.columns = self._columns(first)
+            self._labels = self._read_labels()
             if _is_data_set(self._data):
                 self._data, self._undecoded = _columns_of(self._data, [*self.columns, self.label_column])
         elif self.columns or self.label_column:
@@ -262,11 +277,13 @@ class CalibrationData:
         self._collate, self._has_tokens = self._read, False
         return self._drawn([] if self._is_empty(index) else [index] for index in self._indices())
 
-    def _columns(self, first: Mapping[str, Any]) -> list[str]:
-        """The columns to read: those that were named, or the only one there is."""
+    def _check_columns(self, first: Mapping[str, Any]) -> None:
         for name in [*(self.columns or []), *([self.label_column] if self.label_column else [])]:
             if name not in first:
                 raise ValueError(f"The data has no column {name!r}; it has {sorted(first)}.")
+
+    def _columns(self, first: Mapping[str, Any]) -> list[str]:
+        """The columns to read: those that were named, or the only one there is."""
         if self.columns:
             if len(self.columns) > 2:
                 raise ValueError(f"Two columns can be read together at most, got {self.columns}.")
@@ -297,6 +314,9 @@ class CalibrationData:
         return row[self.columns[0]] if len(self.columns) == 1 else tuple(row[name] for name in self.columns)
 
     def _is_empty(self, index: int) -> bool:
+        """Whether nothing is read of a row: it has no sample, or no label where these are read."""
+        if self.label_column is not None and self._labels.values[index] is None:
+            return True
         sample = self._sample(self._undecoded, index)
         parts = sample if isinstance(sample, tuple) else [sample]
         return any(_is_nothing(part) for part in parts)
@@ -336,6 +356,34 @@ class CalibrationData:
         sums = accumulate(len(row["input_ids"]) for row in rows)
         return rows[: max(FEW_ROWS, sum(total <= self.max_tokens for total in sums))]
 
+    # ---- Labels ----
+
+    def _read_labels(self) -> Labels:
+        """Those of all rows, as the model numbers its classes; without a column of them none.
+
+        Raises:
+            ValueError: The column holds no labels, or others than the model's.
+        """
+        if self.label_column is None:
+            return Labels([])
+        classes: ModelClasses | None = ModelClasses(None)
+        if isinstance(self.model, PreTrainedModel):
+            classes = None if self.model.config.num_labels == 1 else ModelClasses.of(self.model.config)
+        labels = labels_of(self._values_of(self.label_column), self._class_names, classes, self.label_column)
+        found = sorted({value for value in labels.values if value is not None})
+        if not found:
+            raise ValueError(f"No row has a label in column {self.label_column!r}." + SECRET)
+        if isinstance(self.model, PreTrainedModel):
+            check_classes(self.model, torch.tensor(found))
+        return labels
+
+    def _values_of(self, column: str) -> list[Any]:
+        # What a data set's own format makes of a cell is what is stored; what a transform makes of it is not.
+        if _is_data_set(self._data) and self._data.format["type"] != "custom":
+            return self._data.with_format(None)[column][:]
+        values = [row[column] for row in self._data]
+        return [value.item() if _is_array(value) and value.ndim == 0 else value for value in values]
+
     # ---- Texts ----
 
     def _texts(self, max_length: int | None, tokenizer: Any) -> list[Any]:
@@ -350,6 +398,14 @@ class CalibrationData:
                 return rows
             length //= 2
 
+    def _tokens(self, index: int) -> list[dict[str, Any]]:
+        """A row that is tokenized; none without a label where these are read."""
+        row = _token_row(self._data[index])
+        if self.label_column is None:
+            return [row]
+        label = self._labels.values[index]
+        return [] if label is None else [{**row, "labels": label}]
+
     def _check_encoder_decoder(self, paired: bool) -> None:
         self._has_target = is_encoder_decoder(self.model) and not is_classifier(self.model)
         if self._has_target and not paired:
@@ -362,7 +418,7 @@ class CalibrationData:
         if self._is_empty(index):
             return []
         sample, tokenizer = self._sample(self._data, index), self._parts.tokenizer()
-        label = {} if self.label_column is None else {"labels": self._label(self._data[index][self.label_column])}
+        label = {} if self.label_column is None else {"labels": self._labels.values[index]}
         cut = {"truncation": True, "max_length": length}
         if _is_pair(sample):
             source, *other = sample
@@ -383,21 +439,6 @@ class CalibrationData:
             self._cut += 1
             rows = rows[:1]
         return [{**row, **label} for row in rows]
-
-    def _label(self, value: Any) -> int | float:
-        names: Any = self.model.config.label2id if isinstance(self.model, PreTrainedModel) else {}
-        value = names.get(value, value) if isinstance(value, str) else value
-        if isinstance(self.model, PreTrainedModel) and self.model.config.num_labels == 1 and isinstance(value, Real):
-            return float(value)
-        if not isinstance(value, Integral):
-            raise ValueError(
-                f"Column {self.label_column!r} must hold class indices"
-                + (f" or {sorted(names)}" if names else "")
-                + f", got {value!r}."
-            )
-        if isinstance(self.model, PreTrainedModel):
-            check_classes(self.model, torch.tensor([int(value)]))
-        return int(value)
 
     def _padded(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Tokens as a batch. On the right for language models: positions that are not said count from the left."""
@@ -433,7 +474,7 @@ class CalibrationData:
         if self._is_empty(index):
             return []
         sample, inputs = self._sample(self._data, index), self._inputs
-        label = None if self.label_column is None else self._label(self._data[index][self.label_column])
+        label = None if self.label_column is None else self._labels.values[index]
         if _is_pair(sample):
             sample = tuple(sample)
         if _is_pair(sample) != inputs.reads_pairs:
@@ -463,7 +504,7 @@ class CalibrationData:
             rows = [{"labels": tokenizer(text_target=target)["input_ids"]} for target in targets]
             batch.update(self._padded(rows))
         if self.label_column is not None:
-            batch["labels"] = torch.tensor([self._label(self._data[index][self.label_column]) for index in indices])
+            batch["labels"] = torch.tensor([self._labels.values[index] for index in indices])
         return batch
 
 
@@ -689,6 +730,16 @@ def _token_row(row: Mapping[str, Any]) -> dict[str, Any]:
     known = ("input_ids", "attention_mask", "token_type_ids", "labels")
     kept = {name: kept[name] for name in known if name in kept}
     return {name: value.tolist() if _is_array(value) else value for name, value in kept.items()}
+
+
+def _class_names_of(data: Any, column: str | None) -> list[str] | None:
+    """What a data set calls the numbers of a column; `None` where nothing says it."""
+    # Whoever has one of its objects has imported it.
+    datasets = sys.modules.get("datasets")
+    if datasets is None or not isinstance(data, (datasets.Dataset, datasets.IterableDataset)):
+        return None
+    feature = (data.features or {}).get(column)  # a stream may not know them
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 
 def _is_data_set(data: Any) -> bool:

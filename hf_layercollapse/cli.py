@@ -720,8 +720,7 @@ def read_data(model: Any, processor: Any, data: str, options: DataOptions) -> Ca
         ValueError: The data cannot be read, have no such column, or nothing that the model reads, or not all that it
             needs.
     """
-    document = is_causal_language_model(model) and format_of(data)[0] == "text"
-    rows = load_rows(data, options.data_config, options.split, document)
+    rows = load_rows(data, options.data_config, options.split, document=is_causal_language_model(model))
     try:
         read = CalibrationData(
             rows,

@@ -42,7 +42,9 @@ Columns = Annotated[
 ]
 Label = Annotated[
     str | None,
-    typer.Option(help="Column of the class of each row; a text is then one row, cut to its length."),
+    typer.Option(
+        help="Column of the class of each row, by index or by name; a text is then one row, cut to its length."
+    ),
 ]
 Samples = Annotated[
     int | None,
@@ -63,7 +65,9 @@ TestSplit = Annotated[
         help="Split of the data to test on: one that no model here has seen. Default: test, or the only one there is."
     ),
 ]
-TestLabel = Annotated[str | None, typer.Option(help="Column of the class. Not for language models.")]
+TestLabel = Annotated[
+    str | None, typer.Option(help="Column of the class, by index or by name. Not for language models.")
+]
 TestSamples = Annotated[int, typer.Option(min=2, help="Rows of the data to test on.")]
 Blocks = Annotated[
     str | None,
@@ -84,7 +88,7 @@ Device = Annotated[str, typer.Option(help="Device to compute on, as torch names 
 Trust = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
 DATA_HELP = (
     "Text, conversations, images or sounds: a name on the Hub; a .txt, .csv, .tsv, .json(l), .parquet or .arrow file, "
-    "each also with .gz (of a language model's .txt all is one document, else a line is a text); a folder of such "
+    "each also with .gz (of a language model's .txt each is one document, else a line is a text); a folder of such "
     "files, of images in folders named after their classes, or of what save_to_disk wrote."
 )
 

@@ -19,6 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ._version import __version__
 from .calibration_data import model_inputs
+from .class_labels import refuse_other_classes
 from .data_reading import checked_inputs
 from .forward_passes import lean
 from .intervals import (
@@ -35,7 +36,7 @@ from .rows import IGNORED
 from .scoring import SECRET
 from .sentence_models import sentence_model
 from .tables import table
-from .upstream import is_causal_language_model
+from .upstream import is_causal_language_model, is_classifier
 
 
 CONFIDENCE = 0.95
@@ -251,12 +252,14 @@ def compare_models(
         [`Comparison`]
 
     Raises:
-        ValueError: There are fewer than two models, no data, outputs that are no predictions or differ in shape, or
-            labels that are none of a head's classes, or of some batches only.
+        ValueError: There are fewer than two models, no data, outputs that are no predictions or differ in shape,
+            classes that have other names in one model than in another, labels that are none of a head's classes, or
+            of some batches only.
     """
     if len(models) < 2:
         raise ValueError(f"A comparison needs at least two models, got {list(models)}.")
     _check_kinds(models)
+    _check_classes(models)
     first = next(iter(models.values()))
     device = device_of(first)
     metric, scores, largest = _scored(models, model_inputs(data, processing_class, first), progress=progress)
@@ -282,6 +285,15 @@ def compare_models(
         versions=_versions(),
         measured_in=next(iter(scores.values())).unit,
     )
+
+
+def _check_classes(models: Mapping[str, nn.Module]) -> None:
+    """Raises if a classifier names its classes otherwise than the first model: labels are numbers of that."""
+    (first, inner), *others = ((name, unwrap(model)[0]) for name, model in models.items())
+    for name, other in others:
+        if is_classifier(inner) and is_classifier(other):
+            remedy = "Set `id2label` in the config where it is wrong, or train the head on the same order of classes."
+            refuse_other_classes(inner.config, other.config, f"{first}'s", f"{name}'s", remedy)
 
 
 def _timed_call(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> tuple[dict[str, Any], str]:

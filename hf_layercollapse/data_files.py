@@ -11,10 +11,15 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+# Of tables: words such as None, NA and null are texts and names of classes, and only an empty cell is empty; and a
+# quotation mark in a tab-separated file is one.
+WORDS = {"keep_default_na": False, "na_values": [""]}
+TABS = {"delimiter": "\t", "quoting": 3}
+
 # Ending -> what `datasets` calls the format, and its options.
 FORMATS = {
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"delimiter": "\t", "quoting": 3}),
+    ".csv": ("csv", WORDS),
+    ".tsv": ("csv", {**WORDS, **TABS}),
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
     ".parquet": ("parquet", {}),
@@ -22,6 +27,9 @@ FORMATS = {
     ".txt": ("text", {}),
 }
 ENDINGS = f"{', '.join(FORMATS)}, each also with .gz"
+
+# What a head is separated by that stays one column where commas, or tabs, are looked for.
+OTHER_SEPARATORS = ";\t|"
 
 # What `datasets` calls fields of a line that its head has no name for.
 _UNNAMED = "__index_level_0__"
@@ -35,10 +43,11 @@ def load_rows(data: Any, data_config: Any = None, split: Any = "train", document
             of such files or of images in folders named after their classes; or a name on the Hub.
         data_config (`str`, *optional*): Configuration of a data set on the Hub.
         split (`str`): Which part, where there are several; a file is one.
-        document (`bool`): Whether a text file is one document, and not a text a line.
+        document (`bool`): Whether a text file, also one of those in a folder, is one document, and not a text a line.
 
     Raises:
-        ValueError: There is no such file, its format is unknown, it is damaged, or it has no such split.
+        ValueError: There is no such file, its format is unknown, it is damaged or separated by something else than its
+            ending says, or it has no such split.
     """
     from datasets import DatasetDict, load_from_disk
 
@@ -58,7 +67,7 @@ def load_rows(data: Any, data_config: Any = None, split: Any = "train", document
             raise ValueError(f"{data} has no split {split!r}; it has {sorted(saved)}.")
         return saved[split] if isinstance(saved, DatasetDict) else saved
     if path.is_dir():
-        return _loaded(data, str(path), split=split)
+        return _loaded(data, str(path), split=split, **_options_of(data, path, document))
     if name is not None or is_path(data):
         raise ValueError(f"{data}: there is no such file or folder.")
     return _loaded(data, data, data_config, split=split)
@@ -70,6 +79,21 @@ def format_of(path: str | Path) -> tuple[str | None, dict[str, Any]]:
     if endings[-1:] == [".gz"]:
         endings.pop()
     return FORMATS.get(endings[-1] if endings else "", (None, {}))
+
+
+def _options_of(data: Any, folder: Path, document: bool) -> dict[str, Any]:
+    """What the files of a folder are read with, by what `datasets` takes them for."""
+    from datasets import load_dataset_builder
+
+    if all(format_of(file)[0] not in ("csv", "text") for file in folder.rglob("*")):
+        return {}
+    builder = _told(data, load_dataset_builder, str(folder))
+    kind = type(builder).__module__.rpartition(".")[2]
+    if kind == "text":
+        return {"sample_by": "document"} if document else {}
+    if kind == "csv":
+        return {**WORDS, **TABS} if builder.config.sep == "\t" else WORDS
+    return {}
 
 
 def is_saved(path: str | Path) -> bool:
@@ -95,21 +119,38 @@ def _one_message() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _loaded(data: Any, *args: Any, **kwargs: Any) -> Any:
-    from datasets import load_dataset
+def _told(data: Any, load: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a function of `datasets` makes of some data.
+
+    Raises:
+        ValueError: They cannot be read.
+    """
     from datasets.exceptions import DatasetGenerationError
     from pyarrow import ArrowInvalid
 
     try:
         with _one_message():
-            rows = load_dataset(*args, **kwargs)
+            return load(*args, **kwargs)
     # Damaged JSON is a plain ValueError of older datasets, without the name of the file.
     except (DatasetGenerationError, ArrowInvalid, ValueError) as error:
         raise ValueError(f"{data} cannot be read: {_reason(error)}") from error
+
+
+def _loaded(data: Any, *args: Any, **kwargs: Any) -> Any:
+    from datasets import load_dataset
+
+    rows = _told(data, load_dataset, *args, **kwargs)
     if _UNNAMED in rows.features:
         raise ValueError(
             f"{data} has lines with more fields than its head names, {sorted(set(rows.features) - {_UNNAMED})}: is "
             "its separator what its ending says, and are texts with separators in them quoted?"
+        )
+    only = rows.column_names[0] if len(rows.column_names) == 1 else ""
+    other = next((separator for separator in OTHER_SEPARATORS if separator in only), None)
+    if rows.info.builder_name == "csv" and other is not None:
+        raise ValueError(
+            f"{data} has one column, {only!r}, which looks like several with {other!r} between them. A .csv file is "
+            "read with commas and a .tsv file with tabs: write it so, or name it by what it is."
         )
     return rows
 

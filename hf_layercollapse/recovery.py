@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from . import processes
 from .calibration_data import CalibrationData, both_model_inputs
+from .class_labels import refuse_other_classes
 from .data_reading import shuffled, split_data
 from .forward_passes import lean
 from .memory import MemoryBudget
@@ -278,14 +279,9 @@ def _check_numbers(max_steps: Any, learning_rate: Any, top_k: Any, batch_size: A
 
 def _check_labels(inner: Any, teacher: Any) -> None:
     """Raises if both name their classes, and name them differently: equal logits would mean something else."""
-    if not (is_classifier(inner) and is_classifier(teacher)):
-        return
-    ours, theirs = inner.config.id2label, teacher.config.id2label
-    named = [any(label != f"LABEL_{index}" for index, label in labels.items()) for labels in (ours, theirs)]
-    if all(named) and len(ours) == len(theirs) and ours != theirs:
-        raise ValueError(
-            f"The teacher's classes are {list(theirs.values())}, and the model's {list(ours.values())}: predictions "
-            "of the one are none of the other. Pass the dense model that was collapsed."
+    if is_classifier(inner) and is_classifier(teacher):
+        refuse_other_classes(
+            teacher.config, inner.config, "The teacher's", "the model's", "Pass the dense model that was collapsed."
         )
 
 

@@ -26,7 +26,10 @@ from hf_layercollapse import (
     find_feed_forward_blocks,
     plan_collapse,
 )
+from hf_layercollapse.class_labels import ModelClasses, are_numbers, cell_of, class_numbers, listed
+from hf_layercollapse.data_files import load_rows as load_table
 from hf_layercollapse.profiling import compare_latency, count_parameters, describe_hardware, neurons_within
+from hf_layercollapse.scoring import SECRET
 
 
 METHODS = {
@@ -79,8 +82,8 @@ class DataArguments:
     class_names: list[str] | None = field(
         default=None,
         metadata={
-            "help": "What the classes are called, in the order of their numbers. Default: as the data, or else the "
-            "model's config, call them."
+            "help": "The data's classes, in the order of the model's numbers. Default: as the model's config calls "
+            "and orders them, or else the data."
         },
     )
     max_length: int = field(default=128, metadata={"help": "Tokens of a text, at most; or of each block of text."})
@@ -119,6 +122,11 @@ class DataArguments:
             "label2id": {n: i for i, n in enumerate(self.class_names)},
         }
 
+    def keeps_head(self, config, kind):
+        """Whether a pretrained model of this config has a head of a kind (`"ForSequenceClassification"`), which goes
+        on where it has as many classes as the data."""
+        return self.model_name_or_path is not None and any(kind in name for name in config.architectures or ())
+
     def to_also_test(self):
         """The same with the rows of `also_test` for the evaluation; nothing of it is trained on."""
         files = {"dataset_name": None, "dataset_config_name": None, "train_file": self.also_test, "held_out": 0}
@@ -138,45 +146,94 @@ class DataArguments:
         return auto_class.from_config(config)
 
 
-def names_of_classes(rows, column, known):
-    """What the classes of these rows are called, in the order of their numbers.
+def labelled(rows, column):
+    """The rows that have a class; says how many have none.
 
-    A `ClassLabel` column says it. The numbers 0 to n-1 are the model's classes; other whole numbers and texts are
-    names, in the model's order where they are its own, else in theirs.
+    Raises:
+        ValueError: None has.
+    """
+    labels = labels_in(rows, column)
+    kept = [index for index, label in enumerate(labels) if label is not None]
+    if not kept:
+        raise ValueError(f"No row has a class in the column {column!r}." + SECRET)
+    if len(kept) < len(labels):
+        print(f"{len(labels) - len(kept):,} rows without a class in the column {column!r} are left out")
+    return rows if len(kept) == len(labels) else rows.select(kept)
 
-    Args:
-        known (`dict[str, int]`): Class name -> its number in the model, as its config has it (`label2id`).
+
+def names_in(rows, column):
+    """What the data calls its classes, in the order of their numbers; `None` where it has numbers alone."""
+    feature = rows.features[column]
+    return feature.names if isinstance(feature, datasets.ClassLabel) else None
+
+
+def labels_in(rows, column):
+    """The cells of a column, `None` where it says no class.
 
     Raises:
         ValueError: The column holds no classes.
     """
-    feature = rows.features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        return feature.names
-    found, order = set(rows[column]), sorted(known, key=known.get)
-    if not all(isinstance(value, (int, str)) for value in found):
+    names = names_in(rows, column)
+    labels = [cell_of(value, names) for value in rows.with_format(None)[column][:]]
+    if any(label is not None and not isinstance(label, (int, str)) for label in labels):
+        kind = rows.features[column].dtype
+        raise ValueError(f"The column {column!r} must hold a class a row, as text or a whole number, got {kind}.")
+    return labels
+
+
+def names_of_classes(rows, column, config, kept):
+    """What the classes of these rows are called, in the order of the model's numbers.
+
+    A model that has the data's names is right about their order. Where it has none that is the data's own: of a
+    `ClassLabel` as it numbers them, of other whole numbers and texts, which are names, as they are sorted.
+
+    Args:
+        config: Of the model.
+        kept (`bool`): Whether its head goes on where it has as many classes: what that predicts is what it was trained
+            on, whatever it is called.
+
+    Raises:
+        ValueError: The column holds no classes, or a head that is kept has others, or has no names for the data's.
+    """
+    known, names, found = ModelClasses.of(config), names_in(rows, column), set(labels_in(rows, column))
+    if names is not None and are_numbers(names):
+        return known.names if known.named and len(known.names) == len(names) else names
+    if names is None and found == set(range(len(found))):
+        return known.names if len(known.names) == len(found) else [f"LABEL_{number}" for number in range(len(found))]
+    texts = names is None and any(isinstance(value, str) for value in found)
+    names = [str(value) for value in sorted(found)] if names is None else names
+    if {known.number(name) for name in names} == set(range(len(known.names))):
+        return known.names
+    if not kept or len(names) != len(known.names):
+        return names
+    if known.named:
+        try:
+            class_numbers(range(len(names)), names, known, column)
+        except ValueError as error:
+            raise ValueError(f"{error} Or say in --class_names which of the data's each of them is.") from None
+        return known.names
+    if texts:
         raise ValueError(
-            f"The column {column!r} must hold a class a row, as text or a whole number, got {feature.dtype}"
-            + (" with empty cells." if None in found else ".")
+            f"The column {column!r} has the classes {listed(names)}, and the model's have no names: say in "
+            "--class_names which of the data's each of them is, in the order of the model's numbers."
         )
-    if found == set(range(len(found))):
-        return order if len(order) == len(found) else [f"LABEL_{number}" for number in range(len(found))]
-    names = [str(value) for value in sorted(found)]
-    return order if set(names) == set(order) else names
+    return names
 
 
-def class_numbers(rows, column, names):
-    """`{value of the column: number of its class}`; what is no name is a number already.
+def numbers_of_classes(rows, column, names):
+    """`{value of the column: number of its class}`.
+
+    Args:
+        names (`list[str]`): Of the model's classes, in the order of their numbers.
 
     Raises:
         ValueError: There are classes that are not among these.
     """
-    feature, numbers = rows.features[column], {name: number for number, name in enumerate(names)}
-    called = feature.int2str if isinstance(feature, datasets.ClassLabel) else str
-    found = {value: numbers.get(called(value), value) for value in set(rows[column])}
-    if unknown := sorted(str(value) for value, number in found.items() if number not in range(len(names))):
-        raise ValueError(f"The column {column!r} has classes that training rows have not: {', '.join(unknown)}.")
-    return {value: int(number) for value, number in found.items()}
+    found, known = set(labels_in(rows, column)), ModelClasses(dict(enumerate(names)))
+    numbers = class_numbers(found, names_in(rows, column), known, column)
+    if unknown := sorted(value for value, number in numbers.items() if number not in range(len(names))):
+        raise ValueError(f"The column {column!r} has classes that are none of {listed(names)}: {listed(unknown)}.")
+    return numbers
 
 
 @dataclass
@@ -477,13 +534,6 @@ def _load_file(path, loaders):
         if path.endswith(endings):
             return load(path)
     raise ValueError(f"{path} must end in one of {', '.join(e for endings in loaders for e in endings)}.")
-
-
-def load_table(path):
-    """Rows of a .csv, .tsv, .json(l) or .parquet file. Tab-separated files know no quotation marks, as GLUE's."""
-    kind = {".tsv": "csv", ".csv": "csv", ".parquet": "parquet"}.get(Path(path).suffix, "json")
-    options = {"sep": "\t", "quoting": 3} if path.endswith(".tsv") else {}
-    return datasets.load_dataset(kind, data_files=path, split="train", **options)
 
 
 TABLES = {(".csv", ".tsv", ".json", ".jsonl", ".parquet"): load_table}

@@ -15,7 +15,7 @@ from functools import partial
 import datasets
 import numpy as np
 import torch
-from common import class_numbers, load_rows, names_of_classes, run
+from common import labelled, load_rows, names_of_classes, numbers_of_classes, run
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, DefaultDataCollator
 
 from hf_layercollapse.metrics import Accuracy
@@ -47,9 +47,11 @@ class ImageClassification:
         self.processor = AutoImageProcessor.from_pretrained(data.source)
         train, validation = load_rows(data, {("-images-idx3-ubyte.gz",): load_idx, ("",): load_folder})
         self.column = data.input_column or "image"
-        column, known = data.label_column, AutoConfig.from_pretrained(data.source).label2id
-        self.data = replace(data, class_names=data.class_names or names_of_classes(train, column, known))
-        numbers = [class_numbers(rows, column, self.data.class_names) for rows in (train, validation)]
+        column, config = data.label_column, AutoConfig.from_pretrained(data.source)
+        train, validation = labelled(train, column), labelled(validation, column)
+        kept = data.keeps_head(config, "ForImageClassification")
+        self.data = replace(data, class_names=data.class_names or names_of_classes(train, column, config, kept))
+        numbers = [numbers_of_classes(rows, column, self.data.class_names) for rows in (train, validation)]
         self.train = train.with_transform(partial(self.augmented, numbers=numbers[0]))
         self.unmirrored = train.with_transform(partial(self.plain, numbers=numbers[0]))
         self.validation = validation.with_transform(partial(self.plain, numbers=numbers[1]))

@@ -6,15 +6,17 @@
         --output_dir runs/bert-sst2
 
 `--train_file` and `--validation_file` take .csv, .tsv, .json(l) and .parquet files with a text and a class column
-(`--input_column`, `--label_column`; classes are numbers or names). Options of a YAML file come first, those of the
-command line win. Everything that TrainingArguments and LayerCollapseConfig know is an option too. On several GPUs:
+(`--input_column`, `--label_column`; classes are numbers or names). A fine-tuned model keeps its classes, in its order;
+where it has no names for the data's, `--class_names` says these in the order of its numbers. Options of a YAML file
+come first, those of the command line win. Everything that TrainingArguments and LayerCollapseConfig know is an option
+too. On several GPUs:
 `accelerate launch --config_file recipes/accelerate_configs/ddp.yaml recipes/text_classification.py ...`.
 """
 
 from dataclasses import replace
 
 import torch
-from common import TABLES, class_numbers, load_rows, names_of_classes, run
+from common import TABLES, labelled, load_rows, names_of_classes, numbers_of_classes, run
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from hf_layercollapse.metrics import Accuracy
@@ -33,8 +35,10 @@ class TextClassification:
         for name in (*texts, data.label_column):
             if name not in train.column_names:
                 raise ValueError(f"The data has no column {name!r}, only {train.column_names}.")
-        column, known = data.label_column, AutoConfig.from_pretrained(data.source).label2id
-        self.data = replace(data, class_names=data.class_names or names_of_classes(train, column, known))
+        column, config = data.label_column, AutoConfig.from_pretrained(data.source)
+        train, validation = labelled(train, column), labelled(validation, column)
+        kept = data.keeps_head(config, "ForSequenceClassification")
+        self.data = replace(data, class_names=data.class_names or names_of_classes(train, column, config, kept))
 
         def encode(rows, numbers):
             encoded = self.processor(*(rows[text] for text in texts), truncation=True, max_length=data.max_length)
@@ -45,7 +49,7 @@ class TextClassification:
                 encode,
                 batched=True,
                 remove_columns=rows.column_names,
-                fn_kwargs={"numbers": class_numbers(rows, column, self.data.class_names)},
+                fn_kwargs={"numbers": numbers_of_classes(rows, column, self.data.class_names)},
             )
             for rows in (train, validation)
         )

@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PillowImage
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
@@ -20,6 +21,7 @@ from hf_layercollapse import CollapsePlan
 from hf_layercollapse.calibration_data import CalibrationData
 from hf_layercollapse.cli import main
 from hf_layercollapse.cli_options import new_folder
+from hf_layercollapse.data_files import load_rows
 from hf_layercollapse.modeling_layercollapse import SAVING_PREFIX
 from hf_layercollapse.upstream import TRANSFORMERS
 
@@ -112,7 +114,13 @@ def test_text_files(bert, gpt2, text_file, error):
     text_file.with_name("UP.TXT.gz").write_bytes(gzip.compress(text_file.read_bytes()))
     for path in (text_file, text_file.with_name("UP.TXT.gz")):
         said = read(gpt2, "--data", path)
-        assert f"column text, {-(-tokens // 40)} rows" in said and f"{tokens} tokens" in said
+        assert f"column text, {-(-tokens // 40)} rows of 1 text," in said and f"{tokens} tokens" in said
+    folder = text_file.parent / "documents"
+    folder.mkdir()
+    for part in range(3):
+        (folder / f"{part}.txt").write_text("\n".join(LINES[part::3]) + "\n")
+    assert " rows of 3 texts, " in (said := read(gpt2, "--data", folder)) and f"{tokens} tokens" in said
+    assert f"column text, 120 rows, 120 different, {tokens} tokens" in read(bert, "--data", folder)
 
 
 def test_texts_longer_than_the_model_takes(gpt2, bert, tmp_path, error):
@@ -163,6 +171,38 @@ def test_names_of_classes(bert, tmp_path):
     features = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b", "c"])})
     Dataset.from_list(ROWS, features=features).save_to_disk(tmp_path / "classes")
     assert "120 rows" in read(bert, "--data", tmp_path / "classes", "--label-column", "label")
+    path.write_text("text,label\n" + "\n".join(f"{line},{i % 3 if i else ''}" for i, line in enumerate(LINES)))
+    assert "119 rows, 119 different" in (said := read(bert, "--data", path, "--label-column", "label"))
+    assert "1 without a label left out" in said
+
+
+@needs_torchvision
+def test_folders_are_classes_by_their_names(tmp_path):
+    """`compare` finds a model right that calls each image as the folder is called that it lies in."""
+    model, processor = BY_NAME["vit"].model(), ViTImageProcessorPil(size={"height": 8, "width": 8})
+    names = ["Real", "Fake", "Drawn"]
+    model.config.id2label, model.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
+    rng = np.random.default_rng(0)
+    images = [PillowImage.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)) for _ in range(24)]
+    with torch.no_grad():
+        logits = model(**processor(images, return_tensors="pt")).logits
+        model.classifier.bias -= logits.mean(0)
+        predicted = (logits - logits.mean(0)).argmax(-1).tolist()
+    assert len(set(predicted)) > 1
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    for index, (image, number) in enumerate(zip(images, predicted, strict=True)):
+        place = tmp_path / "images" / names[number]
+        place.mkdir(parents=True, exist_ok=True)
+        image.save(place / f"{index}.png")
+    asked = ["compare", tmp_path / "model", tmp_path / "model", "--data", tmp_path / "images", "--split", "train"]
+    asked += ["--label-column", "label", "--rounds", "2"]
+    result = run(*asked, "--json", tmp_path / "found.json")
+    assert "classes by name: " in result.output
+    assert json.loads((tmp_path / "found.json").read_text())["models"][0]["quality"] == 1.0
+    (tmp_path / "images" / names[predicted[0]]).rename(tmp_path / "images" / "Painted")
+    with pytest.raises(ValueError, match=r"\['Painted'\] is not one of these"):
+        run(*asked)
 
 
 @needs_torchvision
@@ -188,6 +228,12 @@ def test_only_images_that_are_used_are_decoded(vit, tmp_path, monkeypatch):
         ("blank.txt", b"\n \n\n", "no column with any text"),
         ("latin.csv", b"text\ncaf\xe9 au lait\n", "is not UTF-8"),
         ("semi.csv", b"a;b\nx,y;1\nz;2\n", "more fields than its head names"),
+        (
+            "semi.csv",
+            b"text;label\nw1 w2;1\nw3;0\n",
+            "has one column, 'text;label', which looks like several with ';'",
+        ),
+        ("tabs.csv", b"text\tlabel\nw1 w2\t1\n", r"has one column, 'text\tlabel'"),
         ("ragged.csv", b"a,b\n1,2\n1,2,3,4\n", "cannot be read"),
         ("broken.json", b'{"text": "a"', "cannot be read"),
         ("a.docx", b"PK", "ending that is not known; known are .csv"),
@@ -197,6 +243,28 @@ def test_only_images_that_are_used_are_decoded(vit, tmp_path, monkeypatch):
 def test_files_that_cannot_be_read(name, content, message, bert, tmp_path, error):
     (tmp_path / name).write_bytes(content)
     assert message in error("inspect", bert, "--data", tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("a.tsv", "\t")])
+def test_words_for_nothing_are_words(name, separator, tmp_path):
+    """In a file, and in a folder of such files, which is read with the same options."""
+    rows = [
+        ("text", "class"),
+        ("None", "NA"),
+        ('"N/A' if separator == "\t" else "N/A", "None"),
+        ("w1", ""),
+        ("", "null"),
+    ]
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / name, tmp_path / "folder" / name):
+        path.write_text("\n".join(separator.join(row) for row in rows) + "\n")
+        found = load_rows(str(path if path.parent == tmp_path else path.parent))
+        assert found["text"][:] == [rows[1][0], rows[2][0], "w1", None] and found["class"][:] == [
+            "NA",
+            "None",
+            None,
+            "null",
+        ]
 
 
 def test_an_error_is_said_once(bert, tmp_path, monkeypatch, capfd):

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
+from datasets import ClassLabel, Dataset, Features, Value
 from transformers import (
     AutoModelForSequenceClassification,
     LlamaConfig,
@@ -370,12 +372,84 @@ def test_columns_that_are_no_classes(text, tmp_path):
             )
         )
 
-    with pytest.raises(ValueError, match="as text or a whole number, got .* with empty cells"):
-        read("a,x\nb,\nc,y")
+    with pytest.raises(ValueError, match="No row has a class in the column 'label'"):
+        read("a,\nb,")
     with pytest.raises(ValueError, match="as text or a whole number, got float64"):
         read("a,0.5\nb,0.7")
-    with pytest.raises(ValueError, match="classes that training rows have not: z"):
+    with pytest.raises(ValueError, match=r"class indices or \['x', 'y'\], got 'z'"):
         read("a,x\nb,y", "a,x\nb,z")
+    with pytest.raises(ValueError, match=r"none of \['LABEL_0', 'LABEL_1'\]: \[2\]"):
+        read("a,0\nb,1", "a,0\nb,2")
+    for train, labels in (("a,x\nb,\nc,y", [0, 1]), ("a,1\nb,\nc,0", [1, 0]), ("a,None\nb,\nc,No", [1, 0])):
+        task = read(train, "a,x\nb," if "x" in train else train)
+        assert sorted(task.train["labels"]) == sorted(labels) and len(task.validation) == len(labels) - ("x" in train)
+
+
+def as_classes(folder, names, rows):
+    """A parquet file that names its classes, and a data set's arguments for it."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    data = Dataset.from_dict({"text": [text for text, _ in rows], "label": [n for _, n in rows]}, features=features)
+    data.to_parquet(folder / "classes.parquet")
+    return {name: str(folder / "classes.parquet") for name in ("train_file", "validation_file")}
+
+
+def test_a_head_that_is_kept_keeps_its_classes(text, tmp_path):
+    """What a fine-tuned model predicts is what it calls it, in whatever order the data has these names."""
+    from common import DataArguments
+    from text_classification import TextClassification
+
+    source = {"model_name_or_path": str(tmp_path / "model")}
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    own = ["Entailment", "neutral", "contradiction"]
+    theirs = ["contradiction", "entailment", "neutral"]
+
+    def task(called, names, **more):
+        model.config.id2label, model.config.label2id = dict(enumerate(called)), {n: i for i, n in enumerate(called)}
+        model.save_pretrained(tmp_path / "model")
+        rows = [(sentence, number) for sentence, number in sentences(12)]
+        return TextClassification(DataArguments(**source, **as_classes(tmp_path, names, rows), **more))
+
+    kept = task(own, theirs)
+    assert sorted(kept.validation["labels"]) == [0] * 4 + [1] * 4 + [2] * 4
+    of_text = {sentence: theirs[number].lower() for sentence, number in sentences(12)}
+    ids = {tuple(tokenizer()(sentence)["input_ids"]): name for sentence, name in of_text.items()}
+    for row in kept.validation:
+        assert own[row["labels"]].lower() == ids[tuple(row["input_ids"])]
+    config = kept.make_model().config
+    assert [config.id2label[number] for number in range(3)] == own
+    with pytest.raises(ValueError, match=r"\['a', 'b', 'c'\].*\['Entailment'.*--class_names"):
+        task(own, ["a", "b", "c"])
+    said = task(own, ["a", "b", "c"], class_names=["b", "c", "a"])
+    assert said.make_model().config.id2label == {0: "b", 1: "c", 2: "a"}
+    assert task(["LABEL_0", "LABEL_1", "LABEL_2"], theirs).data.class_names == theirs
+    # A head of another size is a new one.
+    assert task(own, ["a", "b", "c", "d"]).data.class_names == ["a", "b", "c", "d"]
+
+
+def test_texts_do_not_say_the_order_of_a_head_without_names(text, tmp_path):
+    from common import DataArguments
+    from text_classification import TextClassification
+
+    (tmp_path / "a.csv").write_text("text,label\n" + "\n".join(f"{s},{'xyz'[n]}" for s, n in sentences(12)) + "\n")
+    files = {name: str(tmp_path / "a.csv") for name in ("train_file", "validation_file")}
+    new = {"config_name": str(tmp_path / "model")}
+    assert TextClassification(DataArguments(**new, **files)).data.class_names == ["x", "y", "z"]
+    trained = {"model_name_or_path": str(tmp_path / "model")}
+    with pytest.raises(ValueError, match="the model's have no names: say in --class_names"):
+        TextClassification(DataArguments(**trained, **files))
+    said = TextClassification(DataArguments(**trained, **files, class_names=["z", "x", "y"]))
+    assert said.make_model().config.id2label == {0: "z", 1: "x", 2: "y"}
+
+
+def test_the_classes_of_a_published_model_of_mnli():
+    """It has no names for its classes, and numbers them otherwise than GLUE does (QData/TextAttack, issue 684)."""
+    from common import numbers_of_classes
+
+    path = RECIPES / "text_classification" / "bert_base_mnli" / "plan.yaml"
+    names = yaml.safe_load(path.read_text())["class_names"]
+    glue = Features({"label": ClassLabel(names=["entailment", "neutral", "contradiction"])})
+    rows = Dataset.from_dict({"label": [0, 1, 2]}, features=glue)
+    assert numbers_of_classes(rows, "label", names) == {0: 1, 1: 2, 2: 0}
 
 
 def test_a_teacher_teaches_a_control_what_it_predicts(text, tmp_path):
