@@ -192,6 +192,7 @@ class CalibrationData:
         else:
             left = part._rows = self._rows[index::count]
             what = "rows"
+            part._met, part._visited = len(left), len(self._data)  # the others are not left out
         if not left:
             raise ValueError(f"The calibration data has fewer {what} than there are processes ({count}).")
         return part

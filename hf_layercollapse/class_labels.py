@@ -152,7 +152,7 @@ def cell_of(value: Any, names: Sequence[str] | None) -> Any:
     if isinstance(value, str):
         return value if value.strip() else None
     if isinstance(value, Real) and not isinstance(value, Integral):
-        value = None if math.isnan(value) else int(value) if float(value).is_integer() else value
+        value = None if math.isnan(value) else int(float(value)) if float(value).is_integer() else value
     if names is not None and isinstance(value, Integral) and value < 0:
         return None
     return value
