@@ -1,7 +1,7 @@
 """How each family of models spells its feed-forward block, as data; finding blocks; why one is refused."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -203,11 +203,13 @@ class TokensInside:
         multiple (`tuple[str, ...]`): Fields of its config. It pads rows on the right to a multiple of the least common
             multiple of these, of a field that has a number for each layer of the largest; some do for long rows only.
         before (`str`, *optional*): Field of its config. It puts so many tokens of its own before those of each row.
+        beside (`str`, *optional*): Field of its config. Its blocks are called with so many tokens of its own, too.
         time_first (`bool`): Whether its blocks see `(tokens, rows)` in place of `(rows, tokens)`.
     """
 
     multiple: tuple[str, ...] = ()
     before: str | None = None
+    beside: str | None = None
     time_first: bool = False
 
     def multiple_of(self, config: Any) -> int:
@@ -219,6 +221,10 @@ class TokensInside:
         """How many tokens come before those of each row."""
         return vars(config)[self.before] if self.before is not None else 0
 
+    def are_its_own(self, config: Any, rows: int, shape: Sequence[int]) -> bool:
+        """Whether a call with tokens of this shape gets those of its own."""
+        return self.beside is not None and tuple(shape) == (rows, vars(config)[self.beside])
+
 
 # By model type; of all others the blocks see the tokens of the batch.
 TOKENS_INSIDE = {
@@ -226,6 +232,7 @@ TOKENS_INSIDE = {
     "led": TokensInside(multiple=("attention_window",)),
     "big_bird": TokensInside(multiple=("block_size",)),  # rows that are long enough for sparse attention
     "bigbird_pegasus": TokensInside(multiple=("block_size",)),
+    "pegasus_x": TokensInside(multiple=("block_size",), beside="num_global_tokens"),
     "reformer": TokensInside(multiple=("lsh_attn_chunk_length", "local_attn_chunk_length")),  # rows over one chunk
     "cpmant": TokensInside(before="prompt_length"),
     "fsmt": TokensInside(time_first=True),

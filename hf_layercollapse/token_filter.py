@@ -131,6 +131,8 @@ class TokenFilter:
         chunked = [each for each in possible if _is_chunk(config, shape, each.tokens)]
         if len(chunked) == 1:
             return self._next_chunk(block, chunked[0], shape[1])
+        if code.are_its_own(config, mask.tokens.shape[0], shape):
+            return None
         # Fewer tokens than there are in a batch may be pooled ones, or those that an expert gets; others are patches.
         if mask.whole and not code.multiple and not (mask.given and self._are_more(mask.tokens, shape)):
             return None

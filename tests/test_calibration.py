@@ -22,6 +22,8 @@ from transformers import (
     LEDModel,
     LongformerConfig,
     LongformerModel,
+    PegasusXConfig,
+    PegasusXModel,
     T5Config,
     T5Model,
 )
@@ -235,8 +237,9 @@ SPARSE = {"block_size": 2, "num_random_blocks": 1, "attention_type": "block_spar
         (LEDModel, LEDConfig(attention_window=8, max_encoder_position_embeddings=64, **SIDES), 24),
         (BigBirdModel, BigBirdConfig(**SPARSE, **SIZES), 18),
         (BigBirdPegasusModel, BigBirdPegasusConfig(**SPARSE, **SIDES), 18),
+        (PegasusXModel, PegasusXConfig(block_size=8, num_global_tokens=2, **SIDES), 24),
     ],
-    ids=["longformer", "longformer in chunks", "led", "big_bird", "bigbird_pegasus"],
+    ids=["longformer", "longformer in chunks", "led", "big_bird", "bigbird_pegasus", "pegasus_x"],
 )
 def test_what_a_model_pads_within_is_padding(model_class, config, padded_to):
     config.vocab_size, config.pad_token_id = VOCABULARY, 1
@@ -255,13 +258,14 @@ def test_what_a_model_pads_within_is_padding(model_class, config, padded_to):
     handle = blocks[0].down.register_forward_hook(lambda *call: lengths.append(call[-1].shape[1]))
     whole, bare = moments(ids, mask), moments(ids, None)
     handle.remove()
-    assert set(lengths) == {config.chunk_size_feed_forward or padded_to}
+    own = config.num_global_tokens if isinstance(config, PegasusXConfig) else 0
+    assert set(lengths) - {own} == {config.chunk_size_feed_forward or padded_to}
     mask[0, 12:] = 0
     padded = moments(ids, mask)
     added = padded_to - 17
     outside = moments(F.pad(ids, (0, added), value=1), F.pad(mask, (0, added)))
     for block in blocks:
-        real = 8 * 5 if "decoder" in block.name else 8 * 17
+        real = 8 * 5 if "decoder" in block.name else 8 * (17 + own)
         assert whole[block.name].tokens == bare[block.name].tokens == real
         assert torch.equal(whole[block.name].cov_fo, bare[block.name].cov_fo)
         assert padded[block.name].tokens == outside[block.name].tokens == real - 5 * ("decoder" not in block.name)
