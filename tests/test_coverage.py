@@ -53,9 +53,15 @@ FEWER = {
 }
 
 
-@pytest.mark.parametrize(
-    "model_type", [pytest.param(name, marks=[pytest.mark.smoke] * (name in SMOKE)) for name in LIST["passed"]]
-)
+# Configs that are searched for ten seconds and more.
+LONG = {"cvt", "donut-swin"}
+
+
+def marks_of(name):
+    return [pytest.mark.smoke] * (name in SMOKE) + [pytest.mark.slow] * (name in LONG)
+
+
+@pytest.mark.parametrize("model_type", [pytest.param(name, marks=marks_of(name)) for name in LIST["passed"]])
 def test_model_type(model_type):
     if model_type not in CONFIG_MAPPING_NAMES and not LISTED:
         pytest.skip(f"transformers {transformers.__version__} has no {model_type}")

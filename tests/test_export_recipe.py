@@ -28,6 +28,7 @@ def recipe(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 @needs_exporters
 def test_one_model_in_every_runtime(recipe, tmp_path, monkeypatch, capsys):
     case = BY_NAME["vit"]

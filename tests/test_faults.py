@@ -113,6 +113,7 @@ def uninterrupted(tmp_path_factory):
     return folder, state_of(trained.model), calls
 
 
+@pytest.mark.slow  # the next one kills at every moment of one step
 def test_killed_at_random_moments(uninterrupted, tmp_path):
     """kill -9, ten times, at moments spread over training and saving; each time the run goes on from what is there."""
     expected, state, calls = uninterrupted

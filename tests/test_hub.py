@@ -152,7 +152,7 @@ FAILURES = {
 SURVIVED = Failure("POST", "/preupload/", 500)
 
 
-@pytest.mark.parametrize("kind", ["model", "trainer"])
+@pytest.mark.parametrize("kind", [pytest.param("model", marks=pytest.mark.slow), "trainer"])
 def test_an_interrupted_push_loses_nothing_and_goes_on(kind, tmp_path):
     with HubServer() as hub:
         failures = list(FAILURES.values())

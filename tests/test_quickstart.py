@@ -103,6 +103,7 @@ def run_quickstart(*arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_quickstart_on_another_model_and_data_set(tiny, tmp_path):
     output = tmp_path / "out"
     done = run_quickstart(

@@ -499,6 +499,7 @@ def sweep(text, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_everything_once_and_goes_on(sweep, tmp_path, capsys):
     from sweep import main
 

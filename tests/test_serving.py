@@ -24,10 +24,11 @@ from .words import word_tokenizer
 STATES = ["patched", "collapsed", "narrow"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="Inductor compiles with gcc, which is not installed")
 @pytest.mark.parametrize(
     ("name", "state"),
-    [("bert", "patched"), *(pytest.param("llama", state, marks=pytest.mark.slow) for state in ("narrow", "neurons"))],
+    [("bert", "patched"), ("llama", "narrow"), ("llama", "neurons")],
 )
 def test_inductor(name, state):
     """The whole graph, compiled, for sequences of any length."""

@@ -91,6 +91,7 @@ def test_fp16_loss_scaling(clip, tmp_path):
     assert {alpha.dtype for alpha in alphas_of(trainer.model).values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_auto_find_batch_size(tmp_path):
     """The attempts that ran out of memory leave nothing behind."""
     sizes = []
