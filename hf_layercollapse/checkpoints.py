@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -294,13 +295,13 @@ def _shapes_in(file: str) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: It is not there, or not whole.
     """
-    if not file.endswith(".safetensors"):
-        stored = torch.load(file, map_location="meta", weights_only=True)
-        return {name: tuple(tensor.shape) for name, tensor in stored.items()}
     try:
+        if not file.endswith(".safetensors"):
+            stored = torch.load(file, map_location="meta", weights_only=True)
+            return {name: tuple(tensor.shape) for name, tensor in stored.items()}
         with safetensors.safe_open(file, "pt") as opened:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
         raise ValueError(
             f"{file} cannot be read: {error}. It is cut off, damaged or missing; resume from another checkpoint."
         ) from error

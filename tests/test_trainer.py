@@ -1334,7 +1334,7 @@ def test_resuming_another_life_is_an_error(tmp_path):
         assert_same(state_of(other.model), before)
 
 
-@pytest.mark.parametrize("damage", ["missing", "unexpected", "shape", "shard"])
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "shape", "shard", "bin"])
 def test_resuming_a_damaged_checkpoint_is_an_error(damage, tmp_path):
     """Before any weight is read into the model."""
     from safetensors.torch import load_file, save_file
@@ -1362,6 +1362,12 @@ def test_resuming_a_damaged_checkpoint_is_an_error(damage, tmp_path):
         trainer_for("gpt2", tmp_path, args={"max_steps": 2}).train(resume_from_checkpoint=str(folder))
         second.write_bytes(second.read_bytes()[:-10])
         message = f"{second.name} cannot be read"
+    elif damage == "bin":
+        file.unlink()
+        torch.save(tensors, folder / "pytorch_model.bin")
+        whole = (folder / "pytorch_model.bin").read_bytes()
+        (folder / "pytorch_model.bin").write_bytes(whole[: len(whole) // 2])
+        message = "pytorch_model.bin cannot be read"
     other = trainer_for("gpt2", tmp_path)
     before = state_of(other.model)
     with pytest.raises(ValueError, match=message):
